@@ -1,0 +1,74 @@
+"""The fastest and most pleasant way to run IBM's Granite Speech: speech in, text out.
+
+    from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
+
+The names and arguments are transformers'; neither transformers nor peft is needed. Everything is imported when it is first
+used, so that importing the package costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "config": (
+        "Blip2QFormerConfig",
+        "GraniteConfig",
+        "GraniteSpeechConfig",
+        "GraniteSpeechEncoderConfig",
+        "GraniteSpeechPlusConfig",
+        "GraniteSpeechPlusEncoderConfig",
+    ),
+    "encoder": ("GraniteSpeechCTCEncoder",),
+    "errors": (
+        "AudioError",
+        "CheckpointError",
+        "CheckpointNotFoundError",
+        "ConfigError",
+        "GraniteSpeechError",
+        "InputError",
+        "MissingDependencyError",
+        "UnsupportedError",
+    ),
+    "features": ("GraniteSpeechFeatureExtractor",),
+    "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
+    "processor": ("GraniteSpeechProcessor",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does this
+    from granite_speech.config import Blip2QFormerConfig as Blip2QFormerConfig
+    from granite_speech.config import GraniteConfig as GraniteConfig
+    from granite_speech.config import GraniteSpeechConfig as GraniteSpeechConfig
+    from granite_speech.config import GraniteSpeechEncoderConfig as GraniteSpeechEncoderConfig
+    from granite_speech.config import GraniteSpeechPlusConfig as GraniteSpeechPlusConfig
+    from granite_speech.config import GraniteSpeechPlusEncoderConfig as GraniteSpeechPlusEncoderConfig
+    from granite_speech.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
+    from granite_speech.errors import AudioError as AudioError
+    from granite_speech.errors import CheckpointError as CheckpointError
+    from granite_speech.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from granite_speech.errors import ConfigError as ConfigError
+    from granite_speech.errors import GraniteSpeechError as GraniteSpeechError
+    from granite_speech.errors import InputError as InputError
+    from granite_speech.errors import MissingDependencyError as MissingDependencyError
+    from granite_speech.errors import UnsupportedError as UnsupportedError
+    from granite_speech.features import GraniteSpeechFeatureExtractor as GraniteSpeechFeatureExtractor
+    from granite_speech.model import GraniteSpeechForConditionalGeneration as GraniteSpeechForConditionalGeneration
+    from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
+    from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
+    from granite_speech.processor import GraniteSpeechProcessor as GraniteSpeechProcessor
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

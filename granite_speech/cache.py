@@ -1,0 +1,113 @@
+"""Keys and values in pages: a pool a layer, and a block table that says whose they are (Kwon et al., arXiv 2309.06180).
+
+What a decode step needs of a sequence travels with it here: how many keys it has, at which position its next token stands,
+and whether it has audio, which decides whether the adapter is on for it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from granite_speech.config import GraniteConfig
+from granite_speech.errors import InputError
+from granite_speech.packing import Segments
+
+__all__ = ["CacheStep", "PagedCache"]
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One call's view of the cache: where its new tokens go and what its queries may read.
+
+    Attributes:
+        cache: the pages.
+        slots: `(tokens,)` int64, where each new token's key and value go in a pool seen as `(pages * page_size, ...)`.
+        block_table: `(sequences, max_pages)` int32.
+        kv_lens: `(sequences,)` int32, keys of each sequence, the new ones counted.
+        has_past: some sequence had keys before this call.
+    """
+
+    cache: "PagedCache"
+    slots: Tensor
+    block_table: Tensor
+    kv_lens: Tensor
+    has_past: bool
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store `(tokens, num_kv_heads, head_dim)` keys and values of one layer; gradients end here."""
+        for pool, new in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
+            pool.flatten(0, 1).index_copy_(0, self.slots, new.detach())
+
+
+class PagedCache:
+    """Keys and values of a batch of sequences.
+
+    Args:
+        config: of the language model.
+        sequences: rows of the batch.
+        dtype, device: of the pools.
+        page_size: tokens a page holds.
+    """
+
+    def __init__(self, config: GraniteConfig, sequences: int, *, dtype: torch.dtype, device: torch.device, page_size: int = 64):
+        self.page_size = page_size
+        self.lengths = [0] * sequences  # keys of each sequence
+        self.columns = 0  # width of the padded batch so far, where the caller pads
+        self.next_positions = [0] * sequences
+        self.has_audio = [False] * sequences
+        self._pages: list[list[int]] = [[] for _ in range(sequences)]
+        self._used_pages = 0
+        shape = (0, page_size, config.num_key_value_heads, config.attention_head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    def __len__(self) -> int:
+        """Sequences in the batch."""
+        return len(self.lengths)
+
+    def get_seq_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    def reserve(self, capacities: list[int]) -> None:
+        """Make room for so many tokens in each sequence, so that the pools need not grow on the way."""
+        for pages, capacity in zip(self._pages, capacities, strict=True):
+            missing = -(-capacity // self.page_size) - len(pages)
+            pages.extend(range(self._used_pages, self._used_pages + missing))
+            self._used_pages += max(missing, 0)
+        if self._used_pages > self.keys[0].shape[0]:
+            # At least doubled, so that a sequence that grows token by token is copied a logarithmic number of times.
+            self._grow(max(self._used_pages, 2 * self.keys[0].shape[0]))
+
+    def _grow(self, pages: int) -> None:
+        for pools in (self.keys, self.values):
+            for layer, pool in enumerate(pools):
+                pools[layer] = pool.new_empty(pages, *pool.shape[1:])
+                pools[layer][: pool.shape[0]] = pool
+
+    def begin(self, new: Segments) -> CacheStep:
+        """Make room for new tokens of each sequence and count them."""
+        if len(new.lengths) != len(self):
+            raise InputError(
+                got=f"{len(new.lengths)} rows for past_key_values of {len(self)}",
+                expected="the rows of the call that made the cache, in their order",
+                remedy="Pass the same batch, or no past_key_values",
+            )
+        before, has_past = self.lengths, any(self.lengths)
+        self.lengths = [old + more for old, more in zip(before, new.lengths, strict=True)]
+        self.reserve(self.lengths)
+        device = self.keys[0].device
+        widest = max(map(len, self._pages), default=0)
+        table = torch.tensor([pages + [0] * (widest - len(pages)) for pages in self._pages], dtype=torch.int32).view(len(self), widest)
+        spans = [torch.arange(old, now) for old, now in zip(before, self.lengths, strict=True)]
+        slots = [
+            row[span // self.page_size] * self.page_size + span % self.page_size for row, span in zip(table.long(), spans, strict=True)
+        ]
+        return CacheStep(
+            cache=self,
+            slots=torch.cat(slots).to(device) if slots else torch.empty(0, dtype=torch.int64, device=device),
+            block_table=table.to(device),
+            kv_lens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
+            has_past=has_past,
+        )

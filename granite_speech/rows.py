@@ -1,0 +1,119 @@
+"""A padded batch of prompts, as callers of `forward` give it, packed: only the tokens that the attention mask keeps.
+
+Everything that shapes depend on is looked up once here, on the host; what runs afterwards asks the device nothing.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from granite_speech.cache import PagedCache
+from granite_speech.errors import InputError
+from granite_speech.packing import Segments
+
+__all__ = ["Rows", "pack_rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the kept tokens of a padded batch lie, in it and packed.
+
+    Attributes:
+        width: columns of the padded batch.
+        segments: the packed rows.
+        kept: `(total,)` int64 on the host, each kept token's place in the flattened padded batch.
+        positions: `(total,)` int64 on the host.
+    """
+
+    width: int
+    segments: Segments
+    kept: Tensor
+    positions: Tensor
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return self.kept.to(self.segments.device)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.segments.total == len(self.segments.lengths) * self.width
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`(batch, width, ...)` → `(total, ...)`."""
+        flat = padded.flatten(0, 1)
+        return flat if self._is_full else flat.index_select(0, self._index)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """`(total, ...)` → `(batch, width, ...)`, zero where the mask is 0."""
+        shape = (len(self.segments.lengths), self.width, *packed.shape[1:])
+        if self._is_full:
+            return packed.reshape(shape)
+        return packed.new_zeros(shape).flatten(0, 1).index_copy(0, self._index, packed).view(shape)
+
+    def pad_weights(self, weights: list[Tensor]) -> Tensor:
+        """Attention weights a row, `(heads, queries, keys)` → `(batch, heads, width, width)`, zero where the mask is 0."""
+        padded = weights[0].new_zeros(len(weights), weights[0].shape[0], self.width, self.width)
+        for row, (one, kept) in enumerate(zip(weights, self._index.split(self.segments.lengths), strict=True)):
+            columns = kept - row * self.width
+            padded[row, :, columns[:, None], columns] = one
+        return padded
+
+
+def pack_rows(
+    shape: tuple[int, int],
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: PagedCache | None,
+) -> Rows:
+    """Find the tokens to keep and their positions, and tell the cache which columns have passed.
+
+    A row's positions count from its first kept column, holes included, so that they differ from transformers' only by a
+    shift of the whole row, which rotary embeddings do not see.
+
+    Args:
+        shape: `(batch, width)` of the tokens.
+        attention_mask: `(batch, columns)` of 0 and 1; its last `width` columns are of these tokens. None keeps all.
+        position_ids: `(batch, width)` or `(1, width)`, used as they are.
+        cache: what came before.
+    """
+    batch, width = shape
+    mask = torch.ones(shape, dtype=torch.bool) if attention_mask is None else _host_mask(attention_mask, shape)
+    kept = mask.flatten().nonzero().squeeze(1)
+    lengths = mask.sum(1)
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != width:
+            raise _wrong("position_ids", position_ids, f"shape ({batch}, {width}) or (1, {width})")
+        columns = position_ids.to("cpu", torch.int64).expand(batch, width)
+        following = columns.amax(1) + 1 if width else torch.zeros(batch, dtype=torch.int64)
+    else:
+        # Where no token has been kept yet the count begins at the first one of this call.
+        fresh = torch.tensor([length == 0 for length in cache.lengths]) if cache is not None else torch.ones(batch, dtype=torch.bool)
+        seen = torch.tensor(cache.next_positions) if cache is not None else torch.zeros(batch, dtype=torch.int64)
+        first = mask.int().argmax(1) if width else torch.zeros(batch, dtype=torch.int64)
+        start = torch.where(fresh, -first, seen)
+        columns = torch.arange(width) + start[:, None]
+        following = torch.where(fresh & (lengths == 0), 0, start + width)
+    if cache is not None:
+        cache.next_positions = following.tolist()
+        cache.columns += width
+    segments = Segments(tuple(lengths.tolist()), device)
+    return Rows(width, segments, kept, columns.flatten()[kept])
+
+
+def _host_mask(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    batch, width = shape
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < width:
+        raise _wrong("attention_mask", attention_mask, f"shape ({batch}, {width}), or wider by the columns already in past_key_values")
+    mask = attention_mask.to("cpu")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise _wrong("attention_mask", attention_mask, "values 0 (masked) and 1 (kept)")
+    return mask[:, mask.shape[1] - width :].bool()
+
+
+def _wrong(name: str, value: Tensor, expected: str) -> InputError:
+    return InputError(
+        got=f"{name} of shape {tuple(value.shape)} and dtype {value.dtype}", expected=expected, remedy="Use what the processor returns"
+    )

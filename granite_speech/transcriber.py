@@ -1,0 +1,74 @@
+"""The main job in one object: a recording in, its words out."""
+
+from os import PathLike
+from pathlib import Path
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from granite_speech.audio import load_audio
+from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.processor import GraniteSpeechProcessor
+
+__all__ = ["Transcriber"]
+
+# What the releases were trained to answer: 3.x after this system text, 4.x without one.
+PROMPT_3 = "can you transcribe the speech into a written format?"
+SYSTEM_3 = "You are Granite, developed by IBM. You are a helpful AI assistant"
+PROMPT_4 = "transcribe the speech with proper punctuation and capitalization."
+
+
+class Transcriber:
+    """A model and its processor.
+
+    Args:
+        model: on the device where it is to run.
+        processor: of the same checkpoint.
+    """
+
+    def __init__(self, model: GraniteSpeechForConditionalGeneration, processor: GraniteSpeechProcessor):
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> Self:
+        """Load both from a folder or hub id.
+
+        Args:
+            name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
+            device: CUDA where there is one and nothing is said.
+            dtype: of the weights; the checkpoint's where nothing is said.
+        """
+        chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        processor = GraniteSpeechProcessor.from_pretrained(name_or_path)
+        return cls(GraniteSpeechForConditionalGeneration.from_pretrained(name_or_path, device=chosen, dtype=dtype), processor)
+
+    def transcribe(self, audio: str | PathLike | BinaryIO | Tensor, prompt: str | None = None, max_new_tokens: int = 400) -> str:
+        """The words of one recording.
+
+        Args:
+            audio: a file of any format soundfile reads, at any rate, with any channels; "-" for standard input; or a tensor
+                `(samples,)` at the processor's sampling rate.
+            prompt: what to ask of the speech; the release's own request for a transcript where left out.
+            max_new_tokens: the answer's length at most.
+
+        Raises:
+            AudioError: a recording that cannot be used.
+        """
+        samples = audio if isinstance(audio, Tensor) else load_audio(audio, self.processor.audio_processor.sampling_rate)
+        inputs = self.processor(self._request(prompt), samples, device=self.model.device).to(self.model.device)
+        ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def _request(self, prompt: str | None) -> str:
+        """The whole prompt, in the checkpoint's template where it has one."""
+        template = self.processor.chat_template
+        audio_token = self.processor.audio_token
+        if not template:
+            return f"{audio_token}{prompt or PROMPT_4}"
+        third_generation = "<|start_of_role|>" in str(template)
+        conversation = [{"role": "system", "content": SYSTEM_3}] if third_generation else []
+        conversation.append({"role": "user", "content": f"{audio_token}{prompt or (PROMPT_3 if third_generation else PROMPT_4)}"})
+        return self.processor.apply_chat_template(conversation, add_generation_prompt=True)

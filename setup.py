@@ -1,0 +1,42 @@
+"""Two import packages from two roots: granite_speech/ and kernels/granite_kernels/.
+
+`kernels/` itself is no package and must not become one: Hugging Face ships an import package of that name, which
+transformers imports, and a folder without __init__.py loses to it, while a package would hide or overwrite it.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="granite-speech-triton",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "granite_speech/__init__.py").read_text()).group(1),
+    description="IBM's Granite Speech with hand-written Triton kernels: speech in, text out, transformers' interface",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["granite_speech*"]) + find_packages("kernels"),
+    package_dir={"granite_kernels": "kernels/granite_kernels"},
+    package_data={"granite_speech": ["py.typed", "assets/*"], "granite_kernels": ["py.typed"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "torch>=2.11,<2.15",  # torch 2.15 is built for a later CUDA than torchaudio 2.11, and torchaudio then fails to import
+        "torchaudio>=2.11,<2.12",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "huggingface_hub>=0.30",
+        "tokenizers>=0.21",
+        "jinja2>=3.1",
+        "soundfile>=0.12",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "test": ["transformers==5.17.0", "peft>=0.21", "pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "jiwer>=4", "ruff>=0.15"],
+    },
+    entry_points={"console_scripts": ["granite-speech=granite_speech.cli:main"]},
+    classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
+)
