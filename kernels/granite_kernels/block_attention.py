@@ -1,0 +1,189 @@
+"""Block attention with relative positions: the self-attention of the Granite Speech conformer encoder."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, nbytes, zeros_from
+
+
+def block_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_pos_emb: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    context_size: int,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Attention inside blocks of `context_size` frames, each clip cut from its own first frame.
+
+    ::
+
+        out_i = Σ_j softmax_j( scale · (q_i·k_j + q_i·rel_pos_emb[i − j + max_pos_emb]) ) v_j
+
+    for the frames j of i's block that exist: a clip's last block is as short as the clip leaves it.
+
+    | argument | shape | stride | dtype |
+    |---|---|---|---|
+    | q, k, v | (total_frames, num_heads, dim_head) | last 1, others free | any float, one for all |
+    | rel_pos_emb | (2 · max_pos_emb + 1, dim_head) | last 1 | as q |
+    | cu_seqlens | (clips + 1,) | 1 | int32 |
+    | returns | (total_frames, num_heads, dim_head) | contiguous | as q |
+
+    Rows from `cu_seqlens[-1]` on are padding: never read, zero in the result. Clips may be empty, and there may be none.
+    Scores, softmax and sums are float32 (float64 for float64), and the result is rounded once.
+
+    Args:
+        context_size: frames a block, 1 to max_pos_emb.
+        scale: factor on both terms of the score; dim_head ** -0.5 by default.
+        impl: "triton", "torch", or None for the fastest that the device has.
+
+    Raises:
+        KernelError: shapes, dtypes, devices or strides other than the table's, or a context_size out of range.
+
+    Relative positions are those of Shaw et al. (arXiv 1803.02155), as `GraniteSpeechConformerAttention` in transformers
+    applies them; there, unlike here, frames that pad a batch are attended to.
+    """
+    arguments = Arguments("block_attention")
+    arguments.tensor("q", q, "total_frames num_heads dim_head")
+    arguments.tensor("k", k, "total_frames num_heads dim_head")
+    arguments.tensor("v", v, "total_frames num_heads dim_head")
+    arguments.tensor("rel_pos_emb", rel_pos_emb, "2·max_pos_emb+1 dim_head")
+    arguments.index("cu_seqlens", cu_seqlens, "clips+1")
+    positions = rel_pos_emb.shape[0]
+    if positions % 2 == 0:
+        arguments.refuse(f"rel_pos_emb has {positions} rows", "an odd number, 2 · max_pos_emb + 1", "Pass the whole embedding table")
+    if not 1 <= context_size <= positions // 2:
+        arguments.refuse(
+            f"context_size={context_size}",
+            f"1 to max_pos_emb = {positions // 2}, by the rows of rel_pos_emb",
+            "Use the context_size of the checkpoint's encoder_config",
+        )
+    if cu_seqlens.shape[0] == 0:
+        arguments.refuse("cu_seqlens is empty", "clips + 1 offsets", "Pass [0] for a batch without clips")
+    attend = OPERATION.select(impl, q.device)
+    return attend(q, k, v, rel_pos_emb, cu_seqlens, context_size=context_size, scale=scale)
+
+
+def block_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_pos_emb: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    context_size: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """`block_attention` in PyTorch. Blocks of equal length go together, so nothing is computed for frames that do not exist."""
+    dtype, frames = q.dtype, q.shape[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, rel_pos_emb = (tensor.to(accumulator(dtype)) for tensor in (q, k, v, rel_pos_emb))
+    clips = bounds(cu_seqlens, frames)
+    pieces = []
+    for first, end, length in _runs(clips, context_size):
+        # (blocks, num_heads, length, dim_head): views, for the frames of a run are neighbours.
+        blocks = (tensor[first:end].unflatten(0, (-1, length)).transpose(1, 2) for tensor in (q, k, v))
+        pieces.append(_attend(*blocks, rel_pos_emb, scale).transpose(1, 2).flatten(0, 1))
+    total = clips[-1][1] if clips else 0
+    pieces.append(zeros_from(q[total:]))
+    return torch.cat(pieces).to(dtype)
+
+
+def _runs(clips: list[tuple[int, int]], context_size: int) -> Iterator[tuple[int, int, int]]:
+    """Frames that hold blocks of one length: (first frame, end, block length). At most two runs a clip: whole blocks, the rest."""
+    for first, end in clips:
+        whole = end - (end - first) % context_size
+        if whole > first:
+            yield first, whole, context_size
+        if end > whole:
+            yield whole, end, end - whole
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_pos_emb: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention over blocks (blocks, num_heads, length, dim_head), all frames of which exist."""
+    length, max_pos_emb = q.shape[2], rel_pos_emb.shape[0] // 2
+    # Frame i needs the rows of distances i - j. In the order of falling j they are a window that starts at i in the band
+    # of distances that occur: no gathered (length, length, dim_head) table. A softmax does not mind the order of keys.
+    k, v = k.flip(2), v.flip(2)
+    band = rel_pos_emb[max_pos_emb - length + 1 : max_pos_emb + length]
+    windows = band.unfold(0, length, 1)  # (length, dim_head, length): frame i, feature, key from last to first
+    q = q * scale
+    scores = q @ k.transpose(2, 3) + torch.einsum("bhid,idj->bhij", q, windows)
+    return torch.softmax(scores, dim=-1) @ v
+
+
+def block_attention_cost(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_pos_emb: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    context_size: int,
+    scale: float | None = None,
+) -> Cost:
+    """FLOPs of three products (q·k, q·rel_pos_emb, weights·v) over the pairs of frames that share a block; softmax is not
+    counted. Bytes: q, k and v of the clips' frames, the result, cu_seqlens, and the rows of rel_pos_emb that occur."""
+    frames, num_heads, dim_head = q.shape
+    runs = list(_runs(bounds(cu_seqlens, frames), context_size))
+    pairs = sum((end - first) * length for first, end, length in runs)
+    read = sum(end - first for first, end, _ in runs)
+    band = max((2 * length - 1 for _, _, length in runs), default=0)
+    moved = (3 * read + frames) * num_heads * dim_head + band * dim_head
+    return Cost(flops=6 * pairs * num_heads * dim_head, bytes=moved * q.element_size() + nbytes(cu_seqlens))
+
+
+def _make(
+    draw: Draw, *, clips: tuple[int, ...], num_heads: int, dim_head: int, context_size: int, max_pos_emb: int, padding: int = 0
+) -> dict[str, Any]:
+    total = sum(clips)
+    # One projection and its three parts, as a module would pass them.
+    projected = draw.normal(total + padding, 3 * num_heads * dim_head)
+    projected[total:] = torch.nan
+    q, k, v = (part.unflatten(1, (num_heads, dim_head)) for part in projected.chunk(3, dim=1))
+    rel_pos_emb = draw.normal(2 * max_pos_emb + 1, dim_head, std=0.5)
+    # Distances that no block has: an offset that is wrong by one meets NaN.
+    rel_pos_emb[: max_pos_emb - context_size + 1] = torch.nan
+    rel_pos_emb[max_pos_emb + context_size :] = torch.nan
+    return {"q": q, "k": k, "v": v, "rel_pos_emb": rel_pos_emb, "cu_seqlens": draw.cu_seqlens(clips), "context_size": context_size}
+
+
+def _case(name: str, clips: tuple[int, ...], heads: int, dim: int, context: int, max_pos: int, padding: int = 0, released=False) -> Case:
+    shape = {"clips": clips, "num_heads": heads, "dim_head": dim, "context_size": context, "max_pos_emb": max_pos, "padding": padding}
+    return Case(name, _make, shape, released)
+
+
+CASES = (
+    _case("encoder, 10 s", (500,), 8, 128, 200, 512, released=True),
+    _case("encoder, 30 s", (1500,), 8, 128, 200, 512, released=True),
+    _case("encoder, 8 clips to 30 s", (150, 330, 500, 720, 900, 1111, 1400, 1500), 8, 128, 200, 512, released=True),
+    _case("encoder, 128 clips of 10 s", (500,) * 128, 8, 128, 200, 512, released=True),
+    _case("turboctc encoder, 128 clips of 10 s", (500,) * 128, 8, 128, 128, 512, released=True),
+    _case("whole blocks", (16, 32), 2, 16, 16, 16),
+    _case("context does not divide", (37, 5, 16, 50), 2, 32, 16, 24),
+    _case("odd head dim 40", (23, 41), 3, 40, 20, 33),
+    _case("odd head dim 80", (19, 8), 2, 80, 7, 7),
+    _case("one frame", (1,), 2, 16, 8, 8),
+    _case("blocks of one frame", (3, 4), 2, 16, 1, 4),
+    _case("released block, short clips", (201, 3), 1, 128, 200, 512),
+    _case("empty clips", (0, 9, 0, 0, 20, 0), 2, 16, 8, 12),
+    _case("padding rows", (11, 21), 2, 32, 16, 16, padding=5),
+    _case("only empty clips", (0, 0), 2, 16, 8, 8),
+    _case("no clips, padding rows", (), 2, 16, 8, 8, padding=3),
+    _case("no clips", (), 2, 16, 8, 8),
+)
+
+OPERATION = Operation(
+    name="block_attention",
+    call=block_attention,
+    reference=block_attention_reference,
+    cost=block_attention_cost,
+    cases=CASES,
+    differentiable=("q", "k", "v", "rel_pos_emb"),
+    packed=("q", "k", "v"),
+)

@@ -1,0 +1,164 @@
+"""Gated depthwise convolution: the middle of the conformer's convolution module, between its two projections."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, nbytes, zeros_from
+
+
+def depthwise_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    *,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """GLU, a convolution over time for each channel alone, folded BatchNorm, SiLU.
+
+    ::
+
+        h    = value · sigmoid(gate)                                   x = [value | gate]
+        y_t  = Σ_i weight[:, i] · h_{t + i − kernel_size // 2}         h is zero outside the clip
+        out  = SiLU(scale · y + shift)                                 out = y where scale and shift are None
+
+    | argument | shape | stride | dtype |
+    |---|---|---|---|
+    | x | (total_frames, 2 · channels) | last 1, first free | any float |
+    | weight | (channels, kernel_size) | last 1, first free | as x |
+    | scale, shift | (channels,), or both None | 1 | float32, or float64 with x in float64 |
+    | cu_seqlens | (clips + 1,) | 1 | int32 |
+    | returns | (total_frames, channels) | contiguous | as x |
+
+    A clip is padded by (kernel_size // 2, kernel_size // 2 − (kernel_size + 1) % 2) zeros, so that it keeps its length for
+    odd and even kernels, and never sees a neighbour. Rows from `cu_seqlens[-1]` on are padding: never read, zero in the
+    result. Everything is computed in float32 (float64 for float64) and rounded once.
+
+    Args:
+        scale, shift: BatchNorm as one multiply-add, weight / √(var + eps) and bias − mean · scale. None for a BatchNorm that
+            is training and needs y itself.
+        impl: "triton", "torch", or None for the fastest that the device has.
+
+    Raises:
+        KernelError: shapes, dtypes, devices or strides other than the table's, or scale without shift.
+
+    The module is the Conformer's (Gulati et al., arXiv 2005.08100), the gate of Dauphin et al. (arXiv 1612.08083), the
+    padding that of `GraniteSpeechConformerDepthWiseConv1d` in transformers.
+    """
+    arguments = Arguments("depthwise_conv")
+    arguments.tensor("x", x, "total_frames 2·channels")
+    arguments.tensor("weight", weight, "channels kernel_size")
+    if x.shape[1] != 2 * weight.shape[0]:
+        arguments.refuse(
+            f"x has {x.shape[1]} columns for {weight.shape[0]} channels of weight",
+            f"{2 * weight.shape[0]}, the value half and the gate half",
+            "Pass the output of the up projection whole",
+        )
+    if weight.shape[1] == 0:
+        arguments.refuse("weight has kernel_size 0", "at least 1", "Check how weight was made")
+    if (scale is None) != (shift is None):
+        given, absent = ("scale", "shift") if shift is None else ("shift", "scale")
+        arguments.refuse(
+            f"{given} without {absent}", "both or neither", f"Pass {absent} too, or None for both to skip normalisation and SiLU"
+        )
+    if scale is not None:
+        dtypes = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
+        arguments.tensor("scale", scale, "channels", dtypes)
+        arguments.tensor("shift", shift, "channels", dtypes)
+    arguments.index("cu_seqlens", cu_seqlens, "clips+1")
+    if cu_seqlens.shape[0] == 0:
+        arguments.refuse("cu_seqlens is empty", "clips + 1 offsets", "Pass [0] for a batch without clips")
+    return OPERATION.select(impl, x.device)(x, weight, scale, shift, cu_seqlens)
+
+
+def depthwise_conv_reference(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """`depthwise_conv` in PyTorch, clip by clip."""
+    frames, (channels, kernel_size) = x.shape[0], weight.shape
+    dtype = accumulator(x.dtype)
+    # Two dimensions, one of them of size 1: a channels-last image is a view of (frames, channels), with no transposed copy.
+    taps = weight.to(dtype)[:, None, :, None]
+    clips = bounds(cu_seqlens, frames)
+    pieces = []
+    for first, end in clips:
+        if end == first:
+            continue
+        gated = F.glu(x[first:end].to(dtype), dim=1)
+        # Padded alike on both sides; an even kernel then has one frame too many at the end.
+        y = F.conv2d(gated.T[None, :, :, None], taps, padding=(kernel_size // 2, 0), groups=channels)[0, :, : end - first, 0].T
+        pieces.append(y if scale is None else F.silu(torch.addcmul(shift.to(dtype), y, scale.to(dtype))))
+    total = clips[-1][1] if clips else 0
+    pieces.append(zeros_from(x[total:, :channels].to(dtype)))
+    return torch.cat(pieces).to(x.dtype)
+
+
+def depthwise_conv_cost(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> Cost:
+    """FLOPs of the convolution alone, kernel_size multiply-adds for each frame and channel (edges counted as whole); the
+    gate, the normalisation and SiLU are not counted. Bytes: x of the clips' frames, the parameters, cu_seqlens, the result."""
+    frames, (channels, kernel_size) = x.shape[0], weight.shape
+    read = sum(end - first for first, end in bounds(cu_seqlens, frames))
+    moved = (2 * read + frames) * channels * x.element_size()
+    return Cost(flops=2 * read * channels * kernel_size, bytes=moved + nbytes(weight, scale, shift, cu_seqlens))
+
+
+def _make(
+    draw: Draw, *, clips: tuple[int, ...], channels: int, kernel_size: int, normalised: bool = True, padding: int = 0
+) -> dict[str, Any]:
+    total = sum(clips)
+    x = draw.normal(total + padding, 2 * channels)
+    x[total:] = torch.nan
+    # Scale and shift are of the accumulator's dtype: float32, and float64 where a case is drawn in float64.
+    wide = accumulator(draw.dtype)
+    return {
+        "x": x,
+        "weight": draw.normal(channels, kernel_size, std=kernel_size**-0.5),
+        "scale": draw.normal(channels, dtype=wide) if normalised else None,
+        "shift": draw.normal(channels, dtype=wide) if normalised else None,
+        "cu_seqlens": draw.cu_seqlens(clips),
+    }
+
+
+def _case(name: str, clips: tuple[int, ...], channels: int, kernel_size: int, *, released: bool = False, **options) -> Case:
+    return Case(name, _make, {"clips": clips, "channels": channels, "kernel_size": kernel_size, **options}, released)
+
+
+CASES = (
+    _case("encoder, 10 s", (500,), 2048, 15, released=True),
+    _case("encoder, 30 s", (1500,), 2048, 15, released=True),
+    _case("encoder, 8 clips to 30 s", (150, 330, 500, 720, 900, 1111, 1400, 1500), 2048, 15, released=True),
+    _case("encoder, 128 clips of 10 s", (500,) * 128, 2048, 15, released=True),
+    _case("encoder training, 8 clips of 10 s", (500,) * 8, 2048, 15, normalised=False, released=True),
+    _case("turboctc encoder, 128 clips of 10 s", (500,) * 128, 2048, 7, released=True),
+    _case("released kernel, few channels", (37, 20), 64, 15),
+    _case("kernel 7", (9, 30), 48, 7),
+    _case("kernel 31 over shorter clips", (5, 40, 30), 32, 31),
+    _case("even kernel 4", (6, 17), 32, 4),
+    _case("even kernel 2", (6, 1, 17), 16, 2),
+    _case("kernel 1", (6, 3), 16, 1),
+    _case("odd number of channels", (13, 4), 37, 5),
+    _case("GLU and convolution alone", (21, 12), 32, 15, normalised=False),
+    _case("one frame", (1,), 16, 15),
+    _case("many one-frame clips", (1, 1, 1, 1), 16, 3),
+    _case("empty clips", (0, 9, 0, 0, 20, 0), 16, 7),
+    _case("padding rows", (11, 8), 32, 15, padding=5),
+    _case("padding rows, GLU and convolution alone", (7,), 16, 4, normalised=False, padding=9),
+    _case("only empty clips", (0, 0), 16, 7),
+    _case("no clips, padding rows", (), 16, 7, padding=3),
+    _case("no clips", (), 16, 7),
+)
+
+OPERATION = Operation(
+    name="depthwise_conv",
+    call=depthwise_conv,
+    reference=depthwise_conv_reference,
+    cost=depthwise_conv_cost,
+    cases=CASES,
+    differentiable=("x", "weight", "scale", "shift"),
+    packed=("x",),
+)

@@ -1,0 +1,225 @@
+"""What one kernel file declares, and what all of them share: the choice of a half, the check of the arguments, the cases.
+
+A file `<op>.py` answers four questions about one operation (what it computes, how fast, at what cost, on which shapes) and
+gathers the answers in one `Operation`. Tests, benchmarks and the compile audit are loops over those.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import torch
+
+IMPLS = ("triton", "torch")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class KernelError(ValueError):
+    """A call that an operation cannot serve.
+
+    Args:
+        got: what came, with its value, shape or dtype. A sentence without its full stop.
+        expected: what would have been right, read after the word "expected".
+        remedy: what the caller can do now. A sentence without its full stop.
+    """
+
+    def __init__(self, *, got: str, expected: str, remedy: str):
+        super().__init__(f"{got}; expected {expected}. {remedy}.")
+        self.got, self.expected, self.remedy = got, expected, remedy
+
+    def __reduce__(self):
+        # Exception.args holds the message alone: without this the error could not cross a process boundary.
+        return _rebuild_error, (self.got, self.expected, self.remedy)
+
+
+def _rebuild_error(got: str, expected: str, remedy: str) -> KernelError:
+    return KernelError(got=got, expected=expected, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call cannot avoid: FLOPs (2 per multiply-add) and bytes (every tensor that takes part moved once)."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where a case takes its tensors from: one seed gives the same numbers on every device."""
+
+    generator: torch.Generator
+    dtype: torch.dtype
+    device: torch.device
+
+    def normal(self, *size: int, std: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return (torch.randn(size, generator=self.generator) * std).to(self.device, dtype or self.dtype)
+
+    def int32(self, values: list) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def permutation(self, n: int) -> list[int]:
+        return torch.randperm(n, generator=self.generator).tolist()
+
+    def cu_seqlens(self, lengths: tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape that matters.
+
+    Args:
+        name: unique among the operation's cases; a test id.
+        make: `make(draw, **shape)` builds the arguments of the call as a dict. Views of larger tensors where products
+            would pass views, and NaN in every element that the operation must not read.
+        shape: the sizes, by name.
+        released: a released checkpoint's shape: meant for benchmarks and GPUs, too large for a CPU test.
+    """
+
+    name: str
+    make: Callable[..., dict[str, Any]]
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    released: bool = False
+
+    def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """The arguments of one call, keyword by keyword."""
+        draw = Draw(torch.Generator().manual_seed(seed), dtype, torch.device(device))
+        return self.make(draw, **self.shape)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation and its four answers.
+
+    Args:
+        name: the stem of its file, its public function, its test and its row in the catalogue.
+        call: the public function, which checks its arguments and takes `impl`.
+        reference: the same arguments without `impl`; plain PyTorch, and the whole of `impl="torch"`.
+        cost: the same arguments as the reference; returns a `Cost`. Reads index tensors on the host.
+        cases: the shapes that matter.
+        differentiable: the arguments that a gradient flows to, in the order of the call; empty for inference only.
+        packed: the arguments whose rows beyond `cu_seqlens[-1]` are padding; empty where every row counts.
+        triton: the same arguments as the reference, launching the Triton kernels; None while there are none.
+    """
+
+    name: str
+    call: Callable[..., torch.Tensor]
+    reference: Callable[..., torch.Tensor]
+    cost: Callable[..., Cost]
+    cases: tuple[Case, ...]
+    differentiable: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
+    triton: Callable[..., torch.Tensor] | None = None
+
+    def resolve(self, impl: str | None, device: torch.device) -> str:
+        """The half that a call runs: "triton" or "torch". None asks for the fastest there is on this device.
+
+        Raises:
+            KernelError: an unknown `impl`, or "triton" for an operation without a Triton half. Nothing falls back.
+        """
+        if impl is None:
+            return "triton" if device.type == "cuda" and self.triton is not None else "torch"
+        if impl not in IMPLS:
+            raise KernelError(
+                got=f"{self.name}: impl={impl!r}",
+                expected=f"one of {', '.join(map(repr, IMPLS))} or None",
+                remedy="Leave impl out to let the device decide",
+            )
+        if impl == "triton" and self.triton is None:
+            raise KernelError(
+                got=f"{self.name}: impl='triton', and this operation has no Triton kernel",
+                expected="impl='torch' or None",
+                remedy="Leave impl out to run the PyTorch reference",
+            )
+        return impl
+
+    def select(self, impl: str | None, device: torch.device) -> Callable[..., torch.Tensor]:
+        """The function behind `resolve`'s answer."""
+        return self.triton if self.resolve(impl, device) == "triton" else self.reference
+
+
+class Arguments:
+    """Compares the tensors of one call with the stated layout and with each other; reads no value, so never waits for a device.
+
+    A layout is the names of the dimensions. A name means one size in the whole call: the first tensor that uses it says
+    which, and `size[name]` keeps it. Dtype and device are the first tensor's unless a call to `tensor` says otherwise.
+    """
+
+    def __init__(self, operation: str):
+        self.operation = operation
+        self.size: dict[str, int] = {}
+        self._said_by: dict[str, str] = {}
+        self._first: tuple[str, torch.Tensor] | None = None
+
+    def tensor(self, name: str, value: torch.Tensor, layout: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+        """Raises KernelError unless `value` is a tensor with this layout, dtype and device, and last stride 1."""
+        if not isinstance(value, torch.Tensor):
+            self.refuse(f"{name} is of type {type(value).__name__}", "a tensor", f"Pass {name} as a tensor ({layout.replace(' ', ', ')})")
+        self._check_shape(name, value, layout.split())
+        if self._first is None:
+            self._first = (name, value)
+            dtypes = dtypes or FLOAT_DTYPES
+        first_name, first = self._first
+        dtypes = dtypes or (first.dtype,)
+        if value.dtype not in dtypes:
+            allowed = " or ".join(str(dtype) for dtype in dtypes)
+            source = f", the dtype of {first_name}" if dtypes == (first.dtype,) and name != first_name else ""
+            self.refuse(f"{name} has dtype {value.dtype}", f"{allowed}{source}", f"Convert {name} with .to({dtypes[0]})")
+        if value.device != first.device:
+            self.refuse(
+                f"{name} is on {value.device}", f"{first.device}, where {first_name} is", f"Move {name} with .to({str(first.device)!r})"
+            )
+        if value.ndim and value.stride(-1) != 1 and value.shape[-1] > 1:
+            self.refuse(f"{name} has strides {tuple(value.stride())}", "a last stride of 1", f"Pass {name}.contiguous()")
+
+    def index(self, name: str, value: torch.Tensor, layout: str) -> None:
+        """`tensor` for int32 index tensors."""
+        self.tensor(name, value, layout, (torch.int32,))
+
+    def refuse(self, got: str, expected: str, remedy: str) -> NoReturn:
+        raise KernelError(got=f"{self.operation}: {got}", expected=expected, remedy=remedy)
+
+    def _check_shape(self, name: str, value: torch.Tensor, dims: list[str]) -> None:
+        wanted = f"({', '.join(dims)})"
+        shape = tuple(value.shape)
+        if len(shape) != len(dims):
+            self.refuse(f"{name} has shape {shape}", f"{len(dims)} dimensions {wanted}", f"Reshape {name}")
+        for dim, size in zip(dims, shape, strict=True):
+            if self.size.setdefault(dim, size) != size:
+                said = f"{dim} = {self.size[dim]} as in {self._said_by[dim]}"
+                self.refuse(f"{name} has shape {shape}", f"{wanted} with {said}", f"Check how {name} and {self._said_by[dim]} were made")
+            self._said_by.setdefault(dim, name)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that references compute in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def bounds(cu_seqlens: torch.Tensor, rows: int) -> list[tuple[int, int]]:
+    """First row and end of every packed sequence, read once. For references and costs: a CUDA tensor is waited for.
+
+    Raises:
+        KernelError: offsets that do not start at 0, fall, or pass the last row.
+    """
+    offsets = cu_seqlens.tolist()
+    pairs = list(pairwise(offsets))
+    if offsets[0] != 0 or offsets[-1] > rows or any(end < start for start, end in pairs):
+        raise KernelError(
+            got=f"cu_seqlens {offsets if len(offsets) <= 8 else [*offsets[:4], '…', *offsets[-3:]]} for {rows} rows",
+            expected=f"offsets that start at 0, never fall, and end at {rows} or before",
+            remedy="Build them as the cumulative sum of the lengths, with a leading 0",
+        )
+    return pairs
+
+
+def zeros_from(rows: torch.Tensor) -> torch.Tensor:
+    """Zeros for rows that are padding, whatever these hold. Made from them, so that a batch without a frame has a backward."""
+    return rows.masked_fill(torch.ones((), dtype=torch.bool, device=rows.device), 0)
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the elements of these tensors, whatever their strides."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

@@ -1,0 +1,123 @@
+"""The gated depthwise convolution against loops, torch's own layers, and transformers' padding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from granite_kernels import KernelError, depthwise_conv
+from granite_kernels.depthwise_conv import depthwise_conv_cost
+
+
+def draw(frames: int, channels: int = 6, kernel_size: int = 5, dtype=torch.float64, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(frames, 2 * channels, generator=generator).to(dtype)
+    weight = torch.randn(channels, kernel_size, generator=generator).to(dtype)
+    scale, shift = torch.randn(2, channels, generator=generator).to(torch.promote_types(dtype, torch.float32))
+    return x, weight, scale, shift
+
+
+def offsets(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 15])
+def test_it_is_the_formula(kernel_size: int):
+    x, weight, scale, shift = draw(7, 3, kernel_size)
+    value, gate = x[:, :3], x[:, 3:]
+    hidden = value / (1 + torch.exp(-gate))
+    y = torch.zeros(7, 3, dtype=torch.float64)
+    for t in range(7):
+        for tap in range(kernel_size):
+            source = t + tap - kernel_size // 2
+            if 0 <= source < 7:
+                y[t] += weight[:, tap] * hidden[source]
+    torch.testing.assert_close(depthwise_conv(x, weight, None, None, offsets(7)), y, rtol=1e-12, atol=1e-12)
+    z = scale * y + shift
+    expected = z / (1 + torch.exp(-z))
+    torch.testing.assert_close(depthwise_conv(x, weight, scale, shift, offsets(7)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel_size", [4, 15, 31])
+@pytest.mark.parametrize("frames", [1, 14, 40])
+def test_it_is_torchs_layers_on_one_clip(frames: int, kernel_size: int):
+    x, weight, _, _ = draw(frames, 6, kernel_size)
+    norm = torch.nn.BatchNorm1d(6).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
+        tensor.copy_(torch.randn(6, generator=generator))
+    norm.running_var.copy_(torch.rand(6, generator=generator) + 0.5)
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    channels_first = F.pad(F.glu(x.T[None], dim=1), (kernel_size // 2, kernel_size // 2 - (kernel_size + 1) % 2))
+    expected = F.silu(norm(F.conv1d(channels_first, weight[:, None], groups=6)))[0].T
+    torch.testing.assert_close(depthwise_conv(x, weight, scale, shift, offsets(frames)), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel_size", [4, 7])
+def test_it_pads_as_transformers_does(kernel_size: int):
+    transformers = pytest.importorskip("transformers.models.granite_speech.modeling_granite_speech")
+    x, weight, _, _ = draw(12, 6, kernel_size)
+    module = transformers.GraniteSpeechConformerDepthWiseConv1d(6, 6, kernel_size).double()
+    with torch.no_grad():
+        module.conv.weight.copy_(weight[:, None])
+        expected = module(F.glu(x.T[None], dim=1))[0].T
+    torch.testing.assert_close(depthwise_conv(x, weight, None, None, offsets(12)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_clip_gets_the_same_bits_in_every_batch(dtype: torch.dtype):
+    x, weight, scale, shift = draw(50, 32, 15, dtype)
+    x[:10], x[30:40] = torch.nan, torch.inf
+    together = depthwise_conv(x, weight, scale, shift, offsets(10, 20, 10, 0, 10))
+    for start, length in ((10, 20), (40, 10)):
+        alone = depthwise_conv(x[start : start + length], weight, scale, shift, offsets(length))
+        assert alone.isfinite().all()
+        assert torch.equal(together[start : start + length], alone)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 4])
+def test_gradients_are_those_of_the_function(kernel_size: int):
+    inputs = [tensor.requires_grad_() for tensor in draw(7, 3, kernel_size)]
+    assert torch.autograd.gradcheck(lambda *given: depthwise_conv(*given, offsets(2, 0, 4)), inputs)
+    assert torch.autograd.gradcheck(lambda x, weight: depthwise_conv(x, weight, None, None, offsets(2, 0, 4)), inputs[:2])
+
+
+def test_poisoned_padding_reaches_no_gradient():
+    x, weight, scale, shift = (tensor.requires_grad_() for tensor in draw(9))
+    with torch.no_grad():
+        x[5:] = torch.nan
+    depthwise_conv(x, weight, scale, shift, offsets(5)).square().sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (x, weight, scale, shift))
+    assert not x.grad[5:].any()
+
+
+def test_a_batch_without_a_frame_has_a_backward():
+    x, weight, scale, shift = (tensor.requires_grad_() for tensor in draw(3))
+    depthwise_conv(x, weight, scale, shift, offsets(0)).sum().backward()
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(6, 13)}, r"x has 13 columns for 6 channels of weight; expected 12"),
+        ({"weight": torch.zeros(6, 0)}, r"kernel_size 0; expected at least 1"),
+        ({"shift": None}, r"scale without shift; expected both or neither"),
+        ({"scale": None}, r"shift without scale; expected both or neither"),
+        ({"scale": torch.zeros(5)}, r"scale has shape \(5,\); expected \(channels\) with channels = 6 as in weight"),
+        ({"scale": torch.zeros(6).half()}, r"scale has dtype torch.float16; expected torch.float32"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, r"cu_seqlens is empty"),
+        ({"cu_seqlens": offsets(4, 3)}, r"cu_seqlens \[0, 4, 7\] for 6 rows; expected offsets"),
+    ],
+)
+def test_wrong_arguments_are_refused(change: dict, message: str):
+    right = {**dict(zip(("x", "weight", "scale", "shift"), draw(6, dtype=torch.float32), strict=True)), "cu_seqlens": offsets(6)}
+    depthwise_conv(**right)
+    with pytest.raises(KernelError, match=message):
+        depthwise_conv(**{**right, **change})
+
+
+def test_cost_is_what_a_count_by_hand_gives():
+    x, weight, scale, shift = draw(8, 6, 5, torch.bfloat16)
+    cost = depthwise_conv_cost(x, weight, scale, shift, offsets(3, 4))
+    assert cost.flops == 7 * 6 * 5 * 2
+    assert cost.bytes == 2 * (7 * 12 + 8 * 6 + 6 * 5) + 2 * 6 * 4 + 3 * 4
