@@ -1,0 +1,103 @@
+"""Names of weights: every spelling that is on disk or in memory somewhere, and the one spelling used here.
+
+The released folders' names are the canonical ones, and the names of the modules of this package:
+
+    encoder.*                                        the conformer
+    projector.*                                      the Q-Former
+    language_model.model.{embed_tokens,layers,norm}  the Granite decoder
+    language_model.lm_head.weight                    its head, where it is not tied to the embedding
+    <path of a linear layer>.lora_A.weight           (rank, in_features), and .lora_B.weight, (out_features, rank)
+
+Versions of transformers and peft have written others:
+
+    model.encoder.*, model.language_model.layers.*, lm_head.weight   the state dict of transformers 5.10 and later
+    language_model.layers.*                                          the state dict of its GraniteSpeechModel
+    language_model.model.model.layers.*                              a folder saved by 5.17 from a model built from its config
+    *.base_layer.weight, *.lora_A.<adapter>.weight                   a folder saved while a peft adapter was attached
+    base_model.model.<any of these>                                  peft's adapter files, and whole folders that 5.17 saved
+                                                                     after loading a folder with an adapter
+    language_base_model.model.model.model[.model].layers.*           the same, where the adapter file was a newer one
+
+A name is recognised by its anchor (`encoder`, `projector`, `language_model`, `lm_head`), and the `model.` in front of and
+behind the anchor are counted for nothing. That is safe because no module of the family below an anchor is called `model`,
+and it needs no guess about which program wrote the file. Two names that meet in one canonical name are an error, so a file
+that mixes spellings cannot load half of each.
+"""
+
+import re
+from collections.abc import Iterable
+
+from granite_speech.errors import CheckpointError
+
+__all__ = ["EMBEDDING", "HEAD", "canonical", "canonical_keys", "is_lora", "is_optional"]
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
+
+_WRAPPERS = re.compile(r"^(?:base_model\.)?(?:model\.)*")
+_LANGUAGE_MODEL = re.compile(r"^language_(?:base_)?model\.(?:model\.)*")
+_LORA = re.compile(r"\.lora_([AB])(?:\.[^.]+)?\.weight$")
+# Constants that some versions stored; each is recomputed from the configuration.
+_RECOMPUTED = re.compile(r"(?:^|\.)(?:attention_dists|position_ids|rotary_emb\.(?:original_)?inv_freq)$")
+
+
+def canonical(key: str) -> str | None:
+    """The canonical name of one weight.
+
+    Args:
+        key: a name from a file or a state dict, in any of the spellings above.
+
+    Returns:
+        The canonical name; None for a constant that is recomputed and never loaded; the name itself where nothing is
+        recognised, so that whoever compares names can report it. Applying the function twice changes nothing.
+    """
+    if _RECOMPUTED.search(key):
+        return None
+    name = _WRAPPERS.sub("", key.replace(".base_layer.", "."))
+    inside = _LANGUAGE_MODEL.sub("", name)
+    if inside.startswith("lm_head."):
+        name = f"language_model.{inside}"
+    elif inside != name:
+        name = f"language_model.model.{inside}"
+    elif not name.startswith(("encoder.", "projector.")):
+        return key
+    return _LORA.sub(r".lora_\1.weight", name)
+
+
+def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Canonical names for all weights of one file set or state dict.
+
+    Args:
+        keys: the names as they are spelled there.
+
+    Returns:
+        Given name → canonical name, in the given order, without the constants that are recomputed.
+
+    Raises:
+        CheckpointError: two names mean the same weight, as in a file with two adapters or two spellings.
+    """
+    names: dict[str, str] = {}
+    given_by_canonical: dict[str, str] = {}
+    for key in keys:
+        name = canonical(key)
+        if name is None:
+            continue
+        first = given_by_canonical.setdefault(name, key)
+        if first != key:
+            raise CheckpointError(
+                got=f"{first!r} and {key!r} both name the weight {name!r}",
+                expected="each weight once, and at most one adapter",
+                remedy="Save the model again with one adapter, or remove one of the two from the file",
+            )
+        names[key] = name
+    return names
+
+
+def is_lora(key: str) -> bool:
+    """Whether a name, canonical or not, is one of the two matrices of a LoRA adapter."""
+    return _LORA.search(key) is not None
+
+
+def is_optional(key: str) -> bool:
+    """Whether a weight may be absent from a file: BatchNorm's step counter, which inference never reads, starts at 0."""
+    return key.endswith(".num_batches_tracked")
