@@ -1,6 +1,6 @@
 """A small checkpoint with random weights, an adapter and a tokenizer: every part of a real one, and words that mean nothing.
 
-    python -m tests.random_checkpoint FOLDER
+python -m tests.random_checkpoint FOLDER
 """
 
 import sys
