@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench model` measures, `python -m bench report` prints what was measured."""

@@ -1,0 +1,106 @@
+"""The released encoder's shape beside transformers', on one clip and on a batch of unequal clips.
+
+The two take turns in one process with the same weights and threads, and a result counts only if the outputs agree. On a CPU
+the encoder is bound by its matrix products; how fast the machine multiplies such matrices is measured in the same rounds.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import results
+from granite_speech import GraniteSpeechCTCEncoder, GraniteSpeechEncoderConfig
+
+__all__ = ["run"]
+
+FRAMES_A_SECOND = 50
+CLIP_SECONDS = (3, 6, 9, 12, 18, 21, 27, 30)
+TOLERANCE = 1e-4
+
+
+def run(*, layers: int, rounds: int, threads: int | None, out: Path) -> str:
+    """Measure, write the result file, and return its table."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    ours, reference = _encoders(layers)
+    lengths = [seconds * FRAMES_A_SECOND for seconds in CLIP_SECONDS]
+    batch = torch.randn(len(lengths), max(lengths), ours.config.input_dim)
+    lone = batch[-1:]
+    with torch.inference_mode():
+        _check_agreement(ours, reference, batch, lengths)
+        measurements = [
+            _measure(f"one clip of {CLIP_SECONDS[-1]} s", ours, reference, lone, [lengths[-1]], rounds),
+            _measure(f"{len(lengths)} clips of {CLIP_SECONDS[0]} to {CLIP_SECONDS[-1]} s", ours, reference, batch, lengths, rounds),
+        ]
+    shape = {"layers": layers, "hidden_dim": ours.config.hidden_dim, "clip_seconds": list(CLIP_SECONDS), "dtype": "float32"}
+    result = {"kind": "encoder", "run": results.describe_run(), "shape": shape, "rounds": rounds, "measurements": measurements}
+    file = results.write(out, "encoder", result)
+    return f"{results.table(result)}\n\n{file}"
+
+
+def _encoders(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    from transformers import GraniteSpeechEncoderConfig as ReferenceConfig
+    from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechCTCEncoder as Reference
+
+    torch.manual_seed(0)
+    shape = {"num_layers": layers, "output_dim": 348}
+    reference = Reference(ReferenceConfig(**shape)).eval()
+    ours = GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(**shape)).eval()
+    ours.load_state_dict(reference.state_dict())
+    return ours, reference
+
+
+def _check_agreement(ours: torch.nn.Module, reference: torch.nn.Module, batch: torch.Tensor, lengths: list[int]) -> None:
+    """Each clip of the packed batch against transformers' encoder on that clip alone: two short clips and the longest."""
+    packed = ours(batch, lengths).last_hidden_state
+    for clip in (0, 1, len(lengths) - 1):
+        alone = reference(batch[clip : clip + 1, : lengths[clip]]).last_hidden_state
+        error = float((packed[clip, : lengths[clip]] - alone[0]).abs().max() / alone.abs().max())
+        if error > TOLERANCE:
+            raise SystemExit(f"clip {clip} differs from transformers by {error:.1e} (allowed {TOLERANCE:.0e}): nothing is measured")
+
+
+def _measure(
+    what: str, ours: torch.nn.Module, reference: torch.nn.Module, batch: torch.Tensor, lengths: list[int], rounds: int
+) -> dict[str, float | str]:
+    seconds, reference_seconds, multiply_seconds = [], [], []
+    flops = _matmul_flops(ours, sum(lengths))
+    frames, weight = torch.randn(sum(lengths), 1024), torch.randn(4096, 1024)
+    for number in range(rounds + 1):
+        timed = [
+            _time(lambda: ours(batch, lengths)),
+            _time(lambda: reference(batch)),
+            min(_time(lambda: torch.nn.functional.linear(frames, weight)) for _ in range(5)),
+        ]
+        if number > 0:  # the first round finds memory and code cold
+            for series, one in zip((seconds, reference_seconds, multiply_seconds), timed, strict=True):
+                series.append(one)
+    rate = 2 * frames.shape[0] * weight.numel() / statistics.median(multiply_seconds)
+    ratios = [theirs / mine for mine, theirs in zip(seconds, reference_seconds, strict=True)]
+    return {
+        "what": what,
+        "audio_seconds": sum(lengths) / FRAMES_A_SECOND,
+        "seconds": statistics.median(seconds),
+        "reference_seconds": statistics.median(reference_seconds),
+        "ratio": statistics.median(ratios),
+        "ratios": [round(one, 4) for one in ratios],
+        "matmul_flops": flops,
+        "machine_matmul_flops_a_second": rate,
+        "matmul_share": flops / statistics.median(seconds) / rate,
+    }
+
+
+def _matmul_flops(encoder: torch.nn.Module, frames: int) -> float:
+    """Floating-point operations of the projections, two for each multiply and add; attention and convolution not counted."""
+    weights = sum(one.numel() for name, one in encoder.named_parameters() if one.dim() > 1 and not name.endswith("rel_pos_emb.weight"))
+    depthwise = sum(one.numel() for name, one in encoder.named_parameters() if "depth_conv" in name)
+    return 2.0 * frames * (weights - depthwise)
+
+
+def _time(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

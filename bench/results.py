@@ -1,0 +1,83 @@
+"""Result files: one JSON a run, named by what ran, machine, date and commit; and the tables drawn from them."""
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FOLDER", "describe_run", "report", "write"]
+
+FOLDER = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "torchaudio", "triton", "transformers", "numpy")
+
+
+def describe_run() -> dict[str, Any]:
+    """Where and with what a run happens: commit, machine, versions, threads."""
+    import torch
+
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "machine": _processor(),
+        "cores": torch.multiprocessing.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(("git", *arguments), cwd=FOLDER.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write(folder: Path, kind: str, result: dict[str, Any]) -> Path:
+    """Write one run; the name tells kind, machine, day and commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = result["run"]
+    machine = "-".join(run["machine"].lower().split()).replace("/", "-")
+    file = folder / f"{kind}-{machine}-{run['date'][:10]}-{run['commit'][:8] or 'uncommitted'}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    return file
+
+
+def report() -> str:
+    """Markdown of the newest run of each kind and machine."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in FOLDER.glob("*.json"):
+        result = json.loads(file.read_text())
+        key = (result["kind"], result["run"]["machine"])
+        if key not in newest or newest[key]["run"]["date"] < result["run"]["date"]:
+            newest[key] = result
+    return "\n\n".join(table(newest[key]) for key in sorted(newest))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of one run."""
+    run = result["run"]
+    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
+    head = f"{run['machine']}, {run['threads']} threads, {versions}, commit {run['commit'][:8]}, median of {result['rounds']}:"
+    rows = ["| what | here, s | transformers, s | ratio | share of the matmul rate |", "|---|---|---|---|---|"]
+    for one in result["measurements"]:
+        row = (
+            one["what"],
+            f"{one['seconds']:.2f}",
+            f"{one['reference_seconds']:.2f}",
+            f"{one['ratio']:.2f}x",
+            f"{one['matmul_share']:.0%}",
+        )
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join([head, "", *rows])
