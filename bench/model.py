@@ -70,13 +70,12 @@ def _measure(
     flops = _matmul_flops(ours, sum(lengths))
     frames, weight = torch.randn(sum(lengths), 1024), torch.randn(4096, 1024)
     for number in range(rounds + 1):
-        timed = [
-            _time(lambda: ours(batch, lengths)),
-            _time(lambda: reference(batch)),
-            min(_time(lambda: torch.nn.functional.linear(frames, weight)) for _ in range(5)),
-        ]
-        if number > 0:  # the first round finds memory and code cold
-            for series, one in zip((seconds, reference_seconds, multiply_seconds), timed, strict=True):
+        turns = [(seconds, lambda: ours(batch, lengths)), (reference_seconds, lambda: reference(batch))]
+        turns.append((multiply_seconds, lambda: torch.nn.functional.linear(frames, weight)))
+        # Turn about, so that neither always finds what the other has left in the caches and the allocator.
+        for series, call in turns if number % 2 else reversed(turns):
+            one = _time(call)
+            if number > 0:  # the first round finds memory and code cold
                 series.append(one)
     rate = 2 * frames.shape[0] * weight.numel() / statistics.median(multiply_seconds)
     ratios = [theirs / mine for mine, theirs in zip(seconds, reference_seconds, strict=True)]

@@ -30,7 +30,9 @@ class GraniteSpeechConformerFeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(F.silu(self.up_proj(self.pre_norm(x))))
+        hidden = self.up_proj(self.pre_norm(x))
+        # In place where no gradient needs the input: the widest tensor of the encoder is not allocated twice.
+        hidden = self.dropout(F.silu(hidden, inplace=not hidden.requires_grad))
         return self.dropout(self.down_proj(hidden))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, nbytes, zeros_from
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes
 
 
 def block_attention(
@@ -90,8 +90,7 @@ def block_attention_reference(
         blocks = (tensor[first:end].unflatten(0, (-1, length)).transpose(1, 2) for tensor in (q, k, v))
         pieces.append(_attend(*blocks, rel_pos_emb, scale).transpose(1, 2).flatten(0, 1))
     total = clips[-1][1] if clips else 0
-    pieces.append(zeros_from(q[total:]))
-    return torch.cat(pieces).to(dtype)
+    return join(pieces, q[total:]).to(dtype)
 
 
 def _runs(clips: list[tuple[int, int]], context_size: int) -> Iterator[tuple[int, int, int]]:

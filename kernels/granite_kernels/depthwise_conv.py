@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, nbytes, zeros_from
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes
 
 
 def depthwise_conv(
@@ -81,7 +81,11 @@ def depthwise_conv_reference(
     frames, (channels, kernel_size) = x.shape[0], weight.shape
     dtype = accumulator(x.dtype)
     # Two dimensions, one of them of size 1: a channels-last image is a view of (frames, channels), with no transposed copy.
-    taps = weight.to(dtype)[:, None, :, None]
+    # The normalisation is linear, so it goes into the taps and the bias.
+    taps, bias = weight.to(dtype), None
+    if scale is not None:
+        taps, bias = taps * scale.to(dtype)[:, None], shift.to(dtype)
+    taps = taps[:, None, :, None]
     clips = bounds(cu_seqlens, frames)
     pieces = []
     for first, end in clips:
@@ -89,11 +93,10 @@ def depthwise_conv_reference(
             continue
         gated = F.glu(x[first:end].to(dtype), dim=1)
         # Padded alike on both sides; an even kernel then has one frame too many at the end.
-        y = F.conv2d(gated.T[None, :, :, None], taps, padding=(kernel_size // 2, 0), groups=channels)[0, :, : end - first, 0].T
-        pieces.append(y if scale is None else F.silu(torch.addcmul(shift.to(dtype), y, scale.to(dtype))))
+        y = F.conv2d(gated.T[None, :, :, None], taps, bias, padding=(kernel_size // 2, 0), groups=channels)[0, :, : end - first, 0].T
+        pieces.append(y if scale is None else F.silu(y, inplace=not y.requires_grad))
     total = clips[-1][1] if clips else 0
-    pieces.append(zeros_from(x[total:, :channels].to(dtype)))
-    return torch.cat(pieces).to(x.dtype)
+    return join(pieces, x[total:, :channels].to(dtype)).to(x.dtype)
 
 
 def depthwise_conv_cost(

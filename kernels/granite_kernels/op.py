@@ -215,9 +215,14 @@ def bounds(cu_seqlens: torch.Tensor, rows: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def zeros_from(rows: torch.Tensor) -> torch.Tensor:
-    """Zeros for rows that are padding, whatever these hold. Made from them, so that a batch without a frame has a backward."""
-    return rows.masked_fill(torch.ones((), dtype=torch.bool, device=rows.device), 0)
+def join(pieces: list[torch.Tensor], padding: torch.Tensor) -> torch.Tensor:
+    """Pieces of a packed result one behind the other, and zeros for the rows that are padding, whatever these hold.
+
+    The zeros are made from those rows, so that a batch without a frame has a backward; a lone piece is not copied.
+    """
+    if len(pieces) == 1 and padding.shape[0] == 0:
+        return pieces[0]
+    return torch.cat([*pieces, padding.masked_fill(torch.ones((), dtype=torch.bool, device=padding.device), 0)])
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:
