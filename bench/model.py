@@ -68,7 +68,8 @@ def _measure(
 ) -> dict[str, float | str]:
     seconds, reference_seconds, multiply_seconds = [], [], []
     flops = _matmul_flops(ours, sum(lengths))
-    frames, weight = torch.randn(sum(lengths), 1024), torch.randn(4096, 1024)
+    weight = ours.layers[0].ff1.up_proj.weight
+    frames = torch.randn(sum(lengths), weight.shape[1])
     for number in range(rounds + 1):
         turns = [(seconds, lambda: ours(batch, lengths)), (reference_seconds, lambda: reference(batch))]
         turns.append((multiply_seconds, lambda: torch.nn.functional.linear(frames, weight)))

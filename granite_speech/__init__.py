@@ -6,6 +6,8 @@ The names and arguments are transformers'; neither transformers nor peft is need
 used, so that importing the package costs next to nothing.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -60,6 +62,39 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
     from granite_speech.processor import GraniteSpeechProcessor as GraniteSpeechProcessor
+
+
+def _warn_of_ibms_package() -> None:
+    """Say so where IBM's own distribution `granite-speech`, which installs this import name too, is in the environment.
+
+    The folders are listed before importlib.metadata is asked: importing that takes longer than all the rest of this file.
+    """
+    for folder in sys.path:
+        try:
+            names = os.listdir(folder or os.curdir)
+        except OSError:  # a zip file, or a folder that is not there
+            continue
+        if any(name.lower().startswith(("granite_speech-", "granite-speech-")) for name in names):
+            break
+    else:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+    from warnings import warn
+
+    try:
+        theirs = version("granite-speech")
+    except PackageNotFoundError:
+        return
+    warn(
+        f"IBM's distribution granite-speech {theirs} is installed beside granite-speech-triton, and both install the import package "
+        f"granite_speech: whichever came last has overwritten files of the other, and removing one breaks the other. Uninstall both "
+        "(pip uninstall granite-speech granite-speech-triton) and install the one you want again.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+_warn_of_ibms_package()
 
 
 def __getattr__(name: str):

@@ -10,7 +10,7 @@ LoRA: Hu et al., arXiv 2106.09685. Scaling, patterns and rank-stabilised scaling
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +86,14 @@ class AdapterConfig:
                 remedy="Merge the adapter into the weights with peft and load the merged folder",
             )
         r, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
-        ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
-        if not all(isinstance(one, int) and 0 < one <= 1 << 16 for one in (r, *ranks.values())):
-            _refuse_number("r or rank_pattern", (r, ranks), "integers from 1 to 65536")
-        if not all(isinstance(one, int | float) and math.isfinite(one) for one in (alpha, *alphas.values())):
-            _refuse_number("lora_alpha or alpha_pattern", (alpha, alphas), "finite numbers")
-        dropout = raw.get("lora_dropout") or 0.0
+        ranks, alphas = (_pattern_table(name, raw.get(name)) for name in ("rank_pattern", "alpha_pattern"))
+        dropout = 0.0 if raw.get("lora_dropout") is None else raw["lora_dropout"]
+        if not all(type(one) is int and 0 < one <= 1 << 16 for one in (r, *ranks.values())):
+            _refuse_value("r or rank_pattern", (r, ranks), "integers from 1 to 65536")
+        if not all(type(one) in (int, float) and abs(one) <= 1e9 for one in (alpha, *alphas.values())):
+            _refuse_value("lora_alpha or alpha_pattern", (alpha, alphas), "numbers of at most 1e9 in size")
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+            _refuse_value("lora_dropout", dropout, "a number from 0 to below 1")
         return cls(r, alpha, ranks, alphas, bool(raw.get("use_rslora")), dropout, raw)
 
     @classmethod
@@ -111,11 +113,27 @@ class AdapterConfig:
 
     @staticmethod
     def _pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-        # A pattern stands for the end of a path, as peft reads it; the first that fits decides.
-        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+        # A pattern stands for the end of a path, as peft reads it, or with ^ for a whole one; the first that fits decides. The path
+        # is of the model that peft trained, which has one name up to transformers 5.9 and another from 5.10 on.
+        paths = (module, "model." + module.replace("language_model.model.", "language_model.", 1))
+        fits = (value for pattern, value in patterns.items() if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths))
+        return next(fits, default)
 
 
-def _refuse_number(name: str, value: Any, expected: str) -> None:
+def _pattern_table(name: str, value: Any) -> dict[str, Any]:
+    """A table whose keys are regular expressions; empty where the file has none."""
+    table = {} if value is None else value
+    if not isinstance(table, dict):
+        _refuse_value(name, table, "an object of regular expressions and numbers")
+    for pattern in table:
+        try:
+            re.compile(pattern)
+        except re.error:
+            _refuse_value(name, pattern, "regular expressions")
+    return table
+
+
+def _refuse_value(name: str, value: Any, expected: str) -> NoReturn:
     raise CheckpointError(
         got=f"adapter_config.json with {name} = {value!r:.100}", expected=expected, remedy="Save the adapter again with peft"
     )
@@ -144,6 +162,7 @@ class LoraLinear(nn.Linear):
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, **where)
         nn.init.zeros_(self.lora_B.weight)
         self.scaling, self.lora_dropout = scaling, dropout
+        self._scaling_tensor = None
 
     def forward(self, x: Tensor, adapter_index: Tensor | None = None) -> Tensor:
         """`(..., in_features)` → `(..., out_features)`.
@@ -170,8 +189,10 @@ class LoraLinear(nn.Linear):
 
     def _scaling_on(self, device: torch.device) -> Tensor:
         # Kept outside the buffers: it is no part of a checkpoint, and a new tensor at each call would be a kernel launch.
-        if self._scaling_tensor is None or self._scaling_tensor.device != device:
-            self._scaling_tensor = torch.tensor([self.scaling], dtype=torch.float32, device=device)
+        cached, dtype = self._scaling_tensor, torch.promote_types(self.weight.dtype, torch.float32)
+        if cached is None or cached.device != device or cached.dtype != dtype:
+            with torch.inference_mode(False):  # else a first call in inference mode would leave one that no backward can use
+                self._scaling_tensor = torch.tensor([self.scaling], dtype=dtype, device=device)
         return self._scaling_tensor
 
     @torch.no_grad()
@@ -179,8 +200,9 @@ class LoraLinear(nn.Linear):
         """Add the adapter's product to the weight, for all rows, and remove the adapter."""
         if self.lora_A is None:
             return
-        product = self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
-        self.weight.copy_((self.weight.float() + product).to(self.weight.dtype))
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        product = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide) * self.scaling
+        self.weight.copy_((self.weight.to(wide) + product).to(self.weight.dtype))
         self.lora_A = self.lora_B = self._scaling_tensor = None
         self.scaling = self.lora_dropout = 0.0
 

@@ -350,10 +350,12 @@ def _write(folder: Path, weights: dict[str, dict[str, torch.Tensor]], documents:
         folder.mkdir(parents=True, exist_ok=True)
         # In the folder itself: a rename is only atomic within one file system.
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
-            for name, tensors in weights.items():
-                save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, Path(staging, name), {"format": "pt"})
             for name, content in documents.items():
                 Path(staging, name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            for name, tensors in weights.items():
+                save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, Path(staging, name), {"format": "pt"})
+                # safetensors lets the owner alone read what it writes; weights are as readable as the configuration.
+                Path(staging, name).chmod(Path(staging, _CONFIG).stat().st_mode)
             for name in (*weights, *documents):
                 Path(staging, name).replace(folder / name)
         earlier = {path.name for path in folder.glob("model-*-of-*.safetensors")} | {_MODEL, _INDEX, _ADAPTER, _ADAPTER_CONFIG}

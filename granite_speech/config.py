@@ -7,7 +7,6 @@ model can be built from raises `ConfigError` before anything is allocated.
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -40,7 +39,8 @@ def _integer(low: int, high: int) -> Callable[[Any], str | None]:
 
 def _number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # Infinities and NaN fall outside any limits; math.isfinite would overflow on a very large integer.
+        right = isinstance(value, int | float) and not isinstance(value, bool)
         right = right and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
         return None if right else f"a finite number {'above' if open_low else 'from'} {low:g} {'below' if open_high else 'to'} {high:g}"
 
@@ -53,6 +53,14 @@ def _boolean(value: Any) -> str | None:
 
 def _activation(value: Any) -> str | None:
     return None if value in ACTIVATIONS else f"one of {', '.join(ACTIVATIONS)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error quotes it: cut short, and by its type where Python does not print it (integers of thousands of digits)."""
+    try:
+        return f"{value!r:.100}"
+    except ValueError:
+        return f"a very long {type(value).__name__}"
 
 
 def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
@@ -75,17 +83,18 @@ class _Config:
     """What the configurations share: keyword construction, checks, unknown keys, dictionaries and files."""
 
     model_type: ClassVar[str]
+    earlier_model_types: ClassVar[tuple[str, ...]] = ()  # read, and never written
     attribute_map: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, /, *args: Any, **kwargs: Any):
         names = [one.name for one in fields(self)]
         if len(args) > len(names):
             raise TypeError(f"{type(self).__name__} takes at most {len(names)} positional values, got {len(args)}")
         given = dict(zip(names, args, strict=False)) | {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
         model_type = given.pop("model_type", self.model_type)
-        if model_type != self.model_type:
+        if model_type not in (self.model_type, *self.earlier_model_types):
             raise ConfigError(
-                got=f"model_type {model_type!r} for {type(self).__name__}",
+                got=f"model_type {_shown(model_type)} for {type(self).__name__}",
                 expected=f"{self.model_type!r}",
                 remedy="Use the configuration class of that model type, or correct config.json",
             )
@@ -112,7 +121,7 @@ class _Config:
 
     def _refuse(self, name: str, expected: str, remedy: str = "") -> None:
         raise ConfigError(
-            got=f"{type(self).__name__}.{name} = {getattr(self, name)!r:.100}",
+            got=f"{type(self).__name__}.{name} = {_shown(getattr(self, name))}",
             expected=expected,
             remedy=remedy or f"Correct {name!r} in config.json or in the call",
         )
@@ -224,6 +233,12 @@ class GraniteSpeechEncoderConfig(_Config):
     def _validate_together(self) -> None:
         if self.context_size > self.max_pos_emb:
             self._refuse("context_size", f"at most max_pos_emb = {self.max_pos_emb}, the largest distance that has an embedding")
+        layers = getattr(self, "cat_hidden_layers", None)
+        if layers is None:
+            return
+        inside = _integer(0, self.num_layers - 1)
+        if not isinstance(layers, list | tuple) or any(inside(one) for one in layers) or len(set(layers)) != len(layers):
+            self._refuse("cat_hidden_layers", f"a list of different layer numbers from 0 to {self.num_layers - 1}")
 
     @property
     def output_width(self) -> int:
@@ -239,16 +254,10 @@ class GraniteSpeechPlusEncoderConfig(GraniteSpeechEncoderConfig):
         cat_hidden_layers: block numbers counted from 1; 0 is the input projection's output.
     """
 
-    cat_hidden_layers: list[int] | None = None
+    model_type: ClassVar[str] = "granite_speech_plus_encoder"
+    earlier_model_types: ClassVar[tuple[str, ...]] = ("granite_speech_encoder",)
 
-    def _validate_together(self) -> None:
-        super()._validate_together()
-        layers = self.cat_hidden_layers
-        if layers is None:
-            return
-        inside = _integer(0, self.num_layers - 1)
-        if not isinstance(layers, list | tuple) or any(inside(one) for one in layers) or len(set(layers)) != len(layers):
-            self._refuse("cat_hidden_layers", f"a list of different layer numbers from 0 to {self.num_layers - 1}")
+    cat_hidden_layers: list[int] | None = None
 
 
 @dataclass(init=False, eq=False)
@@ -334,15 +343,15 @@ class GraniteConfig(_Config):
     residual_multiplier: float = _checked(1.0, _SCALAR)
     attention_multiplier: float = _checked(1.0, _SCALAR)
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, /, *args: Any, **kwargs: Any):
         # 4.x files: rope_theta beside an optional rope_scaling. One form from here on: rope_parameters.
-        scaling = kwargs.pop("rope_scaling", None)
         theta = kwargs.pop("rope_theta", 10000.0)
-        rope = kwargs.pop("rope_parameters", None) or scaling or {}
-        if not isinstance(rope, dict):
-            raise ConfigError(got=f"rope_parameters = {rope!r:.100}", expected="an object", remedy="Correct it in config.json")
-        rope = dict(rope)
-        rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+        given = {name: kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
+        for name, value in given.items():
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(got=f"GraniteConfig.{name} = {_shown(value)}", expected="an object", remedy="Correct it in config.json")
+        rope = dict(given["rope_parameters"] or given["rope_scaling"] or {})
+        rope.setdefault("rope_type", rope.pop("type", None) or "default")
         rope.setdefault("rope_theta", theta)
         super().__init__(*args, rope_parameters=rope, **kwargs)
 
@@ -359,7 +368,8 @@ class GraniteConfig(_Config):
         if given is None and self.hidden_size % self.num_attention_heads:
             self._refuse("hidden_size", f"a multiple of num_attention_heads = {self.num_attention_heads}, or a head_dim")
         if self.attention_head_dim % 2:
-            self._refuse("hidden_size", f"an even width for a head (here {self.attention_head_dim}): rotary embeddings turn pairs")
+            name = "hidden_size" if given is None else "head_dim"
+            self._refuse(name, f"an even width for a head (here {self.attention_head_dim}): rotary embeddings turn pairs")
         self._validate_rope()
         tokens = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         if any(_optional(_integer(-1, 1 << 40))(token) for token in tokens):
@@ -367,9 +377,11 @@ class GraniteConfig(_Config):
 
     def _validate_rope(self) -> None:
         rope = self.rope_parameters
+        if not isinstance(rope, dict) or not rope.keys() >= {"rope_type", "rope_theta"}:
+            self._refuse("rope_parameters", "an object with rope_type and rope_theta")
         if rope["rope_type"] not in ("default", "linear"):
             raise UnsupportedError(
-                got=f"rope_type {rope['rope_type']!r}",
+                got=f"rope_type {_shown(rope['rope_type'])}",
                 expected="'default' or 'linear', which are what Granite Speech uses",
                 remedy="Use transformers for this checkpoint, or ask for this kind of rotary scaling",
             )
@@ -437,7 +449,7 @@ class GraniteSpeechConfig(_Config):
         value = getattr(self, name)
         if value is None or isinstance(value, dict):
             return kind(**(value or {}))
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or value.model_type != kind.model_type:
             self._refuse(name, f"a {kind.__name__}, its dictionary, or None")
         return value
 
@@ -459,7 +471,9 @@ class GraniteSpeechPlusConfig(GraniteSpeechConfig):
     encoder_class: ClassVar[type[GraniteSpeechEncoderConfig]] = GraniteSpeechPlusEncoderConfig
 
 
-_KNOWN = {cls.model_type: cls for cls in (GraniteSpeechConfig, GraniteSpeechPlusConfig, GraniteSpeechEncoderConfig)}
+_WHOLE = (GraniteSpeechConfig, GraniteSpeechPlusConfig)
+_PARTS = (GraniteSpeechEncoderConfig, GraniteSpeechPlusEncoderConfig, Blip2QFormerConfig, GraniteConfig)
+_KNOWN = {cls.model_type: cls for cls in (*_WHOLE, *_PARTS)}
 _OTHER_FAMILIES = {
     "granite_speech_nar": "a non-autoregressive checkpoint (granite-speech-4.1-2b-nar)",
     "granite_speech5_ctc": "a TurboCTC checkpoint (granite-speech-5.0-470m-turboctc)",
@@ -474,21 +488,21 @@ def config_from_dict(values: dict[str, Any]) -> _Config:
         ConfigError: no `model_type`, or a value that no model can be built from.
     """
     model_type = values.get("model_type")
-    if "auto_map" in values:
+    name = model_type if isinstance(model_type, str) else ""
+    other = _OTHER_FAMILIES.get("granite_speech_nar" if "nar" in name.split("_") else name)
+    # Another family is named before its auto_map is refused: taking that out of the file would not help.
+    if "auto_map" in values and other is None:
         raise UnsupportedError(
-            got=f"a config.json with auto_map, which asks to run code from the checkpoint ({values['auto_map']!r:.100})",
+            got=f"a config.json with auto_map, which asks to run code from the checkpoint ({_shown(values['auto_map'])})",
             expected="a plain granite_speech checkpoint",
             remedy="Remove auto_map from config.json if the folder holds one; code from a checkpoint is never run",
         )
-    if model_type in _KNOWN:
-        return _KNOWN[model_type].from_dict(values)
+    if name in _KNOWN:
+        return _KNOWN[name].from_dict(values)
     if model_type is None:
         raise ConfigError(got="a config.json without model_type", expected="'granite_speech'", remedy="Check that the folder is a model's")
-    known = _OTHER_FAMILIES.get(model_type)
-    if known is None and "nar" in str(model_type).split("_"):
-        known = _OTHER_FAMILIES["granite_speech_nar"]
     raise UnsupportedError(
-        got=f"model_type {model_type!r}" + (f", {known}" if known else ""),
+        got=f"model_type {_shown(model_type)}" + (f", {other}" if other else ""),
         expected="'granite_speech' or 'granite_speech_plus'",
         remedy="Run this checkpoint with the code its model card names",
     )

@@ -8,6 +8,7 @@ self-conditioned CTC in the middle (Nozaki and Komatsu, arXiv 2104.02724). Names
 import torch
 import torch.nn.functional as F
 from granite_kernels import block_attention, depthwise_conv
+from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
 from granite_speech.adapter import LoraLinear
@@ -91,10 +92,11 @@ class GraniteSpeechConformerConvModule(nn.Module):
         return self.dropout(F.linear(x, self.down_conv.weight.squeeze(2), self.down_conv.bias))
 
     def folded_batch_norm(self) -> tuple[Tensor, Tensor]:
-        """Running BatchNorm as `scale * x + shift`, both `(channels,)` float32."""
+        """Running BatchNorm as `scale * x + shift`, both `(channels,)`; float32 at least."""
         norm = self.batch_norm
-        scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-        return scale, norm.bias.float() - norm.running_mean.float() * scale
+        wide = accumulator(norm.weight.dtype)
+        scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+        return scale, norm.bias.to(wide) - norm.running_mean.to(wide) * scale
 
 
 class GraniteSpeechConformerBlock(nn.Module):
@@ -182,5 +184,5 @@ class GraniteSpeechCTCEncoder(nn.Module):
         return torch.cat([*exported, x], dim=1) if exported else x
 
     def ctc_probabilities(self, x: Tensor) -> Tensor:
-        """Softmax of the CTC head, `(total_frames, output_dim)`; in float32, rounded to x's dtype."""
-        return F.softmax(self.out(x), dim=-1, dtype=torch.float32).to(x.dtype)
+        """Softmax of the CTC head, `(total_frames, output_dim)`; in float32 at least, rounded to x's dtype."""
+        return F.softmax(self.out(x), dim=-1, dtype=accumulator(x.dtype)).to(x.dtype)

@@ -19,7 +19,7 @@ _STEPS_BETWEEN_LOOKS = 8
 
 
 class Generation:
-    """`generate`, for a model with `_states`, `decoder`, `language_model` and `config`."""
+    """`generate`, for a model with `states`, `decoder`, `language_model` and `config`."""
 
     @torch.no_grad()
     def generate(
@@ -112,7 +112,7 @@ class Generation:
         batch = prompt["input_ids"].shape[0]
         cache = self.new_cache(batch)
         names = ("position_ids", "inputs_embeds", "use_cache", "output_attentions", "output_hidden_states", "cache_position")
-        states, rows, _ = self._states(**prompt, past_key_values=cache, **dict.fromkeys(names))
+        states, rows, _ = self.states(**prompt, past_key_values=cache, **dict.fromkeys(names))
         cache.reserve([length + steps for length in cache.lengths])
         states = states.index_select(0, rows.segments.cu_seqlens[1:] - 1)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from granite_kernels import paged_attention
+from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
 from granite_speech.activations import activation
@@ -43,7 +44,7 @@ class Tokens:
 
 
 class GraniteRMSNorm(nn.Module):
-    """`weight · x / sqrt(mean(x²) + eps)`; statistics in float32, rounded before the weight."""
+    """`weight · x / sqrt(mean(x²) + eps)`; statistics in float32 at least, rounded before the weight."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -51,7 +52,7 @@ class GraniteRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(accumulator(x.dtype))
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
     def extra_repr(self) -> str:

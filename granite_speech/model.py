@@ -6,266 +6,26 @@ are unpacked on the way out; what rows of a batch share is the weights alone. Th
 
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
+from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
-from granite_speech import adapter
 from granite_speech.cache import PagedCache
 from granite_speech.checkpoint import Checkpoint
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.encoder import GraniteSpeechCTCEncoder
-from granite_speech.errors import InputError, UnsupportedError
+from granite_speech.errors import InputError
 from granite_speech.generation import Generation
-from granite_speech.language_model import GraniteForCausalLM, GraniteModel, Tokens
+from granite_speech.language_model import GraniteForCausalLM, GraniteModel
 from granite_speech.layouts import HEAD, canonical_keys
-from granite_speech.outputs import BaseModelOutputWithPooling, GraniteSpeechCausalLMOutputWithPast, GraniteSpeechModelOutputWithPast
-from granite_speech.packing import Segments, pack_clips
+from granite_speech.outputs import GraniteSpeechCausalLMOutputWithPast, GraniteSpeechModelOutputWithPast
 from granite_speech.pretrained import Pretrained
 from granite_speech.projector import GraniteSpeechEncoderProjector
-from granite_speech.rows import Rows, pack_rows
+from granite_speech.states import SpeechToStates
 
 __all__ = ["GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"]
 
 Output = GraniteSpeechCausalLMOutputWithPast
-
-
-class _SpeechToStates(nn.Module):
-    """From token ids and audio features to the language model's last states: what the two public models share.
-
-    A subclass has `config`, `encoder`, `projector` and `decoder`, the language model without its head.
-    """
-
-    config: GraniteSpeechConfig
-    encoder: GraniteSpeechCTCEncoder
-    projector: GraniteSpeechEncoderProjector
-
-    @property
-    def decoder(self) -> GraniteModel:
-        raise NotImplementedError
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.decoder.embed_tokens.weight.dtype
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.decoder.embed_tokens
-
-    def num_parameters(self) -> int:
-        """Parameters, a tied one counted once."""
-        return sum(one.numel() for one in self.parameters())
-
-    def merge_adapter(self) -> None:
-        """Add the adapter to the weights and remove it. Requests without audio then have it too."""
-        adapter.merge_adapter(self)
-
-    def get_audio_features(
-        self, input_features: Tensor, input_features_lengths: list[int] | Tensor | None = None, return_dict: bool = True
-    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """Audio vectors of a padded batch of clips.
-
-        Args:
-            input_features: `(clips, frames, input_dim)` log-mel features.
-            input_features_lengths: each clip's true number of frames; None: all have `frames`.
-
-        Returns:
-            `last_hidden_state` `(clips, frames, encoder width)` and `pooler_output` `(clips, audio tokens, text hidden size)`,
-            zero beyond a clip's own.
-        """
-        states, clips, vectors, tokens = self._hear(input_features, input_features_lengths)
-        padded = clips.pad(states, input_features.shape[1])
-        output = BaseModelOutputWithPooling(last_hidden_state=padded, pooler_output=tokens.pad(vectors, tokens.longest))
-        return output if return_dict else output.to_tuple()
-
-    def _hear(self, features: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tensor, Segments, Tensor, Segments]:
-        """Encoder states and audio vectors, both packed, each with where the clips lie."""
-        if not isinstance(features, Tensor) or features.device != self.device:
-            got = f"input_features on {features.device}" if isinstance(features, Tensor) else f"input_features of {type(features).__name__}"
-            raise InputError(got=got, expected=f"a tensor on {self.device}, as the model", remedy="Move the processor's result with .to()")
-        frames, clips = pack_clips(features.to(self.dtype), lengths)
-        if frames.shape[1] != self.config.encoder_config.input_dim:
-            raise InputError(
-                got=f"input_features of {frames.shape[1]} features a frame",
-                expected=f"{self.config.encoder_config.input_dim}",
-                remedy="Use the processor of this checkpoint",
-            )
-        states = self.encoder.encode(frames, clips)
-        return states, clips, *self.projector(states, clips)
-
-    def _states(
-        self,
-        input_ids: Tensor | None,
-        input_features: Tensor | None,
-        input_features_mask: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: PagedCache | None,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-        cache_position: Tensor | None,
-        input_features_lengths: list[int] | Tensor | None,
-    ) -> tuple[Tensor, Rows, GraniteSpeechModelOutputWithPast]:
-        """The forward pass up to the final norm: packed states, where their rows lie, and everything else for the caller."""
-        shape = self._check(input_ids, inputs_embeds, input_features, past_key_values, output_attentions)
-        cache = past_key_values
-        if cache is None and (self.config.text_config.use_cache if use_cache is None else use_cache):
-            cache = self.new_cache(shape[0])
-        _check_cache_position(cache_position, cache, shape[1])
-        rows = pack_rows(shape, self.device, attention_mask, position_ids, cache)
-
-        audio, vectors = None, None
-        if input_features is not None:
-            _, _, vectors, tokens = self._hear(input_features, input_features_lengths)
-            audio = tokens.pad(vectors, tokens.longest)
-            if input_features_mask is not None:
-                vectors = _masked(audio, tokens, input_features_mask, counted=input_features_lengths is not None)
-        if inputs_embeds is not None:
-            # Who embeds for himself has merged the audio in: the ids that would tell are not here.
-            embeddings, has_audio = rows.pack(inputs_embeds), [True] * shape[0]
-        else:
-            embeddings, has_audio = self._embed(input_ids, rows, vectors, continued=cache is not None and cache.get_seq_length() > 0)
-        if cache is not None:
-            has_audio = [now or before for now, before in zip(has_audio, cache.has_audio, strict=True)]
-            cache.has_audio = has_audio
-
-        tokens = Tokens(
-            segments=rows.segments,
-            positions=rows.positions.to(self.device),
-            adapter_index=self.adapter_index(has_audio, rows.segments),
-            step=None if cache is None else cache.begin(rows.segments),
-            attentions=[] if output_attentions else None,
-        )
-        collected = [] if output_hidden_states else None
-        states = self.decoder(embeddings, tokens, collected)
-        output = GraniteSpeechModelOutputWithPast(
-            past_key_values=cache,
-            hidden_states=None if collected is None else tuple(map(rows.pad, collected)),
-            attentions=None if tokens.attentions is None else tuple(map(rows.pad_weights, tokens.attentions)),
-            audio_hidden_states=audio,
-        )
-        return states, rows, output
-
-    def _check(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        input_features: Tensor | None,
-        past_key_values: PagedCache | None,
-        output_attentions: bool | None,
-    ) -> tuple[int, int]:
-        """Refuse what does not go together; `(batch, width)` of the tokens."""
-        if (input_ids is None) == (inputs_embeds is None):
-            both = "both" if input_ids is not None else "neither"
-            raise InputError(got=f"{both} of input_ids and inputs_embeds", expected="exactly one", remedy="Pass the one you have")
-        if inputs_embeds is not None and input_features is not None:
-            raise InputError(
-                got="inputs_embeds with input_features",
-                expected="features only beside input_ids, which say where they go",
-                remedy="Pass input_ids, or merge get_audio_features() into the embeddings yourself",
-            )
-        given, rank, name = (input_ids, 2, "input_ids") if inputs_embeds is None else (inputs_embeds, 3, "inputs_embeds")
-        right = given.dim() == rank and given.device == self.device
-        if not right or (rank == 2 and given.dtype not in (torch.int64, torch.int32)) or (rank == 3 and not given.is_floating_point()):
-            kind = "integers (batch, sequence)" if rank == 2 else "floats (batch, sequence, hidden)"
-            raise InputError(
-                got=f"{name} of shape {tuple(given.shape)}, {given.dtype}, on {given.device}",
-                expected=f"{kind} on {self.device}",
-                remedy="Use what the processor returns, moved with .to()",
-            )
-        if past_key_values is not None and not isinstance(past_key_values, PagedCache):
-            raise InputError(
-                got=f"past_key_values of {type(past_key_values).__module__}.{type(past_key_values).__qualname__}",
-                expected="the PagedCache that an earlier call of this model returned",
-                remedy="Start with past_key_values=None and pass on output.past_key_values",
-            )
-        if past_key_values is not None and len(past_key_values) != given.shape[0]:
-            raise InputError(
-                got=f"{given.shape[0]} rows for past_key_values of {len(past_key_values)}",
-                expected="the rows of the call that made the cache, in their order",
-                remedy="Pass the same batch, or no past_key_values",
-            )
-        if output_attentions and past_key_values is not None and past_key_values.get_seq_length():
-            raise UnsupportedError(
-                got="output_attentions=True with past_key_values",
-                expected="attention weights of a whole sequence",
-                remedy="Run the whole sequence in one call without past_key_values",
-            )
-        return given.shape[0], given.shape[1]
-
-    def embed_tokens(self, ids: Tensor) -> Tensor:
-        """Embeddings of token ids. An audio token that no audio vector replaces, as a model may emit one, counts as token 0."""
-        return self.decoder.embed_tokens(torch.where(ids == self.config.audio_token_index, 0, ids))
-
-    def _embed(self, input_ids: Tensor, rows: Rows, vectors: Tensor | None, continued: bool) -> tuple[Tensor, list[bool]]:
-        """Packed embeddings with the audio vectors in place, and which rows have audio."""
-        config = self.config
-        ids = input_ids.flatten().cpu()[rows.kept]
-        is_audio = ids == config.audio_token_index
-        outside = ids[~is_audio & ((ids < 0) | (ids >= config.text_config.vocab_size))]
-        if len(outside):
-            raise InputError(
-                got=f"token id {int(outside[0])}",
-                expected=f"ids from 0 to {config.text_config.vocab_size - 1}, or audio_token_index {config.audio_token_index}",
-                remedy="Use the processor of this checkpoint",
-            )
-        places = is_audio.nonzero().squeeze(1)
-        count = 0 if vectors is None else vectors.shape[0]
-        if len(places) != count and not (continued and vectors is None):
-            raise InputError(
-                got=f"{len(places)} audio tokens in input_ids and {count} audio vectors from input_features",
-                expected="as many of the one as of the other",
-                remedy="Let the processor make both, one <|audio|> in the text for each clip",
-            )
-        embeddings = self.embed_tokens(ids.to(self.device))
-        if count:
-            embeddings = embeddings.index_copy(0, places.to(self.device), vectors.to(embeddings.dtype))
-        return embeddings, [bool(one.any()) for one in is_audio.split(rows.segments.lengths)]
-
-    def new_cache(self, batch: int) -> PagedCache:
-        """An empty cache for a batch of so many rows."""
-        return PagedCache(self.config.text_config, batch, dtype=self.dtype, device=self.device)
-
-    def adapter_index(self, has_audio: list[bool], segments: Segments) -> Tensor | None:
-        """`(total,)` int32, 0 for the tokens of rows with audio and −1 for the others; None where all rows have it."""
-        if all(has_audio):
-            return None
-        of_rows = torch.tensor([0 if one else -1 for one in has_audio], dtype=torch.int32)
-        return of_rows.repeat_interleave(torch.tensor(segments.lengths)).to(self.device)
-
-
-def _check_cache_position(cache_position: Tensor | None, cache: PagedCache | None, width: int) -> None:
-    start = 0 if cache is None else cache.columns
-    if cache_position is not None and cache_position.tolist() != list(range(start, start + width)):
-        raise InputError(
-            got=f"cache_position {cache_position.tolist()!r:.100}",
-            expected=f"{start} to {start + width - 1}, which follow from past_key_values",
-            remedy="Leave it out",
-        )
-
-
-def _masked(audio: Tensor, tokens: Segments, mask: Tensor, *, counted: bool) -> Tensor:
-    """The audio vectors that `input_features_mask` keeps, `(kept, hidden)`.
-
-    Where the clips' lengths were given they say how many vectors each has, and the mask must agree.
-    """
-    kept = mask.to(audio.device, torch.bool)
-    right = kept.shape == audio.shape[:2]
-    if right and counted:
-        right = tuple(kept.sum(1).tolist()) == tokens.lengths
-    if not right:
-        each = f" with {list(tokens.lengths)} true values" if counted else ""
-        raise InputError(
-            got=f"input_features_mask of shape {tuple(mask.shape)} with {mask.sum(-1).tolist()!r:.100} true values",
-            expected=f"shape {tuple(audio.shape[:2])}, one value for each audio vector{each}",
-            remedy="Use what the processor returned together with input_features",
-        )
-    return audio[kept]
 
 
 def _refuse_unknown(unknown: dict) -> None:
@@ -277,7 +37,7 @@ def _refuse_unknown(unknown: dict) -> None:
         )
 
 
-class GraniteSpeechModel(Pretrained, _SpeechToStates):
+class GraniteSpeechModel(Pretrained, SpeechToStates):
     """Encoder, projector and language model without its head.
 
     Args:
@@ -337,7 +97,7 @@ class GraniteSpeechModel(Pretrained, _SpeechToStates):
     ) -> GraniteSpeechModelOutputWithPast | tuple:
         """As `GraniteSpeechForConditionalGeneration.forward`, without labels and logits."""
         _refuse_unknown(unknown)
-        states, rows, output = self._states(
+        states, rows, output = self.states(
             input_ids,
             input_features,
             input_features_mask,
@@ -355,7 +115,7 @@ class GraniteSpeechModel(Pretrained, _SpeechToStates):
         return output.to_tuple() if return_dict is False else output
 
 
-class GraniteSpeechForConditionalGeneration(Pretrained, Generation, _SpeechToStates):
+class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStates):
     """Speech and text in, text out: a drop-in for transformers' class of this name.
 
     Modules have the released checkpoints' names: `encoder`, `projector`, `language_model.model`, `language_model.lm_head`. The
@@ -445,7 +205,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, _SpeechToSta
         _refuse_unknown(unknown)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise InputError(got="labels with logits_to_keep", expected="one of them", remedy="Leave logits_to_keep out to get a loss")
-        states, rows, rest = self._states(
+        states, rows, rest = self.states(
             input_ids,
             input_features,
             input_features_mask,
@@ -474,15 +234,17 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, _SpeechToSta
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Mean cross entropy of each label given what stands before it; labels of −100 and masked positions are left out."""
+    """Mean cross entropy of each label given what stands before it, in its own row; labels of −100 are left out."""
     if labels.shape != logits.shape[:2]:
         raise InputError(
             got=f"labels of shape {tuple(labels.shape)}", expected=f"{tuple(logits.shape[:2])}, as input_ids", remedy="Pad both alike"
         )
     labels = labels[:, 1:].to(logits.device)
     if attention_mask is not None:
-        labels = labels.masked_fill(attention_mask[:, 1 - logits.shape[1] :].to(logits.device) == 0, -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        kept = attention_mask[:, -logits.shape[1] :].to(logits.device) != 0
+        # Both must be kept: behind left padding a row's first token is predicted from nothing, as it is in the row alone.
+        labels = labels.masked_fill(~(kept[:, 1:] & kept[:, :-1]), -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(accumulator(logits.dtype)), labels.flatten(), ignore_index=-100)
 
 
 # transformers has a class of its own for `granite_speech_plus`; here the configuration is the whole difference.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from granite_speech.activations import activation
 from granite_speech.adapter import LoraLinear
 from granite_speech.config import Blip2QFormerConfig, GraniteSpeechConfig
-from granite_speech.errors import ConfigError
 from granite_speech.packing import Segments
 
 __all__ = ["GraniteSpeechEncoderProjector"]
@@ -127,7 +126,6 @@ class GraniteSpeechEncoderProjector(nn.Module):
         config.validate()
         self.window_size = config.window_size
         self.num_queries = config.window_size // config.downsample_rate
-        self.frame_width = config.projector_config.encoder_hidden_size
         self.query = nn.Parameter(torch.randn(1, self.num_queries, config.projector_config.hidden_size))
         self.qformer = Blip2QFormerModel(config.projector_config)
         self.linear = LoraLinear(config.projector_config.hidden_size, config.text_config.hidden_size)
@@ -146,12 +144,6 @@ class GraniteSpeechEncoderProjector(nn.Module):
         Returns:
             `(total audio tokens, text hidden size)`, and where each clip's lie.
         """
-        if frames.shape[1] != self.frame_width:
-            raise ConfigError(
-                got=f"audio states of width {frames.shape[1]} for a projector with encoder_hidden_size {self.frame_width}",
-                expected="the two to be equal",
-                remedy="Set projector_config.encoder_hidden_size to the encoder's output width and build the model again",
-            )
         tokens = Segments(tuple(self.tokens(length) for length in clips.lengths), clips.device)
         windows = clips.pad_to_multiple(frames, self.window_size, tuple(count // self.num_queries for count in tokens.lengths))
         return self.linear(self.qformer(self.query, windows)).flatten(0, 1), tokens

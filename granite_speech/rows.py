@@ -75,12 +75,13 @@ def pack_rows(
 
     Args:
         shape: `(batch, width)` of the tokens.
-        attention_mask: `(batch, columns)` of 0 and 1; its last `width` columns are of these tokens. None keeps all.
+        attention_mask: of 0 and 1, `(batch, width)`, or with the columns already in the cache before them. None keeps all.
         position_ids: `(batch, width)` or `(1, width)`, used as they are.
         cache: what came before.
     """
     batch, width = shape
-    mask = torch.ones(shape, dtype=torch.bool) if attention_mask is None else _host_mask(attention_mask, shape)
+    passed = 0 if cache is None else cache.columns
+    mask = torch.ones(shape, dtype=torch.bool) if attention_mask is None else _host_mask(attention_mask, shape, passed)
     kept = mask.flatten().nonzero().squeeze(1)
     lengths = mask.sum(1)
     if position_ids is not None:
@@ -90,8 +91,8 @@ def pack_rows(
         following = columns.amax(1) + 1 if width else torch.zeros(batch, dtype=torch.int64)
     else:
         # Where no token has been kept yet the count begins at the first one of this call.
-        fresh = torch.tensor([length == 0 for length in cache.lengths]) if cache is not None else torch.ones(batch, dtype=torch.bool)
-        seen = torch.tensor(cache.next_positions) if cache is not None else torch.zeros(batch, dtype=torch.int64)
+        fresh = torch.tensor([length == 0 for length in (cache.lengths if cache is not None else [0] * batch)], dtype=torch.bool)
+        seen = torch.tensor(cache.next_positions if cache is not None else [0] * batch, dtype=torch.int64)
         first = mask.int().argmax(1) if width else torch.zeros(batch, dtype=torch.int64)
         start = torch.where(fresh, -first, seen)
         columns = torch.arange(width) + start[:, None]
@@ -103,10 +104,11 @@ def pack_rows(
     return Rows(width, segments, kept, columns.flatten()[kept])
 
 
-def _host_mask(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+def _host_mask(attention_mask: Tensor, shape: tuple[int, int], passed: int) -> Tensor:
     batch, width = shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < width:
-        raise _wrong("attention_mask", attention_mask, f"shape ({batch}, {width}), or wider by the columns already in past_key_values")
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in (width, passed + width):
+        wider = f" or ({batch}, {passed + width}), with the columns already in past_key_values" if passed else ""
+        raise _wrong("attention_mask", attention_mask, f"shape ({batch}, {width}){wider}")
     mask = attention_mask.to("cpu")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise _wrong("attention_mask", attention_mask, "values 0 (masked) and 1 (kept)")

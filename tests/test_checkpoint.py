@@ -374,6 +374,11 @@ def test_save_writes_the_released_layout(as_type, tmp_path):
     assert checkpoint.entries["encoder.out.lora_B.weight"].shape == (4, 2)
 
 
+def test_weights_are_as_readable_as_the_configuration(tmp_path):
+    save(tmp_path, weights(), config={})
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("limit", [1, 60, 100, "0.1KB", 10_000])
 def test_shards(limit, tmp_path):
     tensors = weights()
