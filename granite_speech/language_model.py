@@ -211,6 +211,9 @@ class GraniteForCausalLM(nn.Module):
         if tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`(..., hidden)` → `(..., vocabulary)`, divided by `logits_scaling`."""
         return self.lm_head(hidden) / self.config.logits_scaling

@@ -96,4 +96,4 @@ def pack_clips(padded: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tens
     if lengths is None:
         return padded.flatten(0, 1), Segments((width,) * count, padded.device)
     clips = Segments(host_lengths(lengths, count, width, "input_features_lengths"), padded.device)
-    return padded.flatten(0, 1).index_select(0, clips.rows_at(range(0, count * width, width))), clips
+    return padded.flatten(0, 1).index_select(0, clips.rows_at(clip * width for clip in range(count))), clips
