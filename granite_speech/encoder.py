@@ -168,7 +168,7 @@ class GraniteSpeechCTCEncoder(nn.Module):
         Returns:
             `(total_frames, output width)`: the last block's output, behind those of `cat_hidden_layers` where there are any.
         """
-        wanted = set(getattr(self.config, "cat_hidden_layers", None) or ())
+        wanted = set(self.config.cat_hidden_layers or ())
         exported = []
         x = self.input_linear(x)
         for number in range(self.num_layers + 1):

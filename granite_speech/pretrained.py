@@ -172,11 +172,15 @@ def choose_device(device: torch.device | str | int | None, device_map: Any) -> t
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = device_map if device is None else device
     try:
-        return torch.device("cpu" if chosen is None else chosen)
-    except (RuntimeError, TypeError) as error:
+        target = torch.device("cpu" if chosen is None else chosen)
+        torch.empty(0, device=target)  # a name may be right and the device not there
+    except (AssertionError, RuntimeError, TypeError, NotImplementedError) as error:
         raise InputError(
-            got=f"device {chosen!r:.100}", expected="one device, such as 'cpu', 'cuda' or 'cuda:1'", remedy="Pass device='cuda'"
+            got=f"device {chosen!r:.100}, which gives: {str(error).splitlines()[0]:.200}",
+            expected="a device of this machine, such as 'cpu', 'cuda' or 'cuda:1'",
+            remedy="Pass device='cpu', or install a PyTorch build with that device",
         ) from error
+    return target
 
 
 def choose_dtype(dtype: torch.dtype | str | None, values: dict[str, Any]) -> torch.dtype | None:

@@ -25,12 +25,14 @@ class Rows:
         segments: the packed rows.
         kept: `(total,)` int64 on the host, each kept token's place in the flattened padded batch.
         positions: `(total,)` int64 on the host.
+        next_positions: where each row goes on.
     """
 
     width: int
     segments: Segments
     kept: Tensor
     positions: Tensor
+    next_positions: list[int]
 
     @cached_property
     def _index(self) -> Tensor:
@@ -39,6 +41,11 @@ class Rows:
     @property
     def _is_full(self) -> bool:
         return self.segments.total == len(self.segments.lengths) * self.width
+
+    def pass_columns(self, cache: PagedCache) -> None:
+        """Tell the cache that these columns have passed; only once nothing in the call can be refused any more."""
+        cache.columns += self.width
+        cache.next_positions = self.next_positions
 
     def pack(self, padded: Tensor) -> Tensor:
         """`(batch, width, ...)` → `(total, ...)`."""
@@ -68,7 +75,7 @@ def pack_rows(
     position_ids: Tensor | None,
     cache: PagedCache | None,
 ) -> Rows:
-    """Find the tokens to keep and their positions, and tell the cache which columns have passed.
+    """Find the tokens to keep and their positions.
 
     A row's positions count from its first kept column, holes included, so that they differ from transformers' only by a
     shift of the whole row, which rotary embeddings do not see.
@@ -84,24 +91,22 @@ def pack_rows(
     mask = torch.ones(shape, dtype=torch.bool) if attention_mask is None else _host_mask(attention_mask, shape, passed)
     kept = mask.flatten().nonzero().squeeze(1)
     lengths = mask.sum(1)
+    seen = torch.tensor(cache.next_positions if cache is not None else [0] * batch, dtype=torch.int64)
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != width:
             raise _wrong("position_ids", position_ids, f"shape ({batch}, {width}) or (1, {width})")
         columns = position_ids.to("cpu", torch.int64).expand(batch, width)
-        following = columns.amax(1) + 1 if width else torch.zeros(batch, dtype=torch.int64)
+        # What stands in columns that are masked is filling: the row goes on behind its last kept token.
+        last = columns.masked_fill(~mask, -1).amax(1) if width else seen - 1
+        following = torch.where(lengths > 0, last + 1, seen)
     else:
         # Where no token has been kept yet the count begins at the first one of this call.
         fresh = torch.tensor([length == 0 for length in (cache.lengths if cache is not None else [0] * batch)], dtype=torch.bool)
-        seen = torch.tensor(cache.next_positions if cache is not None else [0] * batch, dtype=torch.int64)
         first = mask.int().argmax(1) if width else torch.zeros(batch, dtype=torch.int64)
         start = torch.where(fresh, -first, seen)
         columns = torch.arange(width) + start[:, None]
         following = torch.where(fresh & (lengths == 0), 0, start + width)
-    if cache is not None:
-        cache.next_positions = following.tolist()
-        cache.columns += width
-    segments = Segments(tuple(lengths.tolist()), device)
-    return Rows(width, segments, kept, columns.flatten()[kept])
+    return Rows(width, Segments(tuple(lengths.tolist()), device), kept, columns.flatten()[kept], following.tolist())
 
 
 def _host_mask(attention_mask: Tensor, shape: tuple[int, int], passed: int) -> Tensor:

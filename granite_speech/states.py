@@ -131,6 +131,7 @@ class SpeechToStates(nn.Module):
         if cache is not None:
             has_audio = [now or before for now, before in zip(has_audio, cache.has_audio, strict=True)]
             cache.has_audio = has_audio
+            rows.pass_columns(cache)
 
         tokens = Tokens(
             segments=rows.segments,
@@ -188,7 +189,14 @@ class SpeechToStates(nn.Module):
                 expected="the rows of the call that made the cache, in their order",
                 remedy="Pass the same batch, or no past_key_values",
             )
-        if output_attentions and past_key_values is not None and past_key_values.get_seq_length():
+        has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if has_past and torch.is_grad_enabled() and any(one.requires_grad for one in self.decoder.parameters()):
+            raise InputError(
+                got="past_key_values where gradients are recorded",
+                expected="torch.no_grad() or torch.inference_mode(): no gradient flows through pages",
+                remedy="Wrap the call in torch.no_grad(), or train on whole sequences without past_key_values",
+            )
+        if output_attentions and has_past:
             raise UnsupportedError(
                 got="output_attentions=True with past_key_values",
                 expected="attention weights of a whole sequence",

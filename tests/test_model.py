@@ -209,7 +209,7 @@ def test_training_mode_drops_out_and_moves_running_statistics(model):
     before = trained.encoder.layers[0].conv.batch_norm.running_mean.clone()
     inputs = clip_inputs(SPEC, 25)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 119, -100)
-    losses = {float(trained(**inputs, labels=labels).loss) for _ in range(3)}
+    losses = {trained(**inputs, labels=labels).loss.item() for _ in range(3)}
     assert len(losses) == 3
     assert not torch.equal(trained.encoder.layers[0].conv.batch_norm.running_mean, before)
     trained(**inputs, labels=labels).loss.backward()
@@ -303,10 +303,25 @@ def test_a_cache_of_another_batch_is_refused(model):
     cache = model(input_ids=prompt(0)).past_key_values
     with pytest.raises(InputError, match="2 rows for past_key_values of 1"):
         model(input_ids=prompt(0).expand(2, -1), past_key_values=cache)
-    with pytest.raises(UnsupportedError, match="output_attentions"):
+    with pytest.raises(UnsupportedError, match="output_attentions"), torch.no_grad():
         model(input_ids=prompt(0), past_key_values=cache, output_attentions=True)
-    with pytest.raises(ValueError, match="grad"):
-        model(input_ids=prompt(0), past_key_values=cache)  # gradients do not flow through pages
+    with pytest.raises(InputError, match="no_grad"):
+        model(input_ids=prompt(0), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_refused_call_leaves_the_cache_as_it_was(model):
+    ids = prompt(0, before=8, after=0)
+    cache = model(input_ids=ids[:, :5]).past_key_values
+    expected = model(input_ids=ids).logits[:, 5:]
+    for wrong in ({"input_ids": torch.tensor([[500]])}, {"input_ids": ids[:, 5:], "input_features": features(9)}):
+        with pytest.raises(InputError):
+            model(**wrong, past_key_values=cache)
+    with pytest.raises(InputError, match="grad"), torch.enable_grad():
+        model(input_ids=ids[:, 5:], past_key_values=cache)
+    assert (cache.lengths, cache.columns) == ([5], 5)
+    logits = model(input_ids=ids[:, 5:], past_key_values=cache).logits
+    assert float((logits - expected).abs().max()) <= ALONE * float(expected.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -338,6 +353,15 @@ def test_rows_end_at_their_own_end_and_are_filled(model):
         assert bool((ended[row, length:] == 7).all())
     one = model.generate(**alone[0], max_new_tokens=12, eos_token_id=end)
     assert int(one[0, -1]) == end and one.shape[1] <= alone[0]["input_ids"].shape[1] + 4
+
+
+def test_a_plain_configuration_ignores_what_belongs_to_plus():
+    """transformers does: a key of another model's configuration is carried along and means nothing."""
+    values = SPEC.config()
+    values["encoder_config"] = values["encoder_config"] | {"cat_hidden_layers": [1, 2]}
+    config = GraniteSpeechConfig(**values)
+    assert config.encoder_config.to_dict()["cat_hidden_layers"] == [1, 2]
+    assert GraniteSpeechForConditionalGeneration(config).encoder(features(9)).last_hidden_state.shape == (1, 9, 32)
 
 
 def test_the_default_configuration_builds_and_refuses_audio_of_another_width():

@@ -1,0 +1,166 @@
+"""What every configuration is made of: values with checks, unknown keys that are kept, dictionaries and files."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from granite_speech.errors import ConfigError
+
+__all__ = ["ACTIVATIONS", "Config", "activation_name", "boolean", "checked", "integer", "number", "optional", "shown"]
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
+
+
+def integer(low: int, high: int) -> Callable[[Any], str | None]:
+    """A check that says what was expected, or None where the value is right. bool is no integer here."""
+
+    def check(value: Any) -> str | None:
+        right = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        return None if right else f"an integer from {low} to {high}"
+
+    return check
+
+
+def number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        # Infinities and NaN fall outside any limits; math.isfinite would overflow on a very large integer.
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+        right = right and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+        return None if right else f"a finite number {'above' if open_low else 'from'} {low:g} {'below' if open_high else 'to'} {high:g}"
+
+    return check
+
+
+def boolean(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+def activation_name(value: Any) -> str | None:
+    return None if value in ACTIVATIONS else f"one of {', '.join(ACTIVATIONS)}"
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: cut short, and by its type where Python does not print it (integers of thousands of digits)."""
+    try:
+        return f"{value!r:.100}"
+    except ValueError:
+        return f"a very long {type(value).__name__}"
+
+
+def optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    return lambda value: None if value is None else check(value)
+
+
+def checked(default: Any, check: Callable[[Any], str | None]) -> Any:
+    return field(default=default, metadata={"check": check})
+
+
+@dataclass(init=False, eq=False)
+class Config:
+    """What the configurations share: keyword construction, checks, unknown keys, dictionaries and files."""
+
+    model_type: ClassVar[str]
+    earlier_model_types: ClassVar[tuple[str, ...]] = ()  # read, and never written
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, /, *args: Any, **kwargs: Any):
+        names = [one.name for one in fields(self)]
+        if len(args) > len(names):
+            raise TypeError(f"{type(self).__name__} takes at most {len(names)} positional values, got {len(args)}")
+        given = dict(zip(names, args, strict=False)) | {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        model_type = given.pop("model_type", self.model_type)
+        if model_type not in (self.model_type, *self.earlier_model_types):
+            raise ConfigError(
+                got=f"model_type {shown(model_type)} for {type(self).__name__}",
+                expected=f"{self.model_type!r}",
+                remedy="Use the configuration class of that model type, or correct config.json",
+            )
+        for one in fields(self):
+            setattr(self, one.name, given.pop(one.name, one.default))
+        self._extra = given  # apart from the attributes, so that a key named like a method cannot take its place
+        self._derive()
+        self.validate()
+
+    def _derive(self) -> None:
+        """Fill values that follow from others."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first value that no model can be built from."""
+        for one in fields(self):
+            check = one.metadata.get("check")
+            expected = check(getattr(self, one.name)) if check else None
+            if expected:
+                self.refuse(one.name, expected)
+        self._validate_together()
+
+    def _validate_together(self) -> None:
+        """Checks that look at several values."""
+
+    def refuse(self, name: str, expected: str, remedy: str = "") -> None:
+        raise ConfigError(
+            got=f"{type(self).__name__}.{name} = {shown(getattr(self, name))}",
+            expected=expected,
+            remedy=remedy or f"Correct {name!r} in config.json or in the call",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # Called only for what is no attribute: another model's name for a field, or an unknown key.
+        if name in type(self).attribute_map:
+            return getattr(self, type(self).attribute_map[name])
+        extra = self.__dict__.get("_extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_extra", {}):
+            self._extra[name] = value
+        else:
+            object.__setattr__(self, type(self).attribute_map.get(name, name), value)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
+
+    __hash__ = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values, unknown keys included."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)} | self._extra
+        plain = {name: value.to_dict() if isinstance(value, Config) else value for name, value in values.items()}
+        return plain | {"model_type": self.model_type}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """Build from the contents of a config.json."""
+        return cls(**values)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> "Config":
+        """Read `config.json` of a folder or hub id.
+
+        Args:
+            name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
+            hub: revision, cache_dir, local_files_only and token, as in `GraniteSpeechForConditionalGeneration.from_pretrained`.
+        """
+        from granite_speech.checkpoint import load_json, resolve
+        from granite_speech.config import config_from_dict
+
+        config = config_from_dict(load_json(resolve(name_or_path, **hub) / "config.json"))
+        if not isinstance(config, cls):
+            raise ConfigError(
+                got=f"a config.json of model_type {config.model_type!r}",
+                expected=f"{cls.model_type!r}",
+                remedy=f"Load it with {type(config).__name__}",
+            )
+        return config
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `config.json` into a folder, which is made if it is not there."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(self.to_json_string())

@@ -1,0 +1,153 @@
+"""The command line: text alone on standard output, everything else on standard error, and exit codes that a script can use."""
+
+import io
+import os
+import subprocess
+import sys
+import types
+import wave
+from pathlib import Path
+
+import pytest
+
+from granite_speech import __version__
+from granite_speech.cli import main
+from tests.random_checkpoint import write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+JFK = ROOT / "granite_speech" / "assets" / "jfk.flac"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory):
+    """The first second of the recording as a WAV, for the tests that need no more."""
+    import soundfile
+
+    samples, rate = soundfile.read(JFK, dtype="int16", frames=16_000)
+    path = tmp_path_factory.mktemp("sound") / "one second.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(samples.tobytes())
+    return path
+
+
+def run(capfd, checkpoint, *arguments):
+    status = main(["transcribe", "--model", str(checkpoint), "--max-new-tokens", "8", *map(str, arguments)])
+    return status, *capfd.readouterr()
+
+
+def test_text_on_standard_output_and_nothing_else(checkpoint, capfd):
+    status, out, err = run(capfd, checkpoint, JFK)
+    assert status == 0 and err == ""
+    assert out.endswith("\n") and out.strip() and out.count("\n") == 1
+    assert run(capfd, checkpoint, JFK) == (0, out, ""), "the same file gives the same text"
+
+
+def test_options_reach_the_model(checkpoint, capfd, spoken):
+    _, out, _ = run(capfd, checkpoint, spoken)
+    assert run(capfd, checkpoint, spoken, "--prompt", "translate the speech to German.")[1] != out
+    assert run(capfd, checkpoint, spoken, "--device", "cpu", "--dtype", "float32")[1] == out
+    _, shorter, _ = run(capfd, checkpoint, spoken, "--max-new-tokens", "2")
+    assert out.startswith(shorter.strip()) and len(shorter) < len(out)
+
+
+def test_standard_input(checkpoint, capfd, monkeypatch):
+    _, out, _ = run(capfd, checkpoint, JFK)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(JFK.read_bytes())))
+    assert run(capfd, checkpoint, "-") == (0, out, "")
+
+
+def test_a_bad_file_in_the_middle_stops_nothing(checkpoint, capfd, spoken, tmp_path):
+    (tmp_path / "text.wav").write_text("this is no sound")
+    _, alone, _ = run(capfd, checkpoint, spoken)
+    status, out, err = run(capfd, checkpoint, spoken, tmp_path / "text.wav", tmp_path / "absent.wav", tmp_path, spoken)
+    assert status == 1
+    assert out == alone * 2
+    lines = err.splitlines()
+    assert len(lines) == 3 and all(line.startswith(f"granite-speech: {tmp_path}") for line in lines)
+    assert "text.wav" in lines[0] and "which does not exist" in lines[1] and "which is a folder" in lines[2]
+
+
+def test_no_good_file_at_all(checkpoint, capfd, tmp_path):
+    status, out, err = run(capfd, checkpoint, tmp_path / "absent.wav")
+    assert (status, out) == (1, "") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["nowhere", "an empty folder", "a file"])
+def test_no_model(capfd, tmp_path, name):
+    (tmp_path / "an empty folder").mkdir()
+    (tmp_path / "a file").write_text("x")
+    status, out, err = run(capfd, tmp_path / name, JFK)
+    assert (status, out) == (2, "")
+    assert err.startswith("granite-speech: ") and err.count("\n") == 1 and str(tmp_path) in err
+
+
+def test_no_such_device(checkpoint, capfd):
+    status, out, err = run(capfd, checkpoint, JFK, "--device", "abacus")
+    assert (status, out) == (2, "") and "'abacus'" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["transcribe", "a.wav", "--model", "m", "--max-new-tokens", "0"], "'0' is not a positive integer"),
+        (["transcribe", "a.wav", "--model", "m", "--max-new-tokens=-3"], "'-3' is not a positive integer"),
+        (["transcribe", "a.wav", "--model", "m", "--max-new-tokens", "many"], "'many' is not a positive integer"),
+        (["transcribe", "a.wav", "--model", "m", "--max-new-tokens", "1.5"], "'1.5' is not a positive integer"),
+        (["transcribe", "a.wav", "--model", "m", "--dtype", "int8"], "int8"),
+        (["transcribe", "a.wav"], "--model"),
+        (["transcribe", "--model", "m"], "AUDIO"),
+        (["sing"], "sing"),
+        ([], "command"),
+    ],
+)
+def test_wrong_usage(capfd, arguments, said):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capfd.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert said in err.splitlines()[-1]
+
+
+def test_the_version(capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capfd.readouterr().out == f"granite-speech {__version__}\n"
+
+
+WITHOUT_TORCH = """
+import sys
+from granite_speech.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as exit:
+    heavy = {"torch", "numpy", "soundfile", "transformers"} & set(sys.modules)
+    print("imported", sorted(heavy), file=sys.stderr)
+    raise
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, status", [(["--help"], 0), (["transcribe", "--help"], 0), (["transcribe", "--max-new-tokens", "x"], 2)]
+)
+def test_help_and_typing_errors_do_not_wait_for_torch(arguments, status):
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == status
+    assert done.stderr.splitlines()[-1] == "imported []"
+    assert ("usage: granite-speech" in done.stdout) == (status == 0)
+
+
+def test_the_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "granite_speech.cli", "transcribe", str(JFK), "--model", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("granite-speech: ") and "Traceback" not in done.stderr

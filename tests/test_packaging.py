@@ -1,0 +1,268 @@
+"""What is installed, what importing costs and pulls in, and who may import whom."""
+
+import ast
+import importlib.util
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import granite_speech
+from tests.random_checkpoint import write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SOURCES = {"granite_speech": ROOT / "granite_speech", "granite_kernels": ROOT / "kernels" / "granite_kernels"}
+JFK = "granite_speech/assets/jfk.flac"
+
+# Put before a script: these packages are not there, whatever is installed.
+BLOCK = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(script, *arguments, path=(ROOT, ROOT / "kernels"), cwd=None, blocked=None, options=()):
+    """Run a script in a fresh interpreter that sees only these source roots and what is installed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON"))}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    environment["OMP_NUM_THREADS"] = "1"
+    text = (f"BLOCKED = {blocked!r}\n{BLOCK}" if blocked else "") + script
+    command = [sys.executable, *options, "-c", text, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# --- importing ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_is_no_package():
+    """Hugging Face ships an import package `kernels`, which transformers imports. With an __init__.py in this folder, anything
+    run from the root would get this one in its place, and an installation would overwrite Hugging Face's files."""
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would take the place of Hugging Face's package `kernels`"
+    found = importlib.util.find_spec("kernels")
+    if found is not None and found.origin is not None:
+        assert Path(found.origin).parent != ROOT / "kernels"
+
+
+def test_the_package_alone_is_light(tmp_path):
+    script = """
+import sys, time
+begin = time.perf_counter()
+import granite_speech
+print(time.perf_counter() - begin)
+heavy = {"torch", "numpy", "triton", "safetensors", "tokenizers", "huggingface_hub", "importlib.metadata"} & set(sys.modules)
+assert not heavy, heavy
+granite_speech.ConfigError
+assert "torch" not in sys.modules
+assert "Blip2QFormerConfig" in dir(granite_speech)
+try:
+    granite_speech.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+else:
+    raise AssertionError
+"""
+    assert float(python(script, cwd=tmp_path, options=["-S"]).stdout) < 0.25
+
+
+def test_every_module_imports_without_transformers(tmp_path):
+    """A fresh interpreter in which the three packages are installed and could be imported by mistake."""
+    script = """
+import pkgutil, sys
+from importlib import import_module
+import granite_speech, granite_kernels
+packages = granite_speech, granite_kernels
+names = [one.name for package in packages for one in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names:
+    import_module(name)
+for name in granite_speech.__all__:
+    getattr(granite_speech, name)
+pulled_in = {"transformers", "peft", "torchaudio", "accelerate", "datasets"} & set(sys.modules)
+assert not pulled_in, pulled_in
+print(len(names))
+"""
+    modules = sum(len(list(folder.rglob("*.py"))) for folder in SOURCES.values())
+    assert int(python(script, cwd=tmp_path).stdout) >= modules - 4
+
+
+def test_kernels_import_without_triton(tmp_path):
+    script = """
+import granite_kernels, torch
+assert "triton" not in sys.modules
+index = torch.tensor([0, -1], dtype=torch.int32)
+weight, a, b = torch.ones(2, 3), torch.ones(1, 1, 3), torch.ones(1, 2, 1)
+out = granite_kernels.lora_linear(torch.ones(2, 3), weight, None, a, b, torch.ones(1), index)
+assert out.tolist() == [[6.0, 6.0], [3.0, 3.0]]
+"""
+    python(script, cwd=tmp_path, blocked=["triton"])
+
+
+def test_all_resolves():
+    for name in granite_speech.__all__:
+        assert getattr(granite_speech, name) is not None
+    for module in pkgutil.iter_modules(granite_speech.__path__):
+        loaded = importlib.import_module(f"granite_speech.{module.name}")
+        for name in getattr(loaded, "__all__", ()):
+            assert hasattr(loaded, name), f"granite_speech.{module.name}.__all__ names {name}, which is not there"
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse((SOURCES["granite_speech"] / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING")
+    shown = {alias.asname: f"{node.module}.{alias.name}" for node in block.body for alias in node.names}
+    assert shown == {name: f"granite_speech.{home}.{name}" for home, names in granite_speech._HOMES.items() for name in names}
+
+
+# --- IBM's package of the same import name -----------------------------------------------------------------------------------------
+
+WARNINGS = """
+import sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import granite_speech
+    import granite_speech.errors
+for one in caught:
+    print(one.category.__name__, one.filename, one.message)
+"""
+
+
+def installed(folder, name, version):
+    """What pip leaves of a distribution for importlib.metadata to find."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_ibms_package_beside_this_one_is_named(tmp_path):
+    installed(tmp_path, "granite-speech", "0.0.3")
+    said = python(WARNINGS, path=(ROOT, ROOT / "kernels", tmp_path), cwd=tmp_path).stdout.splitlines()
+    assert len(said) == 1 and said[0].startswith("RuntimeWarning <string>"), said
+    for part in ("granite-speech 0.0.3", "granite-speech-triton", "granite_speech", "pip uninstall"):
+        assert part in said[0]
+
+
+def test_this_package_alone_is_not(tmp_path):
+    installed(tmp_path, "granite-speech-triton", "0.1.0")
+    installed(tmp_path, "granite-speechless", "1.0")
+    path = (ROOT, ROOT / "kernels", tmp_path, tmp_path / "absent", ROOT / "setup.py")
+    assert python(WARNINGS, path=path, cwd=tmp_path, options=["-S"]).stdout == ""
+
+
+# --- the wheel ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy of the sources, so that nothing left by an earlier build gets in and nothing is left behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, built = folder / "source", folder / "built"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for name in ("granite_speech", "kernels", "tests", "bench"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source)]
+    # Older versions of setuptools build wheels with the package `wheel` alone; where it is missing pip must fetch its own.
+    setuptools = int(importlib.import_module("setuptools").__version__.partition(".")[0])
+    if setuptools >= 71 or importlib.util.find_spec("wheel"):
+        command.append("--no-build-isolation")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = built.iterdir()
+    return path
+
+
+def test_what_the_wheel_holds(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    top = {name.partition("/")[0] for name in names}
+    info = f"granite_speech_triton-{granite_speech.__version__}.dist-info"
+    assert top == {"granite_speech", "granite_kernels", info}, "no top-level kernels, tests or bench"
+    assert {"granite_speech/py.typed", "granite_kernels/py.typed", JFK, "granite_speech/assets/README.md"} <= names
+    for package, folder in SOURCES.items():
+        assert {f"{package}/{one.relative_to(folder).as_posix()}" for one in folder.rglob("*.py")} <= names
+    entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
+    assert "granite-speech = granite_speech.cli:main" in entry_points.replace("=", " = ").replace("  ", " ")
+
+
+def test_the_wheel_transcribes_elsewhere(wheel, tmp_path):
+    site, checkpoint, elsewhere = tmp_path / "site", tmp_path / "checkpoint", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    zipfile.ZipFile(wheel).extractall(site)
+    write_checkpoint(checkpoint)
+    script = """
+import pathlib
+import granite_kernels, granite_speech
+site, checkpoint = map(pathlib.Path, sys.argv[1:])
+for package in (granite_speech, granite_kernels):
+    assert pathlib.Path(package.__file__).is_relative_to(site), package.__file__
+from granite_speech.cli import main
+sys.exit(main(["transcribe", str(site / "granite_speech/assets/jfk.flac"), "--model", str(checkpoint), "--max-new-tokens", "8"]))
+"""
+    done = python(script, site, checkpoint, path=(site,), cwd=elsewhere, blocked=["transformers", "peft", "kernels", "tests", "bench"])
+    assert done.stdout.strip() and done.stderr == ""
+    assert not any(elsewhere.iterdir())
+
+
+# --- who may import whom -------------------------------------------------------------------------------------------------------------
+
+
+def imports(path):
+    """Every module that a file imports, at the top or inside a function, for running: `from a import b` may mean the module a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(path):
+    return {name.split(".")[1] for name in imports(path) if name.startswith("granite_speech.")}
+
+
+# One way only; what the model's class is put together from stands on one step with it.
+STEPS = (
+    ("encoder", "projector", "language_model", "adapter"),
+    ("model", "states", "pretrained", "generation", "engine"),
+    ("transcriber",),
+    ("cli", "server"),
+)
+STEP_OF = {name: number for number, names in enumerate(STEPS) for name in names}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES["granite_kernels"].rglob("*.py")), ids=lambda path: path.stem)
+def test_kernels_import_tensors_alone(path):
+    allowed = {"torch", "triton", "granite_kernels", *sys.stdlib_module_names}
+    assert {name.partition(".")[0] for name in imports(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES["granite_speech"].glob("*.py")), ids=lambda path: path.stem)
+def test_modules_import_downwards(path):
+    if path.stem == "__init__":  # imports for type checkers alone
+        return
+    imported = own_imports(path)
+    assert not imported & {"cli", "server"}, f"{path.stem} imports a command"
+    above = {name for name in imported if STEP_OF.get(name, 0) > STEP_OF.get(path.stem, len(STEPS))}
+    assert not above, f"{path.stem} imports {sorted(above)}, which stand above it"
+    if path.stem != "verify":  # the one that compares with transformers, and imports it when called
+        assert not {name.partition(".")[0] for name in imports(path)} & {"transformers", "peft", "tests", "bench"}
+
+
+def test_the_rule_is_about_files_that_are_there():
+    there = {path.stem for path in SOURCES["granite_speech"].glob("*.py")}
+    assert {"encoder", "projector", "language_model", "adapter", "model", "generation", "transcriber", "cli"} <= there
+    assert "granite_kernels" in imports(SOURCES["granite_speech"] / "encoder.py"), "the reader of imports reads"
+    assert {"model", "audio", "processor"} <= own_imports(SOURCES["granite_speech"] / "transcriber.py")
