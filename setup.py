@@ -35,7 +35,16 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "test": ["transformers==5.17.0", "peft>=0.21", "pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "jiwer>=4", "ruff>=0.15"],
+        "test": [
+            "transformers==5.17.0",
+            "peft>=0.21",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "hypothesis>=6",
+            "jiwer>=4",
+            "ruff>=0.15",
+            "wheel>=0.40",
+        ],
     },
     entry_points={"console_scripts": ["granite-speech=granite_speech.cli:main"]},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
