@@ -189,7 +189,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
             past_key_values: the cache that an earlier call returned; `input_ids` are then the new tokens alone.
             inputs_embeds: `(batch, sequence, hidden)` in place of `input_ids`; the adapter is on for all rows.
             labels: `(batch, sequence)` token ids, −100 to leave a position out.
-            use_cache: return `past_key_values`; the text configuration's `use_cache` where left out.
+            use_cache: return `past_key_values`; where left out the text configuration's `use_cache`, and not while training.
             output_attentions: return the softmax weights of the language model's layers.
             output_hidden_states: return the states of the language model's layers.
             return_dict: False returns a tuple of what is not None.

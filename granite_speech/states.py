@@ -112,7 +112,8 @@ class SpeechToStates(nn.Module):
         """The forward pass up to the final norm: packed states, where their rows lie, and everything else for the caller."""
         shape = self._check(input_ids, inputs_embeds, input_features, past_key_values, output_attentions)
         cache = past_key_values
-        if cache is None and (self.config.text_config.use_cache if use_cache is None else use_cache):
+        wanted = (self.config.text_config.use_cache and not self.training) if use_cache is None else use_cache
+        if cache is None and wanted:
             cache = self.new_cache(shape[0])
         _check_cache_position(cache_position, cache, shape[1])
         rows = pack_rows(shape, self.device, attention_mask, position_ids, cache)

@@ -211,6 +211,7 @@ def test_training_mode_drops_out_and_moves_running_statistics(model):
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 119, -100)
     losses = {trained(**inputs, labels=labels).loss.item() for _ in range(3)}
     assert len(losses) == 3
+    assert trained(**inputs).past_key_values is None and trained(**inputs, use_cache=True).past_key_values is not None
     assert not torch.equal(trained.encoder.layers[0].conv.batch_norm.running_mean, before)
     trained(**inputs, labels=labels).loss.backward()
     assert all(one.grad is not None for name, one in trained.named_parameters() if "lora" in name)
