@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "auto": ("AutoConfig", "AutoFeatureExtractor", "AutoModelForSpeechSeq2Seq", "AutoProcessor", "AutoTokenizer"),
     "config": (
         "Blip2QFormerConfig",
         "GraniteConfig",
@@ -42,6 +43,11 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does this
+    from granite_speech.auto import AutoConfig as AutoConfig
+    from granite_speech.auto import AutoFeatureExtractor as AutoFeatureExtractor
+    from granite_speech.auto import AutoModelForSpeechSeq2Seq as AutoModelForSpeechSeq2Seq
+    from granite_speech.auto import AutoProcessor as AutoProcessor
+    from granite_speech.auto import AutoTokenizer as AutoTokenizer
     from granite_speech.config import Blip2QFormerConfig as Blip2QFormerConfig
     from granite_speech.config import GraniteConfig as GraniteConfig
     from granite_speech.config import GraniteSpeechConfig as GraniteSpeechConfig

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from fractions import Fraction
+from numbers import Integral
 from typing import TYPE_CHECKING, BinaryIO
 
 from granite_speech.errors import AudioError, MissingDependencyError
@@ -28,6 +29,8 @@ LARGEST_DENOMINATOR = 2_000
 UNKNOWN_LENGTH = 0x7FFF0000
 # In mp3 the length is an estimate unless the encoder left a note, and a decoder drops some frames at the ends.
 MP3_SLACK_FRAMES, MP3_SLACK_FRACTION = 2304, 0.01
+
+LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
 
 REMEDY_CONVERT = "Check that it plays, or convert it: ffmpeg -i IN -ac 1 -ar 16000 OUT.wav"
 
@@ -56,13 +59,13 @@ def resample(samples: "torch.Tensor", rate: int, sampling_rate: int = 16000) -> 
     """Brings a waveform `(…, samples)` float32 from `rate` to `sampling_rate`, both in Hz (`torchaudio.functional.resample`).
 
     Raises:
-        AudioError: a rate below 1 kHz or above 768 kHz.
+        AudioError: a rate that is no integer, below 1 kHz or above 768 kHz.
         MissingDependencyError: torchaudio cannot be imported.
     """
     for value in (rate, sampling_rate):
-        if not LOWEST_RATE <= value <= HIGHEST_RATE:
+        if not isinstance(value, Integral) or not LOWEST_RATE <= value <= HIGHEST_RATE:
             raise AudioError(
-                got=f"a sampling rate of {value} Hz",
+                got=f"a sampling rate of {value!r:.40} Hz",
                 expected=f"{LOWEST_RATE} to {HIGHEST_RATE} Hz",
                 remedy="Correct the rate",
             )
@@ -77,7 +80,7 @@ def resample(samples: "torch.Tensor", rate: int, sampling_rate: int = 16000) -> 
             remedy="Install the torchaudio that belongs to the installed torch, or convert the file to "
             f"{sampling_rate} Hz: ffmpeg -i IN -ac 1 -ar {sampling_rate} OUT.wav",
         ) from error
-    ratio = Fraction(rate, sampling_rate)
+    ratio = Fraction(int(rate), int(sampling_rate))
     ratio = ratio.limit_denominator(LARGEST_DENOMINATOR) if ratio >= 1 else 1 / (1 / ratio).limit_denominator(LARGEST_DENOMINATOR)
     return sinc_resample(samples, ratio.numerator, ratio.denominator)
 
@@ -99,7 +102,11 @@ def _open(file: str | os.PathLike | BinaryIO) -> tuple[str, str | BinaryIO]:
     if not hasattr(file, "read"):
         raise AudioError(got=f"a {type(file).__name__}", expected="a path, '-' or an open binary file", remedy="Wrap bytes in io.BytesIO")
     name = str(getattr(file, "name", "the file"))
-    if isinstance(file.read(0), str):
+    try:
+        is_text = isinstance(file.read(0), str)
+    except (OSError, ValueError) as error:  # closed, or opened for writing
+        raise AudioError(got=f"{name} that cannot be read ({error})", expected="an open binary file", remedy="Open it again") from error
+    if is_text:
         raise AudioError(got=f"{name}, opened as text", expected="a binary file", remedy="Open it with mode 'rb'")
     return name, file if hasattr(file, "seekable") and file.seekable() else io.BytesIO(file.read())
 
@@ -140,7 +147,7 @@ def _decode(source: str | BinaryIO, name: str) -> tuple["torch.Tensor", int]:
         raise AudioError(
             got=f"{name!r} with a sampling rate of {rate} Hz", expected=f"{LOWEST_RATE} to {HIGHEST_RATE} Hz", remedy=REMEDY_CONVERT
         )
-    shortfall = _shortfall(samples.size, claimed, kind, log)
+    shortfall = _shortfall(samples.size, claimed, kind, log) or (_ogg_shortfall(source) if kind == "OGG" else None)
     if shortfall:
         raise AudioError(got=f"{name!r}, which is cut off ({shortfall})", expected="a whole file", remedy="Copy or download it again")
     if not samples.size:
@@ -166,6 +173,24 @@ def _shortfall(read: int, claimed: int, kind: str, log: str) -> str | None:
             header, actual = map(int, lengths.groups())
             if actual < header < UNKNOWN_LENGTH:
                 return f"{actual} bytes of {header}"
+    sizes = re.search(r"Data size : (\d+)\n[\s\S]*Block Align   : (\d+)\n", log) if kind == "RF64" else None
+    if sizes:  # whose length libsndfile corrects without a word in that form
+        header, block = map(int, sizes.groups())
+        claimed = header // block if 0 < block <= header < 1 << 62 else claimed
     slack = MP3_SLACK_FRAMES + int(MP3_SLACK_FRACTION * claimed) if kind == "MP3" else 0
     unknown = claimed >= 1 << 62
     return f"{read} samples of {claimed}" if read < claimed - slack and not unknown else None
+
+
+def _ogg_shortfall(source: str | BinaryIO) -> str | None:
+    """Whether an Ogg file ends within a page (RFC 3533, section 6). libsndfile takes the pages before it for the whole."""
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            return _ogg_shortfall(file)
+    end = source.seek(0, os.SEEK_END)
+    source.seek(-min(end, LARGEST_OGG_PAGE), os.SEEK_END)
+    tail = source.read()
+    page = tail[tail.rfind(b"OggS\0") :]
+    lengths = page[27 : 27 + page[26]] if len(page) > 26 else b""
+    whole = len(page) > 26 and len(lengths) == page[26] and len(page) >= 27 + len(lengths) + sum(lengths)
+    return None if whole else "within its last page"

@@ -26,6 +26,15 @@ def _parser() -> argparse.ArgumentParser:
     transcribe.add_argument("--max-new-tokens", type=_positive, default=400, metavar="N", help="the answer's length at most (default: 400)")
     transcribe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     transcribe.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)")
+    verify = commands.add_parser(
+        "verify",
+        help="compare a checkpoint with transformers, stage by stage",
+        description="Run the bundled recording through this package and through transformers, in float32 and in the checkpoint's "
+        "dtype, and compare every stage. One of the two models is in memory at a time. Needs transformers, peft and torchaudio.",
+        epilog="Exit status: 0 all stages agree, 1 one does not (the first is named), 2 the comparison could not be made.",
+    )
+    verify.add_argument("model", metavar="FOLDER_OR_ID", help="a checkpoint's folder, or its id on the hub")
+    verify.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     return parser
 
 
@@ -42,7 +51,13 @@ def _positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    # Imported here: torch takes seconds, and --help and a mistyped option should not wait for it.
+    return {"transcribe": _transcribe, "verify": _verify}[options.command](options)
+
+
+# Imported in the commands: torch takes seconds, and --help and a mistyped option should not wait for it.
+
+
+def _transcribe(options: argparse.Namespace) -> int:
     from granite_speech.transcriber import Transcriber
 
     try:
@@ -58,6 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed = True
             print(f"granite-speech: {audio}: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from granite_speech.verify import report, verify
+
+    try:
+        comparisons = verify(options.model, device=options.device)
+    except GraniteSpeechError as error:
+        print(f"granite-speech: {error}", file=sys.stderr)
+        return 2
+    print(report(comparisons))
+    return 1 if any(one.first_miss for one in comparisons) else 0
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from granite_speech.errors import AudioError, ConfigError, InputError, UnsupportedError
+from granite_speech.clips import as_clips, check_clips
+from granite_speech.errors import ConfigError, InputError, UnsupportedError
 
 __all__ = ["BatchFeature", "FrameCounts", "GraniteSpeechFeatureExtractor", "count_frames"]
 
 # Mel frames transformed at once: bounds the scratch memory of an hour of audio to what two minutes would need on a CPU.
 ROWS_PER_BLOCK = {"cpu": 1 << 14, "cuda": 1 << 18}
-# A sample beyond this would overflow the float32 power spectrum. Sound lies in [-1, 1].
-LARGEST_SAMPLE = 1e15
+# Of any size in a file: the largest sampling rates are below it. The filters, bins times bands, have a limit of their own.
+LARGEST_SIZE, LARGEST_FILTERS = 1_000_000, 1 << 24
 # The values torchaudio's MelSpectrogram has for what the released files leave unsaid. Nothing else is computed here.
 FIXED_MELSPEC = {
     "f_min": 0.0,
@@ -104,7 +105,7 @@ class GraniteSpeechFeatureExtractor:
         **kwargs: kept, and written by `to_dict`.
 
     Raises:
-        ConfigError: a size that is not a positive integer, or sizes that do not fit each other.
+        ConfigError: a size that is not a positive integer or beyond all reason, or sizes that do not fit each other.
         UnsupportedError: melspec_kwargs asks for another kind of spectrogram.
     """
 
@@ -129,6 +130,10 @@ class GraniteSpeechFeatureExtractor:
             "hop_length": hop_length,
             "n_mels": n_mels,
         }
+        if not isinstance(melspec_kwargs, dict | None):
+            raise ConfigError(
+                got=f"melspec_kwargs = {melspec_kwargs!r:.100}", expected="an object", remedy="Correct it in preprocessor_config.json"
+            )
         for name, value in (melspec_kwargs or {}).items():
             if name in self.melspec_kwargs:
                 self.melspec_kwargs[name] = value
@@ -154,9 +159,19 @@ class GraniteSpeechFeatureExtractor:
             "projector_downsample_rate": self.projector_downsample_rate,
         }
         for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(got=f"{name} = {value!r}", expected="a positive integer", remedy="Correct it in preprocessor_config.json")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
+                raise ConfigError(
+                    got=f"{name} = {value!r:.40}",
+                    expected=f"an integer from 1 to {LARGEST_SIZE}",
+                    remedy="Correct it in preprocessor_config.json",
+                )
         n_fft, win_length = sizes["n_fft"], sizes["win_length"]
+        if n_fft * sizes["n_mels"] > LARGEST_FILTERS:
+            raise ConfigError(
+                got=f"n_fft = {n_fft} with n_mels = {sizes['n_mels']}",
+                expected=f"a product of at most {LARGEST_FILTERS}",
+                remedy="Correct them in preprocessor_config.json",
+            )
         if n_fft % 2 or win_length > n_fft:
             raise ConfigError(
                 got=f"n_fft = {n_fft} with win_length = {win_length}",
@@ -210,6 +225,7 @@ class GraniteSpeechFeatureExtractor:
 
         Raises:
             AudioError: no clips, or a clip that is empty, not finite, complex, of another integer type or another rank.
+            InputError: what holds no clips at all, or no such device.
         """
         clips = as_clips(audios)
         counts = [self.count_frames(clip.numel()) for clip in clips]
@@ -239,8 +255,9 @@ class GraniteSpeechFeatureExtractor:
 
         Raises:
             AudioError: as `__call__`.
+            InputError: no such device.
         """
-        device = torch.device(device)
+        device = _device(device)
         hop, n_fft, n_mels = (self.melspec_kwargs[name] for name in ("hop_length", "n_fft", "n_mels"))
         check_clips(audios)
         counts = [self.count_frames(clip.numel()) for clip in audios]
@@ -333,67 +350,8 @@ def mel_filters(num_bins: int, n_mels: int, sampling_rate: int) -> torch.Tensor:
     return torch.minimum(rising, falling).clamp_(min=0.0)
 
 
-def as_clips(audios) -> list[torch.Tensor]:
-    """The forms `GraniteSpeechFeatureExtractor.__call__` takes, as float32 tensors `(samples,)`. int16 is scaled by 1 / 32768."""
-    if isinstance(audios, (np.ndarray, torch.Tensor)):
-        if audios.ndim not in (1, 2):
-            raise _bad_clip(0, f"shape {tuple(audios.shape)}", "(samples,) or (batch, samples)")
-        batch = _as_float32(audios, 0)
-        clips = list(batch) if batch.ndim == 2 else [batch]
-    elif isinstance(audios, Sequence) and not isinstance(audios, (str, bytes)):
-        clips = []
-        for index, audio in enumerate(audios):
-            if not isinstance(audio, (np.ndarray, torch.Tensor)):
-                raise _bad_clip(index, f"a {type(audio).__name__}", "a numpy array or a tensor")
-            if audio.ndim != 1 and not (audio.ndim == 2 and audio.shape[0] == 1):
-                raise _bad_clip(index, f"shape {tuple(audio.shape)}", "one channel: (samples,) or (1, samples)")
-            clips.append(_as_float32(audio, index).reshape(-1))
-    else:
-        raise InputError(
-            got=f"audio of type {type(audios).__name__}",
-            expected="a numpy array, a tensor, or a list of them",
-            remedy="Read files with granite_speech.audio.load_audio first",
-        )
-    return clips
-
-
-def check_clips(clips: Sequence[torch.Tensor]) -> None:
-    """Refuses what has no features. One pass over the samples; for clips on an accelerator one wait for all of them."""
-    if not clips:
-        raise AudioError(got="no clips", expected="at least one", remedy="Leave audio out for a request without sound")
-    for index, clip in enumerate(clips):
-        if clip.ndim != 1 or clip.dtype != torch.float32:
-            raise _bad_clip(index, f"shape {tuple(clip.shape)}, {clip.dtype}", "(samples,) in torch.float32")
-        if clip.numel() == 0:
-            raise _bad_clip(index, "no samples", "at least one")
-    extremes = [torch.stack(torch.aminmax(clip.detach())) for clip in clips]
-    devices = {extreme.device for extreme in extremes}
-    by_device = {device: [index for index, extreme in enumerate(extremes) if extreme.device == device] for device in devices}
-    for indices in by_device.values():
-        for index, (low, high) in zip(indices, torch.stack([extremes[i] for i in indices]).tolist(), strict=True):
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise _bad_clip(index, "NaN or infinite samples", "finite ones")
-            if max(-low, high) > LARGEST_SAMPLE:
-                raise _bad_clip(index, f"a sample of size {max(-low, high):.3g}", "samples between -1 and 1")
-
-
-def _as_float32(audio: np.ndarray | torch.Tensor, index: int) -> torch.Tensor:
-    is_tensor = isinstance(audio, torch.Tensor)
-    if audio.dtype == (torch.int16 if is_tensor else np.dtype(np.int16)):
-        return (audio.to(torch.float32) if is_tensor else torch.from_numpy(audio.astype(np.float32))) / 32768.0
-    if not (audio.dtype.is_floating_point if is_tensor else np.issubdtype(audio.dtype, np.floating)):
-        raise _bad_clip(index, f"samples of type {audio.dtype}", "floating point in [-1, 1], or int16")
-    if is_tensor:
-        return audio.detach().to(torch.float32)
-    # A copy where torch could not share the memory: other byte order, negative strides, read-only.
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(audio, dtype=np.float32)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _bad_clip(index: int, got: str, expected: str) -> AudioError:
-    return AudioError(
-        got=f"clip {index} has {got}",
-        expected=expected,
-        remedy="Load the recording again with granite_speech.audio.load_audio, or leave the clip out",
-    )
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(got=f"device {device!r:.100}", expected="a device of torch's", remedy="Pass 'cpu' or 'cuda'") from error

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from granite_speech.errors import CheckpointError, CheckpointNotFoundError, MissingDependencyError
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
 
 __all__ = ["resolve"]
 
@@ -37,8 +37,15 @@ def resolve(
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision, no permission, or no network and not in the cache.
         CheckpointError: the path is a file, or the download broke off.
+        InputError: a name that is neither string nor Path.
         MissingDependencyError: huggingface_hub is needed and not installed.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(
+            got=f"a checkpoint's name of type {type(name_or_path).__name__}",
+            expected="a string or a pathlib.Path",
+            remedy="Pass a folder, or a hub id such as 'ibm-granite/granite-speech-3.3-2b'",
+        )
     path = Path(name_or_path).expanduser()
     if name_or_path != "" and path.is_dir():  # Path("") is the working directory, which an empty name does not mean
         return path

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from granite_speech.audio import resample
 from granite_speech.checkpoint import load_json, resolve
-from granite_speech.errors import CheckpointNotFoundError, InputError, UnsupportedError
+from granite_speech.clips import as_clips, check_clips
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedError
 from granite_speech.features import BatchFeature, GraniteSpeechFeatureExtractor
 from granite_speech.tokenizer import GraniteSpeechTokenizer, write_chat_template
 
@@ -56,9 +58,11 @@ class GraniteSpeechProcessor:
 
         Args:
             text: one prompt or a list; each `<|audio|>` in it stands for one clip, in order, across all prompts.
-            audio: as `GraniteSpeechFeatureExtractor.__call__`; None where no prompt has a clip.
+            audio: as `GraniteSpeechFeatureExtractor.__call__`; None where no prompt has a clip. An array of two dimensions is
+                several clips `(clips, samples)`, as in transformers, and never the channels of one: for those pass `audio.mean(0)`.
             device: where features are computed and stay. Token ids stay on the CPU until `.to(device)`.
-            sampling_rate: of the clips, in Hz, if the caller knows it: checked, never converted.
+            sampling_rate: of the clips, in Hz, where the caller knows it; clips of another rate than the model's are resampled
+                (`granite_speech.audio.resample`, which needs torchaudio). None: they are at the model's.
             return_tensors: "pt", or None for token ids in lists.
             padding: fill shorter prompts up, on the tokenizer's padding_side.
 
@@ -68,8 +72,9 @@ class GraniteSpeechProcessor:
             input_features_lengths, encoder frames of each clip as a list. A clip under one hop has no token.
 
         Raises:
-            InputError: other options; placeholders and clips that differ in number; another sampling rate.
-            AudioError: a clip that cannot be used.
+            InputError: other options; placeholders and clips that differ in number.
+            AudioError: a clip that cannot be used; a rate that no recording has.
+            MissingDependencyError: another sampling rate, and torchaudio cannot be imported.
         """
         if kwargs:
             raise InputError(
@@ -77,19 +82,20 @@ class GraniteSpeechProcessor:
                 expected="text, audio, device, sampling_rate, return_tensors and padding",
                 remedy="The clips are named audio" if "audios" in kwargs else "Leave them out",
             )
-        expected_rate = self.audio_processor.sampling_rate
-        if sampling_rate is not None and sampling_rate != expected_rate:
-            raise InputError(
-                got=f"sampling_rate = {sampling_rate} Hz",
-                expected=f"clips at {expected_rate} Hz",
-                remedy="Bring them to that rate: granite_speech.audio.resample, or load_audio for a file",
-            )
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
             raise InputError(got=f"text of type {type(text).__name__}", expected="a string or a list of strings", remedy="Pass those")
+        if audio is not None and sampling_rate is not None:
+            audio = self._at_own_rate(audio, sampling_rate)
         features = BatchFeature() if audio is None else self.audio_processor(audio, device=device)
         texts = self._expand(texts, features.pop("audio_embed_sizes", []))
         return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **features})
+
+    def _at_own_rate(self, audio, sampling_rate: int) -> list[torch.Tensor]:
+        """The clips, resampled where they are at another rate. They are looked at first: a filter would spread a NaN."""
+        clips = as_clips(audio)
+        check_clips(clips)
+        return [resample(clip, sampling_rate, self.audio_processor.sampling_rate) for clip in clips]
 
     def _expand(self, texts: Sequence[str], sizes: list[int]) -> list[str]:
         """Puts as many audio tokens in place of each placeholder as its clip has."""
@@ -99,7 +105,8 @@ class GraniteSpeechProcessor:
             raise InputError(
                 got=f"{placeholders} placeholder(s) {self.audio_token} for {len(sizes)} clip(s)",
                 expected="one placeholder for each clip",
-                remedy=f"Put {self.audio_token} into the prompt once where each clip belongs",
+                remedy=f"Put {self.audio_token} into the prompt once where each clip belongs; "
+                "of one clip with several channels pass the mean, audio.mean(0)",
             )
         size = iter(sizes)
         return [piece[0] + "".join(self.audio_token * next(size) + rest for rest in piece[1:]) for piece in pieces]
@@ -108,9 +115,9 @@ class GraniteSpeechProcessor:
         """See `GraniteSpeechTokenizer.decode`."""
         return self.tokenizer.decode(token_ids, skip_special_tokens)
 
-    def batch_decode(self, sequences, skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, sequences, skip_special_tokens: bool = False, *, add_special_tokens: bool = False) -> list[str]:
         """See `GraniteSpeechTokenizer.batch_decode`."""
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens)
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, tokenize: bool = False, **kwargs):
         """See `GraniteSpeechTokenizer.apply_chat_template`; here, as in transformers, text is the default."""
@@ -129,6 +136,7 @@ class GraniteSpeechProcessor:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        **unknown: Any,
     ) -> "GraniteSpeechProcessor":
         """Reads the processor of a folder or hub id.
 
@@ -138,13 +146,26 @@ class GraniteSpeechProcessor:
             CheckpointNotFoundError: no such folder or id, or neither file in it, or no tokenizer.json.
             CheckpointError, ConfigError: a file that is not what its name says.
             UnsupportedError: the feature extractor of another model.
+            InputError: other options.
         """
+        if unknown:
+            raise InputError(
+                got=f"unknown options {', '.join(sorted(unknown))} for from_pretrained",
+                expected="revision, cache_dir, local_files_only and token",
+                remedy="Leave them out; code from a checkpoint is never run",
+            )
         folder = resolve(
             pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
         file, legacy_file = folder / "processor_config.json", folder / "preprocessor_config.json"
         config = load_json(file) if file.is_file() else {}
-        extractor = config.get("audio_processor")
+        extractor, audio_token = config.get("audio_processor"), config.get("audio_token", "<|audio|>")
+        if not isinstance(extractor, dict | None) or not isinstance(audio_token, str) or not audio_token:
+            raise CheckpointError(
+                got=f"{file} with audio_processor {extractor!r:.100} and audio_token {audio_token!r:.100}",
+                expected="an object and a token",
+                remedy="Download it again",
+            )
         if extractor is None:
             if not legacy_file.is_file():
                 raise CheckpointNotFoundError(
@@ -160,7 +181,7 @@ class GraniteSpeechProcessor:
                 got=f"feature_extractor_type = {kind!r}", expected=EXTRACTOR_TYPE, remedy="Name a Granite Speech checkpoint"
             )
         tokenizer = GraniteSpeechTokenizer.from_folder(folder)
-        return cls(GraniteSpeechFeatureExtractor(**extractor), tokenizer, audio_token=config.get("audio_token", "<|audio|>"))
+        return cls(GraniteSpeechFeatureExtractor(**extractor), tokenizer, audio_token=audio_token)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes processor_config.json (5.x), preprocessor_config.json (4.x), the tokenizer's files and the chat template."""

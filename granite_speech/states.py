@@ -170,6 +170,12 @@ class SpeechToStates(nn.Module):
                 remedy="Pass input_ids, or merge get_audio_features() into the embeddings yourself",
             )
         given, rank, name = (input_ids, 2, "input_ids") if inputs_embeds is None else (inputs_embeds, 3, "inputs_embeds")
+        if not isinstance(given, Tensor):
+            raise InputError(
+                got=f"{name} of type {type(given).__name__}",
+                expected="a tensor",
+                remedy="Use what the processor returns with return_tensors='pt'",
+            )
         right = given.dim() == rank and given.device == self.device
         if not right or (rank == 2 and given.dtype not in (torch.int64, torch.int32)) or (rank == 3 and not given.is_floating_point()):
             kind = "integers (batch, sequence)" if rank == 2 else "floats (batch, sequence, hidden)"

@@ -5,14 +5,14 @@ A folder's `tokenizer.json` says how text is split, and that is what is done her
 """
 
 import json
-import re
 from collections.abc import Sequence
-from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from granite_speech.chat_template import LONGEST_PROMPT, read_chat_template, render_chat_template, write_chat_template, write_text
 from granite_speech.checkpoint import load_json
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError, UnsupportedError
 from granite_speech.features import BatchFeature
@@ -20,11 +20,9 @@ from granite_speech.features import BatchFeature
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["GraniteSpeechTokenizer", "render_chat_template"]
+__all__ = ["LONGEST_PROMPT", "GraniteSpeechTokenizer", "render_chat_template", "write_chat_template"]
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# A prompt of a few million characters fills any context window many times over; a template that writes more is stuck.
-LONGEST_PROMPT = 1 << 22
 
 
 class GraniteSpeechTokenizer:
@@ -100,9 +98,16 @@ class GraniteSpeechTokenizer:
                     backend.add_tokens([AddedToken(token, special=token in special, normalized=token not in special)])
         else:
             known = {str(index) for index in backend.get_added_tokens_decoder()}
-            late = sorted((int(index), token) for index, token in added.items() if index not in known)
-            backend.add_tokens([AddedToken(**token) for _, token in late])
-        return cls(backend, config, _read_chat_template(folder, config))
+            try:
+                late = sorted(((int(index), token) for index, token in added.items() if index not in known), key=itemgetter(0))
+                backend.add_tokens([AddedToken(**token) for _, token in late])
+            except (AttributeError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    got=f"added_tokens_decoder in {folder / 'tokenizer_config.json'}, which describes no tokens ({error})",
+                    expected="ids and their tokens",
+                    remedy="Download it again",
+                ) from error
+        return cls(backend, config, read_chat_template(folder, config))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template, as transformers 4.x and 5.x read them.
@@ -120,7 +125,7 @@ class GraniteSpeechTokenizer:
             "model_input_names": list(self.model_input_names),
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        _write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
         write_chat_template(folder, self.chat_template)
 
     @property
@@ -149,7 +154,17 @@ class GraniteSpeechTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of one text. add_special_tokens: whether tokenizer.json's post-processor may add its own."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encode([text], add_special_tokens)[0]
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        try:
+            return [one.ids for one in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+        except (TypeError, UnicodeError) as error:  # the library takes strings alone, and of those none with half a character
+            raise InputError(
+                got=f"text that is not Unicode, such as a lone surrogate ({error})",
+                expected="text",
+                remedy="Decode it again from its bytes",
+            ) from error
 
     def __call__(
         self,
@@ -179,7 +194,7 @@ class GraniteSpeechTokenizer:
         _check_choice("return_tensors", return_tensors, (None, "pt"))
         _check_choice("padding", padding, (True, False, "longest"))
         _check_choice("padding_side", padding_side, (None, "left", "right"))
-        ids = [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+        ids = self._encode(texts, add_special_tokens)
         masks = [[1] * len(one) for one in ids]
         longest = max(map(len, ids))
         if padding and any(len(one) < longest for one in ids):
@@ -208,19 +223,25 @@ class GraniteSpeechTokenizer:
         Ids outside the vocabulary have no text. Bytes that are no UTF-8 become U+FFFD.
 
         Raises:
-            InputError: a negative id.
+            InputError: what is no id, or a negative one.
         """
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, int):
             ids = [ids]
+        if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
+            raise InputError(got=f"token ids of type {type(ids).__name__}", expected="ids, a list or a tensor of them", remedy="Pass those")
         if len(ids) and not isinstance(ids[0], int):
             return [self.decode(row, skip_special_tokens) for row in ids]
-        if min(ids, default=0) < 0:
-            raise InputError(got=f"token id {min(ids)}", expected="ids from 0", remedy="Remove label padding (-100) before decoding")
+        if min(ids, default=0) < 0 or max(ids, default=0) >> 32:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise InputError(got=f"token id {wrong}", expected="ids from 0", remedy="Remove label padding (-100) before decoding")
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def batch_decode(self, sequences, skip_special_tokens: bool = False) -> list[str]:
-        """Texts of several sequences of token ids; see `decode`."""
+    def batch_decode(self, sequences, skip_special_tokens: bool = False, *, add_special_tokens: bool = False) -> list[str]:
+        """Texts of several sequences of token ids; see `decode`.
+
+        add_special_tokens is taken because model cards pass it; it says nothing about text, here or in transformers.
+        """
         return [self.decode(row, skip_special_tokens) for row in sequences]
 
     def apply_chat_template(
@@ -255,8 +276,9 @@ class GraniteSpeechTokenizer:
                 raise UnsupportedError(got=name, expected="a plain prompt", remedy="Call with tokenize=False and work on the text")
         if any(not isinstance(tool, dict) for tool in tools or ()):
             raise UnsupportedError(got="a tool that is not a dictionary", expected="JSON schemas", remedy="Write the schema out")
-        if not conversation:
-            raise InputError(got="no messages", expected="at least one", remedy="Pass a list of {'role': …, 'content': …}")
+        if not isinstance(conversation, list | tuple) or not conversation:
+            got = f"messages of type {type(conversation).__name__}" if conversation else "no messages"
+            raise InputError(got=got, expected="at least one, in a list", remedy="Pass a list of {'role': …, 'content': …}")
         template = self.get_chat_template(chat_template, tools)
         single = isinstance(conversation[0], dict)
         names = {**self.special_tokens, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **kwargs}
@@ -282,116 +304,8 @@ class GraniteSpeechTokenizer:
         return chat_template
 
 
-def render_chat_template(template: str, **names) -> str:
-    """Renders a Jinja chat template in a sandbox, with the names and filters that transformers gives one.
-
-    A template comes with a checkpoint, from whoever made it: it can reach neither attributes of Python objects nor the
-    arguments' own lists, it cannot multiply strings without bound, and it is stopped when its output passes LONGEST_PROMPT
-    characters.
-
-    Raises:
-        InputError: the template is wrong, raises, or writes too much.
-        MissingDependencyError: jinja2 is not installed.
-    """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError(got="no jinja2", expected="jinja2, for chat templates", remedy="pip install jinja2") from error
-    parts, length = [], 0
-    try:
-        for part in _compiled(template).generate(**names):
-            parts.append(part)
-            length += len(part)
-            if length > LONGEST_PROMPT:
-                raise InputError(
-                    got=f"a chat template that wrote more than {LONGEST_PROMPT} characters",
-                    expected="a prompt",
-                    remedy="Shorten the messages, or pass another chat_template",
-                )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            got=f"a chat template that failed ({type(error).__name__}: {error})",
-            expected="messages that fit the template",
-            remedy="Check roles and contents, or pass another chat_template",
-        ) from error
-    return "".join(parts)
-
-
-@lru_cache(maxsize=16)
-def _compiled(template: str):
-    from datetime import datetime
-
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-
-    class Generation(Extension):
-        """{% generation %} … {% endgeneration %} marks the assistant's words for training; here it is just its contents."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})
-
-        def call_binop(self, context, operator, left, right):
-            sizes = [len(operand) if isinstance(operand, (str, list, tuple)) else abs(operand) for operand in (left, right)]
-            if sizes[0] * sizes[1] > LONGEST_PROMPT:
-                raise SecurityError(f"{operator} with a result of size {sizes[0] * sizes[1]}")
-            return super().call_binop(context, operator, left, right)
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def write_chat_template(folder: Path, chat_template: str | dict[str, str] | None) -> None:
-    """Writes chat_template.jinja, and further templates by name into additional_chat_templates."""
-    templates = {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
-    for name, template in templates.items():
-        if not re.fullmatch(r"[\w-]+", name):
-            raise InputError(got=f"a chat template named {name!r}", expected="letters, digits, _ and -", remedy="Rename it")
-        file = folder / "chat_template.jinja" if name == "default" else folder / "additional_chat_templates" / f"{name}.jinja"
-        _write_text(file, template)
-
-
 def _read(file: Path) -> dict[str, Any]:
     return load_json(file) if file.is_file() else {}
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-
-
-def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
-    """Files of their own come before tokenizer_config.json, as in transformers."""
-    templates = {file.stem: file.read_text(encoding="utf-8") for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    file, legacy = folder / "chat_template.jinja", _read(folder / "chat_template.json").get("chat_template")
-    if file.is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
-    elif isinstance(legacy, str):
-        templates["default"] = legacy
-    if not templates:
-        inside = config.get("chat_template")
-        if not isinstance(inside, list):
-            return inside
-        templates = {entry["name"]: entry["template"] for entry in inside}
-    return templates["default"] if set(templates) == {"default"} else templates
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

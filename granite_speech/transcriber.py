@@ -11,7 +11,7 @@ from granite_speech.audio import load_audio
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.processor import GraniteSpeechProcessor
 
-__all__ = ["Transcriber"]
+__all__ = ["Transcriber", "transcript_request"]
 
 # What the releases were trained to answer: 3.x after this system text, 4.x without one.
 PROMPT_3 = "can you transcribe the speech into a written format?"
@@ -63,12 +63,15 @@ class Transcriber:
         return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def _request(self, prompt: str | None) -> str:
-        """The whole prompt, in the checkpoint's template where it has one."""
-        template = self.processor.chat_template
-        audio_token = self.processor.audio_token
-        if not template:
-            return f"{audio_token}{prompt or PROMPT_4}"
-        third_generation = "<|start_of_role|>" in str(template)
-        conversation = [{"role": "system", "content": SYSTEM_3}] if third_generation else []
-        conversation.append({"role": "user", "content": f"{audio_token}{prompt or (PROMPT_3 if third_generation else PROMPT_4)}"})
-        return self.processor.apply_chat_template(conversation, add_generation_prompt=True)
+        return transcript_request(self.processor, prompt)
+
+
+def transcript_request(processor: GraniteSpeechProcessor, prompt: str | None = None) -> str:
+    """The whole prompt for one recording, in the checkpoint's template where it has one; the release's own request without `prompt`."""
+    template, audio_token = processor.chat_template, processor.audio_token
+    if not template:
+        return f"{audio_token}{prompt or PROMPT_4}"
+    third_generation = "<|start_of_role|>" in str(template)
+    conversation = [{"role": "system", "content": SYSTEM_3}] if third_generation else []
+    conversation.append({"role": "user", "content": f"{audio_token}{prompt or (PROMPT_3 if third_generation else PROMPT_4)}"})
+    return processor.apply_chat_template(conversation, add_generation_prompt=True)

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 from granite_speech.checkpoint import Checkpoint, resolve
-from granite_speech.errors import CheckpointError, CheckpointNotFoundError, MissingDependencyError
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
 
 MAIN, OLDER = "a" * 40, "b" * 40
 WEIGHTS = {"encoder.out.bias": torch.arange(3.0), "projector.query": torch.ones(1, 3, 2)}
@@ -109,6 +109,12 @@ def test_a_folder_is_returned_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "ibm" / "single").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve("ibm/single") == Path("ibm/single")
+
+
+@pytest.mark.parametrize("name", [None, 3, b"folder", ["folder"]])
+def test_a_name_of_another_type_is_refused(name):
+    with pytest.raises(InputError, match=type(name).__name__):
+        resolve(name)
 
 
 def test_sharded_repository(hub, tmp_path):

@@ -263,6 +263,7 @@ REFUSED = {
     "ids and embeddings": ({"input_ids": prompt(0), "inputs_embeds": torch.zeros(1, 9, 48)}, "both"),
     "embeddings and features": ({"inputs_embeds": torch.zeros(1, 9, 48), "input_features": features(9)}, "input_ids"),
     "unknown argument": (inputs_with(encoder_outputs=None, token_type_ids=1), "encoder_outputs, token_type_ids"),
+    "ids in lists": ({"input_ids": [[1, 2]]}, "input_ids of type list"),
     "rank of ids": ({"input_ids": prompt(0)[0]}, r"\(9,\)"),
     "dtype of ids": ({"input_ids": prompt(0).float()}, "float32"),
     "token outside": ({"input_ids": torch.tensor([[3, 500]])}, "500"),
@@ -328,8 +329,6 @@ def test_a_refused_call_leaves_the_cache_as_it_was(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 4}, "num_beams=4"),
-        ({"do_sample": True}, "do_sample"),
         ({"temperature": 0.5}, "temperature"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"max_length": 3}, "max_length=3"),

@@ -1,6 +1,7 @@
 """The processor against transformers' GraniteSpeechProcessor: lone clips at lengths around every boundary, and files."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granite_speech.errors import AudioError, CheckpointNotFoundError, InputError, UnsupportedError
+from granite_speech.errors import AudioError, CheckpointNotFoundError, InputError, MissingDependencyError, UnsupportedError
 from granite_speech.features import GraniteSpeechFeatureExtractor, count_frames
 from granite_speech.processor import GraniteSpeechProcessor
 from granite_speech.tokenizer import GraniteSpeechTokenizer
@@ -124,6 +125,28 @@ def test_integers_and_devices(ours):
     assert ours(PROMPT, sound, return_tensors=None).input_ids == batch.input_ids.tolist()
 
 
+@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+def test_clips_of_another_rate_are_resampled(ours, theirs, rate):
+    """Beside transformers on what torchaudio makes of the clips; clips of unequal lengths, one of them int16."""
+    import torchaudio
+
+    clips = [clip(rate), (clip(rate // 3) * 32767).to(torch.int16).numpy()]
+    at_16_khz = [torchaudio.functional.resample(one, rate, 16000) for one in (clips[0], torch.from_numpy(clips[1]).float() / 32768)]
+    batch = ours([PROMPT, PROMPT], clips, sampling_rate=rate)
+    assert batch.input_features_lengths == [ours.audio_processor.count_frames(len(one)).encoder for one in at_16_khz]
+    for index, sound in enumerate(at_16_khz):
+        alone = theirs(PROMPT, sound, return_tensors="pt")["input_features"][0]
+        torch.testing.assert_close(batch.input_features[index, : len(alone)], alone, rtol=0, atol=TOLERANCE)
+    assert batch.input_features.shape != ours([PROMPT, PROMPT], clips).input_features.shape
+
+
+def test_resampling_without_torchaudio_is_refused_by_name(ours, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
+    assert ours(PROMPT, clip(8000), sampling_rate=16000).input_features_lengths == [25]
+    with pytest.raises(MissingDependencyError, match=r"torchaudio.*16000"):
+        ours(PROMPT, clip(8000), sampling_rate=8000)
+
+
 def test_refusals(ours):
     sound = torch.zeros(1000)
     with pytest.raises(InputError, match=r"0 placeholder\(s\) <\|audio\|> for 1 clip"):
@@ -132,16 +155,20 @@ def test_refusals(ours):
         ours([PROMPT, PROMPT], sound)
     with pytest.raises(InputError, match=r"1 placeholder\(s\) <\|audio\|> for 0 clip"):
         ours(PROMPT)
-    with pytest.raises(InputError, match="sampling_rate = 44100"):
-        ours(PROMPT, sound, sampling_rate=44100)
+    for rate in (44, 10**7, 44100.5, "44100"):
+        with pytest.raises(AudioError, match="sampling rate of"):
+            ours(PROMPT, sound, sampling_rate=rate)
+    with pytest.raises(InputError, match=r"1 placeholder\(s\) <\|audio\|> for 2 clip.*mean\(0\)"):
+        ours(PROMPT, torch.zeros(2, 1000))
     with pytest.raises(InputError, match=r"\['audios', 'truncation'\].*named audio"):
         ours(PROMPT, audios=sound, truncation=True)
     with pytest.raises(InputError, match="text of type"):
         ours(None, sound)
     with pytest.raises(InputError, match="text of type"):
         ours([], None)
-    with pytest.raises(AudioError, match="clip 1 has NaN"):
-        ours([PROMPT, PROMPT], [sound, torch.full((9,), torch.nan)])
+    for rate in (None, 16000, 8000):
+        with pytest.raises(AudioError, match="clip 1 has NaN"):
+            ours([PROMPT, PROMPT], [sound, torch.full((9,), torch.nan)], sampling_rate=rate)
 
 
 def test_text_goes_to_the_tokenizer(ours, theirs):
