@@ -57,7 +57,7 @@ class PagedCache:
         self.next_positions = [0] * sequences
         self.has_audio = [False] * sequences
         self._pages: list[list[int]] = [[] for _ in range(sequences)]
-        self._used_pages = 0
+        self._free: list[int] = []  # pages of the pools that no sequence has
         shape = (0, page_size, config.num_key_value_heads, config.attention_head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
@@ -72,19 +72,64 @@ class PagedCache:
 
     def reserve(self, capacities: list[int]) -> None:
         """Make room for so many tokens in each sequence, so that the pools need not grow on the way."""
-        for pages, capacity in zip(self._pages, capacities, strict=True):
-            missing = -(-capacity // self.page_size) - len(pages)
-            pages.extend(range(self._used_pages, self._used_pages + missing))
-            self._used_pages += max(missing, 0)
-        if self._used_pages > self.keys[0].shape[0]:
+        missing = [max(0, self._page_count(capacity) - len(pages)) for pages, capacity in zip(self._pages, capacities, strict=True)]
+        if sum(missing) > len(self._free):
             # At least doubled, so that a sequence that grows token by token is copied a logarithmic number of times.
-            self._grow(max(self._used_pages, 2 * self.keys[0].shape[0]))
+            self._grow(max(self._total_pages + sum(missing) - len(self._free), 2 * self._total_pages))
+        for pages, count in zip(self._pages, missing, strict=True):
+            pages += self._take(count)
+
+    @property
+    def _total_pages(self) -> int:
+        return self.keys[0].shape[0]
+
+    def _page_count(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _take(self, count: int) -> list[int]:
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken
 
     def _grow(self, pages: int) -> None:
+        self._free += range(self._total_pages, pages)
         for pools in (self.keys, self.values):
             for layer, pool in enumerate(pools):
                 pools[layer] = pool.new_empty(pages, *pool.shape[1:])
                 pools[layer][: pool.shape[0]] = pool
+
+    def reorder(self, rows: list[int]) -> None:
+        """Sequence i becomes what sequence `rows[i]` was; a sequence may be named any number of times, or not at all.
+
+        Those that continue the same sequence share its full pages, which nobody writes to again; of the last page, which each
+        will fill in its own way, all but the first get a copy. Pages that nobody has any more are free for new tokens.
+        """
+        full = [length // self.page_size for length in self.lengths]
+        held = [pages[: self._page_count(length)] for pages, length in zip(self._pages, self.lengths, strict=True)]
+        self._pages = [held[row][: full[row]] for row in rows]
+        in_use = {page for row in rows for page in held[row]}
+        self._free = [page for page in range(self._total_pages) if page not in in_use]
+
+        has_last, copies = set(), []
+        for place, row in enumerate(rows):
+            last = held[row][full[row] :]
+            if row in has_last and last:
+                copies.append((place, last[0]))
+            else:
+                self._pages[place] += last
+                has_last.add(row)
+        if len(copies) > len(self._free):
+            self._grow(max(self._total_pages + len(copies) - len(self._free), 2 * self._total_pages))
+        taken = self._take(len(copies))
+        for (place, _), page in zip(copies, taken, strict=True):
+            self._pages[place].append(page)
+        if copies:
+            source, target = (torch.tensor(pages, device=self.keys[0].device) for pages in ([page for _, page in copies], taken))
+            for pool in (*self.keys, *self.values):
+                pool.index_copy_(0, target, pool.index_select(0, source))
+
+        self.lengths, self.next_positions, self.has_audio = (
+            [values[row] for row in rows] for values in (self.lengths, self.next_positions, self.has_audio)
+        )
 
     def begin(self, new: Segments) -> CacheStep:
         """Make room for new tokens of each sequence and count them."""

@@ -1,21 +1,28 @@
-"""Greedy decoding: one packed prefill, then one token a row and step through the paged cache."""
+"""`generate`: one packed prefill a prompt, then one token a row and step through the paged cache.
+
+Greedy decoding, sampling and beam search differ only in how a step's tokens are chosen from its logits.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from granite_speech.beam_search import BeamSearch
 from granite_speech.errors import InputError
+from granite_speech.generation_options import GenerationOptions
 from granite_speech.language_model import Tokens
+from granite_speech.outputs import GenerateOutput
 from granite_speech.packing import Segments
+from granite_speech.sampling import LogitsProcessor, draw
+from granite_speech.stop_strings import StopStrings
 
 __all__ = ["Generation"]
 
-# What transformers calls greedy decoding; other values of these need another algorithm.
-_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
-_DEFAULT_MAX_LENGTH = 20
 # On a GPU, asking whether all rows are done waits for the device: a few steps too many cost less than waiting at each.
 _STEPS_BETWEEN_LOOKS = 8
+# Tokens that every answer gets room for at once; longer ones make the pools grow on the way.
+_RESERVED = 1024
 
 
 class Generation:
@@ -29,114 +36,213 @@ class Generation:
         input_features: Tensor | None = None,
         input_features_mask: Tensor | None = None,
         input_features_lengths: list[int] | Tensor | None = None,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
+        generation_config: Any = None,
+        *,
+        generator: torch.Generator | None = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
         **options: Any,
-    ) -> Tensor:
-        """Decode greedily.
+    ) -> Tensor | GenerateOutput:
+        """Answer prompts; greedily, by sampling or with beams, as transformers 5.17 does.
 
         Args:
             input_ids, attention_mask, input_features, input_features_mask, input_features_lengths: the prompts, padded on the
-                left, as the processor returns them.
-            max_new_tokens: tokens to add at most.
-            max_length: columns of prompt and answer at most, where max_new_tokens is not given; 20 where neither is given or
-                in the checkpoint's generation_config.json.
-            eos_token_id: a row ends with any of these; the checkpoint's where left out.
-            pad_token_id: fills a row behind its end; the checkpoint's where left out.
-            options: do_sample=False, num_beams=1, num_return_sequences=1 and use_cache=True may be said.
+                left, as the processor returns them. A prompt's answer does not depend on its padding or neighbours, and neither
+                does a penalty on repetition.
+            generation_config: options in a dictionary, or as attributes of an object.
+            generator: draws the tokens, on the model's device; torch's default one where left out.
+            streamer: an object with `put(ids)` and `end()`, for one prompt with one answer and without beams. `put` gets the prompt
+                `(1, columns)`, then each new token `(1,)`, on the host.
+            tokenizer: says what text tokens are, for stop_strings; the processor's.
+            options: those of `GenerationOptions`, above all max_new_tokens, do_sample and num_beams. They win over
+                generation_config, which wins over the checkpoint's generation_config.json, and that over the text configuration's
+                token ids. None counts as left out.
 
         Returns:
-            `(batch, prompt + new tokens)`, the prompts in front.
+            `(batch * num_return_sequences, prompt + new tokens)` in the dtype of input_ids, the prompts in front, the answers to one
+            prompt one behind the other; with return_dict_in_generate a `GenerateOutput` of it.
+
+        Raises:
+            InputError: an option that is unknown or out of range, options that contradict, or inputs that `forward` refuses.
         """
-        for name, value in options.items():
-            if name not in _GREEDY or value not in (_GREEDY[name], None):
-                raise InputError(
-                    got=f"generate({name}={value!r:.60})",
-                    expected="greedy decoding: " + ", ".join(f"{key}={one}" for key, one in _GREEDY.items()),
-                    remedy="Leave the option out",
-                )
-        steps = self._new_tokens(input_ids, max_new_tokens, max_length)
-        ends, pad = self._end_and_pad(eos_token_id, pad_token_id)
-        if attention_mask is not None and not bool(attention_mask[:, -1:].all()):
-            raise InputError(
-                got="prompts that are padded on the right", expected="padding on the left", remedy="Set tokenizer.padding_side = 'left'"
-            )
-        if steps == 0:
-            return input_ids
-        new = self._decode(
-            steps,
-            ends,
-            pad,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            input_features=input_features,
-            input_features_mask=input_features_mask,
-            input_features_lengths=input_features_lengths,
-        )
-        return torch.cat((input_ids, new.to(input_ids.dtype)), dim=1)
-
-    def _new_tokens(self, input_ids: Tensor, max_new_tokens: int | None, max_length: int | None) -> int:
-        defaults = self.generation_config or {}
-        if max_new_tokens is None and max_length is None:
-            max_new_tokens = defaults.get("max_new_tokens")
-        if max_new_tokens is not None:
-            steps = max_new_tokens
+        _check_prompts(input_ids, attention_mask)
+        told = GenerationOptions.resolve(options, generation_config, self.generation_config, self.config.text_config, input_ids.shape[1])
+        self._check_helpers(told, len(input_ids), generator, streamer, tokenizer)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        if told.max_new_tokens == 0 or len(input_ids) == 0:
+            output = GenerateOutput(input_ids.repeat_interleave(told.num_return_sequences, 0))
         else:
-            steps = (max_length or defaults.get("max_length") or _DEFAULT_MAX_LENGTH) - input_ids.shape[1]
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise InputError(
-                got=f"max_new_tokens={max_new_tokens!r}, max_length={max_length!r} for prompts of {input_ids.shape[1]} columns",
-                expected="room for new tokens",
-                remedy="Pass max_new_tokens",
+            steps = _Steps(
+                self,
+                told,
+                tokenizer,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                input_features=input_features,
+                input_features_mask=input_features_mask,
+                input_features_lengths=input_features_lengths,
             )
-        return steps
+            output = steps.choose_by_token(generator, streamer) if told.num_beams == 1 else steps.choose_by_beam(generator)
+            prompts = input_ids.repeat_interleave(told.num_return_sequences, 0)
+            output.sequences = torch.cat((prompts, output.sequences.to(input_ids.dtype)), dim=1)
+        if streamer is not None:
+            streamer.end()
+        return output if told.return_dict_in_generate else output.sequences
 
-    def _end_and_pad(self, eos_token_id: int | list[int] | None, pad_token_id: int | None) -> tuple[Tensor, int]:
-        """Token ids that end a row, on the model's device, and the one that fills it afterwards."""
+    def _check_helpers(self, told: GenerationOptions, batch: int, generator: Any, streamer: Any, tokenizer: Any) -> None:
+        if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != self.device.type):
+            where = f" on {generator.device}" if isinstance(generator, torch.Generator) else ""
+            raise InputError(
+                got=f"generator of type {type(generator).__name__}{where}",
+                expected=f"a torch.Generator on {self.device.type}",
+                remedy=f"Pass torch.Generator('{self.device.type}').manual_seed(seed)",
+            )
+        if told.stop_strings and tokenizer is None:
+            raise InputError(
+                got=f"stop_strings={list(told.stop_strings)!r:.60} without a tokenizer",
+                expected="the tokenizer that says what text the tokens are",
+                remedy="Pass tokenizer=processor.tokenizer",
+            )
+        if streamer is None:
+            return
+        if told.num_beams > 1 or batch * told.num_return_sequences != 1:
+            raise InputError(
+                got=f"a streamer for num_beams={told.num_beams} and {batch * told.num_return_sequences} answers",
+                expected="one answer to one prompt, without beams, whose tokens are final as they come",
+                remedy="Leave the streamer out, or call generate for each prompt",
+            )
+        if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+            raise InputError(
+                got=f"a streamer of type {type(streamer).__name__}",
+                expected="an object with put(ids) and end()",
+                remedy="Pass one like transformers' TextStreamer",
+            )
 
-        def default(name: str) -> Any:
-            value = (self.generation_config or {}).get(name)
-            return getattr(self.config.text_config, name) if value is None else value
 
-        ends = default("eos_token_id") if eos_token_id is None else eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        pad = default("pad_token_id") if pad_token_id is None else pad_token_id
-        if pad is None:
-            pad = ends[0] if ends else 0
-        return torch.tensor(ends, dtype=torch.int64, device=self.device), pad
+def _check_prompts(input_ids: Any, attention_mask: Tensor | None) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        shape = f" and shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else ""
+        raise InputError(
+            got=f"input_ids of type {type(input_ids).__name__}{shape}",
+            expected="a tensor (batch, sequence)",
+            remedy="Use what the processor returns",
+        )
+    if input_ids.shape[1] == 0:
+        raise InputError(got="prompts without a token", expected="at least one token in each", remedy="Give the model a text to go on from")
+    if attention_mask is not None and not bool(attention_mask[:, -1:].all()):
+        raise InputError(
+            got="prompts that are padded on the right", expected="padding on the left", remedy="Set tokenizer.padding_side = 'left'"
+        )
 
-    def _decode(self, steps: int, ends: Tensor, pad: int, **prompt: Any) -> Tensor:
-        """`(batch, at most steps)` new tokens."""
-        batch = prompt["input_ids"].shape[0]
-        cache = self.new_cache(batch)
+
+class _Steps:
+    """One call of `generate`: the prompts are run once, then all rows go on by one token a step.
+
+    Args:
+        model: what generates.
+        options: of the call.
+        tokenizer: for stop strings.
+        prompt: what `states` takes of `generate`'s arguments.
+
+    Attributes:
+        logits: `(rows, vocabulary)` of the next token; a prompt has as many rows as beams or answers, one behind the other.
+        scores: each step's, where they are to be returned.
+    """
+
+    def __init__(self, model: Generation, options: GenerationOptions, tokenizer: Any, **prompt: Any):
+        self.model, self.options, self.device = model, options, model.device
+        ids, mask = prompt["input_ids"], prompt["attention_mask"]
+        self.batch = len(ids)
+        self.scores: list[Tensor] = []
+        self.cache = model.new_cache(self.batch)
         names = ("position_ids", "inputs_embeds", "use_cache", "output_attentions", "output_hidden_states", "cache_position")
-        states, rows, _ = self.states(**prompt, past_key_values=cache, **dict.fromkeys(names))
-        cache.reserve([length + steps for length in cache.lengths])
+        states, rows, _ = model.states(**prompt, past_key_values=self.cache, **dict.fromkeys(names))
         states = states.index_select(0, rows.segments.cu_seqlens[1:] - 1)
+        kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask != 0).to(ids.device)
+        several = max(options.num_beams, options.num_return_sequences)
+        if several > 1:
+            self.cache.reorder([row for row in range(self.batch) for _ in range(several)])
+            states, ids, kept = (one.repeat_interleave(several, 0) for one in (states, ids, kept))
+        self.cache.reserve([length + min(options.max_new_tokens, _RESERVED) for length in self.cache.lengths])
 
-        one_each = Segments((1,) * batch, self.device)
-        adapter_index = self.adapter_index(cache.has_audio, one_each)
-        positions = torch.tensor(cache.next_positions, device=self.device)
-        done = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        look_every = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_LOOKS
+        self.one_each = Segments((1,) * len(self.cache), self.device)
+        self.adapter_index = model.adapter_index(self.cache.has_audio, self.one_each)
+        self.positions = torch.tensor(self.cache.next_positions, device=self.device)
+        self.logits = model.language_model.logits(states)
+        self.processor = LogitsProcessor(options, ids, kept, self.logits.shape[1])
+        self.stops = None
+        if options.stop_strings:
+            prompts = [row[keep].tolist() for row, keep in zip(ids.cpu(), kept.cpu(), strict=True)]
+            self.stops = StopStrings(options.stop_strings, tokenizer, prompts)
+
+    def _advance(self, tokens: Tensor) -> None:
+        """Run one more token of each row `(rows,)`."""
+        model = self.model
+        step = self.cache.begin(self.one_each)
+        place = Tokens(segments=self.one_each, positions=self.positions, adapter_index=self.adapter_index, step=step)
+        self.logits = model.language_model.logits(model.decoder(model.embed_tokens(tokens), place))
+        self.positions = self.positions + 1
+
+    def _remember(self, scores: Tensor) -> None:
+        if self.options.return_dict_in_generate and self.options.output_scores:
+            self.scores.append(scores.float())
+
+    def _scores_of(self, steps: int) -> tuple[Tensor, ...] | None:
+        return tuple(self.scores[:steps]) if self.options.output_scores else None
+
+    def choose_by_token(self, generator: torch.Generator | None, streamer: Any) -> GenerateOutput:
+        """The best token of each row, or one drawn for it."""
+        options, count = self.options, len(self.cache)
+        ends = torch.tensor(options.eos_token_id, dtype=torch.int64, device=self.device)
+        done = torch.zeros(count, dtype=torch.bool, device=self.device)
+        lengths = torch.zeros(count, dtype=torch.int64, device=self.device)
+        looks_each_step = self.device.type == "cpu" or streamer is not None or self.stops is not None
+        look_every = 1 if looks_each_step else _STEPS_BETWEEN_LOOKS
         new = []
         while True:
-            best = self.language_model.logits(states).argmax(-1)
-            token = torch.where(done, pad, best)
+            scores = self.processor(self.logits)
+            self._remember(scores)
+            chosen = draw(scores, 1, generator).squeeze(1) if options.do_sample else scores.argmax(-1)
+            token = torch.where(done, options.pad_token_id, chosen)
             new.append(token)
+            lengths = lengths + ~done
             done = done | torch.isin(token, ends)
-            if len(new) == steps or (len(new) % look_every == 0 and bool(done.all())):
+            if streamer is not None:
+                streamer.put(token.cpu())
+            if self.stops is not None:
+                done = done | self._stopped(token)
+            if len(new) == options.max_new_tokens or (len(new) % look_every == 0 and bool(done.all())):
                 break
-            tokens = Tokens(segments=one_each, positions=positions, adapter_index=adapter_index, step=cache.begin(one_each))
-            states = self.decoder(self.embed_tokens(best), tokens)
-            positions = positions + 1
-        return _without_idle_columns(torch.stack(new, dim=1), ends)
+            self.processor.extend(chosen)
+            self._advance(chosen)
+        # Columns that were decoded after the last row had ended are cut.
+        longest = int(lengths.max())
+        return GenerateOutput(torch.stack(new[:longest], dim=1), scores=self._scores_of(longest))
 
+    def _stopped(self, tokens: Tensor) -> Tensor:
+        """`(rows,)` bool: whose newest token completes a stop string."""
+        rows, found = list(range(len(tokens))), tokens.tolist()
+        stopped = self.stops.ends(rows, found)
+        self.stops.extend(rows, found)
+        return torch.tensor(stopped, device=self.device)
 
-def _without_idle_columns(new: Tensor, ends: Tensor) -> Tensor:
-    """Cut the columns that were decoded after the last row had ended."""
-    is_end = torch.isin(new, ends)
-    lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, new.shape[1])
-    return new[:, : int(lengths.max())] if len(new) else new
+    def choose_by_beam(self, generator: torch.Generator | None) -> GenerateOutput:
+        """The best hypotheses of each row; a beam's keys follow it when it is continued twice or dropped."""
+        beams = BeamSearch(self.options, self.batch, self.device, self.stops, generator)
+        while True:
+            log_probabilities = self.processor(self.logits.float().log_softmax(-1))
+            self._remember(log_probabilities)
+            parents, tokens = beams.advance(log_probabilities)
+            if beams.is_over:
+                break
+            self.processor.extend(tokens, parents)
+            self.cache.reorder(parents.tolist())
+            self._advance(tokens)
+        new, scores, origins = beams.answers()
+        return GenerateOutput(
+            new,
+            sequences_scores=scores if self.options.output_scores else None,
+            scores=self._scores_of(len(self.scores)),
+            beam_indices=origins,
+        )

@@ -9,6 +9,7 @@ from granite_speech.cache import PagedCache
 
 __all__ = [
     "BaseModelOutputWithPooling",
+    "GenerateOutput",
     "GraniteSpeechCausalLMOutputWithPast",
     "GraniteSpeechModelOutputWithPast",
     "ModelOutput",
@@ -99,3 +100,22 @@ class GraniteSpeechCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     audio_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class GenerateOutput(ModelOutput):
+    """Of `generate` with `return_dict_in_generate`; rows are those of the batch, each `num_return_sequences` times.
+
+    Attributes:
+        sequences: `(rows, prompt + new tokens)`, the prompts in front.
+        sequences_scores: `(rows,)` float32, of beams: log-probability over length to `length_penalty`; where scores were asked for.
+        scores: a step, what its tokens were chosen by, where asked for: `(rows, vocabulary)` float32, without meaning for a row
+            that has ended; for beams `(batch * num_beams, vocabulary)`, log-probabilities of the open beams' next tokens.
+        beam_indices: `(rows, new tokens)` int32, of beams: the open beam, counted over the batch, that each token was added to;
+            −1 behind an answer's end.
+    """
+
+    sequences: torch.Tensor
+    sequences_scores: torch.Tensor | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    beam_indices: torch.Tensor | None = None

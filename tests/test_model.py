@@ -331,6 +331,8 @@ def test_a_refused_call_leaves_the_cache_as_it_was(model):
     [
         ({"temperature": 0.5}, "temperature"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens=1000000000000"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "without a token"),
         ({"max_length": 3}, "max_length=3"),
         ({"attention_mask": torch.tensor([[1] * 14 + [0]])}, "padded on the right"),
     ],
