@@ -31,7 +31,7 @@ def depthwise_conv(
     | weight | (channels, kernel_size) | last 1, first free | as x |
     | scale, shift | (channels,), or both None | 1 | float32, or float64 with x in float64 |
     | cu_seqlens | (clips + 1,) | 1 | int32 |
-    | returns | (total_frames, channels) | contiguous | as x |
+    | returns | (total_frames, channels) | any | as x |
 
     A clip is padded by (kernel_size // 2, kernel_size // 2 − (kernel_size + 1) % 2) zeros, so that it keeps its length for
     odd and even kernels, and never sees a neighbour. Rows from `cu_seqlens[-1]` on are padding: never read, zero in the
