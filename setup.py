@@ -35,6 +35,7 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
+        "train": ["jiwer>=4"],  # word error rates of `finetune --validation`
         "test": [
             "transformers==5.17.0",
             "peft>=0.21",

@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from granite_speech import __version__
 from granite_speech.errors import GraniteSpeechError
+from granite_speech.training.options import FinetuneOptions
 
 __all__ = ["main"]
 
@@ -35,7 +37,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("model", metavar="FOLDER_OR_ID", help="a checkpoint's folder, or its id on the hub")
     verify.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    _add_finetune(commands)
     return parser
+
+
+def _add_finetune(commands: argparse._SubParsersAction) -> None:
+    """The options of the loop are those of `FinetuneOptions`, which checks them and says what they mean."""
+    finetune = commands.add_parser(
+        "finetune",
+        help="tune a checkpoint on your own recordings",
+        description="Tune a checkpoint on a manifest: JSON lines with audio (a path, relative to the manifest), text and, where "
+        'wanted, prompt, such as {"audio": "one.wav", "text": "turn left"}.',
+        epilog="Exit status: 0 the folder is written, 2 nothing came of it (usage, manifest, model), 130 interrupted.",
+    )
+    finetune.add_argument("manifest", metavar="MANIFEST", help="the recordings to train on")
+    finetune.add_argument("--model", required=True, metavar="FOLDER_OR_ID", help="a checkpoint's folder, or its id on the hub")
+    finetune.add_argument("--output", required=True, metavar="DIR", help="the folder to write, a checkpoint like the model's")
+    finetune.add_argument("--validation", metavar="MANIFEST", help="recordings whose word error rate is taken before and after")
+    finetune.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR, or begin where there is none")
+    finetune.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    for one in fields(FinetuneOptions):
+        several = isinstance(one.default, tuple)
+        shown = ",".join(one.default) if several else one.default
+        finetune.add_argument(
+            "--" + one.name.replace("_", "-"),
+            type=(lambda text: tuple(text.split(","))) if several else one.metadata["kind"],
+            default=one.default,
+            metavar="NAMES" if several else one.metadata["kind"].__name__.upper(),
+            help=one.metadata["help"] + ("" if shown is None else f" (default: {shown})"),
+        )
 
 
 def _positive(text: str) -> int:
@@ -51,7 +81,7 @@ def _positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    return {"transcribe": _transcribe, "verify": _verify}[options.command](options)
+    return {"transcribe": _transcribe, "verify": _verify, "finetune": _finetune}[options.command](options)
 
 
 # Imported in the commands: torch takes seconds, and --help and a mistyped option should not wait for it.
@@ -85,6 +115,23 @@ def _verify(options: argparse.Namespace) -> int:
         return 2
     print(report(comparisons))
     return 1 if any(one.first_miss for one in comparisons) else 0
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from granite_speech.training import finetune
+
+    places = {name: getattr(options, name) for name in ("validation", "resume", "device")}
+    try:
+        chosen = FinetuneOptions(**{one.name: getattr(options, one.name) for one in fields(FinetuneOptions)})
+        report = finetune(options.manifest, options.model, options.output, chosen, **places)
+    except GraniteSpeechError as error:
+        print(f"granite-speech: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("granite-speech: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(report)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""What a model makes of recordings whose words are known."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from granite_speech.errors import MissingDependencyError
+from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.packing import Segments
+from granite_speech.processor import GraniteSpeechProcessor
+from granite_speech.training.losses import ctc_logits
+from granite_speech.training.manifest import Utterance
+from granite_speech.transcriber import transcript_request
+
+__all__ = ["ctc_transcripts", "transcripts", "word_error_rate"]
+
+
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Substituted, left out and added words, over the words of the references; 0.05 is 5 %.
+
+    Words are compared as they stand between spaces: case and punctuation count.
+
+    Raises:
+        MissingDependencyError: jiwer is not installed.
+    """
+    return float(_jiwer().wer(list(references), list(hypotheses)))
+
+
+def _jiwer():
+    try:
+        import jiwer
+    except ImportError as error:
+        raise MissingDependencyError(
+            got="no jiwer", expected="the package jiwer, to count word errors", remedy="pip install jiwer, or leave validation out"
+        ) from error
+    return jiwer
+
+
+@torch.no_grad()
+def transcripts(
+    model: GraniteSpeechForConditionalGeneration,
+    processor: GraniteSpeechProcessor,
+    utterances: Sequence[Utterance],
+    *,
+    batch_seconds: float = 60.0,
+) -> list[str]:
+    """The model's greedy answers, in the order of the utterances.
+
+    An answer is cut at twice the tokens of the longest right one in its batch and ten: a model at the beginning of its training may
+    never end.
+
+    Args:
+        model: in evaluation mode.
+        processor: of the same checkpoint.
+        utterances: with their sound files, prompts and right answers.
+        batch_seconds: seconds of audio in a batch; a longer recording is a batch of its own.
+
+    Raises:
+        AudioError: a sound file that cannot be used; names the line.
+    """
+    answers: dict[int, str] = {}
+    for indices, waveforms in _by_length(processor, utterances, batch_seconds):
+        chosen = [utterances[index] for index in indices]
+        requests = [transcript_request(processor, one.prompt) for one in chosen]
+        inputs = processor(requests, waveforms, device=model.device).to(model.device)
+        longest = max(len(processor.tokenizer.encode(one.text)) for one in chosen)
+        ids = model.generate(**inputs, max_new_tokens=2 * longest + 10, do_sample=False, num_beams=1)
+        texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers |= dict(zip(indices, (text.strip() for text in texts), strict=True))
+    return [answers[index] for index in range(len(utterances))]
+
+
+@torch.no_grad()
+def ctc_transcripts(
+    model: GraniteSpeechForConditionalGeneration,
+    processor: GraniteSpeechProcessor,
+    utterances: Sequence[Utterance],
+    *,
+    batch_seconds: float = 60.0,
+) -> list[str]:
+    """The encoder's own text: the best label of each frame, repeats and blanks taken out; a label is a code point.
+
+    Arguments and errors as of `transcripts`.
+    """
+    answers: dict[int, str] = {}
+    for indices, waveforms in _by_length(processor, utterances, batch_seconds):
+        frames, lengths = processor.audio_processor.extract_packed(waveforms, model.device)
+        states = model.encoder.encode(frames.to(model.dtype), Segments(tuple(lengths), model.device))
+        labels = ctc_logits(model.encoder, states).argmax(1).cpu()
+        answers |= dict(zip(indices, map(_collapsed, labels.split(lengths)), strict=True))
+    return [answers[index] for index in range(len(utterances))]
+
+
+def _collapsed(labels: Tensor) -> str:
+    return "".join(chr(one) for one in labels.unique_consecutive().tolist() if one).strip()
+
+
+def _by_length(
+    processor: GraniteSpeechProcessor, utterances: Sequence[Utterance], batch_seconds: float
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Batches of like lengths, each as indices and waveforms."""
+    rate = processor.audio_processor.sampling_rate
+    samples = [one.count_samples(rate) for one in utterances]
+    batch: list[int] = []
+    for index in sorted(range(len(utterances)), key=samples.__getitem__):
+        if batch and sum(samples[one] for one in batch) + samples[index] > batch_seconds * rate:
+            yield batch, [utterances[one].waveform(rate) for one in batch]
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch, [utterances[one].waveform(rate) for one in batch]

@@ -1,0 +1,159 @@
+"""A manifest: one JSON object a line, each an utterance or a text.
+
+    {"audio": "clips/0001.flac", "text": "seven left"}
+    {"audio": "clips/0002.flac", "text": "sieben links", "prompt": "translate the speech to German."}
+
+`audio` is a path, relative to the manifest's folder; `text` is what the model is to answer; `prompt`, which may be left out, is what
+it is asked, without the placeholder for the audio. A manifest of texts has `prompt` and `text`. Other keys are refused: one that is
+spelled wrong would train something else without a word. Empty lines are skipped.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from granite_speech.audio import load_audio
+from granite_speech.config_values import shown
+from granite_speech.errors import AudioError, GraniteSpeechError, InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Utterance", "read_manifest"]
+
+# Longer than any recording that one would train on: such a length in a header is damage, or means "unknown".
+LONGEST_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a manifest.
+
+    Attributes:
+        text: the answer, without space around it.
+        prompt: the question; None for the checkpoint's own request for a transcript.
+        audio: the sound file; None in a manifest of texts.
+        manifest, line: where it stands, the line counted from 1.
+    """
+
+    text: str
+    prompt: str | None
+    audio: Path | None
+    manifest: Path
+    line: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.manifest}, line {self.line}"
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """An error of this package that leaves the block says which line it is about."""
+        try:
+            yield
+        except GraniteSpeechError as error:
+            raise type(error)(got=f"{self.where}: {error.got}", expected=error.expected, remedy=error.remedy) from error
+
+    def waveform(self, sampling_rate: int) -> "torch.Tensor":
+        """`(samples,)` float32 at that rate in Hz.
+
+        Raises:
+            AudioError: a file that cannot be used; names the line.
+        """
+        with self.named():
+            return load_audio(self.audio, sampling_rate)
+
+    def count_samples(self, sampling_rate: int) -> int:
+        """Length at that rate, from the file's header where that says a length that can be.
+
+        Raises:
+            AudioError: no sound file, or one without samples; names the line.
+        """
+        try:
+            import soundfile
+        except (ImportError, OSError) as error:  # OSError: the package is there and libsndfile is not
+            raise MissingDependencyError(
+                got=f"no working soundfile ({error})", expected="soundfile, to read sound files", remedy="pip install soundfile"
+            ) from error
+        try:
+            header = soundfile.info(str(self.audio))
+        except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:
+            raise AudioError(
+                got=f"{self.where}: {str(self.audio)!r}, which does not decode ({getattr(error, 'error_string', error)})",
+                expected="a sound file that libsndfile reads",
+                remedy="Check that it plays, or take the line out",
+            ) from error
+        if 0 < header.frames <= LONGEST_SECONDS * max(header.samplerate, 1):
+            return -(-header.frames * sampling_rate // header.samplerate)
+        return len(self.waveform(sampling_rate))
+
+
+def read_manifest(path: str | Path, *, audio: bool = True) -> list[Utterance]:
+    """Read and check every line.
+
+    Args:
+        path: the manifest, in UTF-8.
+        audio: whether the lines are utterances; False: texts, with `prompt` and without `audio`.
+
+    Raises:
+        InputError: no manifest, an empty one, or a line that is none; names file and line. Whether a sound file decodes is found out
+            where its length is first asked for; that it is there is checked here.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise InputError(
+            got=f"the manifest {str(path)!r}, which cannot be read ({error.strerror or error})",
+            expected="a file with one JSON object a line",
+            remedy="Check the path",
+        ) from error
+    found = [_utterance(path, number, line, audio) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise InputError(
+            got=f"the manifest {str(path)!r} without a line", expected="one JSON object a line", remedy='Write {"audio": …, "text": …}'
+        )
+    return found
+
+
+def _utterance(manifest: Path, number: int, line: bytes, audio: bool) -> Utterance:
+    def refuse(got: str, expected: str, remedy: str, cause: Exception | None = None) -> InputError:
+        error = InputError(got=f"{manifest}, line {number}: {got}", expected=expected, remedy=remedy)
+        error.__cause__ = cause
+        return error
+
+    example = '{"audio": "clip.flac", "text": "…"}' if audio else '{"prompt": "…", "text": "…"}'
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        text = line.decode("utf-8", "replace")
+        raise refuse(f"{text!r:.100}, which does not parse ({error})", f"a JSON object such as {example}", "Correct it", error) from error
+    if not isinstance(value, dict):
+        raise refuse(f"a {type(value).__name__}", f"a JSON object such as {example}", "Correct it")
+    needed, known = (("audio", "text"), ("audio", "text", "prompt")) if audio else (("prompt", "text"), ("prompt", "text"))
+    if unknown := sorted(value.keys() - set(known)):
+        raise refuse(f"unknown keys {', '.join(map(shown, unknown))}", f"only {', '.join(known)}", "Rename them or take them out")
+    if missing := [name for name in needed if name not in value]:
+        raise refuse(f"no {' and no '.join(missing)}", f"a JSON object such as {example}", "Add what is missing")
+    for name, one in value.items():
+        if (problem := _not_text(one)) is not None:
+            raise refuse(f"{name} = {shown(one)}{problem}", "text that is not empty", f"Correct {name}, or take the line out")
+    file = manifest.parent / value["audio"] if audio else None
+    if file is not None and not file.is_file():
+        kind = "is a folder" if file.is_dir() else "is not there"
+        raise refuse(f"audio {str(file)!r}, which {kind}", f"a sound file's path, relative to {str(manifest.parent)!r}", "Correct the path")
+    return Utterance(value["text"].strip(), value.get("prompt"), file, manifest, number)
+
+
+def _not_text(value: Any) -> str | None:
+    """What is wrong with a value that should be text; None where nothing is."""
+    if not isinstance(value, str) or not value.strip():
+        return ""
+    try:
+        value.encode()
+    except UnicodeError:  # JSON can write half of a character
+        return ", which has half of a character in it"
+    return ", which has a NUL in it" if "\0" in value else None

@@ -1,0 +1,120 @@
+"""A checkpoint of the training: one safetensors file, replaced by a rename; and the log, one JSON object a line."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from granite_speech.errors import CheckpointError, InputError
+
+__all__ = ["TrainingFolder"]
+
+_STATE, _LOG = "state.safetensors", "log.jsonl"
+
+
+class TrainingFolder:
+    """What a training leaves on the disk while it goes on.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        CheckpointError: a folder that cannot be written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.state_file, self.log_file = self.folder / _STATE, self.folder / _LOG
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".writable").touch()
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    @property
+    def has_state(self) -> bool:
+        return self.state_file.is_file()
+
+    def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint; until the last byte is on the disk the one before it stands.
+
+        Raises:
+            CheckpointError: a full disk, or another reason why it could not be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        unfinished = self.folder / f".{_STATE}.unfinished"
+        try:
+            on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+            save_file(on_host, unfinished, {"training": json.dumps(facts)})
+            with open(unfinished, "rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(self.state_file)
+        except (OSError, SafetensorError) as error:
+            raise self._unwritable(error) from error
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The last checkpoint.
+
+        Raises:
+            CheckpointError: a damaged file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.state_file, "pt") as file:
+                facts = json.loads((file.metadata() or {})["training"])
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (it is no dictionary)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                got=f"{str(self.state_file)!r}, which is no checkpoint of a training ({error})",
+                expected="one that was written here",
+                remedy="Remove it and begin again",
+            ) from error
+
+    def check_identity(self, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Refuse to go on with something else than what was begun.
+
+        Raises:
+            InputError: names what differs.
+        """
+        own = json.loads(json.dumps(own))
+        differing = sorted(name for name in stored.keys() | own.keys() if stored.get(name) != own.get(name))
+        if differing:
+            pairs = ", ".join(f"{name} = {own.get(name)!r:.60} (there {stored.get(name)!r:.60})" for name in differing)
+            raise InputError(
+                got=f"a training in {str(self.folder)!r} to be gone on with, with {pairs}",
+                expected="the values that it was begun with",
+                remedy="Give those, or begin a new training in another folder",
+            )
+
+    def cut_log(self, step: int) -> list[dict[str, Any]]:
+        """Take out what was logged behind a step, as after a kill between two checkpoints; returns what is left."""
+        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if self.log_file.is_file() else []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # half a line, the last before a kill
+                break
+        records = [record for record in records if record["step"] <= step]
+        shorter = self.folder / f".{_LOG}.unfinished"
+        shorter.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        shorter.replace(self.log_file)
+        return records
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        with open(self.log_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _unwritable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            got=f"{str(self.folder)!r}, which could not be written ({error})",
+            expected="a writable folder with enough free space",
+            remedy="Check the path, its permissions and the free disk space",
+        )

@@ -1,0 +1,220 @@
+"""The loop: batches in, steps out, and a checkpoint from which it goes on as if nothing had happened."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from granite_speech.errors import InputError
+from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.training.batches import Batch, BatchSource
+from granite_speech.training.losses import LossFunction
+from granite_speech.training.optimizer import MasterAdamW, ParameterGroup, learning_rate
+from granite_speech.training.options import TrainerOptions
+from granite_speech.training.seeds import seeded
+from granite_speech.training.state import TrainingFolder
+
+__all__ = ["Trainer"]
+
+Validation = Callable[[GraniteSpeechForConditionalGeneration], Mapping[str, float]]
+
+
+class Trainer:
+    """Trains parameters of a model on a source of batches.
+
+    A step is a function of the weights, the options and its number: order, augmentation and dropout follow from the seed. So a
+    checkpoint holds what trains, the optimizer's moments and the step's number, and on a CPU the losses after it are bit for bit those of
+    a training that was never interrupted (on a GPU some backward passes add in no fixed order).
+
+    Args:
+        model: on its device, with its modules in the modes they train in (`prepare`).
+        loss: `ctc_loss`, `speech_loss`, `text_loss`, or one like them.
+        source: of batches on the model's device.
+        groups: the parameters that train (`parameter_groups`).
+        options: of the loop.
+        folder: takes checkpoints and log; None: neither is kept.
+        identity: what the losses depend on beside the options (manifest, model), in values for JSON; compared when a training goes on.
+        validate: called with the model in evaluation mode, before, after, and every `validate_every` steps; its figures are logged.
+        progress: whether to show a bar on standard error.
+
+    Attributes:
+        step: steps that are done.
+        steps: steps of the whole training.
+        history: the log's records: of a step `step`, `epoch`, `loss`, its parts, `learning_rate`, `gradient_norm` and `audio_seconds`; of a
+            validation `step` and its figures.
+
+    Raises:
+        CheckpointError: a folder that cannot be written.
+        InputError: a source without a batch.
+    """
+
+    def __init__(
+        self,
+        model: GraniteSpeechForConditionalGeneration,
+        loss: LossFunction,
+        source: BatchSource,
+        groups: Sequence[ParameterGroup],
+        options: TrainerOptions,
+        *,
+        folder: str | Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        validate: Validation | None = None,
+        progress: bool = True,
+    ):
+        self.model, self.loss, self.source, self.options = model, loss, source, options
+        self.optimizer = MasterAdamW(groups)
+        self.folder = None if folder is None else TrainingFolder(folder)
+        self.identity = {**options.identity(), **(identity or {})}
+        self.validate, self.progress = validate, progress
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        if not source.plan(0):
+            raise InputError(got="a source without a batch", expected="at least one", remedy="Give it utterances")
+        self.steps = options.steps or -(-sum(len(source.plan(epoch)) for epoch in range(options.epochs)) // options.accumulate)
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.steps
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint; returns whether there is one.
+
+        Raises:
+            CheckpointError: a damaged checkpoint, or one of other parameters.
+            InputError: a training with other options, another manifest or another model; names what differs.
+        """
+        if self.folder is None or not self.folder.has_state:
+            return False
+        tensors, facts = self.folder.read()
+        self.folder.check_identity(facts["identity"], self.identity)
+        self.optimizer.load(tensors)
+        with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                buffer.copy_(tensors[f"buffer/{name}"])
+        self.step, self.history = facts["step"], self.folder.cut_log(facts["step"])
+        return True
+
+    def checkpoint(self) -> None:
+        """Write what `resume` reads."""
+        if self.folder is not None:
+            buffers = {f"buffer/{name}": buffer for name, buffer in self._buffers().items()}
+            self.folder.write(self.optimizer.state() | buffers, {"step": self.step, "identity": self.identity})
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers that training changes: BatchNorm's statistics, where it is in training mode."""
+        owners = {name: module for name, module in self.model.named_modules() if module.training}
+        return {f"{owner}.{name}": one for owner, module in owners.items() for name, one in module.named_buffers(recurse=False)}
+
+    def run(self, *, seconds: float | None = None) -> None:
+        """Train up to the last step, or until so many seconds have gone by; either way a checkpoint stands at the end.
+
+        Without `resume` before it, it begins anew, whatever the folder holds.
+
+        Raises:
+            InputError: a loss or gradient that is not finite; names step and lines. The weights are then as before that step.
+            GraniteSpeechError: whatever the source raises for a batch.
+        """
+        if self.step == 0:
+            self.history = []
+            if self.folder is not None:
+                self.folder.cut_log(-1)
+            self._validate()
+            self.checkpoint()
+        begin = time.perf_counter()
+        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.progress)
+        heard, busy = 0.0, 0.0
+        with bar, closing(self._batches()) as batches:
+            while not self.is_done and (seconds is None or time.perf_counter() - begin < seconds):
+                started = time.perf_counter()
+                record = self._step([next(batches) for _ in range(self.options.accumulate)])
+                busy, heard = busy + time.perf_counter() - started, heard + record["audio_seconds"]
+                self._remember(record)
+                bar.set_postfix_str(f"loss {record['loss']:.4g}" + (f", {heard / busy:.3g} audio-s/s" if heard else ""), refresh=False)
+                bar.update()
+                every = self.options.validate_every
+                if self.is_done or (every and self.step % every == 0):
+                    self._validate()
+                every = self.options.checkpoint_every
+                if every and self.step % every == 0 and not self.is_done:
+                    self.checkpoint()
+        self.checkpoint()
+
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
+        """Batches and their epochs from the current step on, without end, each loaded while the one before it is used."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            plan = self._plan(self.step * self.options.accumulate)
+            epoch, indices = next(plan)
+            pending = pool.submit(self.source.load, epoch, indices)
+            while True:
+                following, indices = next(plan)
+                ahead = pool.submit(self.source.load, following, indices)
+                yield epoch, pending.result()
+                epoch, pending = following, ahead
+
+    def _plan(self, passed: int) -> Iterator[tuple[int, list[int]]]:
+        epoch = 0
+        while True:
+            batches = self.source.plan(epoch)
+            for indices in batches[passed:]:
+                yield epoch, indices
+            passed = max(0, passed - len(batches))
+            epoch += 1
+
+    def _step(self, batches: Sequence[tuple[int, Batch]]) -> dict[str, Any]:
+        """One step of the optimizer; its record."""
+        counts: dict[str, int] = {}
+        for _, batch in batches:
+            counts = {name: counts.get(name, 0) + count for name, count in batch.counts.items()}
+        sums: dict[str, Tensor] = {}
+        with seeded(self.model.device, "step", self.options.seed, self.step):
+            for _, batch in batches:
+                value = self.loss(self.model, batch, counts)
+                value.total.backward()
+                self.optimizer.collect()
+                for name, part in {"loss": value.total, **value.parts}.items():
+                    sums[name] = sums.get(name, 0.0) + part.detach()
+        sums["gradient_norm"] = self.optimizer.clip(self.options.clip_norm)
+        figures = dict(zip(sums, torch.stack([one.float() for one in sums.values()]).tolist(), strict=True))
+        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
+            names = [name for _, batch in batches for name in batch.names]
+            raise InputError(
+                got=f"a loss of {figures['loss']:g} with a gradient of norm {figures['gradient_norm']:g} in step {self.step + 1}, on "
+                + ", ".join(names[:5])
+                + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+                expected="finite ones",
+                remedy="Lower learning_rate, lengthen warmup, or look at these recordings",
+            )
+        rate = learning_rate(self.step, self.steps, peak=self.options.learning_rate, warmup=self.options.warmup)
+        self.optimizer.step(rate)
+        self.step += 1
+        seconds = sum(batch.audio_seconds for _, batch in batches)
+        return {"step": self.step, "epoch": batches[0][0], **figures, "learning_rate": rate, "audio_seconds": seconds}
+
+    def _validate(self) -> None:
+        if self.validate is not None:
+            with _evaluation_mode(self.model):
+                self._remember({"step": self.step, **self.validate(self.model)})
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        if self.folder is not None:
+            self.folder.log(record)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Everything in evaluation mode; afterwards each module is in the mode it was in, for frozen parts are in another than the rest."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
