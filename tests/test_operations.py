@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import pathlib
 import pickle
 import subprocess
@@ -11,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from granite_kernels import OPERATIONS, KernelError
-from granite_kernels.op import Case, Operation
+from granite_kernels.op import CHOICE, Case, Operation
 from granite_kernels.testing import (
     TOLERANCES,
     assert_accurate,
@@ -26,6 +27,7 @@ from granite_kernels.testing import (
 
 SMALL = [pytest.param(op, case, id=f"{op.name}: {case.name}") for op in OPERATIONS.values() for case in op.cases if not case.released]
 ALL = [pytest.param(op, id=op.name) for op in OPERATIONS.values()]
+ROOT = pathlib.Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -107,27 +109,63 @@ def test_cost_counts_at_least_the_result_and_halves_with_the_dtype(op: Operation
 
 
 @pytest.mark.parametrize("op", ALL)
-def test_impl_resolves_by_device_and_by_what_there_is(op: Operation):
-    without = dataclasses.replace(op, triton=None)
-    assert without.resolve(None, CPU) == without.resolve(None, CUDA) == without.resolve("torch", CUDA) == "torch"
-    with pytest.raises(KernelError, match=r"no Triton kernel; expected impl='torch' or None\. Leave impl out"):
-        without.resolve("triton", CUDA)
-    fast = dataclasses.replace(op, triton=lambda *args, **kwargs: None)
-    assert fast.resolve(None, CUDA) == fast.resolve("triton", CUDA) == fast.resolve("triton", CPU) == "triton"
-    assert fast.resolve(None, CPU) == fast.resolve("torch", CUDA) == "torch"
-    assert fast.select("triton", CPU) is fast.triton
-    assert fast.select(None, CPU) is op.reference
-    with pytest.raises(KernelError, match="impl='cuda'; expected one of 'triton', 'torch' or None"):
+def test_impl_resolves_by_device_dtype_and_by_what_there_is(op: Operation, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(CHOICE, raising=False)
+    assert op.resolve(None, CUDA) == op.resolve("triton", CUDA) == op.resolve("triton", CPU) == "triton"
+    assert op.resolve(None, CPU) == op.resolve("torch", CUDA) == op.resolve(None, CUDA, torch.float64) == "torch"
+    assert op.select("triton", torch.zeros(1)) is op.triton
+    assert op.select(None, torch.zeros(1)) is op.reference
+    with pytest.raises(KernelError, match=r"impl='triton' for torch.float64; expected one of torch.float32, .*Use impl='torch'"):
+        op.resolve("triton", CUDA, torch.float64)
+    with pytest.raises(KernelError, match="impl='cuda'; expected one of 'triton', 'torch', or nothing"):
         op.resolve("cuda", CPU)
+    without = dataclasses.replace(op, triton=None)
+    assert without.resolve(None, CUDA) == "torch"
+    with pytest.raises(KernelError, match=r"impl='triton' without the package triton; expected it installed\. Use impl='torch'"):
+        without.resolve("triton", CUDA)
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_the_environment_overrides_the_default_and_nothing_else(op: Operation, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CHOICE, "triton")
+    assert op.resolve(None, CPU) == op.resolve(None, CUDA) == "triton"
+    assert op.resolve("torch", CPU) == "torch"
+    with pytest.raises(KernelError, match=rf"{CHOICE}=triton for torch.float64; expected one of"):
+        op.resolve(None, CPU, torch.float64)
+    monkeypatch.setenv(CHOICE, "torch")
+    assert op.resolve(None, CUDA) == "torch"
+    assert op.resolve("triton", CUDA) == "triton"
+    monkeypatch.setenv(CHOICE, "")
+    assert op.resolve(None, CUDA) == "triton"
+    monkeypatch.setenv(CHOICE, "fast")
+    with pytest.raises(KernelError, match=rf"{CHOICE}=fast; expected one of 'triton', 'torch', or nothing"):
+        op.call(**next(case for case in op.cases if not case.released).inputs(torch.float32))
+
+
+def test_cpu_tensors_need_the_interpreter():
+    program = (
+        "import sys; sys.path.insert(0, 'kernels')\n"
+        "import granite_kernels, torch\n"
+        "for op in granite_kernels.OPERATIONS.values():\n"
+        "    inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)\n"
+        "    try:\n"
+        "        op.call(**inputs, impl='triton')\n"
+        "    except granite_kernels.KernelError as error:\n"
+        "        print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", CHOICE)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=60, capture_output=True, text=True
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == len(OPERATIONS)
+    assert all("impl='triton' for CPU tensors; expected CUDA tensors, or Triton's interpreter. Use impl='torch'" in line for line in said)
 
 
 @pytest.mark.parametrize("op", ALL)
 def test_the_public_function_passes_impl_on(op: Operation):
     inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
     assert torch.equal(op.call(**inputs, impl="torch"), op.reference(**inputs))
-    if op.triton is None:
-        with pytest.raises(KernelError, match=op.name):
-            op.call(**inputs, impl="triton")
     with pytest.raises(KernelError, match=op.name):
         op.call(**inputs, impl="fast")
 
@@ -231,5 +269,11 @@ def test_references_work_where_triton_is_absent():
         "    op.call(**next(case for case in op.cases if not case.released).inputs(torch.float32))\n"
         "assert not {'transformers', 'granite_speech'} & set(sys.modules)\n"
     )
-    root = pathlib.Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", program], cwd=root, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_the_library_call_that_benchmarks_compare_with_runs(op: Operation, case: Case):
+    inputs = case.inputs(torch.float32)
+    if op.cost(**inputs).flops:
+        assert op.library(**inputs)().numel()

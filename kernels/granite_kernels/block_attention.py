@@ -1,11 +1,13 @@
 """Block attention with relative positions: the self-attention of the Granite Speech conformer encoder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes, triton_half
 
 
 def block_attention(
@@ -65,7 +67,7 @@ def block_attention(
         )
     if cu_seqlens.shape[0] == 0:
         arguments.refuse("cu_seqlens is empty", "clips + 1 offsets", "Pass [0] for a batch without clips")
-    attend = OPERATION.select(impl, q.device)
+    attend = OPERATION.select(impl, q)
     return attend(q, k, v, rel_pos_emb, cu_seqlens, context_size=context_size, scale=scale)
 
 
@@ -137,6 +139,24 @@ def block_attention_cost(
     return Cost(flops=6 * pairs * num_heads * dim_head, bytes=moved * q.element_size() + nbytes(cu_seqlens))
 
 
+def block_attention_library(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_pos_emb: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    context_size: int,
+    scale: float | None = None,
+) -> Callable[[], torch.Tensor]:
+    """SDPA over blocks that are already cut and padded, with the relative term already in its mask: the rest of the work."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    blocks = sum(-(-(end - first) // context_size) for first, end in bounds(cu_seqlens, q.shape[0]))
+    padded = [one.new_empty(blocks, context_size, *one.shape[1:]).normal_().transpose(1, 2).contiguous() for one in (q, k, v)]
+    bias = q.new_empty(blocks, q.shape[1], context_size, context_size).normal_()
+    return partial(F.scaled_dot_product_attention, *padded, attn_mask=bias, scale=scale)
+
+
 def _make(
     draw: Draw, *, clips: tuple[int, ...], num_heads: int, dim_head: int, context_size: int, max_pos_emb: int, padding: int = 0
 ) -> dict[str, Any]:
@@ -183,6 +203,8 @@ OPERATION = Operation(
     reference=block_attention_reference,
     cost=block_attention_cost,
     cases=CASES,
+    library=block_attention_library,
     differentiable=("q", "k", "v", "rel_pos_emb"),
     packed=("q", "k", "v"),
+    triton=triton_half("block_attention"),
 )

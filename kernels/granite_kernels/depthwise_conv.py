@@ -1,11 +1,13 @@
 """Gated depthwise convolution: the middle of the conformer's convolution module, between its two projections."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes, triton_half
 
 
 def depthwise_conv(
@@ -71,7 +73,7 @@ def depthwise_conv(
     arguments.index("cu_seqlens", cu_seqlens, "clips+1")
     if cu_seqlens.shape[0] == 0:
         arguments.refuse("cu_seqlens is empty", "clips + 1 offsets", "Pass [0] for a batch without clips")
-    return OPERATION.select(impl, x.device)(x, weight, scale, shift, cu_seqlens)
+    return OPERATION.select(impl, x)(x, weight, scale, shift, cu_seqlens)
 
 
 def depthwise_conv_reference(
@@ -108,6 +110,15 @@ def depthwise_conv_cost(
     read = sum(end - first for first, end in bounds(cu_seqlens, frames))
     moved = (2 * read + frames) * channels * x.element_size()
     return Cost(flops=2 * read * channels * kernel_size, bytes=moved + nbytes(weight, scale, shift, cu_seqlens))
+
+
+def depthwise_conv_library(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """The library's grouped convolution alone, channels first, over all clips as if they were one: the rest of the work is left out."""
+    channels, kernel_size = weight.shape
+    gated = F.glu(x, dim=1).T.contiguous()[None]
+    return partial(F.conv1d, gated, weight[:, None].contiguous(), padding=kernel_size // 2, groups=channels)
 
 
 def _make(
@@ -162,6 +173,8 @@ OPERATION = Operation(
     reference=depthwise_conv_reference,
     cost=depthwise_conv_cost,
     cases=CASES,
+    library=depthwise_conv_library,
     differentiable=("x", "weight", "scale", "shift"),
     packed=("x",),
+    triton=triton_half("depthwise_conv"),
 )

@@ -1,11 +1,13 @@
 """A linear layer with low-rank adapters that each row switches for itself."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, nbytes, triton_half
 
 
 def lora_linear(
@@ -61,7 +63,7 @@ def lora_linear(
             "at least one adapter, the one that None stands for",
             "Use a plain linear layer, or an adapter_index of -1 in every row",
         )
-    multiply = OPERATION.select(impl, x.device)
+    multiply = OPERATION.select(impl, x)
     return multiply(x, weight, bias, lora_a, lora_b, scaling, adapter_index)
 
 
@@ -106,6 +108,19 @@ def lora_linear_cost(
     flops = 2 * rows * inputs * outputs + 2 * sum(used.values()) * rank * (inputs + outputs)
     moved = nbytes(x, weight, bias, scaling, adapter_index) + rows * outputs * x.element_size()
     return Cost(flops=flops, bytes=moved + len(used) * rank * (inputs + outputs) * x.element_size())
+
+
+def lora_linear_library(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    adapter_index: torch.Tensor | None,
+) -> Callable[[], torch.Tensor]:
+    """The base product alone: what the layer would cost without adapters."""
+    return partial(F.linear, x, weight, bias)
 
 
 def _make(
@@ -157,6 +172,8 @@ CASES = (
     _case("rank 1", (0,), 7, 40, 24, 1),
     _case("no adapters", (-1,), 4, 32, 16, 8, adapters=0),
     _case("no rows", (0,), 0, 32, 16, 8),
+    _case("largest rank", (0, 1), 5, 48, 32, 128, adapters=2),
+    _case("a prompt", (0, -1, 1), 261, 48, 32, 16, adapters=2, bias=True),
 )
 
 OPERATION = Operation(
@@ -165,5 +182,7 @@ OPERATION = Operation(
     reference=lora_linear_reference,
     cost=lora_linear_cost,
     cases=CASES,
+    library=lora_linear_library,
     differentiable=("x", "weight", "bias", "lora_a", "lora_b"),
+    triton=triton_half("lora_linear"),
 )

@@ -4,6 +4,8 @@ A file `<op>.py` answers four questions about one operation (what it computes, h
 gathers the answers in one `Operation`. Tests, benchmarks and the compile audit are loops over those.
 """
 
+import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,7 +14,9 @@ from typing import Any, NoReturn
 import torch
 
 IMPLS = ("triton", "torch")
+CHOICE = "GRANITE_SPEECH_KERNELS"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class KernelError(ValueError):
@@ -54,6 +58,8 @@ class Draw:
     device: torch.device
 
     def normal(self, *size: int, std: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if self.device.type == "meta":  # the largest cases would take seconds to draw values that nobody keeps
+            return torch.empty(size, device=self.device, dtype=dtype or self.dtype)
         return (torch.randn(size, generator=self.generator) * std).to(self.device, dtype or self.dtype)
 
     def int32(self, values: list) -> torch.Tensor:
@@ -101,7 +107,10 @@ class Operation:
         cases: the shapes that matter.
         differentiable: the arguments that a gradient flows to, in the order of the call; empty for inference only.
         packed: the arguments whose rows beyond `cu_seqlens[-1]` are padding; empty where every row counts.
-        triton: the same arguments as the reference, launching the Triton kernels; None while there are none.
+        triton: the same arguments as the reference, through the torch.library operation that launches the Triton kernels;
+            None where the package triton is not installed.
+        library: the same arguments; prepares the best single call of a library's that does a part of the work, and returns a
+            function of no arguments that makes it: what benchmarks hold a kernel against.
     """
 
     name: str
@@ -112,32 +121,70 @@ class Operation:
     differentiable: tuple[str, ...] = ()
     packed: tuple[str, ...] = ()
     triton: Callable[..., torch.Tensor] | None = None
+    library: Callable[..., Callable[[], torch.Tensor]] | None = None
 
-    def resolve(self, impl: str | None, device: torch.device) -> str:
-        """The half that a call runs: "triton" or "torch". None asks for the fastest there is on this device.
+    def resolve(self, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        """The half that a call runs: "triton" or "torch".
+
+        None asks the environment variable GRANITE_SPEECH_KERNELS, and where that is not set for the fastest there is: Triton
+        for CUDA tensors in a dtype that it serves, PyTorch for others.
 
         Raises:
-            KernelError: an unknown `impl`, or "triton" for an operation without a Triton half. Nothing falls back.
+            KernelError: an `impl` or a value of the variable that does not exist, or "triton" where it cannot run. Nothing
+                falls back.
         """
+        said = f"impl={impl!r}"
+        if impl is None and (impl := _choice()) is not None:
+            said = f"{CHOICE}={impl}"
         if impl is None:
-            return "triton" if device.type == "cuda" and self.triton is not None else "torch"
+            return "triton" if device.type == "cuda" and dtype in TRITON_DTYPES and self.triton is not None else "torch"
         if impl not in IMPLS:
-            raise KernelError(
-                got=f"{self.name}: impl={impl!r}",
-                expected=f"one of {', '.join(map(repr, IMPLS))} or None",
-                remedy="Leave impl out to let the device decide",
-            )
-        if impl == "triton" and self.triton is None:
-            raise KernelError(
-                got=f"{self.name}: impl='triton', and this operation has no Triton kernel",
-                expected="impl='torch' or None",
-                remedy="Leave impl out to run the PyTorch reference",
-            )
+            remedy = "Leave it out to let the device decide"
+            raise KernelError(got=f"{self.name}: {said}", expected=f"one of {', '.join(map(repr, IMPLS))}, or nothing", remedy=remedy)
+        if impl == "triton":
+            self._check_triton(said, device, dtype)
         return impl
 
-    def select(self, impl: str | None, device: torch.device) -> Callable[..., torch.Tensor]:
-        """The function behind `resolve`'s answer."""
-        return self.triton if self.resolve(impl, device) == "triton" else self.reference
+    def _check_triton(self, said: str, device: torch.device, dtype: torch.dtype) -> None:
+        torch_instead = f"Use impl='torch' or {CHOICE}=torch to run the PyTorch reference"
+        if self.triton is None:
+            raise KernelError(got=f"{self.name}: {said} without the package triton", expected="it installed", remedy=torch_instead)
+        if dtype not in TRITON_DTYPES:
+            served = ", ".join(map(str, TRITON_DTYPES))
+            raise KernelError(got=f"{self.name}: {said} for {dtype}", expected=f"one of {served}", remedy=torch_instead)
+        if device.type == "cpu" and not _interpreted():
+            remedy = f"{torch_instead}, or set TRITON_INTERPRET=1 before Python starts"
+            raise KernelError(got=f"{self.name}: {said} for CPU tensors", expected="CUDA tensors, or Triton's interpreter", remedy=remedy)
+
+    def select(self, impl: str | None, tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """The function behind `resolve`'s answer for calls on tensors like this one."""
+        return self.triton if self.resolve(impl, tensor.device, tensor.dtype) == "triton" else self.reference
+
+    def half(self, tensor: torch.Tensor) -> str:
+        """Which half calls on tensors like this one run, as "<name>=triton" or "<name>=torch": for a module's `extra_repr`."""
+        return f"{self.name}={self.resolve(None, tensor.device, tensor.dtype)}"
+
+
+# Both are settled outside a traced function: torch.compile takes what they say as constants.
+@torch.compiler.assume_constant_result
+def _choice() -> str | None:
+    return os.environ.get(CHOICE) or None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def triton_half(name: str) -> Callable[..., torch.Tensor] | None:
+    """The function `<name>_triton` of the file of that name, or None where the package triton is not installed."""
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError:
+        return None
+    return getattr(importlib.import_module(f"granite_kernels.{name}_triton"), f"{name}_triton")
 
 
 class Arguments:

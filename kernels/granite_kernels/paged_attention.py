@@ -1,10 +1,13 @@
 """Attention of a few queries a sequence to keys and values that live in pages: the language model's decode step and prefill."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, KernelError, Operation, accumulator, bounds, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, KernelError, Operation, accumulator, bounds, nbytes, triton_half
 
 
 def paged_attention(
@@ -82,7 +85,7 @@ def paged_attention(
             "inference, for pages are overwritten before a backward could read them",
             "Call it under torch.no_grad(), or train with scaled_dot_product_attention",
         )
-    attend = OPERATION.select(impl, q.device)
+    attend = OPERATION.select(impl, q)
     return attend(q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, max_query_len=max_query_len, scale=scale, causal=causal)
 
 
@@ -178,6 +181,25 @@ def paged_attention_cost(
     return Cost(flops=4 * pairs * num_heads * head_dim, bytes=moved * q.element_size() + index)
 
 
+def paged_attention_library(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    causal: bool = True,
+) -> Callable[[], torch.Tensor]:
+    """SDPA over keys that are already gathered and padded to the longest sequence, without a mask: no page is looked up."""
+    sequences, longest = kv_lens.shape[0], int(kv_lens.max()) if kv_lens.numel() else 0
+    queries = q.new_empty(sequences, q.shape[1], max_query_len, q.shape[2]).normal_()
+    keys, values = (cache.new_empty(sequences, cache.shape[2], longest, cache.shape[3]).normal_() for cache in (k_cache, v_cache))
+    return partial(F.scaled_dot_product_attention, queries, keys, values, scale=scale, enable_gqa=True)
+
+
 def _make(
     draw: Draw,
     *,
@@ -249,6 +271,8 @@ CASES = (
     _case("page 256", ((1, 300), (2, 256)), (4, 1), 32, 256),
     _case("one KV head, odd head dim 40", ((2, 19), (1, 33)), (6, 1), 40, 32),
     _case("head dim 80, group of 3", ((4, 21),), (6, 2), 80, 8),
+    _case("one KV head, group of 20", ((1, 40), (5, 50)), (20, 1), 128, 16),
+    _case("decode, drafts and prefill over many keys", ((1, 500), (9, 9), (2, 257), (1, 0)), (4, 2), 64, 16),
     _case("not causal", ((5, 12), (3, 30)), (4, 2), 32, 8, causal=False),
     _case("no keys yet", ((1, 0), (1, 7), (2, 0)), (4, 2), 32, 8),
     _case("sequences without a query", ((0, 9), (3, 9), (0, 0)), (4, 2), 32, 8),
@@ -263,5 +287,7 @@ OPERATION = Operation(
     reference=paged_attention_reference,
     cost=paged_attention_cost,
     cases=CASES,
+    library=paged_attention_library,
     packed=("q",),
+    triton=triton_half("paged_attention"),
 )

@@ -90,6 +90,28 @@ def assert_operation_accurate(operation: Operation, inputs: dict[str, Any], impl
         assert_accurate(actual[name], eager[name], truth[name], f"{operation.name}: {name}", dtype)
 
 
+def assert_same_bits(operation: Operation, inputs: dict[str, Any], impl: str | None = None) -> None:
+    """Every sequence alone, in the batch as it is, in that batch turned round, and twice around the longest: always the same bits."""
+    name = next(name for name in inputs if name.startswith("cu_seqlens"))
+    lengths = inputs[name].diff().tolist()
+    if not lengths:
+        return
+    everyone, longest = list(range(len(lengths))), lengths.index(max(lengths))
+
+    def rows(order: list[int], place: int) -> torch.Tensor:
+        start = sum(lengths[one] for one in order[:place])
+        out = operation.call(**with_sequences(operation, inputs, order), impl=impl)
+        return out[start : start + lengths[order[place]]]
+
+    with torch.no_grad():
+        whole = operation.call(**inputs, impl=impl)
+        for sequence, start in zip(everyone, inputs[name].tolist(), strict=False):
+            expected = whole[start : start + lengths[sequence]]
+            for order, place in (([sequence], 0), (everyone[::-1], len(everyone) - 1 - sequence), ([sequence, longest, sequence], 2)):
+                if not torch.equal(rows(order, place), expected):
+                    raise AssertionError(f"{operation.name}: sequence {sequence} is another in the batch {order}")
+
+
 def outcome(
     function: Callable[..., torch.Tensor],
     inputs: dict[str, Any],
@@ -142,6 +164,18 @@ def strided_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: strided(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
+def with_sequences(operation: Operation, inputs: dict[str, Any], order: list[int]) -> dict[str, Any]:
+    """The same call on these of its sequences, in this order, one as often as it is named, without padding rows."""
+    name = next(name for name in inputs if name.startswith("cu_seqlens"))
+    offsets = inputs[name].tolist()
+    spans = [slice(offsets[sequence], offsets[sequence + 1]) for sequence in order]
+    changed = {packed: torch.cat([inputs[packed][span] for span in spans]) for packed in operation.packed}
+    lengths = torch.tensor([0, *(span.stop - span.start for span in spans)]).cumsum(0).to(inputs[name])
+    # What else is of whole numbers has an entry for each sequence.
+    each = {other: value[order] for other, value in inputs.items() if other != name and _is_index(value)}
+    return {**inputs, **changed, **each, name: lengths}
+
+
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Within it `torch.empty` gives NaN (the highest value, for integers): an output element that nothing wrote shows."""
@@ -159,3 +193,7 @@ def poisoned_allocations() -> Iterator[None]:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()

@@ -1,0 +1,411 @@
+"""`lora_linear` in Triton: weight-bound for few rows, tensor-core-bound for many.
+
+Up to SPLIT_ROWS rows, a decode step, the time is that of reading the weight once. The split kernel's grid covers the output
+columns and behind them the columns of x·Aᵀ, so that both products share one pass over x, times slices of the inner dimension,
+so that every multiprocessor has work; the combine kernel adds the slices in their order and applies B, scaling and bias.
+
+Beyond, a thin kernel computes x·A[n]ᵀ once for every row, and the tiled kernel adds its product with B[n] to the base product.
+To compute x·Aᵀ anew in every column tile would save that launch and cost rank / BLOCK_N more FLOPs: a half of all, for a rank
+of 64 and tiles of 128 columns.
+
+The gradient of x has the same form, with Wᵀ for W, B[n]ᵀ for A[n] and A[n]ᵀ for B[n], and runs in the same two kernels, which
+take a matrix either way round (TRANSPOSED). What precedes the product on a tile of x has its place in `_load_x`, what follows
+on the accumulator in `_finish`.
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.op import KernelError
+from granite_kernels.primitives import dot, rounded
+
+MAX_RANK = 128
+# The host picks the regime by the number of rows, which it knows: up to FEW_ROWS the split kernel in tiles of 16 rows, up to
+# SPLIT_ROWS in tiles of 128 (512 rows give the tiled kernel 64 programs for 2048 columns, and it overtakes), then the tiled one.
+FEW_ROWS, SPLIT_ROWS = 16, 256
+# At most so many slices, for the combine kernel reads them all: _ADDED at once, so that it waits for memory once or twice.
+MAX_SLICES = 8
+_ADDED = tl.constexpr(4)
+# Programs of the split kernel that run at once, one a multiprocessor: A100, H100 and H200, B200.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+
+
+def _split(block_m: int, block_k: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile({"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": block_k}, num_warps, num_stages)
+
+
+def _tiled(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64, "GROUP_M": 8}, num_warps, num_stages)
+
+
+def _thin(block_m: int, block_k: int, num_stages: int) -> Tile:
+    return Tile({"BLOCK_M": block_m, "BLOCK_R": 64, "BLOCK_K": block_k}, 4, num_stages)
+
+
+# By architecture and bytes an element. 2026-11: predicted from the roofline of an H200 and from what the compiler makes of
+# them, not yet measured. The split tiles keep at least 48 KiB of the weight in flight, about twice what hides the latency of
+# HBM; the tiled ones hold two accumulators, the base product's and the low-rank product's, which rules out 128 × 256.
+_TILES = {
+    "few": {
+        80: {2: _split(16, 128, 4, 4), 4: _split(16, 64, 4, 4)},
+        90: {2: _split(16, 128, 4, 5), 4: _split(16, 64, 4, 5)},
+        100: {2: _split(16, 128, 4, 5), 4: _split(16, 64, 4, 5)},
+    },
+    "split": {
+        80: {2: _split(128, 64, 8, 4), 4: _split(128, 32, 8, 4)},
+        90: {2: _split(128, 128, 4, 4), 4: _split(128, 32, 8, 4)},
+        100: {2: _split(128, 128, 4, 4), 4: _split(128, 32, 4, 4)},
+    },
+    "thin": {
+        80: {2: _thin(32, 128, 3), 4: _thin(32, 32, 4)},
+        90: {2: _thin(32, 128, 4), 4: _thin(32, 32, 4)},
+        100: {2: _thin(32, 128, 4), 4: _thin(32, 32, 4)},
+    },
+    "tiled": {
+        80: {2: _tiled(128, 64, 64, 8, 3), 4: _tiled(64, 128, 32, 8, 3)},
+        90: {2: _tiled(128, 128, 64, 8, 4), 4: _tiled(128, 64, 32, 8, 3)},
+        100: {2: _tiled(128, 128, 64, 8, 4), 4: _tiled(64, 64, 32, 8, 3)},
+    },
+}
+_COMBINE = Tile({"BLOCK_M": 16, "BLOCK_N": 64}, 4)
+
+
+@triton.jit
+def _own_adapter(adapter_index_ptr, m, rows, indexed, adapters):
+    """The adapter of each row m: −1 for none and behind the last row, 0 where adapter_index was left out (`indexed` is 0 then)."""
+    own = tl.load(adapter_index_ptr + m, mask=m < indexed, other=0)
+    return tl.where((m < rows) & (own >= 0) & (own < adapters), own, -1)
+
+
+@triton.jit
+def _load_x(x_ptr, stride_x, m, k, rows, inputs):
+    """The tile x[m, k], zeros outside."""
+    return tl.load(x_ptr + m.to(tl.int64)[:, None] * stride_x + k[None, :], mask=(m < rows)[:, None] & (k < inputs)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_matrix(matrix_ptr, stride, n, k, columns, inputs, TRANSPOSED: tl.constexpr):
+    """The tile (k, n) of a (columns, inputs) matrix, zeros outside; TRANSPOSED: of one that lies in memory as (inputs, columns)."""
+    if TRANSPOSED:
+        pointers = matrix_ptr + k.to(tl.int64)[:, None] * stride + n[None, :]
+    else:
+        pointers = matrix_ptr + n.to(tl.int64)[None, :] * stride + k[:, None]
+    return tl.load(pointers, mask=(k < inputs)[:, None] & (n < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def _product(
+    x_ptr, stride_x, matrix_ptr, stride, m, n, rows, columns, first, end, inputs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Σ x[m, k] · matrix[n, k] over first ≤ k < end, in float32. Where `end` is before `inputs`, BLOCK_K divides the distance."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = _load_x(x_ptr, stride_x, m, k, rows, inputs)
+        acc = dot(x, _load_matrix(matrix_ptr, stride, n, k, columns, inputs, TRANSPOSED), acc)
+    return acc
+
+
+@triton.jit
+def _add_low_rank(
+    acc, low, own, b_ptr, stride_b_adapter, stride_b, scaling_ptr, n, r, columns, rank, adapters, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """acc + scaling · low[m, r]·B[n, r]ᵀ, for each row of its own adapter. Selected, not multiplied by zero: one may hold NaN."""
+    for adapter in range(adapters):
+        mine = own == adapter
+        if tl.max(mine.to(tl.int32), axis=0) > 0:
+            b_adapter_ptr = b_ptr + tl.cast(adapter, tl.int64) * stride_b_adapter
+            b = _load_matrix(b_adapter_ptr, stride_b, n, r, columns, rank, TRANSPOSED)
+            scaling = tl.load(scaling_ptr + adapter)
+            acc = tl.where(mine[:, None], acc + scaling * dot(low, b, None), acc)
+    return acc
+
+
+@triton.jit
+def _finish(acc, bias_ptr, out_ptr, m, n, rows, columns):
+    """Adds the bias, rounds once and stores the tile of out (rows, columns)."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+    mask = (m < rows)[:, None] & (n < columns)[None, :]
+    tl.store(out_ptr + m.to(tl.int64)[:, None] * columns + n[None, :], rounded(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "indexed", "adapters"])
+def _lora_linear_split_kernel(
+    x_ptr, weight_ptr, a_ptr, adapter_index_ptr, partial_ptr, rows, indexed, adapters, inputs, outputs, rank, width, slice_width,
+    stride_x, stride_weight, stride_a_adapter, stride_a,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows × one tile of columns over one slice of the inner dimension: a partial sum, in float32.
+
+    Grid: (column tiles of the weight, then those of each adapter's A; slices; row tiles). x (rows, inputs), weight
+    (outputs, inputs), a (adapters, rank, inputs), adapter_index (indexed,), partial (slices, rows, width), width ≥ outputs +
+    rank: behind the base product a row's product with its own adapter's A, unwritten where it has none.
+    """
+    tile = tl.program_id(0)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    weight_tiles = tl.cdiv(outputs, BLOCK_N)
+    matrix_ptr, stride, columns, wanted, place = weight_ptr, stride_weight, outputs, m < rows, 0
+    if tile >= weight_tiles:
+        rank_tiles = tl.cdiv(rank, BLOCK_N)
+        adapter = (tile - weight_tiles) // rank_tiles
+        tile = (tile - weight_tiles) % rank_tiles
+        matrix_ptr, stride, columns = a_ptr + adapter.to(tl.int64) * stride_a_adapter, stride_a, rank
+        wanted = _own_adapter(adapter_index_ptr, m, rows, indexed, adapters) == adapter
+        place = outputs
+    if tl.max(wanted.to(tl.int32), axis=0) > 0:
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = tl.program_id(1) * slice_width
+        end = tl.minimum(first + slice_width, inputs)
+        acc = _product(x_ptr, stride_x, matrix_ptr, stride, m, n, rows, columns, first, end, inputs, BLOCK_M, BLOCK_N, BLOCK_K, False)
+        row = tl.cast(tl.program_id(1), tl.int64) * rows + m
+        pointers = partial_ptr + row[:, None] * width + (place + n)[None, :]
+        tl.store(pointers, acc, mask=wanted[:, None] & (n < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "indexed", "adapters", "slices"])
+def _lora_linear_combine_kernel(
+    partial_ptr, bias_ptr, b_ptr, scaling_ptr, adapter_index_ptr, out_ptr, rows, indexed, adapters, outputs, rank, width,
+    slices, stride_b_adapter, stride_b,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result from its partial sums, added in the order of the slices.
+
+    Grid: (column tiles, row tiles). partial (slices, rows, width) as the split kernel left it, bias (outputs,) or None, b
+    (adapters, outputs, rank), scaling (adapters,), adapter_index (indexed,), out (rows, outputs).
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    own = _own_adapter(adapter_index_ptr, m, rows, indexed, adapters)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for first in range(0, slices, _ADDED):
+        for number in tl.static_range(_ADDED):
+            row = (tl.cast(first + number, tl.int64) * rows + m)[:, None] * width
+            exists = first + number < slices
+            acc += tl.load(partial_ptr + row + n[None, :], mask=exists & (m < rows)[:, None] & (n < outputs)[None, :], other=0.0)
+            low += tl.load(partial_ptr + row + outputs + r[None, :], mask=exists & (own >= 0)[:, None] & (r < rank)[None, :], other=0.0)
+    low = rounded(low, out_ptr.dtype.element_ty)
+    acc = _add_low_rank(acc, low, own, b_ptr, stride_b_adapter, stride_b, scaling_ptr, n, r, outputs, rank, adapters, False)
+    _finish(acc, bias_ptr, out_ptr, m, n, rows, outputs)
+
+
+@triton.jit(do_not_specialize=["rows", "indexed", "adapters"])
+def _lora_linear_thin_kernel(
+    x_ptr, a_ptr, adapter_index_ptr, low_ptr, rows, indexed, adapters, inputs, rank, stride_x, stride_a_adapter, stride_a,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """x·A[n]ᵀ for those rows of one tile whose adapter is n, rounded to x's dtype; the first adapter's program clears rows without.
+
+    Grid: (row tiles, tiles of the rank, adapters or 1). x (rows, inputs), a (adapters, rank, inputs) or TRANSPOSED (adapters,
+    inputs, rank), adapter_index (indexed,), low (rows, rank).
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    adapter = tl.program_id(2)
+    own = _own_adapter(adapter_index_ptr, m, rows, indexed, adapters)
+    pointers = low_ptr + m.to(tl.int64)[:, None] * rank + r[None, :]
+    if tl.max((own == adapter).to(tl.int32), axis=0) > 0:
+        a_adapter_ptr = a_ptr + adapter.to(tl.int64) * stride_a_adapter
+        low = _product(x_ptr, stride_x, a_adapter_ptr, stride_a, m, r, rows, rank, 0, inputs, inputs, BLOCK_M, BLOCK_R, BLOCK_K, TRANSPOSED)
+        tl.store(pointers, rounded(low, low_ptr.dtype.element_ty), mask=(own == adapter)[:, None] & (r < rank)[None, :])
+    if adapter == 0:
+        without = (m < rows) & (own < 0)
+        tl.store(pointers, tl.zeros((BLOCK_M, BLOCK_R), low_ptr.dtype.element_ty), mask=without[:, None] & (r < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "indexed", "adapters"])
+def _lora_linear_tiled_kernel(
+    x_ptr, low_ptr, weight_ptr, bias_ptr, b_ptr, scaling_ptr, adapter_index_ptr, out_ptr, rows, indexed, adapters, inputs, outputs,
+    rank, stride_x, stride_weight, stride_b_adapter, stride_b,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result: the base product, the low-rank product, bias.
+
+    Grid: row tiles × column tiles, in groups of GROUP_M row tiles that share their weight in L2. x (rows, inputs), low
+    (rows, rank), weight (outputs, inputs), bias (outputs,) or None, b (adapters, outputs, rank), scaling (adapters,),
+    adapter_index (indexed,), out (rows, outputs). TRANSPOSED: weight (inputs, outputs), b (adapters, rank, outputs).
+    """
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
+    group = tl.program_id(0) // (GROUP_M * column_tiles)
+    place = tl.program_id(0) % (GROUP_M * column_tiles)
+    height = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
+    m = (group * GROUP_M + place % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = place // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = _product(
+        x_ptr, stride_x, weight_ptr, stride_weight, m, n, rows, outputs, 0, inputs, inputs, BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED
+    )
+    own = _own_adapter(adapter_index_ptr, m, rows, indexed, adapters)
+    for first in range(0, rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        low = tl.load(low_ptr + m.to(tl.int64)[:, None] * rank + r[None, :], mask=(own >= 0)[:, None] & (r < rank)[None, :], other=0.0)
+        acc = _add_low_rank(acc, low, own, b_ptr, stride_b_adapter, stride_b, scaling_ptr, n, r, outputs, rank, adapters, TRANSPOSED)
+    _finish(acc, bias_ptr, out_ptr, m, n, rows, outputs)
+
+
+def _lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, adapter_index: Tensor | None
+) -> Tensor:
+    rows, (outputs, inputs), (adapters, rank, _) = x.shape[0], weight.shape, lora_a.shape
+    if launching() and rows > SPLIT_ROWS:  # in this order: a traced graph must not be bound to a range of rows
+        low = _lora_linear_thin(x, lora_a, adapter_index, False)
+        return _lora_linear_tiled(x, low, weight, bias, lora_b, scaling, adapter_index, False)
+    out = x.new_empty(rows, outputs)
+    if launching():
+        tile, slices, slice_width = _split_plan(x, outputs, rank)
+        index = _index(x, adapter_index)
+        # A rank of 8 would leave the rows of an exact width unaligned, and every load of them narrow.
+        width = outputs + triton.cdiv(rank, 16) * 16
+        partial = x.new_empty(slices, rows, width, dtype=torch.float32)
+        column_tiles, rank_tiles = (triton.cdiv(size, tile.blocks["BLOCK_N"]) for size in (outputs, rank))
+        launch(
+            _lora_linear_split_kernel, (column_tiles + adapters * rank_tiles, slices, triton.cdiv(rows, tile.blocks["BLOCK_M"])), tile,
+            x_ptr=x, weight_ptr=weight, a_ptr=lora_a, partial_ptr=partial, inputs=inputs, outputs=outputs, rank=rank, width=width,
+            slice_width=slice_width, stride_x=x.stride(0), stride_weight=weight.stride(0), stride_a_adapter=lora_a.stride(0),
+            stride_a=lora_a.stride(1), **index, adapters=adapters,
+        )  # fmt: skip
+        # Two widths only, for each is compiled: a smaller rank multiplies zeros in a product that hides behind the loads.
+        launch(
+            _lora_linear_combine_kernel,
+            (triton.cdiv(outputs, _COMBINE.blocks["BLOCK_N"]), triton.cdiv(rows, _COMBINE.blocks["BLOCK_M"])),
+            _with(_COMBINE, BLOCK_R=64 if rank <= 64 else MAX_RANK), partial_ptr=partial, bias_ptr=bias, b_ptr=lora_b,
+            scaling_ptr=scaling, out_ptr=out, outputs=outputs, rank=rank, width=width, slices=slices, stride_b_adapter=lora_b.stride(0),
+            stride_b=lora_b.stride(1), **index, adapters=adapters,
+        )  # fmt: skip
+    return out
+
+
+def _lora_linear_thin(x: Tensor, lora_a: Tensor, adapter_index: Tensor | None, transposed: bool) -> Tensor:
+    """x·A[n]ᵀ of each row's own adapter, (rows, rank), zeros for rows without; transposed: lora_a is (adapters, in, rank)."""
+    adapters, rank = lora_a.shape[0], lora_a.shape[2 if transposed else 1]
+    low = x.new_empty(x.shape[0], rank)
+    if launching():
+        tile = _tile("thin", x)
+        launch(
+            _lora_linear_thin_kernel,
+            (triton.cdiv(x.shape[0], tile.blocks["BLOCK_M"]), triton.cdiv(rank, tile.blocks["BLOCK_R"]), max(adapters, 1)),
+            _with(tile, TRANSPOSED=transposed), x_ptr=x, a_ptr=lora_a, low_ptr=low, inputs=x.shape[1], rank=rank, stride_x=x.stride(0),
+            stride_a_adapter=lora_a.stride(0), stride_a=lora_a.stride(1), **_index(x, adapter_index), adapters=adapters,
+        )  # fmt: skip
+    return low
+
+
+def _lora_linear_tiled(
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor, scaling: Tensor, adapter_index: Tensor | None,
+    transposed: bool,
+) -> Tensor:  # fmt: skip
+    """x·Wᵀ + bias + scaling[n] · low·B[n]ᵀ; transposed: weight is (in, out), lora_b (adapters, rank, out)."""
+    (rows, inputs), outputs = x.shape, weight.shape[1 if transposed else 0]
+    out = x.new_empty(rows, outputs)
+    if launching():
+        tile = _tile("tiled", x)
+        launch(
+            _lora_linear_tiled_kernel, (triton.cdiv(rows, tile.blocks["BLOCK_M"]) * triton.cdiv(outputs, tile.blocks["BLOCK_N"]),),
+            _with(tile, TRANSPOSED=transposed), x_ptr=x, low_ptr=low, weight_ptr=weight, bias_ptr=bias, b_ptr=lora_b,
+            scaling_ptr=scaling, out_ptr=out, inputs=inputs, outputs=outputs, rank=low.shape[1], stride_x=x.stride(0),
+            stride_weight=weight.stride(0), stride_b_adapter=lora_b.stride(0), stride_b=lora_b.stride(1), **_index(x, adapter_index),
+            adapters=lora_b.shape[0],
+        )  # fmt: skip
+    return out
+
+
+def _tile(kernel: str, x: Tensor) -> Tile:
+    return _TILES[kernel][architecture(x.device)][x.element_size()]
+
+
+def _with(tile: Tile, **constants: int) -> Tile:
+    return dataclasses.replace(tile, blocks={**tile.blocks, **constants})
+
+
+def _split_plan(x: Tensor, outputs: int, rank: int) -> tuple[Tile, int, int]:
+    """The split kernel's tile, the number of slices and their width, which only depend on the layer and on FEW_ROWS."""
+    tile = _tile("few" if x.shape[0] <= FEW_ROWS else "split", x)
+    tiles = triton.cdiv(outputs, tile.blocks["BLOCK_N"]) + triton.cdiv(rank, tile.blocks["BLOCK_N"])
+    steps = triton.cdiv(x.shape[1], tile.blocks["BLOCK_K"])
+    slices = min(max(_MULTIPROCESSORS[architecture(x.device)] // max(tiles, 1), 1), MAX_SLICES)
+    slice_steps = max(triton.cdiv(steps, slices), 1)
+    return tile, triton.cdiv(steps, slice_steps), slice_steps * tile.blocks["BLOCK_K"]
+
+
+def _index(x: Tensor, adapter_index: Tensor | None) -> dict:
+    """The arguments that say which row has which adapter. None is an index without entries, not a kernel of its own."""
+    given = adapter_index is not None
+    return {
+        "adapter_index_ptr": adapter_index if given else x.new_empty(0, dtype=torch.int32),
+        "indexed": x.shape[0] if given else 0,
+        "rows": x.shape[0],
+    }
+
+
+_forward_op = register(_lora_linear)
+_thin_op = register(_lora_linear_thin)
+_tiled_op = register(_lora_linear_tiled)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, lora_a, lora_b, scaling, adapter_index = inputs
+    _, for_weight, _, for_a, for_b = ctx.needs_input_grad[:5]
+    # Frozen layers below a trained one only pass a gradient on: they keep no activation.
+    ctx.save_for_backward(x if for_weight or for_a or for_b else None, weight, lora_a, lora_b, scaling, adapter_index)
+
+
+def _backward(ctx, grad):
+    x, weight, lora_a, lora_b, scaling, adapter_index = ctx.saved_tensors
+    for_x, for_weight, for_bias, for_a, for_b = ctx.needs_input_grad[:5]
+    grad = grad.contiguous()
+    grad_x = grad_weight = grad_bias = grad_a = grad_b = None
+    if for_x or for_a:
+        low = _thin_op(grad, lora_b, adapter_index, True)
+        if for_x:
+            grad_x = _tiled_op(grad, low, weight, None, lora_a, scaling, adapter_index, True)
+        if for_a:
+            grad_a = _scaled((_by_adapter(low, adapter_index, scaling).t() @ x).view_as(lora_a), scaling)
+    if for_b:
+        low = _by_adapter(_thin_op(x, lora_a, adapter_index, False), adapter_index, scaling)
+        adapters, outputs, rank = lora_b.shape
+        grad_b = _scaled((grad.t() @ low).view(outputs, adapters, rank).transpose(0, 1), scaling)
+    # Large plain products are the library's.
+    if for_weight:
+        grad_weight = grad.t() @ x
+    if for_bias:
+        grad_bias = grad.sum(0)
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None
+
+
+def _by_adapter(low: Tensor, adapter_index: Tensor | None, scaling: Tensor) -> Tensor:
+    """low in its own adapter's columns of (rows, adapters * rank), zeros in the others': one product then serves all adapters."""
+    number = torch.arange(scaling.shape[0], dtype=torch.int32, device=low.device)
+    own = number == (0 if adapter_index is None else adapter_index[:, None])
+    return torch.where(own[..., None], low[:, None, :], 0).flatten(1)
+
+
+def _scaled(grad: Tensor, scaling: Tensor) -> Tensor:
+    return (grad * scaling[:, None, None]).to(grad.dtype)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def lora_linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, adapter_index: Tensor | None
+) -> Tensor:
+    """`lora_linear` by the kernels of this file.
+
+    Raises:
+        KernelError: a rank above MAX_RANK.
+    """
+    if lora_a.shape[1] > MAX_RANK:
+        raise KernelError(
+            got=f"lora_linear: lora_a has rank {lora_a.shape[1]}",
+            expected=f"at most {MAX_RANK}, which the Triton kernels hold on the chip",
+            remedy="Use impl='torch' or GRANITE_SPEECH_KERNELS=torch to run the PyTorch reference",
+        )
+    return _forward_op(x, weight, bias, lora_a, lora_b, scaling, adapter_index)

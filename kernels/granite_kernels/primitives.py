@@ -1,0 +1,52 @@
+"""Device functions that several kernels share."""
+
+import triton
+import triton.language as tl
+
+# Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1), which is settled when they are decorated.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a·b, summed in float32; acc None starts from zero.
+
+    float32 operands go through the tensor cores as three TF32 products, which keeps float32's accuracy. The interpreter
+    returns garbage for bfloat16 operands; widened to float32 they are exact there, and so are their products.
+    """
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 in a narrower dtype, to nearest. The interpreter would cut bfloat16 off, so there its bits are rounded first."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def locate(slot, cu_seqlens_ptr, num_segments, total_rows, tile, CHUNK: tl.constexpr = 128):
+    """The tile of rows that program `slot` works on, where each segment is cut into tiles from its own first row.
+
+    Segment s begins at slot cu_seqlens[s] // tile + s: as many slots as it has tiles, or one more, which stays idle. So a
+    program finds its segment without summing the tiles before it, and `total_rows // tile + num_segments + 1` slots always
+    suffice, which the host knows without waiting. The rows behind the last segment, padding, are segment `num_segments`.
+
+    Returns (segment, its first row, its end, the tile's number in it); the slot is idle where number * tile reaches the end.
+    """
+    segment = -1
+    for first in range(0, num_segments + 1, CHUNK):
+        candidates = first + tl.arange(0, CHUNK)
+        exists = candidates <= num_segments
+        starts = tl.load(cu_seqlens_ptr + candidates, mask=exists, other=0)
+        segment += tl.sum((exists & (starts // tile + candidates <= slot)).to(tl.int32), axis=0)
+    start = tl.load(cu_seqlens_ptr + segment)
+    end = total_rows
+    if segment < num_segments:
+        end = tl.load(cu_seqlens_ptr + segment + 1)
+    return segment, start, end, slot - (start // tile + segment)

@@ -1,0 +1,110 @@
+"""The Triton half of the gated depthwise convolution: tile edges, windows, strides, and bits that no neighbour changes."""
+
+import pytest
+import torch
+from granite_kernels import OPERATIONS, KernelError, depthwise_conv
+from granite_kernels.testing import assert_operation_accurate, outcome, poisoned_allocations
+
+OPERATION = OPERATIONS["depthwise_conv"]
+
+
+def draw(lengths: tuple[int, ...], channels: int, kernel_size: int, dtype=torch.float32, normalised: bool = True, padding: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(kernel_size)
+    # The parameters come first: they do not depend on the lengths.
+    weight = (torch.randn(channels, kernel_size, generator=generator) * kernel_size**-0.5).to(dtype)
+    scale, shift = torch.randn(2, channels, generator=generator)
+    x = torch.randn(sum(lengths) + padding, 2 * channels, generator=generator).to(dtype)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    affine = {"scale": scale, "shift": shift} if normalised else {"scale": None, "shift": None}
+    return {"x": x, "weight": weight, **affine, "cu_seqlens": cu_seqlens}
+
+
+def triton(**inputs) -> torch.Tensor:
+    return depthwise_conv(**inputs, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "channels", "kernel_size"),
+    [
+        ((31, 33, 32, 1), 3, 3),  # one frame around the 32 of a tile of the shortest window, and of one of its backward pass
+        ((65, 63), 2, 9),  # and around the 64 of the next
+        ((4,), 127, 1),  # one channel around the 128 of a program
+        ((2,), 129, 2),
+        ((3,), 65, 8),  # and around 64
+        ((2,), 33, 16),  # and 32
+    ],
+)
+def test_tiles_meet_without_a_seam(lengths: tuple[int, ...], channels: int, kernel_size: int):
+    with poisoned_allocations():
+        assert_operation_accurate(OPERATION, draw(lengths, channels, kernel_size), impl="triton")
+
+
+@pytest.mark.parametrize("kernel_size", [3, 6, 7, 8, 14, 30])
+def test_kernels_shorter_than_their_window(kernel_size: int):
+    inputs = draw((kernel_size // 2 + 1, 2), 4, kernel_size, torch.float16, normalised=kernel_size % 4 != 2)
+    with poisoned_allocations():
+        assert_operation_accurate(OPERATION, inputs, impl="triton")
+
+
+def test_a_longer_kernel_is_refused_and_left_to_the_reference():
+    inputs = draw((3,), 2, 32)
+    with pytest.raises(KernelError, match=r"kernel_size 32; expected at most 31 with impl='triton'\. Use impl='torch'"):
+        triton(**inputs)
+    assert depthwise_conv(**inputs).shape == (3, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_clip_gets_the_same_bits_between_poisoned_neighbours(dtype: torch.dtype):
+    inputs = draw((35,), 3, 5, dtype)
+    alone = outcome(triton, inputs, ("x",))
+    x = torch.full((33 + 35 + 3 + 2, 6), torch.nan, dtype=dtype)
+    clip = slice(33, 33 + 35)
+    x[clip] = inputs["x"]
+    x.requires_grad_()
+    together = triton(**{**inputs, "x": x, "cu_seqlens": torch.tensor([0, 33, 68, 68, 71], dtype=torch.int32)})
+    assert torch.equal(together[clip], alone["out"])
+    # The gradient that came in alone comes in for the clip, and NaN for all others.
+    incoming = torch.full_like(together, torch.nan)
+    incoming[clip] = torch.randn(35, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (gradient,) = torch.autograd.grad(together, x, incoming)
+    assert torch.equal(gradient[clip], alone["grad x"])
+    assert not gradient[-2:].any()
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_poisoned_padding_and_its_gradient_reach_no_gradient(normalised: bool):
+    inputs = draw((9, 6), 3, 4, normalised=normalised)
+    expected = outcome(triton, inputs, OPERATION.differentiable)
+    padded = draw((9, 6), 3, 4, normalised=normalised, padding=20)
+    padded["x"][:15], padded["x"][15:] = inputs["x"], torch.nan
+    names = [name for name in OPERATION.differentiable if padded[name] is not None]
+    leaves = {name: padded[name].requires_grad_() for name in names}
+    incoming = torch.full((35, 3), torch.nan)
+    incoming[:15] = torch.randn(15, 3, generator=torch.Generator().manual_seed(1))
+    gradients = dict(zip(names, torch.autograd.grad(triton(**padded), list(leaves.values()), incoming), strict=True))
+    assert torch.equal(gradients["x"][:15], expected["grad x"])
+    assert not gradients["x"][15:].any()
+    for name in names[1:]:
+        torch.testing.assert_close(gradients[name], expected[f"grad {name}"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_with_stride_0_is_read_as_its_values():
+    inputs = draw((9,), 3, 3)
+    leaves = [inputs[name].requires_grad_() for name in OPERATION.differentiable]
+    dense, expanded = (torch.autograd.grad(triton(**inputs), leaves, one) for one in (torch.ones(9, 3), torch.ones(()).expand(9, 3)))
+    assert all(torch.equal(*pair) for pair in zip(dense, expanded, strict=True))
+
+
+def test_frames_may_share_their_memory():
+    inputs = draw((6,), 3, 3)
+    inputs["x"] = inputs["x"][:1].expand(6, 6)
+    assert_operation_accurate(OPERATION, inputs, impl="triton")
+
+
+def test_a_frame_may_lie_more_than_2_to_the_31_elements_away():
+    inputs = draw((5,), 2, 3, torch.bfloat16)
+    # Only the pages of five frames are ever touched of these 4 GiB.
+    far = torch.empty(2**31 + 128, dtype=torch.bfloat16).as_strided((5, 4), (2**29 + 16, 1))
+    far.copy_(inputs["x"])
+    near = outcome(triton, inputs, ("x",))
+    assert all(torch.equal(tensor, near[name]) for name, tensor in outcome(triton, {**inputs, "x": far}, ("x",)).items())

@@ -1,0 +1,119 @@
+"""What holds for the Triton half of every operation, run by Triton's interpreter on CPU tensors."""
+
+import pytest
+import torch
+from granite_kernels import OPERATIONS
+from granite_kernels.op import Case, Operation
+from granite_kernels.testing import assert_operation_accurate, assert_same_bits, error, outcome, poisoned_allocations, strided_inputs
+from torch._dynamo.testing import EagerAndRecordGraphs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SMALL = [pytest.param(op, case, id=f"{op.name}: {case.name}") for op in OPERATIONS.values() for case in op.cases if not case.released]
+ALL = [pytest.param(op, id=op.name) for op in OPERATIONS.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_every_case_is_accurate(op: Operation, case: Case, dtype: torch.dtype):
+    # Poison in what torch.empty returns: an element that no program writes is NaN, and no error of NaN is allowed.
+    with poisoned_allocations():
+        assert_operation_accurate(op, case.inputs(dtype), impl="triton")
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_views_into_poison_give_the_same_bits(op: Operation, case: Case):
+    inputs = case.inputs(torch.float32)
+    plain = outcome(call(op), inputs, op.differentiable)
+    views = outcome(call(op), strided_inputs(inputs), op.differentiable)
+    for name in plain:
+        assert torch.equal(views[name], plain[name]), name
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_padding_is_zero_in_results_and_gradients(op: Operation, case: Case):
+    if not case.shape.get("padding"):
+        return
+    inputs = case.inputs(torch.float32)
+    results = outcome(call(op), inputs, op.differentiable)
+    total = int(inputs["cu_seqlens" if "cu_seqlens" in inputs else "cu_seqlens_q"][-1])
+    for name in ("out", *(f"grad {name}" for name in op.packed if name in op.differentiable)):
+        assert results[name].shape[0] > total
+        assert not results[name][total:].any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "case"), [pair for pair in SMALL if pair.values[0].packed])
+def test_a_sequence_gets_the_same_bits_alone_and_in_three_batches(op: Operation, case: Case, dtype: torch.dtype):
+    assert_same_bits(op, case.inputs(dtype), impl="triton")
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_the_same_call_gives_the_same_bits_again(op: Operation):
+    inputs = largest(op).inputs(torch.bfloat16)
+    once, again = (outcome(call(op), inputs, op.differentiable) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_every_registered_operation_passes_opcheck(op: Operation):
+    case = next(case for case in op.cases if not case.released)
+    for function, args, kwargs in registered_calls(op, case):
+        torch.library.opcheck(function, args, kwargs)
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_it_is_one_node_of_a_compiled_graph(op: Operation):
+    inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
+    first = next(iter(inputs))
+    backend = EagerAndRecordGraphs()
+    torch.compiler.reset()
+
+    def around(**given):
+        return call(op)(**{**given, first: given[first] * 2}) + 1
+
+    compiled = torch.compile(around, backend=backend, fullgraph=True)(**inputs)
+    (graph,) = backend.graphs
+    ours = [node for node in graph.graph.nodes if str(node.target).startswith("granite_kernels.")]
+    assert len(ours) == 1
+    assert error(compiled, around(**inputs)).max == 0
+
+
+def call(op: Operation):
+    def triton(**inputs):
+        return op.call(**inputs, impl="triton")
+
+    return triton
+
+
+def largest(op: Operation) -> Case:
+    return max((case for case in op.cases if not case.released), key=lambda case: op.cost(**case.inputs(torch.float32)).flops)
+
+
+def registered_calls(op: Operation, case: Case) -> list[tuple]:
+    """The calls of torch.library operations that one call and its backward make, those of the forward wanting gradients."""
+    calls = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "granite_kernels":
+                calls.append((function, args, kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        outcome(call(op), case.inputs(torch.float32), op.differentiable)
+    assert calls
+    forward, *backward = calls
+    return [again(forward, bool(op.differentiable)), *(again(one, False) for one in backward)]
+
+
+def again(recorded: tuple, wants_gradient: bool) -> tuple:
+    function, args, kwargs = recorded
+    return function, tuple(fresh(one, wants_gradient) for one in args), kwargs
+
+
+def fresh(argument, wants_gradient: bool):
+    """An argument out of the graph that it was recorded in."""
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    copy = argument.detach().clone()
+    return copy.requires_grad_() if wants_gradient and copy.is_floating_point() else copy
