@@ -3,12 +3,13 @@
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "describe_run", "report", "write"]
+__all__ = ["FOLDER", "describe_run", "replace_section", "report", "write"]
 
 FOLDER = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "torchaudio", "triton", "transformers", "numpy")
@@ -62,7 +63,13 @@ def report() -> str:
         key = (result["kind"], result["run"]["machine"])
         if key not in newest or newest[key]["run"]["date"] < result["run"]["date"]:
             newest[key] = result
-    return "\n\n".join(table(newest[key]) for key in sorted(newest))
+    return "\n\n".join(_tables()[newest[key]["kind"]](newest[key]) for key in sorted(newest))
+
+
+def _tables() -> dict[str, Callable[[dict[str, Any]], str]]:
+    from bench import kernels, kernels_cpu
+
+    return {"encoder": table, "kernels": kernels.table, "kernels-cpu": kernels_cpu.table}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -81,3 +88,17 @@ def table(result: dict[str, Any]) -> str:
         )
         rows.append(f"| {' | '.join(row)} |")
     return "\n".join([head, "", *rows])
+
+
+def replace_section(file: Path, command: str, text: str) -> None:
+    """Write `text` into a Markdown file, between `<!-- python -m bench <command> -->` and `<!-- end of <command> -->`.
+
+    Raises:
+        ValueError: the file has no such pair of lines.
+    """
+    begin, end = f"<!-- python -m bench {command} -->", f"<!-- end of {command} -->"
+    before, found, rest = file.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{file} has no section between {begin} and {end}")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")

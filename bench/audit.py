@@ -1,0 +1,328 @@
+"""What every kernel that ships compiles to, for three architectures, on a machine without a GPU.
+
+    python -m bench audit            compile what is new or changed, write the table, exit 1 on a fault
+    python -m bench audit --check    exit 1 where the table misses an entry, or a sample compiles to something else
+
+The operations' cases are called on meta tensors, their launches recorded (`granite_kernels.launch`) and each distinct one
+compiled as Triton would at its first call. The findings are committed in `kernels/audit.json`, keyed by a hash of source and
+configuration, so that a kernel that began to spill, or that was changed and not compiled again, fails a check.
+"""
+
+import ast
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import triton
+from granite_kernels import OPERATIONS
+from granite_kernels.launch import ARCHITECTURES, Launch, recorded_launches
+from granite_kernels.op import TRITON_DTYPES, Case, Operation
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench import results
+
+__all__ = ["Configuration", "Finding", "compile_all", "configurations", "faults", "markdown", "run"]
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+TABLE, CATALOGUE = KERNELS / "audit.json", KERNELS / "README.md"
+
+# Shared memory that one program may have. The tiles of 80 also serve chips that have the least of all, 99 KiB.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_POINTER = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+_POINTER |= {torch.float64: "fp64", torch.bool: "i1", torch.int8: "i8", torch.uint8: "u8"}
+_SHORT = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compilation: a kernel with its constants and argument types, for one architecture."""
+
+    operation: str
+    kernel: Any
+    dtype: str
+    architecture: int
+    constants: tuple[tuple[str, Any], ...]
+    signature: tuple[tuple[str, str], ...]
+    aligned: tuple[str, ...]  # arguments that are multiples of 16, or pointers to such addresses
+    num_warps: int
+    num_stages: int
+    released: bool  # met in a case of a released checkpoint's shape
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def tile(self) -> str:
+        """The constants that make the tile, warps and stages, for people."""
+        blocks = " ".join(f"{name}={value}" for name, value in self.constants if name.isupper() and value is not None)
+        return f"{blocks} warps={self.num_warps} stages={self.num_stages}".strip()
+
+    @property
+    def key(self) -> str:
+        """A hash of all that decides the machine code: source, constants, types, tile, architecture, compiler."""
+        parts = (_source(self.kernel), self.constants, self.signature, self.aligned, self.num_warps, self.num_stages)
+        return hashlib.sha256(repr((*parts, self.architecture, triton.__version__)).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one configuration compiled to.
+
+    Attributes:
+        registers: a thread.
+        spilled: bytes of local memory a thread, which is where registers spill to.
+        shared: bytes a program.
+        products: tensor-core instructions by name.
+        plain_products: `tl.dot`s that became multiply-adds of the ordinary units.
+        loads: global loads by their width in bits; "bulk" are those of the copy engine.
+    """
+
+    operation: str
+    kernel: str
+    dtype: str
+    architecture: int
+    tile: str
+    released: bool
+    registers: int
+    spilled: int
+    shared: int
+    products: dict[str, int]
+    plain_products: int
+    loads: dict[str, int]
+
+
+def configurations(operations: Iterable[Operation] | None = None) -> list[Configuration]:
+    """Every distinct configuration that the operations' cases reach, forward and backward, in the dtypes Triton serves.
+
+    Two calls that differ only in which strides happen to be multiples of 16 count once, as the first case has them: the
+    released shapes come first.
+    """
+    found: dict[tuple, Configuration] = {}
+    for operation in operations or OPERATIONS.values():
+        for case in operation.cases:
+            for dtype in TRITON_DTYPES:
+                for architecture in ARCHITECTURES:
+                    for launch in _launches(operation, case, dtype, architecture):
+                        one = _configuration(operation.name, launch, _SHORT[dtype], architecture, case.released)
+                        types = tuple((name, kind) for name, kind in one.signature if kind not in ("i32", "i64", "constexpr"))
+                        blocks = tuple((name, value) for name, value in one.constants if name.isupper())
+                        found.setdefault((one.name, architecture, one.dtype, blocks, types, one.num_warps, one.num_stages), one)
+    return list(found.values())
+
+
+def _launches(operation: Operation, case: Case, dtype: torch.dtype, architecture: int) -> list[Launch]:
+    """What a call launches: as in inference, and as in training with its backward."""
+    inputs = case.inputs(dtype, "meta")
+    with recorded_launches(architecture) as launches:
+        with torch.no_grad():
+            operation.call(**inputs, impl="triton")
+        leaves = {name: inputs[name].requires_grad_() for name in operation.differentiable if inputs[name] is not None}
+        if leaves:
+            out = operation.call(**{**inputs, **leaves}, impl="triton")
+            torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out), allow_unused=True)
+    return list(launches)
+
+
+def _configuration(operation: str, launch: Launch, dtype: str, architecture: int, released: bool) -> Configuration:
+    """The specialisation that Triton would make for these arguments."""
+    given = {**launch.arguments, **launch.tile.blocks}
+    constants, signature, aligned = {}, {}, []
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, given[parameter.name]
+        specialised = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
+            constants[name], signature[name] = value, "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _POINTER[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                aligned.append(name)
+        elif isinstance(value, bool):
+            signature[name] = "u1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialised and value % 16 == 0:
+                aligned.append(name)
+        else:
+            signature[name] = "fp32"
+    tile = launch.tile
+    fixed = tuple(constants.items()), tuple(signature.items()), tuple(aligned)
+    return Configuration(operation, launch.kernel, dtype, architecture, *fixed, tile.num_warps, tile.num_stages, released)
+
+
+def _source(kernel: Any, seen: frozenset[str] = frozenset()) -> str:
+    """Text of a jit function and of all that it calls, with the constants it reads. No line numbers: moving code is no change."""
+    scope = kernel.fn.__globals__
+    used = {node.id for node in ast.walk(ast.parse(kernel.src)) if isinstance(node, ast.Name)} - seen
+    text = kernel.src
+    for name in sorted(used & scope.keys()):
+        if isinstance(scope[name], triton.JITFunction):
+            text += _source(scope[name], seen | used)
+        elif isinstance(scope[name], triton.language.constexpr):
+            text += f"{name} = {scope[name].value!r}"
+    return text
+
+
+def compile_all(wanted: list[Configuration]) -> Iterator[tuple[Configuration, Finding]]:
+    """Compile on all cores; results come as they are ready."""
+    # Processes, for a compilation holds Python's lock; forked, for a jit function cannot be sent and is found in what they inherit.
+    _Inherited.wanted = wanted
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        running = {pool.submit(_compile_inherited, number): one for number, one in enumerate(wanted)}
+        for done in concurrent.futures.as_completed(running):
+            yield running[done], done.result()
+
+
+class _Inherited:
+    wanted: ClassVar[list[Configuration]] = []
+
+
+def _compile_inherited(number: int) -> Finding:
+    return compile_one(_Inherited.wanted[number])
+
+
+def compile_one(one: Configuration) -> Finding:
+    """Compile one configuration to machine code and read that."""
+    positions = {name: index for index, name in enumerate(one.kernel.arg_names)}
+    attributes = {(positions[name],): [["tt.divisibility", 16]] for name in one.aligned}
+    source = ASTSource(one.kernel, dict(one.signature), dict(one.constants), attributes)
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", one.architecture, 32), options=options)
+    usage, code = _disassemble(compiled.asm["cubin"])
+    registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK", "LOCAL"))
+    products = Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b", code))
+    plain = len(re.findall(r"\btt\.dot .*dot_op<\{opIdx = 0, parent = #blocked", compiled.asm["ttgir"]))
+    if not products:
+        plain = compiled.asm["ttir"].count("tt.dot ")
+    return Finding(
+        operation=one.operation,
+        kernel=one.name,
+        dtype=one.dtype,
+        architecture=one.architecture,
+        tile=one.tile,
+        released=one.released,
+        registers=registers,
+        spilled=stack + local,
+        shared=compiled.metadata.shared,
+        products=dict(sorted(products.items())),
+        plain_products=plain,
+        loads=_loads(code),
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        show = [subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True) for what in ("-res-usage", "-sass")]
+    return show[0].stdout + show[0].stderr, show[1].stdout
+
+
+def _loads(code: str) -> dict[str, int]:
+    """Global loads by width: straight to registers, past them into shared memory, and by the copy engine."""
+    widths: Counter[str] = Counter()
+    for modifiers in re.findall(r"\b(?:LDG|LDGSTS)\.([\w.]+)", code):
+        width = re.search(r"\b(128|64|U16|S16|U8|S8)\b", modifiers)
+        widths[width.group(1).lstrip("US") if width else "32"] += 1
+    bulk = len(re.findall(r"\b(?:UTMALDG|UBLKCP)\.", code))
+    return dict(sorted(widths.items(), key=lambda item: -int(item[0]))) | ({"bulk": bulk} if bulk else {})
+
+
+def faults(finding: Finding) -> list[str]:
+    """What keeps a configuration from shipping."""
+    wrong = []
+    if finding.spilled:
+        wrong.append(f"spills {finding.spilled} bytes a thread")
+    if finding.shared > SHARED_LIMIT[finding.architecture]:
+        wrong.append(f"needs {finding.shared} bytes of shared memory, the chip has {SHARED_LIMIT[finding.architecture]}")
+    if finding.plain_products:
+        wrong.append(f"{finding.plain_products} products without tensor cores")
+    if not finding.loads:
+        wrong.append("reads nothing: the compiler has emptied it")
+    return wrong
+
+
+def read_table(file: Path) -> dict[str, Finding]:
+    """The committed findings, by key."""
+    return {key: Finding(**entry) for key, entry in json.loads(file.read_text()).items()} if file.exists() else {}
+
+
+def write_table(file: Path, table: dict[str, Finding]) -> None:
+    ordered = sorted(table.items(), key=lambda item: (item[1].operation, item[1].kernel, item[1].dtype, item[1].architecture, item[1].tile))
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(asdict(finding))}" for key, finding in ordered)
+    file.write_text(f"{{\n{lines}\n}}\n")
+
+
+def run(*, check: bool, everything: bool, operations: list[str] | None, sample: int = 6) -> int:
+    """The command: prints what it finds, returns the exit status.
+
+    Args:
+        check: write nothing; compile what the table misses, which is a failure, and `sample` entries that it has.
+        everything: compile also what the table has.
+        operations: names to look at alone, writing nothing; None: all.
+    """
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled. Run the audit without it.")
+    wanted = {one.key: one for one in configurations([OPERATIONS[name] for name in operations or OPERATIONS])}
+    known = {} if everything else read_table(TABLE)
+    missing = [one for key, one in wanted.items() if key not in known]
+    again = random.sample([one for key, one in wanted.items() if key in known], min(sample, len(wanted) - len(missing))) if check else []
+    table = {key: known[key] for key in wanted if key in known}
+    wrong = []
+    for one, finding in compile_all(missing + again):
+        print(_line(finding), flush=True)
+        if one.key in table and table[one.key] != dataclasses.replace(finding, released=table[one.key].released):
+            wrong.append(f"{_line(table[one.key])} is committed, but now it is {_line(finding)}")
+        table[one.key] = finding
+    wrong += [f"{_line(finding)}: {fault}" for finding in table.values() for fault in faults(finding)]
+    if check and missing:
+        wrong.append(f"{len(missing)} configurations are not in {TABLE.name}: run python -m bench audit and commit what it writes")
+    if not check and operations is None:
+        write_table(TABLE, table)
+        results.replace_section(CATALOGUE, "audit", markdown(table))
+    print(f"{len(wanted)} configurations, {len(missing) + len(again)} compiled now, {len(wrong)} faults", *wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+def _line(finding: Finding) -> str:
+    products = " ".join(f"{count} {name}" for name, count in finding.products.items())
+    loads = " ".join(f"{count}x{width}" for width, count in finding.loads.items())
+    return (
+        f"sm_{finding.architecture} {finding.kernel} {finding.dtype} [{finding.tile}] {finding.registers} registers, "
+        f"{finding.spilled} spilled, {finding.shared} shared; {products or 'no tensor cores'}; loads {loads}"
+    )
+
+
+def markdown(table: dict[str, Finding]) -> str:
+    """What the released shapes run: one row a kernel, dtype and tile of an architecture."""
+    rows = [
+        "| kernel | dtype | sm | tile | registers | spilled, B | shared, KiB | tensor cores | loads by width in bits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    released = [finding for finding in table.values() if finding.released]
+    for one in sorted(released, key=lambda one: (one.operation, one.kernel, one.dtype, one.tile, one.architecture)):
+        products = ", ".join(f"{count} {name}" for name, count in one.products.items()) or "–"
+        loads = ", ".join(f"{count} × {width}" for width, count in one.loads.items())
+        figures = f"{one.registers} | {one.spilled} | {one.shared / 1024:.1f} | {products} | {loads}"
+        rows.append(f"| `{one.kernel.strip('_')}` | {one.dtype} | {one.architecture} | {one.tile} | {figures} |")
+    spilled = sum(finding.spilled > 0 for finding in table.values())
+    head = (
+        f"{len(table)} configurations compiled with Triton {triton.__version__}, {spilled} of them spill. "
+        f"The {len(released)} that the released checkpoints' shapes run (registers a thread, shared memory a program):"
+    )
+    return "\n".join([head, "", *rows])
