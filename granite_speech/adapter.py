@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from granite_kernels import lora_linear
+from granite_kernels import OPERATIONS, lora_linear
 from torch import Tensor, nn
 
 from granite_speech.errors import CheckpointError, UnsupportedError
@@ -207,8 +207,10 @@ class LoraLinear(nn.Linear):
         self.scaling = self.lora_dropout = 0.0
 
     def extra_repr(self) -> str:
-        adapter = "" if self.lora_A is None else f", lora_rank={self.lora_A.out_features}, scaling={self.scaling:g}"
-        return super().extra_repr() + adapter
+        if self.lora_A is None:
+            return super().extra_repr()
+        half = OPERATIONS["lora_linear"].half(self.weight)
+        return f"{super().extra_repr()}, lora_rank={self.lora_A.out_features}, scaling={self.scaling:g}, {half}"
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, modules: list[str]) -> None:

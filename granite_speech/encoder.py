@@ -7,7 +7,7 @@ self-conditioned CTC in the middle (Nozaki and Komatsu, arXiv 2104.02724). Names
 
 import torch
 import torch.nn.functional as F
-from granite_kernels import block_attention, depthwise_conv
+from granite_kernels import OPERATIONS, block_attention, depthwise_conv
 from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
@@ -59,6 +59,9 @@ class GraniteSpeechConformerAttention(nn.Module):
         out = block_attention(q, k, v, self.rel_pos_emb.weight, clips.cu_seqlens, context_size=self.context_size)
         return self.dropout(self.to_out(out.flatten(1)))
 
+    def extra_repr(self) -> str:
+        return f"context_size={self.context_size}, {OPERATIONS['block_attention'].half(self.to_q.weight)}"
+
 
 class GraniteSpeechConformerDepthWiseConv1d(nn.Module):
     """Holds the depthwise weight under the checkpoint's name; `GraniteSpeechConformerConvModule` applies it."""
@@ -97,6 +100,9 @@ class GraniteSpeechConformerConvModule(nn.Module):
         wide = accumulator(norm.weight.dtype)
         scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
         return scale, norm.bias.to(wide) - norm.running_mean.to(wide) * scale
+
+    def extra_repr(self) -> str:
+        return OPERATIONS["depthwise_conv"].half(self.up_conv.weight)
 
 
 class GraniteSpeechConformerBlock(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from granite_kernels import paged_attention
+from granite_kernels import OPERATIONS, paged_attention
 from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
@@ -78,7 +78,7 @@ class GraniteAttention(nn.Module):
         step, segments = tokens.step, tokens.segments
         if step is not None:
             step.write(self.layer, k, v)
-        if step is not None and step.has_past:
+        if step is not None and (step.has_past or self._reads_own_pages(q)):
             pools = step.cache.keys[self.layer], step.cache.values[self.layer]
             extent = {"max_query_len": segments.longest, "scale": self.scaling}
             out = paged_attention(q, *pools, step.block_table, step.kv_lens, segments.cu_seqlens, **extent)
@@ -88,6 +88,15 @@ class GraniteAttention(nn.Module):
         if tokens.attentions is not None:
             tokens.attentions.append(attention_weights(q, k, segments, self.scaling))
         return self.o_proj(out.flatten(1), tokens.adapter_index)
+
+    @staticmethod
+    def _reads_own_pages(q: Tensor) -> bool:
+        # The kernel takes prompts of all lengths at once, where SDPA would be called once a sequence; but it has no backward.
+        differentiates = torch.is_grad_enabled() and q.requires_grad
+        return not differentiates and OPERATIONS["paged_attention"].resolve(None, q.device, q.dtype) == "triton"
+
+    def extra_repr(self) -> str:
+        return OPERATIONS["paged_attention"].half(self.q_proj.weight)
 
 
 def rotary_embedding(config: GraniteConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
