@@ -68,9 +68,13 @@ def test_head_dims_around_the_widths_of_a_tile(dim: int, dtype: torch.dtype):
 
 
 def test_each_tensor_has_strides_of_its_own():
-    inputs = draw(18, heads=3)
-    own = {**inputs, "k": inputs["k"].contiguous(), "v": inputs["v"].transpose(0, 1).contiguous().transpose(0, 1)}
-    assert len({own[name].stride() for name in ("q", "k", "v")}) == 3
+    inputs = draw(9, heads=2, dtype=torch.float16)
+    own = {
+        **inputs,
+        "k": torch.nn.functional.pad(inputs["k"], (0, 4))[..., :16],
+        "v": inputs["v"].transpose(0, 1).contiguous().transpose(0, 1),
+    }
+    assert all(len({own[name].stride(dim) for name in ("q", "k", "v")}) == 3 for dim in (0, 1))
     expected, results = run(inputs), run(own)
     assert all(torch.equal(results[name], expected[name]) for name in expected)
 
@@ -125,7 +129,7 @@ def gradients(inputs: dict, incoming: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_the_backward_gives_the_same_bits_again():
-    inputs = draw(21, 8, 13, 21, 2, dtype=torch.bfloat16)  # more slots than one chunk of the sum over blocks
+    inputs = draw(21, 8, 13, dtype=torch.bfloat16)  # more slots than one chunk of the sum over blocks
     once, again = run(inputs), run(inputs)
     assert all(torch.equal(once[name], again[name]) for name in once)
     assert_operation_accurate(OPERATION, inputs, impl="triton")

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from granite_kernels import OPERATIONS, KernelError, depthwise_conv
+from granite_kernels import OPERATIONS, KernelError, depthwise_conv, depthwise_conv_triton
+from granite_kernels.launch import launch
 from granite_kernels.testing import assert_operation_accurate, outcome, poisoned_allocations
 
 OPERATION = OPERATIONS["depthwise_conv"]
@@ -26,8 +27,8 @@ def triton(**inputs) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("lengths", "channels", "kernel_size"),
     [
-        ((31, 33, 32, 1), 3, 3),  # one frame around the 32 of a tile of the shortest window, and of one of its backward pass
-        ((65, 63), 2, 9),  # and around the 64 of the next
+        ((31, 33, 32, 1), 3, 7),  # one frame around the 32 of a tile of the shortest window, and of one of its backward pass
+        ((65, 63), 2, 15),  # and around the 64 of the next
         ((4,), 127, 1),  # one channel around the 128 of a program
         ((2,), 129, 2),
         ((3,), 65, 8),  # and around 64
@@ -61,8 +62,10 @@ def test_a_clip_gets_the_same_bits_between_poisoned_neighbours(dtype: torch.dtyp
     clip = slice(33, 33 + 35)
     x[clip] = inputs["x"]
     x.requires_grad_()
-    together = triton(**{**inputs, "x": x, "cu_seqlens": torch.tensor([0, 33, 68, 68, 71], dtype=torch.int32)})
+    with poisoned_allocations():
+        together = triton(**{**inputs, "x": x, "cu_seqlens": torch.tensor([0, 33, 68, 68, 71], dtype=torch.int32)})
     assert torch.equal(together[clip], alone["out"])
+    assert not together[-2:].any()
     # The gradient that came in alone comes in for the clip, and NaN for all others.
     incoming = torch.full_like(together, torch.nan)
     incoming[clip] = torch.randn(35, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -93,6 +96,16 @@ def test_a_gradient_with_stride_0_is_read_as_its_values():
     leaves = [inputs[name].requires_grad_() for name in OPERATION.differentiable]
     dense, expanded = (torch.autograd.grad(triton(**inputs), leaves, one) for one in (torch.ones(9, 3), torch.ones(()).expand(9, 3)))
     assert all(torch.equal(*pair) for pair in zip(dense, expanded, strict=True))
+
+
+def test_a_program_writes_nothing_behind_its_clip(monkeypatch: pytest.MonkeyPatch):
+    # Programs that run one after another would hide it: the next one writes those rows anew.
+    monkeypatch.setattr(depthwise_conv_triton, "launch", lambda kernel, grid, *args, **named: launch(kernel, (1,), *args, **named))
+    with poisoned_allocations():
+        results = outcome(triton, draw((5, 9), 3, 3), ("x",))
+    for tensor in results.values():
+        assert tensor[:5].isfinite().all()
+        assert tensor[5:].isnan().all()
 
 
 def test_frames_may_share_their_memory():

@@ -264,8 +264,8 @@ def _depthwise_conv_bwd_kernel(
                 dz = window[r + TAPS - 1 - i]
                 dh += taps[i] * dz
                 products += (sums[i] + dz * h,)
-            # Frames behind the tile's last have no value here, and so no product; but a dz, which is the next tile's to sum.
-            products += (sums[TAPS] + tl.where(t + r < last, window[r + TAPS // 2], 0.0),)
+            # STEP divides tile_rows: frames behind `last` are behind the clip, and have neither dz nor h.
+            products += (sums[TAPS] + window[r + TAPS // 2],)
             sums = products
             there = exists & (t + r < last)
             dvalue = dh * sigmoid
