@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from granite_kernels import KernelError, block_attention
 from granite_kernels.block_attention import OPERATION, _make, block_attention_reference
-from granite_kernels.block_attention_triton import _swap_mirror, block_attention_triton
+from granite_kernels.block_attention_kernels import _swap_mirror
+from granite_kernels.block_attention_triton import block_attention_triton
 from granite_kernels.launch import recorded_launches
 from granite_kernels.op import Draw
 from granite_kernels.testing import assert_operation_accurate, outcome, poisoned_allocations, strided_inputs
