@@ -41,6 +41,12 @@ def test_what_a_manifest_holds(folder):
     assert (text.audio, text.prompt, text.text) == (None, "one?", "1")
 
 
+def test_a_line_may_say_who_speaks(folder):
+    said, unsaid = read_manifest(write(folder, GOOD | {"voice": "anna"}, GOOD))
+    assert (said.voice, unsaid.voice) == ("anna", None)
+    assert (said.text, said.prompt, said.audio) == (unsaid.text, unsaid.prompt, unsaid.audio)
+
+
 BAD = {
     "not JSON": (b'{"audio": "one.wav"', "does not parse"),
     "not UTF-8": (b'{"audio": "one.wav", "text": "\xff"}', "does not parse"),
@@ -52,6 +58,8 @@ BAD = {
     "blank text": (GOOD | {"text": "  "}, "text = '  '"),
     "text of another type": (GOOD | {"text": 5}, "text = 5"),
     "null prompt": (GOOD | {"prompt": None}, "prompt = None"),
+    "voice of another type": (GOOD | {"voice": 5}, "voice = 5"),
+    "blank voice": (GOOD | {"voice": " "}, "voice = ' '"),
     "half a character": (GOOD | {"text": "\ud800"}, "half of a character"),
     "NUL": (GOOD | {"audio": "one.wav\0"}, "NUL"),
     "unknown key": (GOOD | {"duration": 1.0}, "unknown keys 'duration'"),
@@ -73,6 +81,8 @@ def test_a_bad_line_is_named_before_the_model_is_looked_for(folder, line, said):
 def test_texts_have_no_audio(folder):
     with pytest.raises(InputError, match="unknown keys 'audio'"):
         read_manifest(write(folder, GOOD | {"prompt": "?"}), audio=False)
+    with pytest.raises(InputError, match="unknown keys 'voice'"):
+        read_manifest(write(folder, {"prompt": "?", "text": "one", "voice": "anna"}), audio=False)
     with pytest.raises(InputError, match="no prompt"):
         read_manifest(write(folder, {"text": "one"}), audio=False)
 

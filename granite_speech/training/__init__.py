@@ -5,14 +5,16 @@
     finetune("train.jsonl", "ibm-granite/granite-speech-3.3-2b", "tuned", FinetuneOptions(epochs=1), validation="held-out.jsonl")
 
 Another recipe takes the same parts: `prepare` says what trains, `SpeechData` or `TextData` makes packed batches, `ctc_loss`,
-`speech_loss` and `text_loss` judge them, `Trainer` does the rest. Everything is imported when it is first used: the command line reads
-the options without waiting for torch.
+`speech_loss` and `text_loss` judge them, `Trainer` does the rest. Where there are no recordings to train on, `synthesize` writes some
+with free synthesizers, and `augment` varies them. Everything is imported when it is first used: the command line reads the options
+without waiting for torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "augmentation": ("augment",),
     "batches": ("Batch", "BatchSource", "plan_batches"),
     "data": ("SpeechData", "TextData"),
     "dialogue": ("Dialogue",),
@@ -23,13 +25,16 @@ _HOMES = {
     "optimizer": ("ParameterGroup", "learning_rate", "parameter_groups"),
     "options": ("PARTS", "FinetuneOptions", "TrainerOptions"),
     "preparation": ("attach_fresh_adapter", "prepare"),
+    "synthesis": ("HELD_OUT_ACCENT", "HELD_OUT_VARIANTS", "Voice", "find_voices", "synthesize"),
     "trainer": ("Trainer",),
+    "vocabulary": ("VOCABULARY", "make_sentence", "make_text_task"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does this
+    from granite_speech.training.augmentation import augment as augment
     from granite_speech.training.batches import Batch as Batch
     from granite_speech.training.batches import BatchSource as BatchSource
     from granite_speech.training.batches import plan_batches as plan_batches
@@ -55,7 +60,15 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.training.options import TrainerOptions as TrainerOptions
     from granite_speech.training.preparation import attach_fresh_adapter as attach_fresh_adapter
     from granite_speech.training.preparation import prepare as prepare
+    from granite_speech.training.synthesis import HELD_OUT_ACCENT as HELD_OUT_ACCENT
+    from granite_speech.training.synthesis import HELD_OUT_VARIANTS as HELD_OUT_VARIANTS
+    from granite_speech.training.synthesis import Voice as Voice
+    from granite_speech.training.synthesis import find_voices as find_voices
+    from granite_speech.training.synthesis import synthesize as synthesize
     from granite_speech.training.trainer import Trainer as Trainer
+    from granite_speech.training.vocabulary import VOCABULARY as VOCABULARY
+    from granite_speech.training.vocabulary import make_sentence as make_sentence
+    from granite_speech.training.vocabulary import make_text_task as make_text_task
 
 
 def __getattr__(name: str):

@@ -1,11 +1,12 @@
 """A manifest: one JSON object a line, each an utterance or a text.
 
     {"audio": "clips/0001.flac", "text": "seven left"}
-    {"audio": "clips/0002.flac", "text": "sieben links", "prompt": "translate the speech to German."}
+    {"audio": "clips/0002.flac", "text": "sieben links", "prompt": "translate the speech to German.", "voice": "anna"}
 
 `audio` is a path, relative to the manifest's folder; `text` is what the model is to answer; `prompt`, which may be left out, is what
-it is asked, without the placeholder for the audio. A manifest of texts has `prompt` and `text`. Other keys are refused: one that is
-spelled wrong would train something else without a word. Empty lines are skipped.
+it is asked, without the placeholder for the audio; `voice`, which may be left out too, is who speaks: what tables of word error rates
+are drawn by. A manifest of texts has `prompt` and `text` alone. Other keys are refused: one that is spelled wrong would train something
+else without a word. Empty lines are skipped.
 """
 
 import json
@@ -37,6 +38,7 @@ class Utterance:
         prompt: the question; None for the checkpoint's own request for a transcript.
         audio: the sound file; None in a manifest of texts.
         manifest, line: where it stands, the line counted from 1.
+        voice: who speaks, by which tables of word error rates are drawn; None where the line does not say.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Utterance:
     audio: Path | None
     manifest: Path
     line: int
+    voice: str | None = None
 
     @property
     def where(self) -> str:
@@ -133,7 +136,7 @@ def _utterance(manifest: Path, number: int, line: bytes, audio: bool) -> Utteran
         raise refuse(f"{text!r:.100}, which does not parse ({error})", f"a JSON object such as {example}", "Correct it", error) from error
     if not isinstance(value, dict):
         raise refuse(f"a {type(value).__name__}", f"a JSON object such as {example}", "Correct it")
-    needed, known = (("audio", "text"), ("audio", "text", "prompt")) if audio else (("prompt", "text"), ("prompt", "text"))
+    needed, known = (("audio", "text"), ("audio", "text", "prompt", "voice")) if audio else (("prompt", "text"), ("prompt", "text"))
     if unknown := sorted(value.keys() - set(known)):
         raise refuse(f"unknown keys {', '.join(map(shown, unknown))}", f"only {', '.join(known)}", "Rename them or take them out")
     if missing := [name for name in needed if name not in value]:
@@ -145,7 +148,7 @@ def _utterance(manifest: Path, number: int, line: bytes, audio: bool) -> Utteran
     if file is not None and not file.is_file():
         kind = "is a folder" if file.is_dir() else "is not there"
         raise refuse(f"audio {str(file)!r}, which {kind}", f"a sound file's path, relative to {str(manifest.parent)!r}", "Correct the path")
-    return Utterance(value["text"].strip(), value.get("prompt"), file, manifest, number)
+    return Utterance(value["text"].strip(), value.get("prompt"), file, manifest, number, value.get("voice"))
 
 
 def _not_text(value: Any) -> str | None:
