@@ -161,5 +161,5 @@ def test_trim_silence():
 @pytest.mark.parametrize("sentence", ["stop the music", "", '") (quit', "-o stop"])
 def test_a_sentence_of_other_words_is_refused(sentence: str, tmp_path):
     with pytest.raises(InputError, match="expected words of VOCABULARY"):
-        synthesize(tmp_path / "new", 1, 0, sentences=["stop", sentence])
+        synthesis.synthesize(tmp_path / "new", 1, 0, sentences=["stop", sentence])
     assert not (tmp_path / "new").exists()
