@@ -27,8 +27,8 @@ def triton(**inputs) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("lengths", "channels", "kernel_size"),
     [
-        ((31, 33, 32, 1), 3, 7),  # one frame around the 32 of a tile of the shortest window, and of one of its backward pass
-        ((65, 63), 2, 15),  # and around the 64 of the next
+        ((31, 33, 32, 36), 3, 7),  # around the 32 of a tile of the shortest window, by one frame and by more than its half
+        ((65, 63), 2, 15),  # one frame around the 64 of the next
         ((4,), 127, 1),  # one channel around the 128 of a program
         ((2,), 129, 2),
         ((3,), 65, 8),  # and around 64
