@@ -57,7 +57,7 @@ def begin(operation: Operation, case: Case, dtype: torch.dtype, direction: str, 
     """What is known of a measurement before it: cost and bound. The backward's cost is not declared, so it has no bound."""
     one = {"operation": operation.name, "case": case.name, "direction": direction, "seconds": {}}
     if direction == "forward":
-        cost = operation.cost(**case.inputs(dtype))
+        cost = operation.cost(**case.sizes(dtype))
         one |= {"flops": cost.flops, "bytes": cost.bytes, "bound_seconds": bound_seconds(cost, **rates)}
     return one
 
@@ -125,7 +125,7 @@ def event_seconds(call: Call) -> dict[str, float]:
 def rotation(operation: Operation, case: Case, dtype: torch.dtype, inputs: dict[str, Any]) -> list[dict[str, Any]]:
     """The inputs and copies of them, together five times the L2 cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    count = min(256, -(-5 * cache // operation.cost(**case.inputs(dtype)).bytes))
+    count = min(256, -(-5 * cache // operation.cost(**case.sizes(dtype)).bytes))
     copied = ({name: one.clone() if isinstance(one, torch.Tensor) else one for name, one in inputs.items()} for _ in range(count))
     return [inputs, *copied]
 
@@ -187,7 +187,7 @@ def predict() -> str:
     for operation in OPERATIONS.values():
         for case in operation.cases:
             if case.released:
-                cost = operation.cost(**case.inputs(torch.bfloat16))
+                cost = operation.cost(**case.sizes(torch.bfloat16))
                 seconds = bound_seconds(cost, **rates)
                 by = "memory" if cost.bytes / rates["bytes_a_second"] >= seconds else "tensor cores"
                 rows.append(

@@ -26,7 +26,7 @@ MOST_FLOPS, MOST_BYTES = 4e9, 1e8
 def cases() -> list[tuple[Operation, Case]]:
     """The released shapes that a CPU is asked for."""
     pairs = [(operation, case) for operation in OPERATIONS.values() for case in operation.cases if case.released]
-    costs = (operation.cost(**case.inputs(torch.float32)) for operation, case in pairs)
+    costs = (operation.cost(**case.sizes(torch.float32)) for operation, case in pairs)
     return [pair for pair, cost in zip(pairs, costs, strict=True) if cost.flops <= MOST_FLOPS and cost.bytes <= MOST_BYTES]
 
 
@@ -49,8 +49,11 @@ def test_speed(benchmark: Any, operation: Operation, case: Case, way: str):
         benchmark(call)
 
 
-def run(*, operations: list[str] | None, out: Path) -> str:
+def run(*, operations: list[str] | None, out: Path, options: tuple[str, ...] = ("--benchmark-min-rounds=7",)) -> str:
     """Measure, write the result file, and return the table.
+
+    Args:
+        options: of pytest-benchmark.
 
     Raises:
         SystemExit: a reference was wrong or a call failed; nothing is written.
@@ -67,7 +70,7 @@ def run(*, operations: list[str] | None, out: Path) -> str:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for one in measured:
         operation, case, way = (one["extra_info"][name] for name in ("operation", "case", "way"))
-        cost = OPERATIONS[operation].cost(**next(c for c in OPERATIONS[operation].cases if c.name == case).inputs(torch.float32))
+        cost = OPERATIONS[operation].cost(**next(c for c in OPERATIONS[operation].cases if c.name == case).sizes(torch.float32))
         row = rows.setdefault((operation, case), {"operation": operation, "case": case, "flops": cost.flops, "bytes": cost.bytes})
         row.setdefault("seconds", {})[way] = {name: one["stats"][name] for name in ("median", "q1", "q3", "rounds")}
     result = {"kind": "kernels-cpu", "run": results.describe_run(), "dtype": "float32", "measurements": list(rows.values())}

@@ -2,19 +2,20 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from granite_kernels import OPERATIONS
 
-from bench import model, results
+from bench import gpu, kernels, kernels_cpu, model, results
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_readme_shows_the_newest_results():
-    shown = re.search(r"<!-- python -m bench report -->\n(.*)\n<!-- end of report -->", README.read_text(), re.DOTALL).group(1)
-    assert shown == results.report()
+    assert section(README, "report") == results.report()
 
 
 def test_result_files_say_where_they_come_from():
@@ -65,3 +66,65 @@ def test_matmul_flops_are_those_of_the_projections():
     encoder = GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(num_layers=1, hidden_dim=32, num_heads=2, output_dim=10))
     block = 2 * (32 * 128 * 2) + 4 * 32 * 32 + 32 * 128 + 64 * 32
     assert model._matmul_flops(encoder, 7) == 2 * 7 * (block + 160 * 32 + 2 * 32 * 10)
+
+
+def section(file: Path, command: str) -> str:
+    return re.search(rf"<!-- python -m bench {command} -->\n(.*)\n<!-- end of {command} -->", file.read_text(), re.DOTALL).group(1)
+
+
+def test_the_catalogue_shows_what_the_costs_predict():
+    assert section(kernels.CATALOGUE, "kernels --predict") == kernels.predict()
+    assert "Predicted, not measured" in kernels.predict()
+
+
+def test_a_cost_needs_no_values():
+    for operation in OPERATIONS.values():
+        for case in operation.cases:
+            if not case.released:
+                assert operation.cost(**case.sizes(torch.bfloat16)) == operation.cost(**case.inputs(torch.bfloat16))
+
+
+def test_a_section_is_replaced_and_a_file_without_one_refused(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("a\n<!-- python -m bench audit -->\nold\n<!-- end of audit -->\nb\n")
+    results.replace_section(file, "audit", "new")
+    assert file.read_text() == "a\n<!-- python -m bench audit -->\nnew\n<!-- end of audit -->\nb\n"
+    with pytest.raises(ValueError, match="has no section between"):
+        results.replace_section(file, "report", "new")
+
+
+def test_the_table_of_a_gpu_run_shows_what_lost_and_what_was_wrong():
+    run = {"machine": "a GPU", "versions": {"torch": "2", "triton": "3"}, "commit": "0123456789"}
+    seconds = {"triton": {"median": 4e-6}, "torch": {"median": 40e-6}, "library": {"median": 2e-6}}
+    right = {"operation": "o", "case": "c", "direction": "forward", "bound_seconds": 1e-6, "seconds": seconds}
+    wrong = {"operation": "o", "case": "d", "direction": "forward", "bound_seconds": 1e-6, "seconds": {}, "wrong": "RMS error"}
+    rates = {"bytes_a_second": 4e12, "flops_a_second": 8e14}
+    lines = kernels.table({"run": run, "dtype": "bfloat16", "rates": rates, "measurements": [right, wrong]}).splitlines()
+    assert "4.00 TB/s and 800 TFLOP/s" in lines[0]
+    assert lines[-2].startswith("| `o` | c | forward | 1.0 | 25% | 4.0 | 40.0 |  | 2.0 |")
+    assert "| wrong |" in lines[-1]
+
+
+def test_a_cpu_run_measures_and_writes(tmp_path):
+    quick = ("--benchmark-max-time=0.05", "--benchmark-min-rounds=2", "-k", "lora_linear and v_proj and not 128 and not compiled")
+    text = kernels_cpu.run(operations=["lora_linear"], out=tmp_path, options=quick)
+    (file,) = tmp_path.glob("kernels-cpu-*.json")
+    measured = json.loads(file.read_text())["measurements"]
+    assert {one["operation"] for one in measured} == {"lora_linear"}
+    assert all(one["seconds"]["torch"]["median"] > 0 and one["seconds"]["library"]["rounds"] >= 2 for one in measured)
+    assert measured[0]["case"] in text
+
+
+def test_a_borrowed_gpus_steps_are_timed_logged_and_cut_short(tmp_path, monkeypatch):
+    def step(name: str, program: str, seconds: float) -> gpu.Step:
+        return gpu.Step(name, [sys.executable, "-c", program], seconds)
+
+    interpret = "import os; print(os.environ['TRITON_INTERPRET'])"
+    planned = [step("one", interpret, 60), step("two", "raise SystemExit(3)", 60), step("three", "import time; time.sleep(60)", 10)]
+    monkeypatch.setattr(gpu, "steps", lambda out: planned)
+    assert gpu.run(tmp_path, budget=60) == 2
+    done = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    assert [one["status"] for one in done] == [0, 3, "stopped after 10 s"]
+    assert (tmp_path / "one.log").read_text() == "0\n"
+    assert gpu.run(tmp_path, budget=5) == 3
+    assert "no time left" in (tmp_path / "summary.json").read_text()

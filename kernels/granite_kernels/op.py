@@ -51,15 +51,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Draw:
-    """Where a case takes its tensors from: one seed gives the same numbers on every device."""
+    """Where a case takes its tensors from: one seed gives the same numbers on every device.
+
+    Without `values`, and on the meta device, floating-point tensors have none: the largest cases would take seconds to draw.
+    """
 
     generator: torch.Generator
     dtype: torch.dtype
     device: torch.device
+    values: bool = True
 
     def normal(self, *size: int, std: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if self.device.type == "meta":  # the largest cases would take seconds to draw values that nobody keeps
-            return torch.empty(size, device=self.device, dtype=dtype or self.dtype)
+        if not self.values or self.device.type == "meta":
+            return torch.empty(size, device="meta", dtype=dtype or self.dtype)
         return (torch.randn(size, generator=self.generator) * std).to(self.device, dtype or self.dtype)
 
     def int32(self, values: list) -> torch.Tensor:
@@ -92,6 +96,11 @@ class Case:
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """The arguments of one call, keyword by keyword."""
         draw = Draw(torch.Generator().manual_seed(seed), dtype, torch.device(device))
+        return self.make(draw, **self.shape)
+
+    def sizes(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The same without floating-point values, which is all that a cost asks for; index tensors are on the CPU."""
+        draw = Draw(torch.Generator(), dtype, torch.device("cpu"), values=False)
         return self.make(draw, **self.shape)
 
 
