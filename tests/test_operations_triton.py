@@ -42,8 +42,11 @@ def test_padding_is_zero_in_results_and_gradients(op: Operation, case: Case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("op", "case"), [pair for pair in SMALL if pair.values[0].packed])
-def test_a_sequence_gets_the_same_bits_alone_and_in_three_batches(op: Operation, case: Case, dtype: torch.dtype):
+@pytest.mark.parametrize("op", [pair for pair in ALL if pair.values[0].packed])
+def test_a_sequence_gets_the_same_bits_alone_and_in_three_batches(op: Operation, dtype: torch.dtype):
+    # Each operation's own tests take this further, and on a GPU it is asked of every case.
+    several = [case for case in op.cases if not case.released and len(case.shape.get("clips", case.shape.get("sequences"))) >= 3]
+    case = min(several, key=lambda case: (op.cost(**case.sizes(dtype)).flops < 1000, op.cost(**case.sizes(dtype)).flops))
     assert_same_bits(op, case.inputs(dtype), impl="triton")
 
 

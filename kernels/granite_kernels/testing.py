@@ -92,25 +92,17 @@ def assert_operation_accurate(operation: Operation, inputs: dict[str, Any], impl
 
 
 def assert_same_bits(operation: Operation, inputs: dict[str, Any], impl: str | None = None) -> None:
-    """Every sequence alone, in the batch as it is, in that batch turned round, and twice around the longest: always the same bits."""
+    """Every sequence alone, and all in the batch as it is, in that batch turned round, and twice over: always the same bits."""
     name = next(name for name in inputs if name.startswith("cu_seqlens"))
     lengths = inputs[name].diff().tolist()
-    if not lengths:
-        return
-    everyone, longest = list(range(len(lengths))), lengths.index(max(lengths))
-
-    def rows(order: list[int], place: int) -> torch.Tensor:
-        start = sum(lengths[one] for one in order[:place])
-        out = operation.call(**with_sequences(operation, inputs, order), impl=impl)
-        return out[start : start + lengths[order[place]]]
-
+    everyone = list(range(len(lengths)))
     with torch.no_grad():
-        whole = operation.call(**inputs, impl=impl)
-        for sequence, start in zip(everyone, inputs[name].tolist(), strict=False):
-            expected = whole[start : start + lengths[sequence]]
-            for order, place in (([sequence], 0), (everyone[::-1], len(everyone) - 1 - sequence), ([sequence, longest, sequence], 2)):
-                if not torch.equal(rows(order, place), expected):
-                    raise AssertionError(f"{operation.name}: sequence {sequence} is another in the batch {order}")
+        expected = operation.call(**inputs, impl=impl)[: sum(lengths)].split(lengths)
+        for order in [*([one] for one in everyone), everyone[::-1], everyone * 2] if everyone else []:
+            out = operation.call(**with_sequences(operation, inputs, order), impl=impl)
+            for place, (sequence, rows) in enumerate(zip(order, out.split([lengths[one] for one in order]), strict=True)):
+                if not torch.equal(rows, expected[sequence]):
+                    raise AssertionError(f"{operation.name}: sequence {sequence} is another at place {place} of the batch {order}")
 
 
 def outcome(
