@@ -383,4 +383,4 @@ def test_what_is_printed():
     layer = LoraLinear(6, 4, bias=False)
     assert layer.extra_repr() == "in_features=6, out_features=4, bias=False"
     layer.attach(2, 1.5)
-    assert layer.extra_repr() == "in_features=6, out_features=4, bias=False, lora_rank=2, scaling=1.5"
+    assert layer.extra_repr() == "in_features=6, out_features=4, bias=False, lora_rank=2, scaling=1.5, lora_linear=torch"
