@@ -29,10 +29,8 @@ def test_views_into_poison_give_the_same_bits(op: Operation, case: Case):
         assert torch.equal(views[name], plain[name]), name
 
 
-@pytest.mark.parametrize(("op", "case"), SMALL)
+@pytest.mark.parametrize(("op", "case"), [pair for pair in SMALL if pair.values[1].shape.get("padding")])
 def test_padding_is_zero_in_results_and_gradients(op: Operation, case: Case):
-    if not case.shape.get("padding"):
-        return
     inputs = case.inputs(torch.float32)
     results = outcome(call(op), inputs, op.differentiable)
     total = int(inputs["cu_seqlens" if "cu_seqlens" in inputs else "cu_seqlens_q"][-1])

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from granite_kernels.launch import Tile, architecture, launch, launching, register
-from granite_kernels.op import KernelError
+from granite_kernels.op import CHOICE, KernelError
 from granite_kernels.primitives import INTERPRETED, locate, rounded
 
 # Windows are compiled for these lengths; a kernel of another size takes the next one, with taps of zero around its own (so a
@@ -287,7 +287,7 @@ def _window(kernel_size: int) -> int:
     raise KernelError(
         got=f"depthwise_conv: weight has kernel_size {kernel_size}",
         expected=f"at most {_WINDOWS[-1]} with impl='triton'",
-        remedy="Use impl='torch'",
+        remedy=f"Use impl='torch' or {CHOICE}=torch to run the PyTorch reference",
     )
 
 
