@@ -1,7 +1,8 @@
 """Block attention with relative positions: the self-attention of the Granite Speech conformer encoder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -81,32 +82,59 @@ def block_attention_reference(
     context_size: int,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`block_attention` in PyTorch. Blocks of equal length go together, so nothing is computed for frames that do not exist."""
+    """`block_attention` in PyTorch, clip by clip: a clip's bits do not depend on its neighbours.
+
+    Where a gradient is wanted, blocks of like length of all clips go together: training sees many short clips at a time.
+    """
     dtype, frames = q.dtype, q.shape[0]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v, rel_pos_emb = (tensor.to(accumulator(dtype)) for tensor in (q, k, v, rel_pos_emb))
     clips = bounds(cu_seqlens, frames)
-    pieces = []
-    for first, end, length in _runs(clips, context_size):
-        # (blocks, num_heads, length, dim_head): views, for the frames of a run are neighbours.
-        blocks = (tensor[first:end].unflatten(0, (-1, length)).transpose(1, 2) for tensor in (q, k, v))
-        pieces.append(_attend(*blocks, rel_pos_emb, scale).transpose(1, 2).flatten(0, 1))
     total = clips[-1][1] if clips else 0
-    return join(pieces, q[total:]).to(dtype)
+    together = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rel_pos_emb))
+    pieces, order = [], []
+    for firsts, lengths in chain.from_iterable(_groups(some, context_size) for some in ([clips] if together else zip(clips))):
+        longest, end = lengths[0], firsts[-1] + lengths[-1]
+        if lengths[-1] == longest and end - firsts[0] == len(firsts) * longest:
+            # (blocks, num_heads, length, dim_head): views, for the frames of these blocks are neighbours.
+            blocks = (tensor[firsts[0] : end].unflatten(0, (-1, longest)).transpose(1, 2) for tensor in (q, k, v))
+            pieces.append(_attend(*blocks, rel_pos_emb, scale, None).transpose(1, 2).flatten(0, 1))
+            order.append(torch.arange(firsts[0], end))
+            continue
+        first, length = torch.tensor(firsts)[:, None], torch.tensor(lengths)[:, None]
+        place = torch.arange(longest)
+        exists = place < length
+        # Beyond a block's end its last frame again: what is there counts for nothing, but must not be another block's NaN.
+        rows = (first + torch.minimum(place, length - 1)).to(q.device)
+        blocks = (tensor[rows].transpose(1, 2) for tensor in (q, k, v))
+        attended = _attend(*blocks, rel_pos_emb, scale, exists.to(q.device)).transpose(1, 2)
+        pieces.append(attended.flatten(0, 1)[exists.flatten().nonzero().squeeze(1).to(q.device)])
+        order.append((first + place)[exists])
+    out = join(pieces, q[total:])
+    places = torch.cat([*order, torch.arange(total, frames)])
+    if len(order) > 1 and (places[1:] < places[:-1]).any():
+        out = out[torch.argsort(places).to(q.device)]
+    return out.to(dtype)
 
 
-def _runs(clips: list[tuple[int, int]], context_size: int) -> Iterator[tuple[int, int, int]]:
-    """Frames that hold blocks of one length: (first frame, end, block length). At most two runs a clip: whole blocks, the rest."""
-    for first, end in clips:
-        whole = end - (end - first) % context_size
-        if whole > first:
-            yield first, whole, context_size
-        if end > whole:
-            yield whole, end, end - whole
+def _groups(clips: Iterable[tuple[int, int]], context_size: int) -> Iterator[tuple[list[int], list[int]]]:
+    """First frames and lengths of the blocks that are computed together, the longest first; none shorter than 3/4 of it."""
+    blocks = [(min(context_size, end - first), first) for begin, end in clips for first in range(begin, end, context_size)]
+    blocks.sort(key=lambda block: (-block[0], block[1]))
+    group: list[tuple[int, int]] = []
+    for block in blocks:
+        if group and (4 * block[0] < 3 * group[0][0] or block[0] < group[0][0] == context_size):
+            yield [first for _, first in group], [length for length, _ in group]
+            group = []
+        group.append(block)
+    if group:
+        yield [first for _, first in group], [length for length, _ in group]
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_pos_emb: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention over blocks (blocks, num_heads, length, dim_head), all frames of which exist."""
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_pos_emb: torch.Tensor, scale: float, exists: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention over blocks (blocks, num_heads, length, dim_head); `exists` (blocks, length): which frames, None for all."""
     length, max_pos_emb = q.shape[2], rel_pos_emb.shape[0] // 2
     # Frame i needs the rows of distances i - j. In the order of falling j they are a window that starts at i in the band
     # of distances that occur: no gathered (length, length, dim_head) table. A softmax does not mind the order of keys.
@@ -115,6 +143,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_pos_emb: torc
     windows = band.unfold(0, length, 1)  # (length, dim_head, length): frame i, feature, key from last to first
     q = q * scale
     scores = q @ k.transpose(2, 3) + torch.einsum("bhid,idj->bhij", q, windows)
+    if exists is not None:
+        scores = scores.masked_fill(~exists.flip(1)[:, None, None], -torch.inf)
     return torch.softmax(scores, dim=-1) @ v
 
 
@@ -131,10 +161,9 @@ def block_attention_cost(
     """FLOPs of three products (q·k, q·rel_pos_emb, weights·v) over the pairs of frames that share a block; softmax is not
     counted. Bytes: q, k and v of the clips' frames, the result, cu_seqlens, and the rows of rel_pos_emb that occur."""
     frames, num_heads, dim_head = q.shape
-    runs = list(_runs(bounds(cu_seqlens, frames), context_size))
-    pairs = sum((end - first) * length for first, end, length in runs)
-    read = sum(end - first for first, end, _ in runs)
-    band = max((2 * length - 1 for _, _, length in runs), default=0)
+    lengths = [length for _, lengths in _groups(bounds(cu_seqlens, frames), context_size) for length in lengths]
+    pairs, read = sum(length * length for length in lengths), sum(lengths)
+    band = 2 * max(lengths) - 1 if lengths else 0
     moved = (3 * read + frames) * num_heads * dim_head + band * dim_head
     return Cost(flops=6 * pairs * num_heads * dim_head, bytes=moved * q.element_size() + nbytes(cu_seqlens))
 
@@ -191,6 +220,7 @@ CASES = (
     _case("blocks of one frame", (3, 4), 2, 16, 1, 4),
     _case("released head dim, short clips", (51, 3), 1, 128, 50, 512),
     _case("empty clips", (0, 9, 0, 0, 20, 0), 2, 16, 8, 12),
+    _case("lengths alike, one apart", (8, 7, 4, 7, 6), 2, 16, 16, 16),
     _case("padding rows", (11, 21), 2, 32, 16, 16, padding=5),
     _case("only empty clips", (0, 0), 2, 16, 8, 8),
     _case("no clips, padding rows", (), 2, 16, 8, 8, padding=3),

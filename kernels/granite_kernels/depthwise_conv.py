@@ -79,7 +79,10 @@ def depthwise_conv(
 def depthwise_conv_reference(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """`depthwise_conv` in PyTorch, clip by clip."""
+    """`depthwise_conv` in PyTorch, clip by clip: a clip's bits do not depend on its neighbours.
+
+    Where a gradient is wanted, all clips go in one convolution, with the zeros that they are padded by between them.
+    """
     frames, (channels, kernel_size) = x.shape[0], weight.shape
     dtype = accumulator(x.dtype)
     # Two dimensions, one of them of size 1: a channels-last image is a view of (frames, channels), with no transposed copy.
@@ -88,16 +91,25 @@ def depthwise_conv_reference(
     if scale is not None:
         taps, bias = taps * scale.to(dtype)[:, None], shift.to(dtype)
     taps = taps[:, None, :, None]
-    clips = bounds(cu_seqlens, frames)
-    pieces = []
-    for first, end in clips:
-        if end == first:
-            continue
-        gated = F.glu(x[first:end].to(dtype), dim=1)
+
+    def convolved(gated: torch.Tensor) -> torch.Tensor:
         # Padded alike on both sides; an even kernel then has one frame too many at the end.
-        y = F.conv2d(gated.T[None, :, :, None], taps, bias, padding=(kernel_size // 2, 0), groups=channels)[0, :, : end - first, 0].T
-        pieces.append(y if scale is None else F.silu(y, inplace=not y.requires_grad))
+        image = F.conv2d(gated.T[None, :, :, None], taps, bias, padding=(kernel_size // 2, 0), groups=channels)
+        return image[0, :, : gated.shape[0], 0].T
+
+    clips = bounds(cu_seqlens, frames)
     total = clips[-1][1] if clips else 0
+    clips = [(first, end) for first, end in clips if end > first]
+    if torch.is_grad_enabled() and len(clips) > 1 and any(one is not None and one.requires_grad for one in (x, weight, scale, shift)):
+        gap = kernel_size // 2
+        places = torch.cat([torch.arange(first, end) + number * gap for number, (first, end) in enumerate(clips)]).to(x.device)
+        gated = F.glu(x[:total].to(dtype), dim=1)
+        spaced = gated.new_zeros(total + (len(clips) - 1) * gap, channels).index_copy(0, places, gated)
+        pieces = [convolved(spaced).index_select(0, places)]
+    else:
+        pieces = [convolved(F.glu(x[first:end].to(dtype), dim=1)) for first, end in clips]
+    if scale is not None:
+        pieces = [F.silu(y, inplace=not y.requires_grad) for y in pieces]
     return join(pieces, x[total:, :channels].to(dtype)).to(x.dtype)
 
 
