@@ -165,7 +165,7 @@ def test_features_are_kept_and_bounded(dialogue, tmp_path):
 
 
 def test_augmentation_follows_from_seed_epoch_and_utterance(dialogue, utterances):
-    def louder(waveform, generator):
+    def louder(waveform, generator, epoch):
         return waveform.mul_(1 + torch.rand(1, generator=generator))  # in place: the kept waveform must not suffer
 
     def make(seed=0, augment=louder):
@@ -179,9 +179,9 @@ def test_augmentation_follows_from_seed_epoch_and_utterance(dialogue, utterances
     assert torch.equal(make().load(0, [3]).frames, first[-len(make().load(0, [3]).frames) :]), "in whatever company"
     assert not torch.equal(make(seed=1).load(0, [0, 3]).frames, first)
     with pytest.raises(AudioError, match=r"line 1: .*NaN"):
-        make(augment=lambda waveform, generator: waveform * torch.nan).load(0, [0])
+        make(augment=lambda waveform, generator, epoch: waveform * torch.nan).load(0, [0])
     with pytest.raises(AudioError, match="line 1: 100 samples"):
-        make(augment=lambda waveform, generator: waveform[:100]).load(0, [0])
+        make(augment=lambda waveform, generator, epoch: waveform[:100]).load(0, [0])
 
 
 def test_what_does_not_fit(dialogue, utterances, tmp_path):

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def noise(waveform, generator):
+def noise(waveform, generator, epoch):
     return waveform + 0.01 * torch.randn(waveform.shape, generator=generator)
 
 
@@ -407,3 +407,70 @@ def test_the_bar_shows_loss_and_speed(folder, capfd):
     trainer.run()
     out, err = capfd.readouterr()
     assert out == "" and "2/2" in err and "audio-s/s" in err and f"loss {trainer.history[-1]['loss']:.4g}" in err
+
+
+# --- several processes ---------------------------------------------------------------------------------------------------------------
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from tests.test_training_trainer import make_trainer
+dist.init_process_group("gloo")
+trainer = make_trainer(Path(sys.argv[1]), Path(sys.argv[2]), accumulate=2, dtype=sys.argv[3])
+trainer.resume()
+trainer.run(seconds=None if sys.argv[4] == "all" else float(sys.argv[4]))
+"""
+
+
+def run_together(folder, output, dtype="float32", seconds="all"):
+    script = output.with_suffix(".py")
+    script.write_text(TOGETHER)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        folder,
+        output,
+        dtype,
+        seconds,
+    ]
+    roots = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    folder = tmp_path / "everything"
+    write_model(folder / "model")  # without dropout, of which each process draws its own
+    write_manifest(folder, (*TEXTS, "one", "two", "three one"))
+    alone = make_trainer(folder, accumulate=2)
+    alone.run()
+    together = run_together(folder, tmp_path / "together")
+    assert [one["step"] for one in together] == [one["step"] for one in alone.history]
+    for mine, theirs in zip(together, alone.history, strict=True):
+        assert mine.keys() == theirs.keys() and mine["audio_seconds"] == pytest.approx(theirs["audio_seconds"])
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3) and mine["epoch"] == theirs["epoch"]
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-2)
+    # Out of time at once, both stop at a checkpoint; called again, they go on from it.
+    assert run_together(folder, tmp_path / "pieces", seconds="0") == []
+    assert [one["loss"] for one in run_together(folder, tmp_path / "pieces")] == pytest.approx([one["loss"] for one in together], rel=1e-4)
+
+
+def test_batches_that_processes_cannot_share(folder, monkeypatch):
+    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 2}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(InputError, match="accumulate = 3 for 2 processes"):
+        make_trainer(folder, accumulate=3)
+
+
+def test_adam_forgets_as_fast_as_it_is_told(folder):
+    quick, slow = (make_trainer(folder, beta2=beta2).optimizer.optimizer.param_groups[0]["betas"] for beta2 in (0.98, 0.999))
+    assert (quick, slow) == ((0.9, 0.98), (0.9, 0.999))

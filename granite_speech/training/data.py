@@ -15,7 +15,7 @@ from granite_speech.training.seeds import derived_seed
 
 __all__ = ["Augment", "SpeechData", "TextData"]
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
+Augment = Callable[[Tensor, torch.Generator, int], Tensor]
 
 
 class SpeechData:
@@ -31,8 +31,8 @@ class SpeechData:
         seed: of order and augmentation.
         device: where batches go. Features are computed on the CPU.
         ctc: whether a CTC loss is asked for: each text must then fit the CTC head's characters and its clip's frames.
-        augment: `waveform (samples,) float32 at the model's rate, generator → waveform`, applied anew each time, before the features. It
-            must draw its random numbers from the generator alone.
+        augment: `waveform (samples,) float32 at the model's rate, generator, epoch → waveform`, applied anew each time, before the
+            features. It must draw its random numbers from the generator alone.
         cache_bytes: of memory for features, or for waveforms where they are augmented, kept as they are made.
 
     Raises:
@@ -113,9 +113,13 @@ class SpeechData:
         """`(frames, 2 * n_mels)` float32 of one utterance, by itself: what it is batched with changes no bit of it."""
         if self.augment is None:
             return self._kept(index, lambda: self._extract(index, self.utterances[index].waveform(self.rate)))
-        waveform = self._kept(index, lambda: self.utterances[index].waveform(self.rate))
+        waveform = self.waveform(index)
         generator = torch.Generator().manual_seed(derived_seed("augment", self.seed, epoch, index))
-        return self._extract(index, self.augment(waveform.clone(), generator))
+        return self._extract(index, self.augment(waveform.clone(), generator, epoch))
+
+    def waveform(self, index: int) -> Tensor:
+        """`(samples,)` float32 of one utterance as it was recorded, at the model's rate; not to be changed in place."""
+        return self._kept(index, lambda: self.utterances[index].waveform(self.rate))
 
     def _extract(self, index: int, waveform: Tensor) -> Tensor:
         with self.utterances[index].named():

@@ -39,6 +39,7 @@ class Dialogue:
         self._special = frozenset(self.tokenizer.all_special_ids)
         # Cached, because most manifests ask the same of every clip.
         self._request_ids = cache(self._tokenise_request)
+        self._answer_ids = cache(self._tokenise_answer)
 
     def request(self, prompt: str | None, frames: int) -> list[int]:
         """Ids of a request about one clip of so many encoder frames: as many audio tokens as it has audio vectors.
@@ -81,6 +82,9 @@ class Dialogue:
         Raises:
             InputError: a text in which a special token is written out.
         """
+        return list(self._answer_ids(text))
+
+    def _tokenise_answer(self, text: str) -> list[int]:
         if any(one in self._special for one in self.tokenizer.encode(text, add_special_tokens=False)):
             raise InputError(
                 got=f"the text {text!r:.100}, in which a special token is written out", expected="words alone", remedy="Take it out"

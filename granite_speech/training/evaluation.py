@@ -1,6 +1,6 @@
 """What a model makes of recordings whose words are known."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from granite_speech.training.losses import ctc_logits
 from granite_speech.training.manifest import Utterance
 from granite_speech.transcriber import transcript_request
 
-__all__ = ["ctc_transcripts", "transcripts", "word_error_rate"]
+__all__ = ["Change", "ctc_transcripts", "transcripts", "word_error_rate"]
+
+Change = Callable[[Tensor, int], Tensor]
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
@@ -44,6 +46,7 @@ def transcripts(
     utterances: Sequence[Utterance],
     *,
     batch_seconds: float = 60.0,
+    change: Change | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the order of the utterances.
 
@@ -55,12 +58,13 @@ def transcripts(
         processor: of the same checkpoint.
         utterances: with their sound files, prompts and right answers.
         batch_seconds: seconds of audio in a batch; a longer recording is a batch of its own.
+        change: `waveform (samples,), index of the utterance → waveform`: what is done to a recording before it is heard.
 
     Raises:
         AudioError: a sound file that cannot be used; names the line.
     """
     answers: dict[int, str] = {}
-    for indices, waveforms in _by_length(processor, utterances, batch_seconds):
+    for indices, waveforms in _by_length(processor, utterances, batch_seconds, change):
         chosen = [utterances[index] for index in indices]
         requests = [transcript_request(processor, one.prompt) for one in chosen]
         inputs = processor(requests, waveforms, device=model.device).to(model.device)
@@ -78,13 +82,14 @@ def ctc_transcripts(
     utterances: Sequence[Utterance],
     *,
     batch_seconds: float = 60.0,
+    change: Change | None = None,
 ) -> list[str]:
     """The encoder's own text: the best label of each frame, repeats and blanks taken out; a label is a code point.
 
     Arguments and errors as of `transcripts`.
     """
     answers: dict[int, str] = {}
-    for indices, waveforms in _by_length(processor, utterances, batch_seconds):
+    for indices, waveforms in _by_length(processor, utterances, batch_seconds, change):
         frames, lengths = processor.audio_processor.extract_packed(waveforms, model.device)
         states = model.encoder.encode(frames.to(model.dtype), Segments(tuple(lengths), model.device))
         labels = ctc_logits(model.encoder, states).argmax(1).cpu()
@@ -97,16 +102,21 @@ def _collapsed(labels: Tensor) -> str:
 
 
 def _by_length(
-    processor: GraniteSpeechProcessor, utterances: Sequence[Utterance], batch_seconds: float
+    processor: GraniteSpeechProcessor, utterances: Sequence[Utterance], batch_seconds: float, change: Change | None
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Batches of like lengths, each as indices and waveforms."""
     rate = processor.audio_processor.sampling_rate
     samples = [one.count_samples(rate) for one in utterances]
+
+    def heard(indices: list[int]) -> tuple[list[int], list[Tensor]]:
+        waveforms = [utterances[index].waveform(rate) for index in indices]
+        return indices, waveforms if change is None else [change(*pair) for pair in zip(waveforms, indices, strict=True)]
+
     batch: list[int] = []
     for index in sorted(range(len(utterances)), key=samples.__getitem__):
         if batch and sum(samples[one] for one in batch) + samples[index] > batch_seconds * rate:
-            yield batch, [utterances[one].waveform(rate) for one in batch]
+            yield heard(batch)
             batch = []
         batch.append(index)
     if batch:
-        yield batch, [utterances[one].waveform(rate) for one in batch]
+        yield heard(batch)

@@ -9,7 +9,7 @@ AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,15 +55,17 @@ class MasterAdamW:
 
     Args:
         groups: each parameter in one of them.
+        beta2: how slowly the second moment forgets.
     """
 
-    def __init__(self, groups: Iterable[ParameterGroup]):
+    def __init__(self, groups: Iterable[ParameterGroup], *, beta2: float = 0.999):
         groups = [group for group in groups if group.parameters]
         self.parameters = {name: one for group in groups for name, one in group.parameters.items()}
         self.masters = {name: _master(one) for name, one in self.parameters.items()}
         self.rates = [group.rate for group in groups]
         self.optimizer = torch.optim.AdamW(
             [{"params": [self.masters[name] for name in group.parameters], "weight_decay": group.weight_decay} for group in groups],
+            betas=(0.9, beta2),
             # One call for all parameters: a small model has hundreds of them, and a step of each by itself costs more than its gradient.
             fused=all(one.dtype == torch.float32 for one in self.masters.values()),
         )
@@ -77,6 +79,13 @@ class MasterAdamW:
             gradient = parameter.grad.to(master.dtype)
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
+
+    def add_up(self, added: Callable[[Tensor], Tensor]) -> None:
+        """Put in each gradient's place what `added` makes of it: a sum over processes. Called once, with all of them in one tensor."""
+        masters = [one for one in self.masters.values() if one.grad is not None]
+        flat = added(torch.cat([one.grad.flatten() for one in masters]))
+        for one, part in zip(masters, flat.split([one.numel() for one in masters]), strict=True):
+            one.grad = part.view_as(one)
 
     def clip(self, norm: float) -> Tensor:
         """Scale all gradients down to this norm at most; returns what it was, a scalar."""

@@ -45,6 +45,7 @@ class TrainerOptions:
     accumulate: int = _option(1, integer(1, 1 << 20), int, "batches whose gradients make one step; as one batch of their size")
     learning_rate: float = _option(1e-4, _POSITIVE, float, "at its peak, AdamW's")
     warmup: float = _option(0.1, number(0.0, 1.0), float, "part of all steps in which the rate rises; it then falls as a cosine")
+    beta2: float = _option(0.999, number(0.0, 1.0, open_high=True), float, "AdamW's second: lower forgets a rough beginning sooner")
     weight_decay: float = _option(0.01, number(0.0, 1e3), float, "of matrices; biases and norms are not decayed")
     clip_norm: float = _option(1.0, _POSITIVE, float, "gradients are scaled down to this norm at most")
     seed: int = _option(0, integer(0, 1 << 62), int, "of the order, dropout and a fresh adapter")

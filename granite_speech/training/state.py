@@ -31,7 +31,7 @@ class TrainingFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".writable").touch()
-            (self.folder / ".writable").unlink()
+            (self.folder / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,6 +35,9 @@ class Trainer:
     checkpoint holds what trains, the optimizer's moments and the step's number, and on a CPU the losses after it are bit for bit those of
     a training that was never interrupted (on a GPU some backward passes add in no fixed order).
 
+    Where `torch.distributed` is initialised, its processes share each step's `accumulate` batches, and add up their gradients: the steps
+    are those of one process, but for rounding, dropout and BatchNorm's running statistics, which are the first one's. It alone writes.
+
     Args:
         model: on its device, with its modules in the modes they train in (`prepare`).
         loss: `ctc_loss`, `speech_loss`, `text_loss`, or one like them.
@@ -52,7 +57,7 @@ class Trainer:
 
     Raises:
         CheckpointError: a folder that cannot be written.
-        InputError: a source without a batch.
+        InputError: a source without a batch, or batches that cannot be shared out among the processes.
     """
 
     def __init__(
@@ -69,10 +74,17 @@ class Trainer:
         progress: bool = True,
     ):
         self.model, self.loss, self.source, self.options = model, loss, source, options
-        self.optimizer = MasterAdamW(groups)
+        self.optimizer = MasterAdamW(groups, beta2=options.beta2)
         self.folder = None if folder is None else TrainingFolder(folder)
         self.identity = {**options.identity(), **(identity or {})}
-        self.validate, self.progress = validate, progress
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if options.accumulate % self.processes:
+            raise InputError(
+                got=f"accumulate = {options.accumulate} for {self.processes} processes",
+                expected="a multiple of their number: they share a step's batches",
+                remedy="Raise accumulate, or start fewer",
+            )
+        self.validate, self.progress = validate, progress and self.rank == 0
         self.step = 0
         self.history: list[dict[str, Any]] = []
         if not source.plan(0):
@@ -98,12 +110,12 @@ class Trainer:
         with torch.no_grad():
             for name, buffer in self._buffers().items():
                 buffer.copy_(tensors[f"buffer/{name}"])
-        self.step, self.history = facts["step"], self.folder.cut_log(facts["step"])
+        self.step, self.history = facts["step"], self.folder.cut_log(facts["step"]) if self.rank == 0 else []
         return True
 
     def checkpoint(self) -> None:
         """Write what `resume` reads."""
-        if self.folder is not None:
+        if self.folder is not None and self.rank == 0:
             buffers = {f"buffer/{name}": buffer for name, buffer in self._buffers().items()}
             self.folder.write(self.optimizer.state() | buffers, {"step": self.step, "identity": self.identity})
 
@@ -123,7 +135,7 @@ class Trainer:
         """
         if self.step == 0:
             self.history = []
-            if self.folder is not None:
+            if self.folder is not None and self.rank == 0:
                 self.folder.cut_log(-1)
             self._validate()
             self.checkpoint()
@@ -131,9 +143,9 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.progress)
         heard, busy = 0.0, 0.0
         with bar, closing(self._batches()) as batches:
-            while not self.is_done and (seconds is None or time.perf_counter() - begin < seconds):
+            while not self.is_done and not self._any(seconds is not None and time.perf_counter() - begin >= seconds):
                 started = time.perf_counter()
-                record = self._step([next(batches) for _ in range(self.options.accumulate)])
+                record = self._step([next(batches) for _ in range(self.options.accumulate // self.processes)])
                 busy, heard = busy + time.perf_counter() - started, heard + record["audio_seconds"]
                 self._remember(record)
                 bar.set_postfix_str(f"loss {record['loss']:.4g}" + (f", {heard / busy:.3g} audio-s/s" if heard else ""), refresh=False)
@@ -147,9 +159,9 @@ class Trainer:
         self.checkpoint()
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """Batches and their epochs from the current step on, without end, each loaded while the one before it is used."""
+        """This process's batches and their epochs from the current step on, without end, each loaded while the one before is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            plan = self._plan(self.step * self.options.accumulate)
+            plan = islice(self._plan(self.step * self.options.accumulate), self.rank, None, self.processes)
             epoch, indices = next(plan)
             pending = pool.submit(self.source.load, epoch, indices)
             while True:
@@ -172,14 +184,20 @@ class Trainer:
         counts: dict[str, int] = {}
         for _, batch in batches:
             counts = {name: counts.get(name, 0) + count for name, count in batch.counts.items()}
+        seconds = sum(batch.audio_seconds for _, batch in batches)
+        *totals, seconds = self._added(torch.tensor([*counts.values(), seconds], dtype=torch.float64, device=self.model.device)).tolist()
+        counts = {name: int(total) for name, total in zip(counts, totals, strict=True)}
         sums: dict[str, Tensor] = {}
-        with seeded(self.model.device, "step", self.options.seed, self.step):
+        with seeded(self.model.device, "step", self.options.seed, self.step, *([self.rank] if self.rank else [])):
             for _, batch in batches:
                 value = self.loss(self.model, batch, counts)
                 value.total.backward()
                 self.optimizer.collect()
                 for name, part in {"loss": value.total, **value.parts}.items():
                     sums[name] = sums.get(name, 0.0) + part.detach()
+        if self.processes > 1:
+            self.optimizer.add_up(self._added)
+            sums = dict(zip(sums, self._added(torch.stack([one.float() for one in sums.values()])), strict=True))
         sums["gradient_norm"] = self.optimizer.clip(self.options.clip_norm)
         figures = dict(zip(sums, torch.stack([one.float() for one in sums.values()]).tolist(), strict=True))
         if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
@@ -194,17 +212,26 @@ class Trainer:
         rate = learning_rate(self.step, self.steps, peak=self.options.learning_rate, warmup=self.options.warmup)
         self.optimizer.step(rate)
         self.step += 1
-        seconds = sum(batch.audio_seconds for _, batch in batches)
         return {"step": self.step, "epoch": batches[0][0], **figures, "learning_rate": rate, "audio_seconds": seconds}
 
+    def _any(self, value: bool) -> bool:
+        """Whether it is true of any process: what one does alone, the others would wait for."""
+        return self._added(torch.tensor(float(value), device=self.model.device)).item() > 0
+
+    def _added(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        if self.processes > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def _validate(self) -> None:
-        if self.validate is not None:
+        if self.validate is not None and self.rank == 0:
             with _evaluation_mode(self.model):
                 self._remember({"step": self.step, **self.validate(self.model)})
 
     def _remember(self, record: dict[str, Any]) -> None:
         self.history.append(record)
-        if self.folder is not None:
+        if self.folder is not None and self.rank == 0:
             self.folder.log(record)
 
 
