@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["granite_speech*"]) + find_packages("kernels"),
     package_dir={"granite_kernels": "kernels/granite_kernels"},
-    package_data={"granite_speech": ["py.typed", "assets/*"], "granite_kernels": ["py.typed"]},
+    package_data={"granite_speech": ["py.typed", "assets/*", "assets/embedded/*"], "granite_kernels": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.11,<2.15",  # torch 2.15 is built for a later CUDA than torchaudio 2.11, and torchaudio then fails to import
@@ -35,7 +35,7 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "train": ["jiwer>=4"],  # word error rates of `finetune --validation`
+        "train": ["jiwer>=4", "matplotlib>=3.9"],  # word error rates of `finetune --validation`; the recipe's curve
         "test": [
             "transformers==5.17.0",
             "numpy<2.4",  # Triton 3.6's interpreter cannot run a loop over a runtime range with a later one
@@ -44,6 +44,7 @@ setup(
             "pytest-benchmark>=5",
             "hypothesis>=6",
             "jiwer>=4",
+            "matplotlib>=3.9",
             "ruff>=0.15",
             "wheel>=0.40",
         ],

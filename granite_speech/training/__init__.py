@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "augmentation": ("augment",),
     "batches": ("Batch", "BatchSource", "plan_batches"),
+    "conditions": ("CONDITIONS", "Measured", "measure"),
     "data": ("SpeechData", "TextData"),
     "dialogue": ("Dialogue",),
     "evaluation": ("ctc_transcripts", "transcripts", "word_error_rate"),
     "finetuning": ("FinetuneReport", "finetune"),
+    "lessons": ("Lessons",),
     "losses": ("LossValue", "ctc_loss", "speech_loss", "text_loss"),
     "manifest": ("Utterance", "read_manifest"),
     "optimizer": ("ParameterGroup", "learning_rate", "parameter_groups"),
@@ -38,6 +40,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.training.batches import Batch as Batch
     from granite_speech.training.batches import BatchSource as BatchSource
     from granite_speech.training.batches import plan_batches as plan_batches
+    from granite_speech.training.conditions import CONDITIONS as CONDITIONS
+    from granite_speech.training.conditions import Measured as Measured
+    from granite_speech.training.conditions import measure as measure
     from granite_speech.training.data import SpeechData as SpeechData
     from granite_speech.training.data import TextData as TextData
     from granite_speech.training.dialogue import Dialogue as Dialogue
@@ -46,6 +51,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.training.evaluation import word_error_rate as word_error_rate
     from granite_speech.training.finetuning import FinetuneReport as FinetuneReport
     from granite_speech.training.finetuning import finetune as finetune
+    from granite_speech.training.lessons import Lessons as Lessons
     from granite_speech.training.losses import LossValue as LossValue
     from granite_speech.training.losses import ctc_loss as ctc_loss
     from granite_speech.training.losses import speech_loss as speech_loss
