@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench model` measures, `python -m bench report` prints what was measured."""
+"""Benchmarks: `python -m bench model` measures, `python -m bench report` puts what was measured into the README."""

@@ -1,4 +1,4 @@
-"""`python -m bench {audit,gpu,kernels,model,report}`."""
+"""`python -m bench {audit,gpu,kernels,model,words,report}`."""
 
 import argparse
 import sys
@@ -32,14 +32,20 @@ def main() -> None:
     inspect.add_argument("--check", action="store_true", help="write nothing; fail where the committed table is not what compiles")
     inspect.add_argument("--all", action="store_true", help="compile also what the committed table has")
     inspect.add_argument("--operation", action="append", metavar="NAME", help="look at this one alone, write nothing (repeatable)")
-    commands.add_parser("report", help="tables of the newest result files, for the README")
+    words = commands.add_parser("words", help="word error rates of the checkpoint inside the package, and a word that it is taught")
+    words.add_argument("--model", default="embedded", help="a checkpoint's folder or id (default: embedded)")
+    words.add_argument("--unseen", type=Path, default=Path("build/embedded/unseen/manifest.jsonl"), help="spoken where it is not there")
+    words.add_argument("--word", default="coffee", help="to be taught (default: coffee)")
+    words.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the result file (default: bench/results)")
+    commands.add_parser("report", help="tables of the newest result files, into the README")
     sys.exit(_run(parser.parse_args()))
 
 
 def _run(options: argparse.Namespace) -> int:
     # Imported when asked for: each needs other packages, and the audit must see kernels that are not interpreted.
     if options.command == "report":
-        print(results.report())
+        results.replace_section(results.README, "report", results.report())
+        results.replace_section(results.README, "words", results.report(["words"]))
     elif options.command == "audit":
         from bench import audit
 
@@ -48,6 +54,10 @@ def _run(options: argparse.Namespace) -> int:
         from bench import gpu
 
         return gpu.run(options.out, options.seconds)
+    elif options.command == "words":
+        from bench import words
+
+        print(words.run(unseen=options.unseen, word=options.word, model=options.model, out=options.out))
     elif options.command == "kernels":
         print(_kernels(options))
     else:

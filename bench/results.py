@@ -3,15 +3,16 @@
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "describe_run", "replace_section", "report", "write"]
+__all__ = ["FOLDER", "README", "describe_run", "replace_section", "report", "write"]
 
 FOLDER = Path(__file__).parent / "results"
+README = FOLDER.parents[1] / "README.md"
 _PACKAGES = ("torch", "torchaudio", "triton", "transformers", "numpy")
 
 
@@ -55,21 +56,24 @@ def write(folder: Path, kind: str, result: dict[str, Any]) -> Path:
     return file
 
 
-def report() -> str:
-    """Markdown of the newest run of each kind and machine."""
+SPEEDS = ("encoder", "kernels", "kernels-cpu")
+
+
+def report(kinds: Sequence[str] = SPEEDS) -> str:
+    """Markdown of the newest run of each of these kinds on each machine."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for file in FOLDER.glob("*.json"):
         result = json.loads(file.read_text())
         key = (result["kind"], result["run"]["machine"])
-        if key not in newest or newest[key]["run"]["date"] < result["run"]["date"]:
+        if key[0] in kinds and (key not in newest or newest[key]["run"]["date"] < result["run"]["date"]):
             newest[key] = result
     return "\n\n".join(_tables()[newest[key]["kind"]](newest[key]) for key in sorted(newest))
 
 
 def _tables() -> dict[str, Callable[[dict[str, Any]], str]]:
-    from bench import kernels, kernels_cpu
+    from bench import kernels, kernels_cpu, words
 
-    return {"encoder": table, "kernels": kernels.table, "kernels-cpu": kernels_cpu.table}
+    return {"encoder": table, "kernels": kernels.table, "kernels-cpu": kernels_cpu.table, "words": words.table}
 
 
 def table(result: dict[str, Any]) -> str:

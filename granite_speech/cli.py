@@ -23,7 +23,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 all files were transcribed, 1 some were not, 2 nothing could be done (usage, model).",
     )
     transcribe.add_argument("audio", nargs="+", metavar="AUDIO", help="a sound file of any common format, or - for standard input")
-    transcribe.add_argument("--model", required=True, metavar="FOLDER_OR_ID", help="a checkpoint's folder, or its id on the hub")
+    transcribe.add_argument(
+        "--model",
+        metavar="FOLDER_OR_ID",
+        help="a checkpoint's folder, or its id on the hub (default: the small model inside the package, which knows 70 words)",
+    )
     transcribe.add_argument("--prompt", help="what to ask of the speech (default: the release's own request for a transcript)")
     transcribe.add_argument("--max-new-tokens", type=_positive, default=400, metavar="N", help="the answer's length at most (default: 400)")
     transcribe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
@@ -88,10 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
+    from granite_speech.hub import EMBEDDED
     from granite_speech.transcriber import Transcriber
 
+    if options.model is None:
+        print(
+            "granite-speech: no --model given: the small one inside the package listens, which knows 70 English words: digits, numbers, "
+            "commands. For any speech: --model ibm-granite/granite-speech-3.3-2b",
+            file=sys.stderr,
+        )
     try:
-        transcriber = Transcriber.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+        transcriber = Transcriber.from_pretrained(options.model or EMBEDDED, device=options.device, dtype=options.dtype)
     except GraniteSpeechError as error:
         print(f"granite-speech: {error}", file=sys.stderr)
         return 2

@@ -1,11 +1,15 @@
-"""From a name to a folder: a local path is taken as it is, anything else is fetched from the Hugging Face hub."""
+"""From a name to a folder: a local path is taken as it is, "embedded" lies in the package, the rest is on the Hugging Face hub."""
 
 import re
 from pathlib import Path
 
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
 
-__all__ = ["resolve"]
+__all__ = ["EMBEDDED", "EMBEDDED_FOLDER", "resolve"]
+
+# The checkpoint inside the package: its name, and where it lies.
+EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights, configurations, tokenizer and chat template; no pickles, which are never opened here. Files in subfolders are
@@ -25,7 +29,7 @@ def resolve(
     """The local folder of a checkpoint, downloaded into the hub's cache if need be.
 
     Args:
-        name_or_path: a folder, or a hub id "owner/name". A folder of that name wins. A `Path` is never looked up on the hub.
+        name_or_path: a folder, "embedded", or a hub id "owner/name". A folder of that name wins. A `Path` is a folder and nothing else.
         revision: branch, tag or commit on the hub; None is the default branch. Not used for a local folder.
         cache_dir: the hub's cache; None is Hugging Face's own place (`HF_HOME`).
         local_files_only: take what is in the cache and do not use the network.
@@ -55,6 +59,8 @@ def resolve(
             expected="the folder of a checkpoint",
             remedy=f"Pass the folder it lies in, {str(path.parent)!r}",
         )
+    if name_or_path == EMBEDDED:
+        return EMBEDDED_FOLDER
     if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name_or_path):
         raise CheckpointNotFoundError(
             got=f"{str(name_or_path)!r}, where there is no folder",

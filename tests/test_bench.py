@@ -16,6 +16,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_readme_shows_the_newest_results():
     assert section(README, "report") == results.report()
+    assert section(README, "words") == results.report(["words"])
 
 
 def test_result_files_say_where_they_come_from():

@@ -105,7 +105,6 @@ def test_no_such_device(checkpoint, capfd):
         (["transcribe", "a.wav", "--model", "m", "--max-new-tokens", "many"], "'many' is not a positive integer"),
         (["transcribe", "a.wav", "--model", "m", "--max-new-tokens", "1.5"], "'1.5' is not a positive integer"),
         (["transcribe", "a.wav", "--model", "m", "--dtype", "int8"], "int8"),
-        (["transcribe", "a.wav"], "--model"),
         (["transcribe", "--model", "m"], "AUDIO"),
         (["sing"], "sing"),
         ([], "command"),

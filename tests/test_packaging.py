@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import granite_speech
-from tests.random_checkpoint import write_checkpoint
+from granite_speech.hub import EMBEDDED_FOLDER
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {"granite_speech": ROOT / "granite_speech", "granite_kernels": ROOT / "kernels" / "granite_kernels"}
-JFK = "granite_speech/assets/jfk.flac"
+JFK, SAMPLE = "granite_speech/assets/jfk.flac", "granite_speech/assets/sample.flac"
 
 # Put before a script: these packages are not there, whatever is installed.
 BLOCK = """
@@ -188,7 +188,8 @@ def test_what_the_wheel_holds(wheel):
     top = {name.partition("/")[0] for name in names}
     info = f"granite_speech_triton-{granite_speech.__version__}.dist-info"
     assert top == {"granite_speech", "granite_kernels", info}, "no top-level kernels, tests or bench"
-    assert {"granite_speech/py.typed", "granite_kernels/py.typed", JFK, "granite_speech/assets/README.md"} <= names
+    assert {"granite_speech/py.typed", "granite_kernels/py.typed", JFK, SAMPLE, "granite_speech/assets/README.md"} <= names
+    assert {f"granite_speech/assets/embedded/{file.name}" for file in EMBEDDED_FOLDER.iterdir()} <= names
     for package, folder in SOURCES.items():
         assert {f"{package}/{one.relative_to(folder).as_posix()}" for one in folder.rglob("*.py")} <= names
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
@@ -196,21 +197,21 @@ def test_what_the_wheel_holds(wheel):
 
 
 def test_the_wheel_transcribes_elsewhere(wheel, tmp_path):
-    site, checkpoint, elsewhere = tmp_path / "site", tmp_path / "checkpoint", tmp_path / "elsewhere"
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     zipfile.ZipFile(wheel).extractall(site)
-    write_checkpoint(checkpoint)
     script = """
 import pathlib
 import granite_kernels, granite_speech
-site, checkpoint = map(pathlib.Path, sys.argv[1:])
+site, sample = map(pathlib.Path, sys.argv[1:])
 for package in (granite_speech, granite_kernels):
     assert pathlib.Path(package.__file__).is_relative_to(site), package.__file__
 from granite_speech.cli import main
-sys.exit(main(["transcribe", str(site / "granite_speech/assets/jfk.flac"), "--model", str(checkpoint), "--max-new-tokens", "8"]))
+sys.exit(main(["transcribe", str(sample)]))
 """
-    done = python(script, site, checkpoint, path=(site,), cwd=elsewhere, blocked=["transformers", "peft", "kernels", "tests", "bench"])
-    assert done.stdout.strip() and done.stderr == ""
+    done = python(script, site, site / SAMPLE, path=(site,), cwd=elsewhere, blocked=["transformers", "peft", "kernels", "tests", "bench"])
+    assert done.stdout == "play next stop\n"
+    assert done.stderr.count("\n") == 1 and "inside the package" in done.stderr
     assert not any(elsewhere.iterdir())
 
 

@@ -9,7 +9,18 @@ import torch
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.audio import load_audio
 from granite_speech.packing import Segments
-from granite_speech.training import Dialogue, SpeechData, TextData, Utterance, ctc_loss, prepare, read_manifest, speech_loss, text_loss
+from granite_speech.training import (
+    Dialogue,
+    SpeechData,
+    TextData,
+    Utterance,
+    ctc_loss,
+    label_loss,
+    prepare,
+    read_manifest,
+    speech_loss,
+    text_loss,
+)
 from granite_speech.training.batches import Batch, Row
 from tests.tiny_speech import TEXTS, write_manifest, write_model
 
@@ -155,3 +166,36 @@ def test_a_clip_cut_too_short_for_its_text_adds_nothing(model, data):
     alone = Batch.pack(rows[1:], clips[1:], audio_token=0, audio_seconds=0.0, device=torch.device("cpu"))
     counts = {"characters": 1}
     assert torch.allclose(ctc_loss(model, pair, counts).total, ctc_loss(model, alone, counts).total)
+
+
+def test_label_loss_is_the_distance_from_what_the_encoder_reads(model, data):
+    """Clip by clip, window by window, in plain loops."""
+    batch, tokens = data.load(0, [0, 1, 2]), torch.arange(128) + 3
+    value = label_loss(model, batch, batch.counts, tokens=tokens)
+    width, share = model.config.window_size, model.config.downsample_rate
+    embeddings, wanted = model.language_model.get_input_embeddings().weight, []
+    for clip in batch.frames.split(batch.clips.lengths):
+        alone = Segments((len(clip),), clip.device)
+        labels = model.encoder.out(model.encoder.encode(clip.double(), alone)).argmax(1).tolist()
+        labels += [0] * (-len(labels) % width)
+        wanted += [embeddings[tokens[max(labels[at : at + share])]] for at in range(0, len(labels), share)]
+    wanted = torch.stack(wanted).float()
+    states = model.encoder.encode(batch.frames.double(), batch.clips)
+    vectors = model.projector(states, batch.clips)[0].float()
+    assert value.total.item() == pytest.approx(((vectors - wanted) ** 2).mean().item() / wanted.square().mean().item(), rel=1e-5)
+    assert {name.partition(".")[0] for name in gradients(model, value)} == {"projector"}
+    half = label_loss(model, batch, {"answer_tokens": 2 * batch.counts["answer_tokens"]}, tokens=tokens)
+    assert half.total.item() == pytest.approx(value.total.item() / 2)
+
+
+def test_a_projector_learns_the_labels(model, data):
+    batch, tokens = data.load(0, [0, 1, 2]), torch.arange(128) + 3
+    optimizer = torch.optim.Adam(prepare(model, ("projector",)).values(), lr=0.02)
+    distances = []
+    for _ in range(60):
+        value = label_loss(model, batch, batch.counts, tokens=tokens)
+        optimizer.zero_grad()
+        value.total.backward()
+        optimizer.step()
+        distances.append(value.parts["distance"].item())
+    assert distances[-1] < 0.3 * distances[0]

@@ -1,5 +1,7 @@
 """What synthetic training data says: words, sentences, tasks in text, and how other languages spell the words."""
 
+from itertools import groupby
+
 import numpy as np
 import pytest
 
@@ -35,9 +37,22 @@ def test_text_tasks_are_right():
             assert [vocabulary.FIGURES[one] for one in given.split()] == answer.split()
         elif task == "write the words as digits":
             assert [figures[one] for one in given.split()] == answer.split()
+        elif task == "clear up the stutter":
+            assert set(given) <= set("abcdefghijklmnopqrstuvwxyz -") and len(given) > len(answer) / 2
         else:
             assert given == answer
-    assert kinds == {"write the digits as words", "write the words as digits", "repeat the words"}
+    assert kinds == {"write the digits as words", "write the words as digits", "repeat the words", "clear up the stutter"}
+
+
+def test_a_stutter_is_spelled_as_ctc_labels_are():
+    generator = np.random.default_rng(0)
+    sentences = [vocabulary.make_sentence(generator) for _ in range(200)]
+    stuttered = [vocabulary.stutter(one, generator) for one in sentences]
+    cleared = ["".join(letter for letter, _ in groupby(one)).replace("-", "") for one in stuttered]
+    right = sum(one == other for one, other in zip(cleared, sentences, strict=True))
+    assert 80 < right < 180, "most are right, and in some a letter is wrong or missing"
+    assert max(abs(len(one) - len(other)) for one, other in zip(cleared, sentences, strict=True)) < 8
+    assert 1.3 < sum(map(len, stuttered)) / sum(map(len, sentences)) < 4
 
 
 @pytest.mark.parametrize("language", sorted(vocabulary.RESPELLING))

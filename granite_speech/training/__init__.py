@@ -22,7 +22,7 @@ _HOMES = {
     "evaluation": ("ctc_transcripts", "transcripts", "word_error_rate"),
     "finetuning": ("FinetuneReport", "finetune"),
     "lessons": ("Lessons",),
-    "losses": ("LossValue", "ctc_loss", "speech_loss", "text_loss"),
+    "losses": ("LossValue", "ctc_loss", "label_loss", "speech_loss", "text_loss"),
     "manifest": ("Utterance", "read_manifest"),
     "optimizer": ("ParameterGroup", "learning_rate", "parameter_groups"),
     "options": ("PARTS", "FinetuneOptions", "TrainerOptions"),
@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.training.lessons import Lessons as Lessons
     from granite_speech.training.losses import LossValue as LossValue
     from granite_speech.training.losses import ctc_loss as ctc_loss
+    from granite_speech.training.losses import label_loss as label_loss
     from granite_speech.training.losses import speech_loss as speech_loss
     from granite_speech.training.losses import text_loss as text_loss
     from granite_speech.training.manifest import Utterance as Utterance

@@ -1,10 +1,11 @@
 """The recipe of the checkpoint inside the package: made speech in, a whole small Granite Speech model out.
 
-The real model was trained in three stages (arXiv 2505.08699), and so is this one:
+The real model's parts were trained one behind the other (arXiv 2505.08699), and so are these:
 
 1. the encoder, by CTC over characters, its middle prediction too, on speech that grows harder (`Lessons`);
-2. the language model, on tasks in text: digits into words, words into digits, words repeated;
-3. projector and adapter, on speech, with everything else frozen: so that without the adapter the language model is what stage 2 left.
+2. the language model, on tasks in text: digits into words, words into digits, words repeated, stutters cleared up;
+3. the projector, to write what the encoder reads in the language model's letters, as in a stutter;
+4. projector and adapter, on speech, with everything else frozen: so that without the adapter the language model is what stage 2 left.
 
 Each stage keeps its own checkpoint and goes on from it, so the recipe can be stopped at any time and called again. In a GPU's or a
 bigger machine's hands the figures differ in their last digits; the data is the same.
@@ -15,11 +16,10 @@ bigger machine's hands the figures differ in their last digits; the data is the 
 import argparse
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from granite_speech.training.data import TextData
 from granite_speech.training.dialogue import Dialogue
 from granite_speech.training.evaluation import ctc_transcripts, transcripts, word_error_rate
 from granite_speech.training.lessons import Lessons
-from granite_speech.training.losses import LossFunction, ctc_loss, speech_loss, text_loss
+from granite_speech.training.losses import LossFunction, ctc_loss, label_loss, speech_loss, text_loss
 from granite_speech.training.manifest import Utterance, read_manifest
 from granite_speech.training.optimizer import parameter_groups
 from granite_speech.training.options import TrainerOptions
@@ -42,9 +42,9 @@ from granite_speech.training.preparation import attach_fresh_adapter, prepare
 from granite_speech.training.small_model import PROMPTS, make_model, make_tokenizer
 from granite_speech.training.synthesis import synthesize
 from granite_speech.training.trainer import Trainer, Validation
-from granite_speech.training.vocabulary import make_text_task
+from granite_speech.training.vocabulary import BLANK, make_text_task
 
-STAGES = ("encoder", "language_model", "adapter")
+STAGES = ("encoder", "language_model", "projector", "adapter")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Recipe:
         clips, unseen: spoken to learn from, and by the held-out voices to be tested on.
         lessons, lesson: of the encoder's stage: how many, and clips in each.
         texts, text_epochs: of the language model's stage.
-        adapter_lessons: of the last stage.
+        projector_lessons, adapter_lessons: of the last two stages.
         seed: of the data, the weights and the order.
     """
 
@@ -63,9 +63,10 @@ class Recipe:
     unseen: int = 1_500
     lessons: int = 72
     lesson: int = 1_500
-    texts: int = 30_000
-    text_epochs: int = 6
-    adapter_lessons: int = 36
+    texts: int = 24_000
+    text_epochs: int = 5
+    projector_lessons: int = 4
+    adapter_lessons: int = 16
     seed: int = 1
 
 
@@ -96,7 +97,8 @@ class Training:
         self.until = None if seconds is None else time.monotonic() + seconds
         self.tokenizer = make_tokenizer()
         self.model = make_model(self.tokenizer, self.recipe.seed).to(self.device, self.dtype)
-        extractor = GraniteSpeechFeatureExtractor(projector_window_size=15, projector_downsample_rate=5)
+        sizes = {"projector_window_size": self.model.config.window_size, "projector_downsample_rate": self.model.config.downsample_rate}
+        extractor = GraniteSpeechFeatureExtractor(**sizes)
         self.processor = GraniteSpeechProcessor(extractor, self.tokenizer)
         self.dialogue = Dialogue(self.processor, self.model.config)
 
@@ -107,7 +109,7 @@ class Training:
             self.manifest("unseen", self.recipe.unseen, self.recipe.seed + 1, held_out=True)
         if dist.is_initialized():
             dist.barrier()
-        return self.encoder() and self.language_model() and self.adapter()
+        return self.encoder() and self.language_model() and self.projector() and self.adapter()
 
     def manifest(self, name: str, clips: int, seed: int, *, held_out: bool) -> Path:
         """Clips under `name`, spoken where they are not there yet."""
@@ -130,8 +132,17 @@ class Training:
         options = self._options(epochs=self.recipe.text_epochs, learning_rate=3e-3, warmup=0.05)
         return self._train("language_model", ("language_model",), text_loss, source, options, self._task_errors, ("texts",))
 
-    def adapter(self) -> bool:
+    def projector(self) -> bool:
         """Stage 3; whether it is done."""
+        size = self.model.config.encoder_config.output_dim
+        letters = [self.tokenizer.encode(chr(label) if label else BLANK, add_special_tokens=False)[0] for label in range(size)]
+        loss = partial(label_loss, tokens=torch.tensor(letters, device=self.device))
+        options = self._options(epochs=self.recipe.projector_lessons, learning_rate=3e-3, warmup=0.05)
+        source = self._lessons(self.recipe.projector_lessons)
+        return self._train("projector", ("projector",), loss, source, options, self._word_errors, ("clips", "lesson"))
+
+    def adapter(self) -> bool:
+        """Stage 4; whether it is done."""
         attach_fresh_adapter(self.model, rank=16, alpha=32, targets=("q_proj", "v_proj"), seed=self.recipe.seed)
         options = self._options(epochs=self.recipe.adapter_lessons, learning_rate=3e-3, warmup=0.03)
         source = self._lessons(self.recipe.adapter_lessons)
@@ -203,9 +214,9 @@ class Training:
         self.processor.save_pretrained(target)
         file = Path(target) / "config.json"
         config = json.loads(file.read_text()) | {"torch_dtype": "float32"}
-        with tempfile.NamedTemporaryFile("w", dir=target, delete=False) as unfinished:
-            unfinished.write(json.dumps(config, indent=2) + "\n")
-        Path(unfinished.name).replace(file)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(config, indent=2) + "\n")
+        unfinished.replace(file)
 
     def plot(self, file: str | Path) -> None:
         """The stages' losses and error rates over their steps, as an SVG."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from granite_kernels.op import accumulator
 from torch import Tensor
@@ -18,7 +19,7 @@ from granite_speech.language_model import Tokens
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.training.batches import Batch
 
-__all__ = ["LossFunction", "LossValue", "ctc_logits", "ctc_loss", "speech_loss", "text_loss"]
+__all__ = ["LossFunction", "LossValue", "ctc_logits", "ctc_loss", "label_loss", "speech_loss", "text_loss"]
 
 Model = GraniteSpeechForConditionalGeneration
 
@@ -71,6 +72,31 @@ def speech_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, ctc_we
         return LossValue(language, {"lm": language})
     ctc = _ctc_value(heads, batch, counts, ctc_middle)
     return LossValue(language + ctc_weight * ctc.total, {"lm": language, **ctc.parts})
+
+
+def label_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, tokens: Tensor) -> LossValue:
+    """How far the projector's vectors are from the embeddings of what the encoder reads in the same frames.
+
+    A projector begins with vectors that mean nothing to the language model, which then tells it little of what they should be. The
+    encoder's CTC head already knows which letter a frame has: a vector is to be the embedding of the letter in its share of the window,
+    or of the blank's token. Mean squared distance over the embeddings' mean square.
+
+    Args:
+        model: whose encoder reads, without a gradient.
+        batch: of speech.
+        counts: of the step.
+        tokens: `(output_dim,)` int64, the language model's token for each label of the CTC head.
+    """
+    queries = model.config.window_size // model.config.downsample_rate
+    with torch.no_grad():
+        states, heads = _encode(model, batch)
+        windows = tuple(-(-length // model.config.window_size) for length in batch.clips.lengths)
+        labels = batch.clips.pad_to_multiple(heads[-1].argmax(1), model.config.window_size, windows)
+        # Of two labels in a share, the one that is not the blank, which is 0.
+        wanted = model.embed_tokens(tokens[labels.unflatten(1, (queries, -1)).amax(2).flatten()]).float()
+    vectors, _ = model.projector(states, batch.clips)
+    distance = F.mse_loss(vectors.float(), wanted) / wanted.square().mean()
+    return LossValue(distance * (batch.counts["answer_tokens"] / counts["answer_tokens"]), {"distance": distance})
 
 
 def text_loss(model: Model, batch: Batch, counts: Mapping[str, int]) -> LossValue:

@@ -36,7 +36,7 @@ PROMPTS = (
     "please transcribe the following audio to text",
 )
 # What `make_text_task` asks.
-TASKS = ("write the digits as words:", "write the words as digits:", "repeat the words:")
+TASKS = ("write the digits as words:", "write the words as digits:", "repeat the words:", "clear up the stutter:")
 
 
 def make_tokenizer() -> GraniteSpeechTokenizer:
@@ -109,6 +109,10 @@ def make_model(tokenizer: GraniteSpeechTokenizer, seed: int) -> GraniteSpeechFor
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
+        # 25 audio vectors a second, about two a spoken letter, so that a vector need not hold more than one. The released models have 10,
+        # and pieces of words to write them in.
+        window_size=8,
+        downsample_rate=2,
         audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
         tie_word_embeddings=True,
         initializer_range=0.05,

@@ -62,6 +62,8 @@ RESPELLING = {
     for language, text in _RESPELLING.items()
 }
 
+BLANK = "-"  # in a stutter
+
 
 def make_sentence(generator: np.random.Generator) -> str:
     """1 to 8 words of `VOCABULARY`, lower case: single words (nearly half), digit strings, numbers, commands, mixtures."""
@@ -102,16 +104,34 @@ def _number(generator: np.random.Generator) -> list[str]:
 
 
 def make_text_task(generator: np.random.Generator) -> tuple[str, str]:
-    """(prompt, answer) of what the language model does without audio: digits to words, words to digits, or words repeated."""
+    """(prompt, answer) of what the language model does without audio.
+
+    Digits to words, words to digits, words repeated; and, most often, a stutter cleared up: what it will have to do with sounds.
+    """
     figures = [str(one) for one in generator.integers(0, 10, generator.integers(1, 9))]
     words = [FIGURES[one] for one in figures]
     kind = generator.random()
-    if kind < 0.4:
+    if kind < 0.2:
         return "write the digits as words: " + " ".join(figures), " ".join(words)
-    if kind < 0.6:
+    if kind < 0.3:
         return "write the words as digits: " + " ".join(words), " ".join(figures)
     sentence = make_sentence(generator)
-    return "repeat the words: " + sentence, sentence
+    if kind < 0.4:
+        return "repeat the words: " + sentence, sentence
+    return "clear up the stutter: " + stutter(sentence, generator), sentence
+
+
+def stutter(text: str, generator: np.random.Generator) -> str:
+    """A text as CTC labels would spell it: letters drawn out, `BLANK` between them, always where they are equal; a few are wrong."""
+    pace = generator.uniform(0.2, 2.0)
+    letters = [BLANK * generator.integers(0, 6)]
+    for before, letter in zip(" " + text, text, strict=False):
+        if letter != " " and generator.random() < 0.03:
+            letter = str(generator.choice(["", *"aeiounrstdf"]))
+        gap = generator.poisson(3 * pace if letter == " " else pace)
+        drawn_out = letter * (1 if generator.random() < 0.8 else 2)
+        letters.append((BLANK if letter == before else "") + drawn_out + BLANK * gap)
+    return "".join(letters)
 
 
 def respell(sentence: str, language: str) -> str:
