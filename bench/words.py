@@ -31,7 +31,8 @@ __all__ = ["run", "table"]
 
 # What is heard under conditions that change the sound; as it was spoken, all are heard.
 SOME = 400
-OPTIONS = FinetuneOptions(epochs=12, learning_rate=1e-3, batch_seconds=30.0)
+# With projector and adapter alone it does not learn the word: the encoder, small as it is, knows the sounds of 70 words and no others.
+OPTIONS = FinetuneOptions(epochs=20, learning_rate=2e-3, batch_seconds=30.0, train=("encoder", "projector", "adapter"), ctc_weight=0.5)
 
 
 def run(*, unseen: Path, word: str, model: str, out: Path) -> str:

@@ -420,6 +420,8 @@ dist.init_process_group("gloo")
 trainer = make_trainer(Path(sys.argv[1]), Path(sys.argv[2]), accumulate=2, dtype=sys.argv[3])
 trainer.resume()
 trainer.run(seconds=None if sys.argv[4] == "all" else float(sys.argv[4]))
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

@@ -265,6 +265,9 @@ def main() -> None:
     if training.run() and training.rank == 0:
         training.write(given.checkpoint)
         training.plot(given.curve)
+    if dist.is_initialized():
+        dist.barrier()  # who left first would pull the connection away from under the others
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
