@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from granite_speech.training.small_model import CHAT_TEMPLATE
+
 __all__ = ["AUDIO_TOKEN", "CHAT_TEMPLATE", "SPECIAL_TOKENS", "write_tokenizer"]
 
 AUDIO_TOKEN = "<|audio|>"
@@ -17,23 +19,6 @@ SENTENCES = (
     "the quick brown fox jumps over the lazy dog, and then over the speech of the others.",
     "USER: transcribe the speech to text. Keywords: granite, conformer, projector\n ASSISTANT: this is the text.",
 )
-
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{%- if message['role'] == 'system' %}
-{{- message['content'] + '\\n' }}
-{%- elif message['role'] == 'user' %}
-{{- 'USER: ' + message['content'] + '\\n' }}
-{%- elif message['role'] == 'assistant' %}
-{{- ' ASSISTANT: ' + message['content'] + eos_token }}
-{%- else %}
-{{- raise_exception('unknown role ' + message['role']) }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- ' ASSISTANT:' }}
-{%- endif %}
-"""
 
 # Digits one by one, words with the space before them: a split that plain byte-level BPE does not make.
 PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -1,6 +1,7 @@
 """The recipe of the checkpoint inside the package, at a scale that a test can wait for: its stages, its pieces, what it writes."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,14 @@ def test_in_pieces_it_is_the_same_training(done, tmp_path):
 def test_data_of_another_recipe_is_not_gone_on_with(done):
     with pytest.raises(InputError, match="lesson"):
         Training(done[0].folder, replace(RECIPE, lesson=3), progress=False).run()
+
+
+def test_a_stage_is_not_gone_on_with_on_other_earlier_stages(done, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(done[0].folder, folder)
+    shutil.rmtree(folder / "language_model")
+    with pytest.raises(InputError, match=r"projector.*texts"):
+        Training(folder, replace(RECIPE, texts=11), progress=False).run()
 
 
 def test_what_is_written_is_a_checkpoint_of_the_right_size_and_dtype(done, tmp_path):

@@ -139,14 +139,17 @@ class Training:
         loss = partial(label_loss, tokens=torch.tensor(letters, device=self.device))
         options = self._options(epochs=self.recipe.projector_lessons, learning_rate=3e-3, warmup=0.05)
         source = self._lessons(self.recipe.projector_lessons)
-        return self._train("projector", ("projector",), loss, source, options, self._word_errors, ("clips", "lesson"))
+        return self._train(
+            "projector", ("projector",), loss, source, options, self._word_errors, ("clips", "lesson", "lessons", "texts", "text_epochs")
+        )
 
     def adapter(self) -> bool:
         """Stage 4; whether it is done."""
         attach_fresh_adapter(self.model, rank=16, alpha=32, targets=("q_proj", "v_proj"), seed=self.recipe.seed)
         options = self._options(epochs=self.recipe.adapter_lessons, learning_rate=3e-3, warmup=0.03)
         source = self._lessons(self.recipe.adapter_lessons)
-        return self._train("adapter", ("projector", "adapter"), speech_loss, source, options, self._word_errors, ("clips", "lesson"))
+        sizes = ("clips", "lesson", "lessons", "texts", "text_epochs", "projector_lessons")
+        return self._train("adapter", ("projector", "adapter"), speech_loss, source, options, self._word_errors, sizes)
 
     def _options(self, **options) -> TrainerOptions:
         return TrainerOptions(beta2=0.98, accumulate=2, seed=self.recipe.seed, checkpoint_every=250, validate_every=1000, **options)
@@ -191,7 +194,7 @@ class Training:
         validate: Validation,
         sizes: Sequence[str],
     ) -> bool:
-        """Train a stage, or what is left of it; whether it is done. `sizes` of the recipe are what its losses depend on."""
+        """Train a stage, or what is left of it; whether it is done. `sizes` of the recipe are what it rests on, earlier stages' too."""
         trainer = Trainer(
             self.model,
             loss,
@@ -242,7 +245,7 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path)
     names = {"ctc_wer": "CTC word error rate", "tasks_failed": "tasks not right to the letter", "wer": "word error rate"}
     for axes, (stage, records) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         axes.set(title=stage, xlabel="step", ylim=(0, 1.5))
-        for name, label in {"loss": "loss, nats", **names}.items():
+        for name, label in {"loss": "loss", **names}.items():
             points = [(record["step"], record[name]) for record in records if name in record]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker=None if name == "loss" else "o", markersize=3)

@@ -7,7 +7,7 @@ from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.tokenizer import GraniteSpeechTokenizer
 from granite_speech.training.seeds import seeded
 
-__all__ = ["PROMPTS", "TASKS", "make_model", "make_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "PROMPTS", "TASKS", "make_model", "make_tokenizer"]
 
 AUDIO_TOKEN = "<|audio|>"
 END_OF_TEXT, PAD = "<|end_of_text|>", "<|pad|>"
