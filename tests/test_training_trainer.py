@@ -24,14 +24,12 @@ from granite_speech.training import (
     Utterance,
     attach_fresh_adapter,
     ctc_loss,
-    learning_rate,
     parameter_groups,
     prepare,
     read_manifest,
     speech_loss,
     text_loss,
 )
-from granite_speech.training.optimizer import MasterAdamW, ParameterGroup
 from tests.tiny_speech import TEXTS, write_manifest, write_model
 
 ROOT = Path(__file__).parent.parent
@@ -278,46 +276,6 @@ def test_steps_follow_from_epochs(folder):
         assert sorted(index for one in heard for index in one[1:] if one[0] == epoch) == list(range(6))
 
 
-def test_the_rates_course():
-    course = [learning_rate(step, 100, peak=2.0, warmup=0.1) for step in range(100)]
-    assert course[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    assert course[10] == 2.0 and max(course) == 2.0
-    assert course[10:] == sorted(course[10:], reverse=True) and 0 < course[-1] < 0.01
-    assert course[55] == pytest.approx(1.0)
-    assert learning_rate(0, 1, peak=1.0, warmup=0.0) == 1.0
-    assert learning_rate(0, 1, peak=1.0, warmup=1.0) == 1.0
-
-
-def test_the_optimizer_is_torchs_adamw():
-    """Decay of matrices alone, clipping by the norm of all gradients, each group at its own rate."""
-    generator = torch.Generator().manual_seed(0)
-    mine = {
-        name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in (("w", (3, 4)), ("b", (4,)), ("v", (2, 2)))
-    }
-    theirs = {name: torch.nn.Parameter(one.detach().clone()) for name, one in mine.items()}
-    groups = [*parameter_groups({name: mine[name] for name in "wb"}, 0.1), ParameterGroup({"v": mine["v"]}, 0.0, rate=0.5)]
-    optimizer = MasterAdamW(groups)
-    reference = torch.optim.AdamW(
-        [
-            {"params": [theirs["w"]], "weight_decay": 0.1},
-            {"params": [theirs["b"]], "weight_decay": 0.0},
-            {"params": [theirs["v"]], "weight_decay": 0.0, "lr": 0.01},
-        ],
-        lr=0.02,
-    )
-    for _ in range(5):
-        gradients = {name: 10 * torch.randn(one.shape, generator=generator) for name, one in mine.items()}
-        for parameters in (mine, theirs):
-            for name, one in parameters.items():
-                one.grad = gradients[name].clone()
-        assert optimizer.clip(1.0) == torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0) > 1
-        optimizer.collect()
-        optimizer.step(0.02)
-        reference.step()
-    for name, one in mine.items():
-        assert torch.allclose(one, theirs[name], atol=1e-6), name
-
-
 def test_a_step_takes_the_clipped_gradient_at_the_courses_rate(folder):
     trainer = make_trainer(folder, parts=("projector",), steps=4, warmup=0.5, clip_norm=0.01, learning_rate=0.5)
     trainer.run(seconds=0)
@@ -325,21 +283,6 @@ def test_a_step_takes_the_clipped_gradient_at_the_courses_rate(folder):
     moments = [value for name, value in trainer.optimizer.state().items() if name.startswith("exp_avg/")]
     assert torch.stack([one.norm() for one in moments]).norm() == pytest.approx(0.1 * 0.01, rel=1e-3)  # of which AdamW takes a tenth
     assert {group["lr"] for group in trainer.optimizer.optimizer.param_groups} == {0.25}
-
-
-def test_masters_keep_what_bfloat16_would_lose():
-    """Steps of a thousandth of a weight's rounding add up, and so do gradients of many batches."""
-    weight = torch.nn.Parameter(torch.full((2, 2), 1.0, dtype=torch.bfloat16))
-    optimizer = MasterAdamW([ParameterGroup({"w": weight})])
-    for _ in range(30):
-        for _ in range(3):
-            weight.grad = torch.tensor([[1.0, 2**-9], [1.0, 1.0]], dtype=torch.bfloat16)
-            optimizer.collect()
-        assert optimizer.masters["w"].grad[0, 1] == 3 * 2**-9 and weight.grad is None
-        optimizer.step(1e-3)
-    assert optimizer.masters["w"].dtype == torch.float32
-    assert torch.allclose(optimizer.masters["w"], torch.tensor(0.97), atol=1e-4)
-    assert torch.equal(weight, optimizer.masters["w"].bfloat16()) and weight.dtype == torch.bfloat16
 
 
 def test_bfloat16_learns_as_float32_does(folder):
