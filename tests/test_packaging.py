@@ -210,7 +210,7 @@ from granite_speech.cli import main
 sys.exit(main(["transcribe", str(sample)]))
 """
     done = python(script, site, site / SAMPLE, path=(site,), cwd=elsewhere, blocked=["transformers", "peft", "kernels", "tests", "bench"])
-    assert done.stdout == "play next stop\n"
+    assert done.stdout == "open menu seven two five stop\n"
     assert done.stderr.count("\n") == 1 and "inside the package" in done.stderr
     assert not any(elsewhere.iterdir())
 

@@ -63,10 +63,10 @@ class Recipe:
     unseen: int = 1_500
     lessons: int = 72
     lesson: int = 1_500
-    texts: int = 24_000
-    text_epochs: int = 5
+    texts: int = 120_000
+    text_epochs: int = 4
     projector_lessons: int = 4
-    adapter_lessons: int = 16
+    adapter_lessons: int = 24
     seed: int = 1
 
 

@@ -95,8 +95,8 @@ def make_model(tokenizer: GraniteSpeechTokenizer, seed: int) -> GraniteSpeechFor
         text_config={
             "vocab_size": tokenizer.backend.get_vocab_size(),
             "hidden_size": 128,
-            "intermediate_size": 320,
-            "num_hidden_layers": 3,
+            "intermediate_size": 192,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,

@@ -106,7 +106,8 @@ def _number(generator: np.random.Generator) -> list[str]:
 def make_text_task(generator: np.random.Generator) -> tuple[str, str]:
     """(prompt, answer) of what the language model does without audio.
 
-    Digits to words, words to digits, words repeated; and, most often, a stutter cleared up: what it will have to do with sounds.
+    Digits to words, words to digits, words repeated; and, most often, a stutter cleared up: what it will have to do with sounds. There
+    the longer of two sentences, since to keep one's place in many words is what takes the learning.
     """
     figures = [str(one) for one in generator.integers(0, 10, generator.integers(1, 9))]
     words = [FIGURES[one] for one in figures]
@@ -118,6 +119,7 @@ def make_text_task(generator: np.random.Generator) -> tuple[str, str]:
     sentence = make_sentence(generator)
     if kind < 0.4:
         return "repeat the words: " + sentence, sentence
+    sentence = max(sentence, make_sentence(generator), key=len)
     return "clear up the stutter: " + stutter(sentence, generator), sentence
 
 
