@@ -139,7 +139,7 @@ def table(result: dict[str, Any]) -> str:
     taught = result["new word"]
     before, after = taught["before"], taught["after"]
     tail = (
-        f'Taught "{taught["word"]}" by `finetune` on {taught["clips"]} made clips, half of them with it: found in '
+        f'Taught "{taught["word"]}" by `finetune` on {taught["clips"]} made clips, one in {taught["one in"]} with it: found in '
         f"{before['word found']:.0%} of {taught['heard with it']} utterances before, {after['word found']:.0%} after; words wrong in "
         f"those {before['wer with the word']:.1%} before, {after['wer with the word']:.1%} after; in {taught['heard without']} "
         f"without it {before['wer without']:.1%} before, {after['wer without']:.1%} after."
