@@ -1,4 +1,4 @@
-"""What the checkpoint inside the package understands: unseen voices under many conditions, and a word that it is taught."""
+"""What the checkpoint inside the package understands: unseen voices, real people, and a word that it is taught."""
 
 import json
 import tempfile
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from bench import results
+from bench import people, results
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.training import (
     CONDITIONS,
@@ -51,6 +51,8 @@ def run(*, unseen: Path, word: str, model: str, out: Path) -> str:
         synthesize(unseen.parent, 1500, 2, held_out=True)
     utterances = read_manifest(unseen)
     loaded, processor = GraniteSpeechForConditionalGeneration.from_pretrained(model), GraniteSpeechProcessor.from_pretrained(model)
+    with tempfile.TemporaryDirectory() as folder:
+        heard = people.hear(loaded, processor, Path(folder))
     result = {
         "kind": "words",
         "run": results.describe_run(),
@@ -59,6 +61,7 @@ def run(*, unseen: Path, word: str, model: str, out: Path) -> str:
             measure(loaded, processor, utterances if condition == "as spoken" else utterances[:SOME], condition).to_dict()
             for condition in CONDITIONS
         ],
+        "people": heard,
         "new word": teach(model, word, utterances[:300]),
     }
     results.write(out, "words", result)
@@ -144,4 +147,4 @@ def table(result: dict[str, Any]) -> str:
         f"those {before['wer with the word']:.1%} before, {after['wer with the word']:.1%} after; in {taught['heard without']} "
         f"without it {before['wer without']:.1%} before, {after['wer without']:.1%} after."
     )
-    return "\n".join([head, "", *rows, "", tail])
+    return "\n".join([head, "", *rows, "", people.sentence(result["people"]), "", tail])

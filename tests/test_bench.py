@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from granite_kernels import OPERATIONS
 
-from bench import gpu, kernels, kernels_cpu, model, results
+from bench import gpu, kernels, kernels_cpu, model, people, results
+from granite_speech.errors import MissingDependencyError
+from tests.spoken import SPEECH, load, sentences
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -129,3 +132,19 @@ def test_a_borrowed_gpus_steps_are_timed_logged_and_cut_short(tmp_path, monkeypa
     assert (tmp_path / "one.log").read_text() == "0\n"
     assert gpu.run(tmp_path, budget=5) == 3
     assert "no time left" in (tmp_path / "summary.json").read_text()
+
+
+def test_people_are_heard_from_wave_and_raw_files(monkeypatch, tmp_path):
+    """Made speech stands in for theirs: a file as it is, one without a header, and one of which something else is expected."""
+    spoken = sorted(sentences(), key=lambda one: len(one.text.split()))[:3]
+    files = {SPEECH / spoken[0].audio: spoken[0].text, tmp_path / "headless.raw": spoken[1].text, SPEECH / spoken[2].audio: "zero"}
+    samples, rate = soundfile.read(SPEECH / spoken[1].audio)
+    soundfile.write(tmp_path / "headless.raw", samples, rate, subtype="PCM_16", format="RAW")
+    monkeypatch.setattr(people, "RECORDINGS", files)
+    (tmp_path / "copies").mkdir()
+    heard = people.hear(*load(), tmp_path / "copies")
+    assert heard["recordings"] == 3 and heard["misheard"] == [("zero", spoken[2].text)] and heard["wer"] > 0
+    assert f'"zero" as "{spoken[2].text}"' in people.sentence(heard)
+    monkeypatch.setattr(people, "RECORDINGS", {tmp_path / "none.wav": "one"})
+    with pytest.raises(MissingDependencyError, match="apt-get install"):
+        people.hear(*load(), tmp_path / "copies")
