@@ -66,7 +66,7 @@ class Recipe:
     texts: int = 120_000
     text_epochs: int = 4
     projector_lessons: int = 4
-    adapter_lessons: int = 24
+    adapter_lessons: int = 36
     seed: int = 1
 
 
