@@ -19,7 +19,7 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m bench model
 
-# The checkpoint inside the package, from nothing: two and a half hours on two cores. Stopped at any time, it goes on where it was.
+# The checkpoint inside the package, from nothing: two hours and 40 minutes on two cores. Stopped at any time, it goes on where it was.
 embedded: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m granite_speech.training.embedded build/embedded \
 		--dtype bfloat16 --checkpoint granite_speech/assets/embedded --curve bench/results/embedded-training.svg
