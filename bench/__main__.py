@@ -32,7 +32,7 @@ def main() -> None:
     inspect.add_argument("--check", action="store_true", help="write nothing; fail where the committed table is not what compiles")
     inspect.add_argument("--all", action="store_true", help="compile also what the committed table has")
     inspect.add_argument("--operation", action="append", metavar="NAME", help="look at this one alone, write nothing (repeatable)")
-    words = commands.add_parser("words", help="word error rates of the checkpoint inside the package, and a word that it is taught")
+    words = commands.add_parser("words", help="what the small checkpoint understands: unseen voices, real people, a word it is taught")
     words.add_argument("--model", default="embedded", help="a checkpoint's folder or id (default: embedded)")
     words.add_argument("--unseen", type=Path, default=Path("build/embedded/unseen/manifest.jsonl"), help="spoken where it is not there")
     words.add_argument("--word", default="coffee", help="to be taught (default: coffee)")

@@ -8,39 +8,40 @@ import soundfile
 
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.errors import MissingDependencyError
-from granite_speech.training import VOCABULARY, ctc_transcripts, read_manifest, transcripts, word_error_rate
+from granite_speech.training import ctc_transcripts, read_manifest, transcripts, word_error_rate
+from granite_speech.training.vocabulary import DIGITS, NUMBERS
 
 __all__ = ["hear", "sentence"]
 
 PACKAGES = "asterisk-core-sounds-en-wav pocketsphinx-testdata"
 # A telephone announcer at 8 kHz, a file a number; and at 16 kHz a speaker of the TIDIGITS corpus and a player of cards.
-NUMBERS = [*range(21), *range(30, 100, 10)]
 ANNOUNCED = Path("/usr/share/asterisk/sounds/en_US_f_Allison/digits")
+ANNOUNCEMENTS = [*range(21), *range(30, 100, 10), "hundred", "thousand"]
 TESTED = Path("/usr/share/pocketsphinx/test/data")
 RECORDINGS = {
-    **{ANNOUNCED / f"{number}.wav": word for number, word in zip(NUMBERS, VOCABULARY, strict=False)},
-    ANNOUNCED / "hundred.wav": "hundred",
-    ANNOUNCED / "thousand.wav": "thousand",
+    **{ANNOUNCED / f"{name}.wav": word for name, word in zip(ANNOUNCEMENTS, DIGITS | NUMBERS, strict=True)},
     TESTED / "tidigits/dhd.2934z.raw": "two nine three four zero",
     TESTED / "cards/004.wav": "five five",
 }
 
 
 def hear(model: GraniteSpeechForConditionalGeneration, processor: GraniteSpeechProcessor, folder: Path) -> dict[str, Any]:
-    """What the model makes of them, for a result file; `folder` takes copies of them as WAV.
+    """What the model makes of them, for a result file; `folder` takes their manifest, and as WAV what has no header.
 
     Raises:
         MissingDependencyError: the packages are not installed.
     """
     lines = []
-    for number, (file, words) in enumerate(RECORDINGS.items()):
+    for file, words in RECORDINGS.items():
         if not file.is_file():
             raise MissingDependencyError(
                 got=f"no {str(file)!r}", expected="recordings of real people", remedy=f"Install them: apt-get install {PACKAGES}"
             )
-        headless = {"samplerate": 16000, "channels": 1, "subtype": "PCM_16", "format": "RAW"} if file.suffix == ".raw" else {}
-        soundfile.write(folder / f"{number}.wav", *soundfile.read(file, **headless))
-        lines.append(json.dumps({"audio": f"{number}.wav", "text": words}))
+        audio = file
+        if file.suffix == ".raw":
+            audio = folder / f"{file.stem}.wav"
+            soundfile.write(audio, *soundfile.read(file, samplerate=16000, channels=1, subtype="PCM_16", format="RAW"))
+        lines.append(json.dumps({"audio": str(audio), "text": words}))
     manifest = folder / "manifest.jsonl"
     manifest.write_text("\n".join(lines) + "\n")
     utterances = read_manifest(manifest)
