@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from bench import results
 
-__all__ = ["Configuration", "Finding", "compile_all", "configurations", "faults", "markdown", "run"]
+__all__ = ["Configuration", "Finding", "compile_all", "configurations", "faults", "markdown", "run", "specialization"]
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TABLE, CATALOGUE = KERNELS / "audit.json", KERNELS / "README.md"
@@ -139,7 +139,12 @@ def _launches(operation: Operation, case: Case, dtype: torch.dtype, architecture
 
 
 def _configuration(operation: str, launch: Launch, dtype: str, architecture: int, released: bool) -> Configuration:
-    """The specialisation that Triton would make for these arguments."""
+    tile = launch.tile
+    return Configuration(operation, launch.kernel, dtype, architecture, *specialization(launch), tile.num_warps, tile.num_stages, released)
+
+
+def specialization(launch: Launch) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """What Triton compiles a kernel for, given these arguments: constants, types, and the arguments that are multiples of 16."""
     given = {**launch.arguments, **launch.tile.blocks}
     constants, signature, aligned = {}, {}, []
     for parameter in launch.kernel.params:
@@ -159,9 +164,7 @@ def _configuration(operation: str, launch: Launch, dtype: str, architecture: int
                 aligned.append(name)
         else:
             signature[name] = "fp32"
-    tile = launch.tile
-    fixed = tuple(constants.items()), tuple(signature.items()), tuple(aligned)
-    return Configuration(operation, launch.kernel, dtype, architecture, *fixed, tile.num_warps, tile.num_stages, released)
+    return tuple(constants.items()), tuple(signature.items()), tuple(aligned)
 
 
 def _source(kernel: Any, seen: frozenset[str] = frozenset()) -> str:

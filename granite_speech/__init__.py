@@ -31,6 +31,7 @@ _HOMES = {
         "ConfigError",
         "GraniteSpeechError",
         "InputError",
+        "KernelError",
         "MissingDependencyError",
         "UnsupportedError",
     ),
@@ -61,6 +62,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.errors import ConfigError as ConfigError
     from granite_speech.errors import GraniteSpeechError as GraniteSpeechError
     from granite_speech.errors import InputError as InputError
+    from granite_speech.errors import KernelError as KernelError
     from granite_speech.errors import MissingDependencyError as MissingDependencyError
     from granite_speech.errors import UnsupportedError as UnsupportedError
     from granite_speech.features import GraniteSpeechFeatureExtractor as GraniteSpeechFeatureExtractor

@@ -60,7 +60,7 @@ class GraniteSpeechConformerAttention(nn.Module):
         return self.dropout(self.to_out(out.flatten(1)))
 
     def extra_repr(self) -> str:
-        return f"context_size={self.context_size}, {OPERATIONS['block_attention'].half(self.to_q.weight)}"
+        return f"context_size={self.context_size}, {OPERATIONS['block_attention'].backend(self.to_q.weight)}"
 
 
 class GraniteSpeechConformerDepthWiseConv1d(nn.Module):
@@ -102,7 +102,7 @@ class GraniteSpeechConformerConvModule(nn.Module):
         return scale, norm.bias.to(wide) - norm.running_mean.to(wide) * scale
 
     def extra_repr(self) -> str:
-        return OPERATIONS["depthwise_conv"].half(self.up_conv.weight)
+        return OPERATIONS["depthwise_conv"].backend(self.up_conv.weight)
 
 
 class GraniteSpeechConformerBlock(nn.Module):

@@ -9,11 +9,14 @@ three by name, so no error can be raised without them.
     │   └── CheckpointNotFoundError   nothing at that path or under that hub id
     ├── InputError                a tensor, text or option given to a call
     │   └── AudioError            sound that cannot be used
+    ├── KernelError               a call that a kernel cannot serve, or a backend that cannot run here (granite_kernels raises it)
     ├── UnsupportedError          valid elsewhere, and deliberately not done here
     └── MissingDependencyError    a package that this one call needs is not installed
 
 Each class is also the built-in exception that a caller would have caught before (ValueError, FileNotFoundError, …).
 """
+
+from granite_kernels.errors import GraniteSpeechError, KernelError
 
 __all__ = [
     "AudioError",
@@ -22,31 +25,10 @@ __all__ = [
     "ConfigError",
     "GraniteSpeechError",
     "InputError",
+    "KernelError",
     "MissingDependencyError",
     "UnsupportedError",
 ]
-
-
-class GraniteSpeechError(Exception):
-    """Base of all errors of this package.
-
-    Args:
-        got: what came, with its value, shape or path. A sentence without its full stop.
-        expected: what would have been right, read after the words "expected".
-        remedy: what the reader can do now. A sentence without its full stop.
-    """
-
-    def __init__(self, *, got: str, expected: str, remedy: str):
-        super().__init__(f"{got}; expected {expected}. {remedy}.")
-        self.got, self.expected, self.remedy = got, expected, remedy
-
-    def __reduce__(self):
-        # Keyword-only arguments are not in Exception.args: without this the error could not leave a worker process.
-        return _rebuild, (type(self), self.got, self.expected, self.remedy)
-
-
-def _rebuild(cls: type[GraniteSpeechError], got: str, expected: str, remedy: str) -> GraniteSpeechError:
-    return cls(got=got, expected=expected, remedy=remedy)
 
 
 class ConfigError(GraniteSpeechError, ValueError):

@@ -96,7 +96,7 @@ class GraniteAttention(nn.Module):
         return not differentiates and OPERATIONS["paged_attention"].resolve(None, q.device, q.dtype) == "triton"
 
     def extra_repr(self) -> str:
-        return OPERATIONS["paged_attention"].half(self.q_proj.weight)
+        return OPERATIONS["paged_attention"].backend(self.q_proj.weight)
 
 
 def rotary_embedding(config: GraniteConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:

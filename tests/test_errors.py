@@ -18,6 +18,7 @@ BASES = {
     "ConfigError": (ValueError,),
     "GraniteSpeechError": (Exception,),
     "InputError": (ValueError,),
+    "KernelError": (ValueError,),
     "MissingDependencyError": (ImportError,),
     "UnsupportedError": (NotImplementedError,),
 }

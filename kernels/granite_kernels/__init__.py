@@ -1,23 +1,51 @@
 """Kernels of Granite Speech inference: tensors in, tensors out.
 
-`OPERATIONS` is the table that tests, benchmarks and the compile audit loop over. A name here is the public function; the
-file of the same stem holds all that there is to say about it: `from granite_kernels.block_attention import CASES`.
+`OPERATIONS` is the table that tests, benchmarks and the compile audit loop over. A name in it is the public function; the file
+of the same name holds everything about that operation: `from granite_kernels.block_attention import CASES`.
+
+torch is imported with the first operation that is used, so that the errors alone cost nothing.
 """
 
-from granite_kernels import block_attention as _block_attention
-from granite_kernels import depthwise_conv as _depthwise_conv
-from granite_kernels import lora_linear as _lora_linear
-from granite_kernels import paged_attention as _paged_attention
-from granite_kernels.op import KernelError, Operation
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-OPERATIONS: dict[str, Operation] = {
-    file.OPERATION.name: file.OPERATION for file in (_block_attention, _depthwise_conv, _lora_linear, _paged_attention)
-}
+from granite_kernels.errors import GraniteSpeechError, KernelError
 
-# The functions, which from here on hide the submodules of the same name as attributes of the package.
-block_attention = _block_attention.block_attention
-depthwise_conv = _depthwise_conv.depthwise_conv
-lora_linear = _lora_linear.lora_linear
-paged_attention = _paged_attention.paged_attention
+if TYPE_CHECKING:
+    from granite_kernels.block_attention import block_attention
+    from granite_kernels.depthwise_conv import depthwise_conv
+    from granite_kernels.lora_linear import lora_linear
+    from granite_kernels.op import Operation
+    from granite_kernels.paged_attention import paged_attention
 
-__all__ = ["OPERATIONS", "KernelError", "block_attention", "depthwise_conv", "lora_linear", "paged_attention"]
+    OPERATIONS: dict[str, Operation]
+
+__all__ = ["OPERATIONS", "GraniteSpeechError", "KernelError", "block_attention", "depthwise_conv", "lora_linear", "paged_attention"]
+
+_OPERATIONS = ("block_attention", "depthwise_conv", "lora_linear", "paged_attention")
+
+
+class _Package(ModuleType):
+    """Keeps an operation's name for its function: importing the submodule of that name would otherwise replace it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_operation = name in _OPERATIONS and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_operation else value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPERATIONS:
+        return getattr(import_module(f"{__name__}.{name}"), name)
+    if name == "OPERATIONS":
+        table = {operation: import_module(f"{__name__}.{operation}").OPERATION for operation in _OPERATIONS}
+        return globals().setdefault(name, table)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

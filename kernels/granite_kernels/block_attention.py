@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes, triton_half
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes, triton_backend
 
 
 def block_attention(
@@ -236,5 +236,5 @@ OPERATION = Operation(
     library=block_attention_library,
     differentiable=("q", "k", "v", "rel_pos_emb"),
     packed=("q", "k", "v"),
-    triton=triton_half("block_attention"),
+    triton=triton_backend("block_attention"),
 )

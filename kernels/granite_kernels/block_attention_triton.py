@@ -11,8 +11,8 @@ from granite_kernels.block_attention_kernels import (
     _block_attention_bwd_q_kernel,
     _block_attention_fwd_kernel,
 )
+from granite_kernels.errors import KernelError
 from granite_kernels.launch import Tile, architecture, launch, launching, register
-from granite_kernels.op import KernelError
 
 # Predicted from what the compiler makes of them, 2026-11-22; not yet measured. By architecture and bytes an element, the forward's
 # tile and the backward's. Two programs of the 90 forward share a processor: registers and shared memory (112 KiB with a
@@ -60,7 +60,7 @@ def _block_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rest = torch.empty(q.shape if with_rest else (0,), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, frames) if for_backward else (0,), dtype=torch.float32, device=q.device)
-    if launching():
+    if launching(q):
         tile = _tile(q, backward=False)
         grid = (_slots(q, cu_seqlens, context_size) * heads * triton.cdiv(context_size, tile.blocks["BLOCK"]),)
         given = _arguments(q, k, v, rel_pos_emb, cu_seqlens, context_size)
@@ -91,7 +91,7 @@ def _block_attention_backward(
     tiles, slots = triton.cdiv(context_size, block), _slots(q, cu_seqlens, context_size)
     chunks = min(_CHUNKS, triton.cdiv(slots, _SLOTS))
     partial = torch.empty((chunks, heads, 2 * tiles - 1, 2, block, dim), dtype=torch.float32, device=q.device)
-    if launching():
+    if launching(q):
         given = _arguments(q, k, v, rel_pos_emb, cu_seqlens, context_size) | {"scale": scale, "grad_out_ptr": grad_out, "lse_ptr": lse}
         given["delta_ptr"] = delta
         grid = (slots * heads * tiles,)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes, triton_half
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes, triton_backend
 
 
 def depthwise_conv(
@@ -188,5 +188,5 @@ OPERATION = Operation(
     library=depthwise_conv_library,
     differentiable=("x", "weight", "scale", "shift"),
     packed=("x",),
-    triton=triton_half("depthwise_conv"),
+    triton=triton_backend("depthwise_conv"),
 )

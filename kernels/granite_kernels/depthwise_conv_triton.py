@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from granite_kernels.errors import KernelError
 from granite_kernels.launch import Tile, architecture, launch, launching, register
-from granite_kernels.op import CHOICE, KernelError
+from granite_kernels.op import CHOICE
 from granite_kernels.primitives import INTERPRETED, locate, rounded
 
 # Windows are compiled for these lengths; a kernel of another size takes the next one, with taps of zero around its own (so a
@@ -304,7 +305,7 @@ def _convolve(
     taps = _window(kernel_size)
     # dz is summed over the whole batch, for scale and shift: rounded to a narrower dtype, it would show there.
     out = x.new_empty(frames, channels, dtype=x.dtype if dout is None else torch.float32)
-    if launching():
+    if launching(x):
         block_t, wide, step = _TILES[architecture(x.device)][taps]
         step = step if dout is None else max(step // 2, 2)  # rows of dout have to fit into the registers too
         launch(
@@ -352,7 +353,7 @@ def _depthwise_conv_backward(
     slots = frames // tile_rows + clips + 1
     dx = x.new_empty(frames, 2 * channels)
     partial = x.new_empty(slots, taps + 1, channels, dtype=torch.float32)
-    if launching():
+    if launching(x):
         launch(
             _depthwise_conv_bwd_kernel,
             (slots * triton.cdiv(channels, 32 * wide),),

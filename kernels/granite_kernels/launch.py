@@ -1,17 +1,19 @@
-"""What the Triton halves share on the host: tiles, launches that can be recorded, and the registration with torch.library.
+"""What the Triton backends share on the host: tiles, launches that can be recorded, and the registration with torch.library.
 
-A launcher allocates its results and, where `launching()` says so, launches. The same function is the operation's fake: with
-tensors that hold no values it allocates and launches nothing. Under `recorded_launches` it notes what it would launch, which
-is all that the compile audit needs to know of an operation.
+A launcher allocates its results and, if `launching` says so, launches. The same function is the operation's fake: given
+tensors without memory it allocates and launches nothing. Under `recorded_launches` it notes what it would launch, which is
+all that the compile audit needs to know about an operation.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 # The architectures that have tiles of their own. Every other chip gets those of 80, which therefore fit into 99 KiB of
 # shared memory, the least that a block can have from compute capability 8.0 on.
@@ -37,34 +39,41 @@ class Launch:
     arguments: Mapping[str, Any]
 
 
-class _Mode:
-    """What `launch` does now. Not a context variable: fakes run in the thread that traces, one at a time."""
+class _Recording(threading.local):
+    """The recording of this thread. Another thread may be running the model for real."""
 
-    recorded: list[Launch] | None = None
+    launches: list[Launch] | None = None
     architecture: int | None = None
-    silent = False
+
+
+_recording = _Recording()
 
 
 @contextmanager
 def recorded_launches(architecture: int) -> Iterator[list[Launch]]:
-    """Within it, calls on meta tensors record their launches, with the tiles of `architecture`."""
-    before = _Mode.recorded, _Mode.architecture
-    _Mode.recorded, _Mode.architecture = [], architecture
+    """In this block and thread, calls on meta or fake tensors record their launches, with the tiles of `architecture`."""
+    before = _recording.launches, _recording.architecture
+    _recording.launches, _recording.architecture = [], architecture
     try:
-        yield _Mode.recorded
+        yield _recording.launches
     finally:
-        _Mode.recorded, _Mode.architecture = before
+        _recording.launches, _recording.architecture = before
 
 
-def launching() -> bool:
-    """Whether a launcher should go on from allocating its results to launching: not while it serves as a fake."""
-    return not _Mode.silent
+def launching(tensor: torch.Tensor) -> bool:
+    """Whether a launcher that was given `tensor` should launch after allocating its results, or record what it would launch."""
+    return _has_memory(tensor) or _recording.launches is not None
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """False for what torch.compile and FakeTensorMode pass to a fake, and for meta tensors."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def architecture(device: torch.device) -> int:
-    """The entry of ARCHITECTURES whose tiles a device gets; under the interpreter, which takes any tile, that of 80."""
-    if _Mode.architecture is not None:
-        return _Mode.architecture
+    """The entry of ARCHITECTURES whose tiles a device gets; 80 under the interpreter, which takes any tile."""
+    if _recording.architecture is not None:
+        return _recording.architecture
     if device.type != "cuda":
         return 80
     return _architecture_of(device.index if device.index is not None else torch.cuda.current_device())
@@ -77,13 +86,13 @@ def _architecture_of(index: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
-    """Run `kernel` over `grid`, on the device of its first tensor. `arguments` are all the kernel's but those of the tile."""
-    if _Mode.recorded is not None:
-        _Mode.recorded.append(Launch(kernel, grid, tile, arguments))
+    """Run `kernel` over `grid` on the device of its first tensor. `arguments` are all of the kernel's except the tile's."""
+    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    if not _has_memory(first):
+        _recording.launches.append(Launch(kernel, grid, tile, arguments))
     elif 0 not in grid:
-        device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
-        other = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if other else nullcontext():
+        other = first.is_cuda and first.device.index != torch.cuda.current_device()
+        with torch.cuda.device(first.device) if other else nullcontext():
             kernel[grid](**arguments, **tile.blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
@@ -92,15 +101,6 @@ def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:
 
     The schema is read from the annotations. Gradients are the caller's to add, with `register_autograd`.
     """
-
-    @functools.wraps(launcher)
-    def fake(*args: Any, **kwargs: Any) -> Any:
-        before, _Mode.silent = _Mode.silent, _Mode.recorded is None
-        try:
-            return launcher(*args, **kwargs)
-        finally:
-            _Mode.silent = before
-
     operation = torch.library.custom_op(f"granite_kernels::{launcher.__name__.strip('_')}", launcher, mutates_args=())
-    operation.register_fake(fake)
+    operation.register_fake(launcher)
     return operation

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, nbytes, triton_half
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, nbytes, triton_backend
 
 
 def lora_linear(
@@ -184,5 +184,5 @@ OPERATION = Operation(
     cases=CASES,
     library=lora_linear_library,
     differentiable=("x", "weight", "bias", "lora_a", "lora_b"),
-    triton=triton_half("lora_linear"),
+    triton=triton_backend("lora_linear"),
 )

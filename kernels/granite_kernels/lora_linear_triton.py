@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granite_kernels.errors import KernelError
 from granite_kernels.launch import Tile, architecture, launch, launching, register
-from granite_kernels.op import KernelError
 from granite_kernels.primitives import dot, rounded
 
 MAX_RANK = 128
@@ -255,11 +255,11 @@ def _lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, adapter_index: Tensor | None
 ) -> Tensor:
     rows, (outputs, inputs), (adapters, rank, _) = x.shape[0], weight.shape, lora_a.shape
-    if launching() and rows > SPLIT_ROWS:  # in this order: a traced graph must not be bound to a range of rows
+    if launching(x) and rows > SPLIT_ROWS:  # in this order: a traced graph must not be bound to a range of rows
         low = _lora_linear_thin(x, lora_a, adapter_index, False)
         return _lora_linear_tiled(x, low, weight, bias, lora_b, scaling, adapter_index, False)
     out = x.new_empty(rows, outputs)
-    if launching():
+    if launching(x):
         tile, slices, slice_width = _split_plan(x, outputs, rank)
         index = _index(x, adapter_index)
         # A rank of 8 would leave the rows of an exact width unaligned, and every load of them narrow.
@@ -287,7 +287,7 @@ def _lora_linear_thin(x: Tensor, lora_a: Tensor, adapter_index: Tensor | None, t
     """x·A[n]ᵀ of each row's own adapter, (rows, rank), zeros for rows without; transposed: lora_a is (adapters, in, rank)."""
     adapters, rank = lora_a.shape[0], lora_a.shape[2 if transposed else 1]
     low = x.new_empty(x.shape[0], rank)
-    if launching():
+    if launching(x):
         tile = _tile("thin", x)
         launch(
             _lora_linear_thin_kernel,
@@ -305,7 +305,7 @@ def _lora_linear_tiled(
     """x·Wᵀ + bias + scaling[n] · low·B[n]ᵀ; transposed: weight is (in, out), lora_b (adapters, rank, out)."""
     (rows, inputs), outputs = x.shape, weight.shape[1 if transposed else 0]
     out = x.new_empty(rows, outputs)
-    if launching():
+    if launching(x):
         tile = _tile("tiled", x)
         launch(
             _lora_linear_tiled_kernel, (triton.cdiv(rows, tile.blocks["BLOCK_M"]) * triton.cdiv(outputs, tile.blocks["BLOCK_N"]),),

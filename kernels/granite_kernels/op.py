@@ -1,4 +1,4 @@
-"""What one kernel file declares, and what all of them share: the choice of a half, the check of the arguments, the cases.
+"""What one kernel file declares, and what all of them share: the choice of backend, argument checks, the cases.
 
 A file `<op>.py` answers four questions about one operation (what it computes, how fast, at what cost, on which shapes) and
 gathers the answers in one `Operation`. Tests, benchmarks and the compile audit are loops over those.
@@ -13,32 +13,12 @@ from typing import Any, NoReturn
 
 import torch
 
+from granite_kernels.errors import KernelError
+
 IMPLS = ("triton", "torch")
 CHOICE = "GRANITE_SPEECH_KERNELS"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class KernelError(ValueError):
-    """A call that an operation cannot serve.
-
-    Args:
-        got: what came, with its value, shape or dtype. A sentence without its full stop.
-        expected: what would have been right, read after the word "expected".
-        remedy: what the caller can do now. A sentence without its full stop.
-    """
-
-    def __init__(self, *, got: str, expected: str, remedy: str):
-        super().__init__(f"{got}; expected {expected}. {remedy}.")
-        self.got, self.expected, self.remedy = got, expected, remedy
-
-    def __reduce__(self):
-        # Exception.args holds the message alone: without this the error could not cross a process boundary.
-        return _rebuild_error, (self.got, self.expected, self.remedy)
-
-
-def _rebuild_error(got: str, expected: str, remedy: str) -> KernelError:
-    return KernelError(got=got, expected=expected, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -133,7 +113,7 @@ class Operation:
     library: Callable[..., Callable[[], torch.Tensor]] | None = None
 
     def resolve(self, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-        """The half that a call runs: "triton" or "torch".
+        """The backend that a call uses: "triton" or "torch".
 
         None asks the environment variable GRANITE_SPEECH_KERNELS, and where that is not set for the fastest there is: Triton
         for CUDA tensors in a dtype that it serves, PyTorch for others.
@@ -169,9 +149,15 @@ class Operation:
         """The function behind `resolve`'s answer for calls on tensors like this one."""
         return self.triton if self.resolve(impl, tensor.device, tensor.dtype) == "triton" else self.reference
 
-    def half(self, tensor: torch.Tensor) -> str:
-        """Which half calls on tensors like this one run, as "<name>=triton" or "<name>=torch": for a module's `extra_repr`."""
-        return f"{self.name}={self.resolve(None, tensor.device, tensor.dtype)}"
+    def backend(self, tensor: torch.Tensor) -> str:
+        """Which backend a call on tensors like this one uses, such as "block_attention=triton": for a module's `extra_repr`.
+
+        Printing a model never raises: a backend that was chosen and cannot run is "unavailable".
+        """
+        try:
+            return f"{self.name}={self.resolve(None, tensor.device, tensor.dtype)}"
+        except KernelError:
+            return f"{self.name}=unavailable"
 
 
 # Both are settled outside a traced function: torch.compile takes what they say as constants.
@@ -187,7 +173,7 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def triton_half(name: str) -> Callable[..., torch.Tensor] | None:
+def triton_backend(name: str) -> Callable[..., torch.Tensor] | None:
     """The function `<name>_triton` of the file of that name, or None where the package triton is not installed."""
     try:
         importlib.import_module("triton")

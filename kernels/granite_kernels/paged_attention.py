@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, KernelError, Operation, accumulator, bounds, nbytes, triton_half
+from granite_kernels.errors import KernelError
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, nbytes, triton_backend
 
 
 def paged_attention(
@@ -289,5 +290,5 @@ OPERATION = Operation(
     cases=CASES,
     library=paged_attention_library,
     packed=("q",),
-    triton=triton_half("paged_attention"),
+    triton=triton_backend("paged_attention"),
 )

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from granite_kernels.errors import KernelError
 from granite_kernels.launch import Tile, architecture, launch, launching, register
-from granite_kernels.op import CHOICE, KernelError
+from granite_kernels.op import CHOICE
 from granite_kernels.primitives import dot, locate, rounded
 
 MAX_HEAD_DIM = 128
@@ -39,8 +40,10 @@ PIECE = 256
 _FILL = {80: 432, 90: 528, 100: 592}
 # As many pieces as one program reads in about the time that the second launch takes: up to here no sequence is shared out.
 _ALONE = 2
-# Arguments that no kernel is compiled anew for: sizes that change from call to call, and those that few instructions depend on.
-_SIZES = ["num_sequences", "num_rows", "num_groups", "group_size", "sharing", "page_size", "capacity", "pieces", "rows", "few", "causal"]
+# Arguments that no kernel is compiled again for: sizes that change from call to call, the width of the block table among them,
+# and those that few instructions depend on.
+_SIZES = ["num_sequences", "num_rows", "num_groups", "group_size", "sharing", "page_size", "capacity", "stride_bt", "pieces", "rows"]
+_SIZES += ["few", "causal"]
 
 
 @triton.jit
@@ -342,7 +345,7 @@ def _paged_attention(
         remedy = f"Use impl='torch' or {CHOICE}=torch to run the PyTorch reference"
         raise KernelError(got=f"paged_attention: head_dim {head_dim}", expected=f"at most {MAX_HEAD_DIM}", remedy=remedy)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not launching() or out.numel() == 0:
+    if not launching(q) or out.numel() == 0:
         return out
     chip = architecture(q.device)
     decode, prefill = _tiles(chip, q.element_size(), head_dim)
