@@ -18,6 +18,7 @@ from granite_kernels import OPERATIONS, lora_linear
 from torch import Tensor, nn
 
 from granite_speech.errors import CheckpointError, UnsupportedError
+from granite_speech.transfers import on_device
 
 __all__ = ["AdapterConfig", "LoraLinear", "attach_adapter", "merge_adapter"]
 
@@ -192,7 +193,7 @@ class LoraLinear(nn.Linear):
         cached, dtype = self._scaling_tensor, torch.promote_types(self.weight.dtype, torch.float32)
         if cached is None or cached.device != device or cached.dtype != dtype:
             with torch.inference_mode(False):  # else a first call in inference mode would leave one that no backward can use
-                self._scaling_tensor = torch.tensor([self.scaling], dtype=dtype, device=device)
+                self._scaling_tensor = on_device([self.scaling], device, dtype)
         return self._scaling_tensor
 
     @torch.no_grad()
@@ -209,8 +210,8 @@ class LoraLinear(nn.Linear):
     def extra_repr(self) -> str:
         if self.lora_A is None:
             return super().extra_repr()
-        half = OPERATIONS["lora_linear"].half(self.weight)
-        return f"{super().extra_repr()}, lora_rank={self.lora_A.out_features}, scaling={self.scaling:g}, {half}"
+        backend = OPERATIONS["lora_linear"].backend(self.weight)
+        return f"{super().extra_repr()}, lora_rank={self.lora_A.out_features}, scaling={self.scaling:g}, {backend}"
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, modules: list[str]) -> None:

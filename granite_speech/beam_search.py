@@ -13,6 +13,7 @@ from torch import Tensor
 from granite_speech.generation_options import GenerationOptions
 from granite_speech.sampling import draw
 from granite_speech.stop_strings import StopStrings
+from granite_speech.transfers import on_device
 
 __all__ = ["BeamSearch"]
 
@@ -71,7 +72,7 @@ class BeamSearch:
         self.is_over = False
         self._step = 0
         ends, beams, steps = options.eos_token_id, options.num_beams, options.max_new_tokens
-        self._ends = torch.tensor(ends, dtype=torch.int64, device=device)
+        self._ends = on_device(ends, device, torch.int64)
         self._looked_at = max(2, 1 + len(ends)) * beams
         # A pad id of 0 counts as none in transformers' beam search, and only there.
         fill = options.pad_token_id or (ends[0] if ends else 0)
@@ -128,7 +129,7 @@ class BeamSearch:
             ended = torch.ones_like(ended)
         elif self.stops is not None:
             found = self.stops.ends(parents.flatten().tolist(), tokens.flatten().tolist())
-            ended = ended | torch.tensor(found, device=ended.device).view_as(ended)
+            ended = ended | on_device(found, ended.device).view_as(ended)
         return continued, tokens, ended
 
     def _collect(self, continued: Hypotheses, ended: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Keys and values in pages: a pool a layer, and a block table that says whose they are (Kwon et al., arXiv 2309.06180).
 
-What a decode step needs of a sequence travels with it here: how many keys it has, at which position its next token stands,
-and whether it has audio, which decides whether the adapter is on for it.
+What a decode step needs to know about a sequence is here too: how many keys it has, the position of its next token, and
+whether it has audio, which decides whether the adapter is on for it.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from granite_speech.config import GraniteConfig
 from granite_speech.errors import InputError
 from granite_speech.packing import Segments
+from granite_speech.transfers import on_device
 
 __all__ = ["CacheStep", "PagedCache"]
 
@@ -25,19 +26,28 @@ class CacheStep:
         slots: `(tokens,)` int64, where each new token's key and value go in a pool seen as `(pages * page_size, ...)`.
         block_table: `(sequences, max_pages)` int32.
         kv_lens: `(sequences,)` int32, keys of each sequence, the new ones counted.
-        has_past: some sequence had keys before this call.
+        before: keys of each sequence before this call.
     """
 
     cache: "PagedCache"
     slots: Tensor
     block_table: Tensor
     kv_lens: Tensor
-    has_past: bool
+    before: list[int]
+
+    @property
+    def has_past(self) -> bool:
+        """Whether some sequence had keys before this call."""
+        return any(self.before)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store `(tokens, num_kv_heads, head_dim)` keys and values of one layer; gradients end here."""
         for pool, new in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
             pool.flatten(0, 1).index_copy_(0, self.slots, new.detach())
+
+    def undo(self) -> None:
+        """Forget the new tokens, because the call failed. Their pages stay reserved."""
+        self.cache.lengths = self.before
 
 
 class PagedCache:
@@ -57,10 +67,12 @@ class PagedCache:
         self.next_positions = [0] * sequences
         self.has_audio = [False] * sequences
         self._pages: list[list[int]] = [[] for _ in range(sequences)]
+        self._total_pages = 0
         self._free: list[int] = []  # pages of the pools that no sequence has
         shape = (0, page_size, config.num_key_value_heads, config.attention_head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        with torch.inference_mode(False):  # see _grow
+            self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     def __len__(self) -> int:
         """Sequences in the batch."""
@@ -79,10 +91,6 @@ class PagedCache:
         for pages, count in zip(self._pages, missing, strict=True):
             pages += self._take(count)
 
-    @property
-    def _total_pages(self) -> int:
-        return self.keys[0].shape[0]
-
     def _page_count(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
@@ -91,17 +99,25 @@ class PagedCache:
         return taken
 
     def _grow(self, pages: int) -> None:
+        """Enlarge every pool. If memory runs out, all pools have the pages that they had."""
+        # Not in inference mode, even if the caller is: a later call outside it could not write to such tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                for pools in (self.keys, self.values):
+                    for layer, pool in enumerate(pools):
+                        pools[layer] = pool.new_empty(pages, *pool.shape[1:])
+                        pools[layer][: self._total_pages] = pool
+            except BaseException:
+                self.keys, self.values = ([pool[: self._total_pages] for pool in pools] for pools in (self.keys, self.values))
+                raise
         self._free += range(self._total_pages, pages)
-        for pools in (self.keys, self.values):
-            for layer, pool in enumerate(pools):
-                pools[layer] = pool.new_empty(pages, *pool.shape[1:])
-                pools[layer][: pool.shape[0]] = pool
+        self._total_pages = pages
 
     def reorder(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence `rows[i]` was; a sequence may be named any number of times, or not at all.
 
-        Those that continue the same sequence share its full pages, which nobody writes to again; of the last page, which each
-        will fill in its own way, all but the first get a copy. Pages that nobody has any more are free for new tokens.
+        Those that continue the same sequence share its full pages, which are never written again. The partly filled last page
+        is copied for all but the first, since each will write its own tokens there. Pages that no sequence has are free.
         """
         full = [length // self.page_size for length in self.lengths]
         held = [pages[: self._page_count(length)] for pages, length in zip(self._pages, self.lengths, strict=True)]
@@ -123,7 +139,7 @@ class PagedCache:
         for (place, _), page in zip(copies, taken, strict=True):
             self._pages[place].append(page)
         if copies:
-            source, target = (torch.tensor(pages, device=self.keys[0].device) for pages in ([page for _, page in copies], taken))
+            source, target = (on_device(pages, self.keys[0].device) for pages in ([page for _, page in copies], taken))
             for pool in (*self.keys, *self.values):
                 pool.index_copy_(0, target, pool.index_select(0, source))
 
@@ -132,27 +148,29 @@ class PagedCache:
         )
 
     def begin(self, new: Segments) -> CacheStep:
-        """Make room for new tokens of each sequence and count them."""
+        """Make room for new tokens of each sequence and count them. An error changes nothing."""
         if len(new.lengths) != len(self):
             raise InputError(
                 got=f"{len(new.lengths)} rows for past_key_values of {len(self)}",
                 expected="the rows of the call that made the cache, in their order",
                 remedy="Pass the same batch, or no past_key_values",
             )
-        before, has_past = self.lengths, any(self.lengths)
-        self.lengths = [old + more for old, more in zip(before, new.lengths, strict=True)]
-        self.reserve(self.lengths)
+        before = self.lengths
+        lengths = [old + more for old, more in zip(before, new.lengths, strict=True)]
+        self.reserve(lengths)
         device = self.keys[0].device
         widest = max(map(len, self._pages), default=0)
         table = torch.tensor([pages + [0] * (widest - len(pages)) for pages in self._pages], dtype=torch.int32).view(len(self), widest)
-        spans = [torch.arange(old, now) for old, now in zip(before, self.lengths, strict=True)]
+        spans = [torch.arange(old, now) for old, now in zip(before, lengths, strict=True)]
         slots = [
             row[span // self.page_size] * self.page_size + span % self.page_size for row, span in zip(table.long(), spans, strict=True)
         ]
-        return CacheStep(
+        step = CacheStep(
             cache=self,
-            slots=torch.cat(slots).to(device) if slots else torch.empty(0, dtype=torch.int64, device=device),
-            block_table=table.to(device),
-            kv_lens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
-            has_past=has_past,
+            slots=on_device(torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64), device),
+            block_table=on_device(table, device),
+            kv_lens=on_device(lengths, device, torch.int32),
+            before=before,
         )
+        self.lengths = lengths
+        return step

@@ -14,8 +14,10 @@ from granite_speech.generation_options import GenerationOptions
 from granite_speech.language_model import Tokens
 from granite_speech.outputs import GenerateOutput
 from granite_speech.packing import Segments
+from granite_speech.prompts import HostInputs
 from granite_speech.sampling import LogitsProcessor, draw
 from granite_speech.stop_strings import StopStrings
+from granite_speech.transfers import on_device
 
 __all__ = ["Generation"]
 
@@ -65,29 +67,38 @@ class Generation:
         Raises:
             InputError: an option that is unknown or out of range, options that contradict, or inputs that `forward` refuses.
         """
-        _check_prompts(input_ids, attention_mask)
-        told = GenerationOptions.resolve(options, generation_config, self.generation_config, self.config.text_config, input_ids.shape[1])
-        self._check_helpers(told, len(input_ids), generator, streamer, tokenizer)
+        prompt = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "input_features": input_features,
+            "input_features_mask": input_features_mask,
+            "input_features_lengths": input_features_lengths,
+        }
+        try:
+            return self._answer(prompt, generation_config, generator, streamer, tokenizer, options)
+        finally:
+            # Even after an error: another thread may be waiting for the end.
+            if callable(getattr(streamer, "end", None)):
+                streamer.end()
+
+    def _answer(
+        self, prompt: dict[str, Any], generation_config: Any, generator: Any, streamer: Any, tokenizer: Any, options: dict[str, Any]
+    ) -> Tensor | GenerateOutput:
+        ids = prompt["input_ids"]
+        _check_ids(ids)
+        told = GenerationOptions.resolve(options, generation_config, self.generation_config, self.config.text_config, ids.shape[1])
+        self._check_helpers(told, len(ids), generator, streamer, tokenizer)
+        host = HostInputs.read(**{name: one for name, one in prompt.items() if name != "input_features"})
+        _check_padding(host.attention_mask)
         if streamer is not None:
-            streamer.put(input_ids.cpu())
-        if told.max_new_tokens == 0 or len(input_ids) == 0:
-            output = GenerateOutput(input_ids.repeat_interleave(told.num_return_sequences, 0))
+            streamer.put(host.input_ids)
+        prompts = ids.repeat_interleave(told.num_return_sequences, 0)
+        if told.max_new_tokens == 0 or len(ids) == 0:
+            output = GenerateOutput(prompts)
         else:
-            steps = _Steps(
-                self,
-                told,
-                tokenizer,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                input_features=input_features,
-                input_features_mask=input_features_mask,
-                input_features_lengths=input_features_lengths,
-            )
+            steps = _Steps(self, told, tokenizer, prompt, host)
             output = steps.choose_by_token(generator, streamer) if told.num_beams == 1 else steps.choose_by_beam(generator)
-            prompts = input_ids.repeat_interleave(told.num_return_sequences, 0)
-            output.sequences = torch.cat((prompts, output.sequences.to(input_ids.dtype)), dim=1)
-        if streamer is not None:
-            streamer.end()
+            output.sequences = torch.cat((prompts, output.sequences.to(ids.dtype)), dim=1)
         return output if told.return_dict_in_generate else output.sequences
 
     def _check_helpers(self, told: GenerationOptions, batch: int, generator: Any, streamer: Any, tokenizer: Any) -> None:
@@ -120,7 +131,7 @@ class Generation:
             )
 
 
-def _check_prompts(input_ids: Any, attention_mask: Tensor | None) -> None:
+def _check_ids(input_ids: Any) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         shape = f" and shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else ""
         raise InputError(
@@ -129,7 +140,10 @@ def _check_prompts(input_ids: Any, attention_mask: Tensor | None) -> None:
             remedy="Use what the processor returns",
         )
     if input_ids.shape[1] == 0:
-        raise InputError(got="prompts without a token", expected="at least one token in each", remedy="Give the model a text to go on from")
+        raise InputError(got="prompts without a token", expected="at least one token in each", remedy="Give the model a text to continue")
+
+
+def _check_padding(attention_mask: Tensor | None) -> None:
     if attention_mask is not None and not bool(attention_mask[:, -1:].all()):
         raise InputError(
             got="prompts that are padded on the right", expected="padding on the left", remedy="Set tokenizer.padding_side = 'left'"
@@ -137,43 +151,43 @@ def _check_prompts(input_ids: Any, attention_mask: Tensor | None) -> None:
 
 
 class _Steps:
-    """One call of `generate`: the prompts are run once, then all rows go on by one token a step.
+    """One call of `generate`: the prompts are run once, then every row grows by one token a step.
 
     Args:
         model: what generates.
         options: of the call.
         tokenizer: for stop strings.
-        prompt: what `states` takes of `generate`'s arguments.
+        prompt: `generate`'s arguments that make the prompts.
+        host: what of them is on the host.
 
     Attributes:
-        logits: `(rows, vocabulary)` of the next token; a prompt has as many rows as beams or answers, one behind the other.
-        scores: each step's, where they are to be returned.
+        logits: `(rows, vocabulary)` of the next token; a prompt has as many rows as beams or answers, one after another.
+        scores: of each step, if they are to be returned.
     """
 
-    def __init__(self, model: Generation, options: GenerationOptions, tokenizer: Any, **prompt: Any):
+    def __init__(self, model: Generation, options: GenerationOptions, tokenizer: Any, prompt: dict[str, Any], host: HostInputs):
         self.model, self.options, self.device = model, options, model.device
-        ids, mask = prompt["input_ids"], prompt["attention_mask"]
-        self.batch = len(ids)
+        self.batch = len(host.input_ids)
         self.scores: list[Tensor] = []
         self.cache = model.new_cache(self.batch)
-        names = ("position_ids", "inputs_embeds", "use_cache", "output_attentions", "output_hidden_states", "cache_position")
-        states, rows, _ = model.states(**prompt, past_key_values=self.cache, **dict.fromkeys(names))
-        states = states.index_select(0, rows.segments.cu_seqlens[1:] - 1)
-        kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask != 0).to(ids.device)
+        output = model.states(**prompt, past_key_values=self.cache, host=host)
+        states = output.packed_states.index_select(0, output.rows.segments.cu_seqlens[1:] - 1)
+        ids, host_ids = prompt["input_ids"], host.input_ids
+        host_kept = torch.ones_like(host_ids, dtype=torch.bool) if host.attention_mask is None else host.attention_mask != 0
         several = max(options.num_beams, options.num_return_sequences)
         if several > 1:
             self.cache.reorder([row for row in range(self.batch) for _ in range(several)])
-            states, ids, kept = (one.repeat_interleave(several, 0) for one in (states, ids, kept))
+            states, ids, host_ids, host_kept = (one.repeat_interleave(several, 0) for one in (states, ids, host_ids, host_kept))
         self.cache.reserve([length + min(options.max_new_tokens, _RESERVED) for length in self.cache.lengths])
 
         self.one_each = Segments((1,) * len(self.cache), self.device)
         self.adapter_index = model.adapter_index(self.cache.has_audio, self.one_each)
-        self.positions = torch.tensor(self.cache.next_positions, device=self.device)
+        self.positions = on_device(self.cache.next_positions, self.device)
         self.logits = model.language_model.logits(states)
-        self.processor = LogitsProcessor(options, ids, kept, self.logits.shape[1])
+        self.processor = LogitsProcessor(options, ids, on_device(host_kept, self.device), self.logits.shape[1])
         self.stops = None
         if options.stop_strings:
-            prompts = [row[keep].tolist() for row, keep in zip(ids.cpu(), kept.cpu(), strict=True)]
+            prompts = [row[keep].tolist() for row, keep in zip(host_ids, host_kept, strict=True)]
             self.stops = StopStrings(options.stop_strings, tokenizer, prompts)
 
     def _advance(self, tokens: Tensor) -> None:
@@ -194,7 +208,7 @@ class _Steps:
     def choose_by_token(self, generator: torch.Generator | None, streamer: Any) -> GenerateOutput:
         """The best token of each row, or one drawn for it."""
         options, count = self.options, len(self.cache)
-        ends = torch.tensor(options.eos_token_id, dtype=torch.int64, device=self.device)
+        ends = on_device(options.eos_token_id, self.device, torch.int64)
         done = torch.zeros(count, dtype=torch.bool, device=self.device)
         lengths = torch.zeros(count, dtype=torch.int64, device=self.device)
         looks_each_step = self.device.type == "cpu" or streamer is not None or self.stops is not None
@@ -225,7 +239,7 @@ class _Steps:
         rows, found = list(range(len(tokens))), tokens.tolist()
         stopped = self.stops.ends(rows, found)
         self.stops.extend(rows, found)
-        return torch.tensor(stopped, device=self.device)
+        return on_device(stopped, self.device)
 
     def choose_by_beam(self, generator: torch.Generator | None) -> GenerateOutput:
         """The best hypotheses of each row; a beam's keys follow it when it is continued twice or dropped."""

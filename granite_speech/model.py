@@ -1,11 +1,14 @@
 """Granite Speech: audio encoder, projector and language model, under transformers' names.
 
 `forward` takes the padded batches that transformers' classes take. They are packed at once, run packed from end to end, and
-are unpacked on the way out; what rows of a batch share is the weights alone. The adapter is on for the rows that have audio.
+padded again when a padded output is read; rows of a batch share nothing but the weights. The adapter is on for the rows that
+have audio.
 """
 
 from dataclasses import replace
+from typing import Self
 
+import torch
 import torch.nn.functional as F
 from granite_kernels.op import accumulator
 from torch import Tensor, nn
@@ -17,11 +20,14 @@ from granite_speech.encoder import GraniteSpeechCTCEncoder
 from granite_speech.errors import InputError
 from granite_speech.generation import Generation
 from granite_speech.language_model import GraniteForCausalLM, GraniteModel
-from granite_speech.layouts import HEAD, canonical_keys
-from granite_speech.outputs import GraniteSpeechCausalLMOutputWithPast, GraniteSpeechModelOutputWithPast
+from granite_speech.layouts import EMBEDDING, HEAD, canonical_keys
+from granite_speech.outputs import GraniteSpeechCausalLMOutputWithPast, GraniteSpeechModelOutputWithPast, Lazy
 from granite_speech.pretrained import Pretrained
 from granite_speech.projector import GraniteSpeechEncoderProjector
+from granite_speech.prompts import HostInputs
+from granite_speech.rows import Rows
 from granite_speech.states import SpeechToStates
+from granite_speech.transfers import on_device
 
 __all__ = ["GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"]
 
@@ -53,15 +59,12 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
         self.language_model = GraniteModel(config.text_config)
         self.initialize_weights()
 
-    @classmethod
-    def _view(cls, whole: "GraniteSpeechForConditionalGeneration") -> "GraniteSpeechModel":
-        """The same modules without the head: no weight is copied, and `whole` stays their owner."""
-        view = cls.__new__(cls)
-        nn.Module.__init__(view)
-        view.training, view.config, view.generation_config = whole.training, whole.config, whole.generation_config
-        view.adapter_config = whole.adapter_config
-        view.encoder, view.projector, view.language_model = whole.encoder, whole.projector, whole.language_model.model
-        return view
+    def _follow(self, whole: "GraniteSpeechForConditionalGeneration") -> Self:
+        """Take over the modules and settings of `whole`, which stays their owner; no weight is copied."""
+        self.config, self.generation_config, self.adapter_config = whole.config, whole.generation_config, whole.adapter_config
+        self.training = whole.training
+        self.encoder, self.projector, self.language_model = whole.encoder, whole.projector, whole.language_model.model
+        return self
 
     @classmethod
     def _load(cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, **target) -> "GraniteSpeechModel":
@@ -97,7 +100,7 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
     ) -> GraniteSpeechModelOutputWithPast | tuple:
         """As `GraniteSpeechForConditionalGeneration.forward`, without labels and logits."""
         _refuse_unknown(unknown)
-        states, rows, output = self.states(
+        output = self.states(
             input_ids,
             input_features,
             input_features_mask,
@@ -111,7 +114,6 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
             cache_position,
             input_features_lengths,
         )
-        output.last_hidden_state = rows.pad(states)
         return output.to_tuple() if return_dict is False else output
 
 
@@ -140,8 +142,19 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
 
     @property
     def model(self) -> GraniteSpeechModel:
-        """The model without its head, sharing every module with this one."""
-        return GraniteSpeechModel._view(self)
+        """The model without its head: always the same object, sharing every module with this one. `forward` runs it."""
+        headless = self.__dict__.get("_headless")
+        if headless is None:
+            headless = GraniteSpeechModel.__new__(GraniteSpeechModel)
+            nn.Module.__init__(headless)
+            # Not as an attribute: it would be a submodule, and every parameter would have two names.
+            self.__dict__["_headless"] = headless
+        return headless._follow(self)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.model.training = mode
+        return self
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -155,7 +168,8 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         names = canonical_keys(state_dict)
         renamed = {names[key]: value for key, value in state_dict.items() if key in names}
         if self.lm_head.weight is self.decoder.embed_tokens.weight:
-            renamed.setdefault("language_model.lm_head.weight", renamed.get("language_model.model.embed_tokens.weight"))
+            tied = [renamed[name] for name in (EMBEDDING, HEAD) if name in renamed]
+            renamed |= dict.fromkeys((EMBEDDING, HEAD), tied[0]) if tied else {}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
     def forward(
@@ -178,25 +192,28 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         input_features_lengths: list[int] | Tensor | None = None,
         **unknown,
     ) -> Output | tuple:
-        """Logits of every position, and the loss where labels are given.
+        """Logits of every position, and the loss if labels are given.
+
+        The head runs on the tokens that the attention mask keeps. `logits` and the other padded fields are padded when they
+        are read.
 
         Args:
             input_ids: `(batch, sequence)`; `audio_token_index` stands where an audio vector goes.
             input_features: `(clips, frames, input_dim)` log-mel features, the clips in the order of their places in `input_ids`.
-            input_features_mask: `(clips, audio tokens)` bool, the audio vectors to use. All, where left out.
+            input_features_mask: `(clips, audio tokens)` bool, the audio vectors to use; all if omitted.
             attention_mask: `(batch, sequence)` of 0 and 1, or wider by the columns in `past_key_values`.
-            position_ids: `(batch, sequence)`; counted along each row where left out.
+            position_ids: `(batch, sequence)`; counted along each row if omitted.
             past_key_values: the cache that an earlier call returned; `input_ids` are then the new tokens alone.
             inputs_embeds: `(batch, sequence, hidden)` in place of `input_ids`; the adapter is on for all rows.
             labels: `(batch, sequence)` token ids, −100 to leave a position out.
-            use_cache: return `past_key_values`; where left out the text configuration's `use_cache`, and not while training.
+            use_cache: return `past_key_values`; if omitted, the text configuration's `use_cache`, and not while training.
             output_attentions: return the softmax weights of the language model's layers.
             output_hidden_states: return the states of the language model's layers.
             return_dict: False returns a tuple of what is not None.
             cache_position: checked, never needed.
             logits_to_keep: logits of the last so many positions (0: of all), or of the positions in a 1-D tensor.
             input_features_lengths: each clip's true number of frames, as the processor returns it. Then nothing is computed for
-                padding, and a clip's result does not depend on its neighbours. Where left out every clip counts at its padded
+                padding, and a clip's result does not depend on its neighbours. If omitted, every clip counts at its padded
                 length, which is what transformers computes.
 
         Raises:
@@ -205,46 +222,68 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         _refuse_unknown(unknown)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise InputError(got="labels with logits_to_keep", expected="one of them", remedy="Leave logits_to_keep out to get a loss")
-        states, rows, rest = self.states(
-            input_ids,
-            input_features,
-            input_features_mask,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            cache_position,
-            input_features_lengths,
+        # Through the headless model, so that hooks registered on `model.model` run.
+        rest = self.model(
+            input_ids=input_ids,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+            input_features_lengths=input_features_lengths,
         )
-        padded = rows.pad(states)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.language_model.logits(padded[:, kept])
+        rows, states = rest.rows, rest.states_to_project()
+        places = rows.places(_kept_columns(logits_to_keep, rows.width))
+        chosen = places[places >= 0]
+        if not torch.equal(chosen, torch.arange(len(states))):
+            states = states.index_select(0, on_device(chosen, states.device))
+        logits = self.language_model.logits(states)
         output = Output(
-            loss=None if labels is None else _next_token_loss(logits, labels, attention_mask),
-            logits=logits,
+            loss=None if labels is None else _next_token_loss(logits, labels, rows),
+            logits=Lazy(lambda: _padded_logits(logits, places)),
             past_key_values=rest.past_key_values,
-            hidden_states=rest.hidden_states,
-            attentions=rest.attentions,
-            audio_hidden_states=rest.audio_hidden_states,
+            hidden_states=vars(rest)["hidden_states"],
+            attentions=vars(rest)["attentions"],
+            audio_hidden_states=vars(rest)["audio_hidden_states"],
         )
         return output.to_tuple() if return_dict is False else output
 
 
-def _next_token_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Mean cross entropy of each label given what stands before it, in its own row; labels of −100 are left out."""
-    if labels.shape != logits.shape[:2]:
-        raise InputError(
-            got=f"labels of shape {tuple(labels.shape)}", expected=f"{tuple(logits.shape[:2])}, as input_ids", remedy="Pad both alike"
-        )
-    labels = labels[:, 1:].to(logits.device)
-    if attention_mask is not None:
-        kept = attention_mask[:, -logits.shape[1] :].to(logits.device) != 0
-        # Both must be kept: behind left padding a row's first token is predicted from nothing, as it is in the row alone.
-        labels = labels.masked_fill(~(kept[:, 1:] & kept[:, :-1]), -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(accumulator(logits.dtype)), labels.flatten(), ignore_index=-100)
+def _kept_columns(logits_to_keep: int | Tensor, width: int) -> range | Tensor:
+    """The columns that logits are wanted of, as numbers."""
+    if not isinstance(logits_to_keep, Tensor):
+        return range(width)[-logits_to_keep:]
+    columns = HostInputs.read(input_ids=logits_to_keep).input_ids
+    return columns.nonzero().squeeze(1) if columns.dtype == torch.bool else columns
+
+
+def _padded_logits(logits: Tensor, places: Tensor) -> Tensor:
+    """`(kept, vocabulary)` → `(batch, columns, vocabulary)`, zero where `places` is −1."""
+    if bool((places >= 0).all()):
+        return logits.view(*places.shape, logits.shape[1])
+    filled = on_device((places >= 0).flatten().nonzero().squeeze(1), logits.device)
+    return logits.new_zeros(places.numel(), logits.shape[1]).index_copy(0, filled, logits).view(*places.shape, logits.shape[1])
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+    """Mean cross entropy of each label given the tokens before it in its row. Labels of −100 do not count.
+
+    A label counts if the attention mask keeps its own column and the one before: after left padding a row's first token is
+    predicted from nothing, as it is in the row alone.
+    """
+    shape = (len(rows.segments.lengths), rows.width)
+    if labels.shape != shape:
+        raise InputError(got=f"labels of shape {tuple(labels.shape)}", expected=f"{shape}, as input_ids", remedy="Pad both alike")
+    columns = rows.kept[1:]
+    follows = (columns == rows.kept[:-1] + 1) & (columns % max(rows.width, 1) != 0)
+    answers = labels.flatten().index_select(0, on_device(columns[follows], labels.device))
+    logits = logits.index_select(0, on_device(follows.nonzero().squeeze(1), logits.device))
+    return F.cross_entropy(logits.to(accumulator(logits.dtype)), on_device(answers, logits.device), ignore_index=-100)
 
 
 # transformers has a class of its own for `granite_speech_plus`; here the configuration is the whole difference.

@@ -1,27 +1,55 @@
 """What the models return: transformers 5.x's output types, by attribute, by key and by position."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from granite_speech.cache import PagedCache
+from granite_speech.rows import Rows
 
 __all__ = [
     "BaseModelOutputWithPooling",
     "GenerateOutput",
     "GraniteSpeechCausalLMOutputWithPast",
     "GraniteSpeechModelOutputWithPast",
+    "Lazy",
     "ModelOutput",
 ]
+
+
+class Lazy:
+    """The value of an output's field, computed when the field is first read.
+
+    It is computed in the gradient mode of the call that returned the output, whatever the mode of the reader.
+    """
+
+    def __init__(self, compute: Callable[[], Any]):
+        self._compute = compute
+        self._inference, self._gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def value(self) -> Any:
+        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._gradients):
+            return self._compute()
 
 
 @dataclass
 class ModelOutput:
     """A record whose fields that are not None can also be reached by key and by position, in order of definition."""
 
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if isinstance(value, Lazy):
+            value = value.value()
+            setattr(self, name, value)
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
     def keys(self) -> list[str]:
-        return [one.name for one in fields(self) if getattr(self, one.name) is not None]
+        return [one.name for one in fields(self) if vars(self)[one.name] is not None and not one.metadata.get("internal")]
 
     def values(self) -> list[Any]:
         return [getattr(self, name) for name in self.keys()]
@@ -57,7 +85,7 @@ class BaseModelOutputWithPooling(ModelOutput):
     Attributes:
         last_hidden_state: `(clips, frames, width)`, the encoder's output; zero beyond a clip's length.
         pooler_output: `(clips, audio tokens, text hidden size)`, the projector's output; None from the encoder alone.
-        hidden_states: input projection and every block, each `(clips, frames, hidden_dim)`, where asked for.
+        hidden_states: input projection and every block, each `(clips, frames, hidden_dim)`, if requested.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -75,6 +103,8 @@ class GraniteSpeechModelOutputWithPast(ModelOutput):
         hidden_states: embeddings and every layer, the last one after the final norm.
         attentions: softmax weights a layer, `(batch, heads, queries, keys)`.
         audio_hidden_states: `(clips, audio tokens, hidden)`, the projector's output.
+        packed_states: `last_hidden_state` without padding, `(total_tokens, hidden)`; not among the keys.
+        rows: where the packed tokens lie in the batch; not among the keys.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -82,6 +112,13 @@ class GraniteSpeechModelOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     audio_hidden_states: torch.Tensor | None = None
+    packed_states: torch.Tensor | None = field(default=None, repr=False, metadata={"internal": True})
+    rows: Rows | None = field(default=None, repr=False, metadata={"internal": True})
+
+    def states_to_project(self) -> torch.Tensor:
+        """Packed states for the language model's head: those of `last_hidden_state` if a hook has looked at it or replaced it."""
+        untouched = isinstance(vars(self)["last_hidden_state"], Lazy)
+        return self.packed_states if untouched else self.rows.pack(self.last_hidden_state)
 
 
 @dataclass
@@ -89,7 +126,7 @@ class GraniteSpeechCausalLMOutputWithPast(ModelOutput):
     """Of `GraniteSpeechForConditionalGeneration`.
 
     Attributes:
-        loss: next-token cross entropy, a scalar, where labels were given.
+        loss: next-token cross entropy, a scalar, if labels were given.
         logits: `(batch, kept positions, vocabulary)`, divided by `logits_scaling`; zero where the attention mask is 0.
         past_key_values, hidden_states, attentions, audio_hidden_states: as `GraniteSpeechModelOutputWithPast`.
     """
@@ -108,11 +145,12 @@ class GenerateOutput(ModelOutput):
 
     Attributes:
         sequences: `(rows, prompt + new tokens)`, the prompts in front.
-        sequences_scores: `(rows,)` float32, of beams: log-probability over length to `length_penalty`; where scores were asked for.
-        scores: a step, what its tokens were chosen by, where asked for: `(rows, vocabulary)` float32, without meaning for a row
-            that has ended; for beams `(batch * num_beams, vocabulary)`, log-probabilities of the open beams' next tokens.
+        sequences_scores: `(rows,)` float32, of beams, if output_scores: log-probability over length to `length_penalty`.
+        scores: one tensor per step with the scores its tokens were chosen from, if output_scores: `(rows, vocabulary)` float32,
+            without meaning for a row that has ended; for beams `(batch * num_beams, vocabulary)`, log-probabilities of the open
+            beams' next tokens.
         beam_indices: `(rows, new tokens)` int32, of beams: the open beam, counted over the batch, that each token was added to;
-            −1 behind an answer's end.
+            −1 after an answer's end.
     """
 
     sequences: torch.Tensor

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from granite_speech.errors import InputError
+from granite_speech.transfers import on_device
 
 __all__ = ["Segments", "host_lengths", "pack_clips"]
 
@@ -30,13 +31,13 @@ class Segments:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First row of each segment, and behind the last the total."""
+        """First row of each segment, and after the last the total."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """`starts` as int32 on the device: what the kernels read."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
+        return on_device(self.starts, self.device, torch.int32)
 
     @property
     def total(self) -> int:
@@ -49,7 +50,7 @@ class Segments:
     def rows_at(self, places: Iterable[int]) -> Tensor:
         """`(total,)` int64: each packed row's place where segment i begins at row `places[i]`."""
         rows = [torch.arange(place, place + length) for place, length in zip(places, self.lengths, strict=True)]
-        return torch.cat(rows).to(self.device) if rows else torch.empty(0, dtype=torch.int64, device=self.device)
+        return on_device(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), self.device)
 
     def pad(self, packed: Tensor, width: int) -> Tensor:
         """`(total, ...)` → `(segments, width, ...)`, zero beyond a segment's length."""

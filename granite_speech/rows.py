@@ -1,6 +1,6 @@
 """A padded batch of prompts, as callers of `forward` give it, packed: only the tokens that the attention mask keeps.
 
-Everything that shapes depend on is looked up once here, on the host; what runs afterwards asks the device nothing.
+Everything that shapes depend on is looked up once here, on the host; what runs afterwards reads nothing from the device.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from granite_speech.cache import PagedCache
 from granite_speech.errors import InputError
 from granite_speech.packing import Segments
+from granite_speech.transfers import on_device
 
 __all__ = ["Rows", "pack_rows"]
 
@@ -36,14 +37,14 @@ class Rows:
 
     @cached_property
     def _index(self) -> Tensor:
-        return self.kept.to(self.segments.device)
+        return on_device(self.kept, self.segments.device)
 
     @property
     def _is_full(self) -> bool:
         return self.segments.total == len(self.segments.lengths) * self.width
 
     def pass_columns(self, cache: PagedCache) -> None:
-        """Tell the cache that these columns have passed; only once nothing in the call can be refused any more."""
+        """Advance the cache's count of columns. Call this when nothing in the call can fail any more."""
         cache.columns += self.width
         cache.next_positions = self.next_positions
 
@@ -58,6 +59,26 @@ class Rows:
         if self._is_full:
             return packed.reshape(shape)
         return packed.new_zeros(shape).flatten(0, 1).index_copy(0, self._index, packed).view(shape)
+
+    def places(self, columns: range | Tensor) -> Tensor:
+        """`(batch, columns)` int64 on the host: the packed place of each row's token in these columns, −1 where the mask is 0.
+
+        Args:
+            columns: numbers of columns, from the end if negative; a tensor is on the host.
+
+        Raises:
+            InputError: a column that the batch does not have.
+        """
+        wanted = torch.as_tensor(columns, dtype=torch.int64)
+        if wanted.dim() != 1 or bool(((wanted < -self.width) | (wanted >= self.width)).any()):
+            raise InputError(
+                got=f"positions {wanted.tolist()!r:.100}",
+                expected=f"a 1-D tensor of positions from {-self.width} to {self.width - 1}",
+                remedy="Pass the number of last positions to keep, or a tensor of positions of this call",
+            )
+        place = torch.full((len(self.segments.lengths) * self.width,), -1, dtype=torch.int64)
+        place[self.kept] = torch.arange(len(self.kept))
+        return place.view(-1, self.width)[:, wanted]
 
     def pad_weights(self, weights: list[Tensor]) -> Tensor:
         """Attention weights a row, `(heads, queries, keys)` → `(batch, heads, width, width)`, zero where the mask is 0."""
@@ -82,21 +103,22 @@ def pack_rows(
 
     Args:
         shape: `(batch, width)` of the tokens.
-        attention_mask: of 0 and 1, `(batch, width)`, or with the columns already in the cache before them. None keeps all.
-        position_ids: `(batch, width)` or `(1, width)`, used as they are.
+        attention_mask: on the host, of 0 and 1, `(batch, width)`, or with the columns already in the cache before them. None keeps
+            all.
+        position_ids: on the host, `(batch, width)` or `(1, width)`, used as they are.
         cache: what came before.
     """
     batch, width = shape
     passed = 0 if cache is None else cache.columns
-    mask = torch.ones(shape, dtype=torch.bool) if attention_mask is None else _host_mask(attention_mask, shape, passed)
+    mask = torch.ones(shape, dtype=torch.bool) if attention_mask is None else _checked_mask(attention_mask, shape, passed)
     kept = mask.flatten().nonzero().squeeze(1)
     lengths = mask.sum(1)
     seen = torch.tensor(cache.next_positions if cache is not None else [0] * batch, dtype=torch.int64)
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != width:
             raise _wrong("position_ids", position_ids, f"shape ({batch}, {width}) or (1, {width})")
-        columns = position_ids.to("cpu", torch.int64).expand(batch, width)
-        # What stands in columns that are masked is filling: the row goes on behind its last kept token.
+        columns = position_ids.to(torch.int64).expand(batch, width)
+        # Masked columns are padding, so a row continues after its last kept token.
         last = columns.masked_fill(~mask, -1).amax(1) if width else seen - 1
         following = torch.where(lengths > 0, last + 1, seen)
     else:
@@ -109,15 +131,14 @@ def pack_rows(
     return Rows(width, Segments(tuple(lengths.tolist()), device), kept, columns.flatten()[kept], following.tolist())
 
 
-def _host_mask(attention_mask: Tensor, shape: tuple[int, int], passed: int) -> Tensor:
+def _checked_mask(attention_mask: Tensor, shape: tuple[int, int], passed: int) -> Tensor:
     batch, width = shape
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in (width, passed + width):
         wider = f" or ({batch}, {passed + width}), with the columns already in past_key_values" if passed else ""
         raise _wrong("attention_mask", attention_mask, f"shape ({batch}, {width}){wider}")
-    mask = attention_mask.to("cpu")
-    if not bool(((mask == 0) | (mask == 1)).all()):
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise _wrong("attention_mask", attention_mask, "values 0 (masked) and 1 (kept)")
-    return mask[:, mask.shape[1] - width :].bool()
+    return attention_mask[:, attention_mask.shape[1] - width :].bool()
 
 
 def _wrong(name: str, value: Tensor, expected: str) -> InputError:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from granite_speech.generation_options import GenerationOptions
+from granite_speech.transfers import on_device
 
 __all__ = ["LogitsProcessor", "draw", "keep_top_k", "keep_top_p", "penalize"]
 
@@ -26,7 +27,7 @@ class LogitsProcessor:
         self._options = options
         self._new_tokens = 0
         inside = [one for one in options.eos_token_id if 0 <= one < vocab_size]
-        self._ends = torch.tensor(inside, dtype=torch.int64, device=ids.device)
+        self._ends = on_device(inside, ids.device, torch.int64)
         # Of several beams one at least must be able to go on: one token more than could end them is always kept.
         self._at_least = 1 if options.num_beams == 1 else len(options.eos_token_id) + 1
         self._seen = None

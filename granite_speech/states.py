@@ -1,7 +1,8 @@
 """From token ids and audio features to the language model's last states: what the two public models share.
 
 A padded batch comes in, is packed at once, and stays packed: frames through the encoder, windows through the projector,
-audio vectors written straight into the packed prompt, tokens through the language model.
+audio vectors written straight into the packed prompt, tokens through the language model. It is padded again only for a caller
+who reads a padded field of the output. The host reads the device once, for all that shapes depend on.
 """
 
 import torch
@@ -13,10 +14,12 @@ from granite_speech.config import GraniteSpeechConfig
 from granite_speech.encoder import GraniteSpeechCTCEncoder
 from granite_speech.errors import ConfigError, InputError, UnsupportedError
 from granite_speech.language_model import GraniteModel, Tokens
-from granite_speech.outputs import BaseModelOutputWithPooling, GraniteSpeechModelOutputWithPast
+from granite_speech.outputs import BaseModelOutputWithPooling, GraniteSpeechModelOutputWithPast, Lazy
 from granite_speech.packing import Segments, pack_clips
 from granite_speech.projector import GraniteSpeechEncoderProjector
+from granite_speech.prompts import HostInputs
 from granite_speech.rows import Rows, pack_rows
+from granite_speech.transfers import on_device
 
 __all__ = ["SpeechToStates"]
 
@@ -67,12 +70,12 @@ class SpeechToStates(nn.Module):
             `last_hidden_state` `(clips, frames, encoder width)` and `pooler_output` `(clips, audio tokens, text hidden size)`,
             zero beyond a clip's own.
         """
-        states, clips, vectors, tokens = self.hear(input_features, input_features_lengths)
+        states, clips, vectors, tokens = self.encode_audio(input_features, input_features_lengths)
         padded = clips.pad(states, input_features.shape[1])
         output = BaseModelOutputWithPooling(last_hidden_state=padded, pooler_output=tokens.pad(vectors, tokens.longest))
         return output if return_dict else output.to_tuple()
 
-    def hear(self, features: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tensor, Segments, Tensor, Segments]:
+    def encode_audio(self, features: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tensor, Segments, Tensor, Segments]:
         """Encoder states and audio vectors, both packed, each with where the clips lie."""
         if not isinstance(features, Tensor) or features.device != self.device:
             got = f"input_features on {features.device}" if isinstance(features, Tensor) else f"input_features of {type(features).__name__}"
@@ -96,60 +99,88 @@ class SpeechToStates(nn.Module):
 
     def states(
         self,
-        input_ids: Tensor | None,
-        input_features: Tensor | None,
-        input_features_mask: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: PagedCache | None,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-        cache_position: Tensor | None,
-        input_features_lengths: list[int] | Tensor | None,
-    ) -> tuple[Tensor, Rows, GraniteSpeechModelOutputWithPast]:
-        """The forward pass up to the final norm: packed states, where their rows lie, and everything else for the caller."""
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PagedCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: Tensor | None = None,
+        input_features_lengths: list[int] | Tensor | None = None,
+        *,
+        host: HostInputs | None = None,
+    ) -> GraniteSpeechModelOutputWithPast:
+        """The forward pass up to the final norm.
+
+        Args:
+            host: what the caller has already read from the device; without it, it is read here.
+
+        Returns:
+            All fields that the call asks for; the padded ones are computed when they are read.
+        """
         shape = self._check(input_ids, inputs_embeds, input_features, past_key_values, output_attentions)
+        host = host or HostInputs.read(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_position=cache_position,
+            input_features_mask=input_features_mask,
+            input_features_lengths=input_features_lengths,
+        )
         cache = past_key_values
         wanted = (self.config.text_config.use_cache and not self.training) if use_cache is None else use_cache
         if cache is None and wanted:
             cache = self.new_cache(shape[0])
-        _check_cache_position(cache_position, cache, shape[1])
-        rows = pack_rows(shape, self.device, attention_mask, position_ids, cache)
+        _check_cache_position(host.cache_position, cache, shape[1])
+        rows = pack_rows(shape, self.device, host.attention_mask, host.position_ids, cache)
 
         audio, vectors = None, None
         if input_features is not None:
-            _, _, vectors, tokens = self.hear(input_features, input_features_lengths)
-            audio = tokens.pad(vectors, tokens.longest)
-            if input_features_mask is not None:
-                vectors = _masked(audio, tokens, input_features_mask, counted=input_features_lengths is not None)
+            _, _, audio, clips = self.encode_audio(input_features, host.input_features_lengths)
+            vectors = audio
+            if host.input_features_mask is not None:
+                vectors = _masked(audio, clips, host.input_features_mask, counted=input_features_lengths is not None)
         if inputs_embeds is not None:
-            # Who embeds for himself has merged the audio in: the ids that would tell are not here.
+            # A caller who passes inputs_embeds has already merged the audio; without ids we cannot tell which rows have any.
             embeddings, has_audio = rows.pack(inputs_embeds), [True] * shape[0]
         else:
-            embeddings, has_audio = self._embed(input_ids, rows, vectors, continued=cache is not None and cache.get_seq_length() > 0)
+            continued = cache is not None and cache.get_seq_length() > 0
+            embeddings, has_audio = self._embed(input_ids, host.input_ids, rows, vectors, continued=continued)
         if cache is not None:
             has_audio = [now or before for now, before in zip(has_audio, cache.has_audio, strict=True)]
+
+        step = None if cache is None else cache.begin(rows.segments)
+        collected = [] if output_hidden_states else None
+        attentions = [] if output_attentions else None
+        try:
+            tokens = Tokens(
+                segments=rows.segments,
+                positions=on_device(rows.positions, self.device),
+                adapter_index=self.adapter_index(has_audio, rows.segments),
+                step=step,
+                attentions=attentions,
+            )
+            states = self.decoder(embeddings, tokens, collected)
+        except BaseException:
+            if step is not None:
+                step.undo()
+            raise
+        if cache is not None:
             cache.has_audio = has_audio
             rows.pass_columns(cache)
-
-        tokens = Tokens(
-            segments=rows.segments,
-            positions=rows.positions.to(self.device),
-            adapter_index=self.adapter_index(has_audio, rows.segments),
-            step=None if cache is None else cache.begin(rows.segments),
-            attentions=[] if output_attentions else None,
-        )
-        collected = [] if output_hidden_states else None
-        states = self.decoder(embeddings, tokens, collected)
-        output = GraniteSpeechModelOutputWithPast(
+        return GraniteSpeechModelOutputWithPast(
+            last_hidden_state=Lazy(lambda: rows.pad(states)),
             past_key_values=cache,
-            hidden_states=None if collected is None else tuple(map(rows.pad, collected)),
-            attentions=None if tokens.attentions is None else tuple(map(rows.pad_weights, tokens.attentions)),
-            audio_hidden_states=audio,
+            hidden_states=None if collected is None else Lazy(lambda: tuple(map(rows.pad, collected))),
+            attentions=None if attentions is None else Lazy(lambda: tuple(map(rows.pad_weights, attentions))),
+            audio_hidden_states=None if audio is None else Lazy(lambda: clips.pad(audio, clips.longest)),
+            packed_states=states,
+            rows=rows,
         )
-        return states, rows, output
 
     def _check(
         self,
@@ -215,10 +246,10 @@ class SpeechToStates(nn.Module):
         """Embeddings of token ids. An audio token that no audio vector replaces, as a model may emit one, counts as token 0."""
         return self.decoder.embed_tokens(torch.where(ids == self.config.audio_token_index, 0, ids))
 
-    def _embed(self, input_ids: Tensor, rows: Rows, vectors: Tensor | None, continued: bool) -> tuple[Tensor, list[bool]]:
+    def _embed(self, input_ids: Tensor, host_ids: Tensor, rows: Rows, vectors: Tensor | None, continued: bool) -> tuple[Tensor, list[bool]]:
         """Packed embeddings with the audio vectors in place, and which rows have audio."""
         config = self.config
-        ids = input_ids.flatten().cpu()[rows.kept]
+        ids = host_ids.flatten()[rows.kept]
         is_audio = ids == config.audio_token_index
         outside = ids[~is_audio & ((ids < 0) | (ids >= config.text_config.vocab_size))]
         if len(outside):
@@ -235,9 +266,9 @@ class SpeechToStates(nn.Module):
                 expected="as many of the one as of the other",
                 remedy="Let the processor make both, one <|audio|> in the text for each clip",
             )
-        embeddings = self.embed_tokens(ids.to(self.device))
+        embeddings = self.embed_tokens(rows.pack(input_ids))
         if count:
-            embeddings = embeddings.index_copy(0, places.to(self.device), vectors.to(embeddings.dtype))
+            embeddings = embeddings.index_copy(0, on_device(places, self.device), vectors.to(embeddings.dtype))
         return embeddings, [bool(one.any()) for one in is_audio.split(rows.segments.lengths)]
 
     def new_cache(self, batch: int) -> PagedCache:
@@ -245,11 +276,11 @@ class SpeechToStates(nn.Module):
         return PagedCache(self.config.text_config, batch, dtype=self.dtype, device=self.device)
 
     def adapter_index(self, has_audio: list[bool], segments: Segments) -> Tensor | None:
-        """`(total,)` int32, 0 for the tokens of rows with audio and −1 for the others; None where all rows have it."""
+        """`(total,)` int32, 0 for the tokens of rows with audio and −1 for the others; None if all rows have audio."""
         if all(has_audio):
             return None
         of_rows = torch.tensor([0 if one else -1 for one in has_audio], dtype=torch.int32)
-        return of_rows.repeat_interleave(torch.tensor(segments.lengths)).to(self.device)
+        return on_device(of_rows.repeat_interleave(torch.tensor(segments.lengths)), self.device)
 
 
 def _check_cache_position(cache_position: Tensor | None, cache: PagedCache | None, width: int) -> None:
@@ -262,20 +293,22 @@ def _check_cache_position(cache_position: Tensor | None, cache: PagedCache | Non
         )
 
 
-def _masked(audio: Tensor, tokens: Segments, mask: Tensor, *, counted: bool) -> Tensor:
-    """The audio vectors that `input_features_mask` keeps, `(kept, hidden)`.
+def _masked(vectors: Tensor, clips: Segments, mask: Tensor, *, counted: bool) -> Tensor:
+    """The audio vectors that `input_features_mask` (on the host) keeps, `(kept, hidden)`.
 
-    Where the clips' lengths were given they say how many vectors each has, and the mask must agree.
+    If the clips' lengths were given, they say how many vectors each has, and the mask must agree.
     """
-    kept = mask.to(audio.device, torch.bool)
-    right = kept.shape == audio.shape[:2]
-    if right and counted:
-        right = tuple(kept.sum(1).tolist()) == tokens.lengths
+    mask = mask.to(torch.bool)
+    lengths = torch.tensor(clips.lengths)
+    right = mask.shape == (len(clips.lengths), clips.longest) and (not counted or torch.equal(mask.sum(1), lengths))
     if not right:
-        each = f" with {list(tokens.lengths)} true values" if counted else ""
+        each = f" with {list(clips.lengths)} true values" if counted else ""
         raise InputError(
             got=f"input_features_mask of shape {tuple(mask.shape)} with {mask.sum(-1).tolist()!r:.100} true values",
-            expected=f"shape {tuple(audio.shape[:2])}, one value for each audio vector{each}",
+            expected=f"shape {(len(clips.lengths), clips.longest)}, one value for each audio vector{each}",
             remedy="Use what the processor returned together with input_features",
         )
-    return audio[kept]
+    if torch.equal(mask, torch.arange(clips.longest) < lengths[:, None]):
+        return vectors  # as the processor makes it: all of each clip's own vectors
+    kept = on_device(mask.flatten().nonzero().squeeze(1), vectors.device)
+    return clips.pad(vectors, clips.longest).flatten(0, 1).index_select(0, kept)

@@ -1,0 +1,180 @@
+"""How often the host waits for a GPU, counted on a stand-in for one; and that the stand-in counts what it should."""
+
+import pytest
+import torch
+
+from bench.stand_in_gpu import StandInGPU
+from granite_speech import GraniteSpeechForConditionalGeneration
+from granite_speech.transfers import on_device, on_host
+from tests.small_models import batch, small_model
+
+
+@pytest.fixture
+def gpu():
+    with StandInGPU() as gpu, torch.no_grad():
+        yield gpu
+
+
+def inputs_of(model: GraniteSpeechForConditionalGeneration) -> dict[str, object]:
+    """A batch as the processor returns it, with the mask of its audio vectors."""
+    inputs = batch(model)
+    counts = torch.tensor([model.projector.tokens(frames) for frames in inputs["input_features_lengths"]])
+    return inputs | {"input_features_mask": torch.arange(int(counts.max())) < counts[:, None]}
+
+
+def device_calls(gpu: StandInGPU) -> tuple[GraniteSpeechForConditionalGeneration, dict[str, object]]:
+    model = small_model()
+    inputs = gpu.move(inputs_of(model))
+    model = gpu.move(model)
+    gpu.waits.clear()
+    return model, inputs
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefill_waits_once():
+    with torch.no_grad():
+        expected = small_model()(**inputs_of(small_model()))
+    with StandInGPU() as gpu, torch.no_grad():
+        model, inputs = device_calls(gpu)
+        output = model(**inputs)
+        logits, audio = output.logits, output.audio_hidden_states  # padding what the caller reads waits for nothing
+    assert len(gpu.waits) == 1, gpu.waits
+    torch.testing.assert_close(logits.values, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(audio.values, expected.audio_hidden_states, rtol=1e-4, atol=1e-4)
+
+
+def test_every_optional_input_is_read_with_the_others(gpu):
+    model, inputs = device_calls(gpu)
+    width = inputs["input_ids"].shape[1]
+    more = {
+        "position_ids": torch.arange(width)[None],
+        "cache_position": torch.arange(width),
+        "input_features_lengths": torch.tensor(inputs["input_features_lengths"]),
+    }
+    model(**inputs | gpu.move(more))
+    assert len(gpu.waits) == 1, gpu.waits
+
+
+def test_a_loss_adds_no_wait(gpu):
+    model, inputs = device_calls(gpu)
+    labels = gpu.move(torch.where(inputs_of(small_model())["attention_mask"] == 1, 5, -100))
+    gpu.waits.clear()
+    model(**inputs, labels=labels)
+    assert len(gpu.waits) == 1, gpu.waits
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"repetition_penalty": 1.3, "min_new_tokens": 1}], ids=str)
+def test_generate_waits_for_its_prompt_and_its_answer(gpu, options):
+    model, inputs = device_calls(gpu)
+    model.generate(**inputs, max_new_tokens=1, eos_token_id=[95], **options)
+    assert len(gpu.waits) == 2, gpu.waits
+
+
+def test_a_decode_step_waits_for_nothing(gpu):
+    """Whether every row has ended is asked once in eight steps."""
+    model, inputs = device_calls(gpu)
+    waits = {}
+    for steps in (2, 9):
+        gpu.waits.clear()
+        model.generate(**inputs, max_new_tokens=steps, eos_token_id=[])
+        waits[steps] = len(gpu.waits)
+    assert waits == {2: 2, 9: 3}, gpu.waits
+
+
+# --- the stand-in ------------------------------------------------------------------------------------------------------------------
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool(x.any()),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 1],
+    "assignment by mask": lambda x: x.__setitem__(x > 1, 0.0),
+    "masked_select": lambda x: x.masked_select(x > 1),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "to the host": lambda x: x.cpu(),
+    "into a host tensor": lambda x: torch.empty(3).copy_(x),
+    "from ordinary memory": lambda x: torch.ones(3).to(x.device),
+    "from ordinary memory, non-blocking": lambda x: torch.ones(3).to(x.device, non_blocking=True),
+    "from pinned memory, blocking": lambda x: torch.ones(3).pin_memory().to(x.device),
+    "a new tensor of values": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "copy_ from ordinary memory": lambda x: x.copy_(torch.ones(3)),
+}
+NO_WAITS = {
+    "arithmetic": lambda x: (x * 2 + 1).softmax(0),
+    "in place": lambda x: x.add_(1),
+    "views": lambda x: x[1:].view(2, 1).t(),
+    "an index": lambda x: x[x.long()],
+    "new tensors": lambda x: (torch.zeros(3, device=x.device), torch.arange(3, device="cuda"), x.new_empty(2)),
+    "from pinned memory": lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True),
+    "copy_ from pinned memory": lambda x: x.copy_(torch.ones(3).pin_memory(), non_blocking=True),
+    "another dtype": lambda x: x.to(torch.float16),
+    "repeat_interleave with a size": lambda x: x.repeat_interleave(x.long(), output_size=3),
+    "on the host": lambda x: torch.ones(3)[torch.ones(3) > 0].tolist(),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_is_counted_and_its_line_named(gpu, name):
+    WAITS[name](gpu.move(torch.arange(3.0)))
+    assert len(gpu.waits) == 1 and "test_device_waits.py:" in gpu.waits[0], gpu.waits
+
+
+@pytest.mark.parametrize("name", NO_WAITS)
+def test_what_does_not_wait_is_not_counted(gpu, name):
+    NO_WAITS[name](gpu.move(torch.arange(3.0)))
+    assert gpu.waits == []
+
+
+def test_values_are_right_and_views_share_them(gpu):
+    x = gpu.move(torch.arange(6.0))
+    x.view(2, 3)[1].add_(10)
+    x[0] = 7
+    assert x.tolist() == [7, 1, 2, 13, 14, 15] and x.device == torch.device("cuda", 0)
+
+
+def test_a_cpu_tensor_among_device_tensors_is_refused(gpu):
+    x = gpu.move(torch.arange(3.0))
+    assert (x + torch.tensor(1.0)).tolist() == [1, 2, 3], "a tensor without dimensions counts as a number, as in PyTorch"
+    with pytest.raises(RuntimeError, match="CPU tensor of shape"):
+        x + torch.ones(3)
+
+
+def test_there_is_no_gpu_afterwards():
+    with StandInGPU() as gpu:
+        x = gpu.move(torch.ones(2))
+    assert torch.ones(2).device.type == "cpu"
+    with pytest.raises(RuntimeError, match="outside its `with` block"):
+        x + 1
+
+
+# --- the copies --------------------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_of_every_dtype_are_read_together(gpu):
+    tensors = [
+        torch.tensor([True, False, True]),
+        None,
+        torch.tensor([[0.5], [float("nan")]]),
+        torch.empty(0, 3, dtype=torch.int64),
+        torch.tensor(2**62 + 1),
+        torch.arange(6, dtype=torch.int32).view(2, 3).t(),
+        torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    ]
+    read = on_host(*gpu.move(tensors))
+    assert len(gpu.waits) == 1
+    for mine, given in zip(read, tensors, strict=True):
+        assert (mine is None) == (given is None)
+        if given is not None:
+            torch.testing.assert_close(mine, given, rtol=0, atol=0, equal_nan=True)
+
+
+def test_host_tensors_stay_as_they_are():
+    values = torch.arange(3)
+    assert on_host(values, None)[0] is values
+    assert on_device(values, torch.device("cpu")) is values
+    assert on_device([1, 2], torch.device("cpu"), torch.int32).dtype == torch.int32

@@ -1,0 +1,287 @@
+"""State that outlives a call: weights loaded in part, the headless model and its hooks, a cache after an error, lazy outputs."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from granite_speech import GraniteSpeechForConditionalGeneration
+from granite_speech.cache import PagedCache
+from granite_speech.outputs import Lazy
+from granite_speech.packing import Segments
+from granite_speech.rows import Rows
+from tests.small_models import batch, small_model
+
+CPU = torch.device("cpu")
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+def tied_model() -> GraniteSpeechForConditionalGeneration:
+    config = copy.deepcopy(small_model().config)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    return GraniteSpeechForConditionalGeneration(config).eval()
+
+
+def continued(model, inputs, cache) -> Tensor:
+    """Logits of one more token in each row."""
+    ids = torch.full((len(inputs["input_ids"]), 1), 7)
+    return model(input_ids=ids, past_key_values=cache).logits
+
+
+# --- loading in part ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["encoder.out.bias", EMBEDDING, HEAD, "lm_head.weight", "model.language_model.embed_tokens.weight"])
+def test_a_part_of_a_tied_models_weights_loads(name):
+    model = tied_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    canonical = {"lm_head.weight": HEAD, "model.language_model.embed_tokens.weight": EMBEDDING}.get(name, name)
+    new = torch.randn_like(before[canonical])
+    result = model.load_state_dict({name: new}, strict=False)
+    changed = {EMBEDDING, HEAD} if canonical in (EMBEDDING, HEAD) else {canonical}
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, new if key in changed else before[key]), key
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) == {key for key in before if key not in changed and not key.endswith("num_batches_tracked")}
+
+
+def test_a_part_is_not_enough_for_strict_loading():
+    with pytest.raises(RuntimeError, match="Missing key"):
+        tied_model().load_state_dict({"encoder.out.bias": torch.zeros(16)})
+
+
+# --- the headless model ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_headless_model_is_one_object_and_its_hooks_run():
+    model = small_model()
+    inputs = batch(model)
+    assert model.model is model.model
+    seen = []
+    hook = model.model.register_forward_hook(lambda module, given, output: seen.append(output.last_hidden_state.shape))
+    with torch.no_grad():
+        expected = small_model()(**inputs).logits
+        assert torch.equal(model(**inputs).logits, expected)
+    assert seen == [(*inputs["input_ids"].shape, 32)]
+    hook.remove()
+    model(**inputs)
+    assert len(seen) == 1
+
+
+def test_a_hook_can_replace_the_states():
+    model = small_model()
+    inputs = batch(model)
+
+    def halve(module, given, output):
+        output.last_hidden_state = output.last_hidden_state / 2
+        return output
+
+    with torch.no_grad():
+        expected = model(**inputs).logits / 2
+        model.model.register_forward_hook(halve)
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_the_headless_model_follows_its_owner():
+    model = small_model()
+    headless = model.model
+    model.train()
+    assert headless.training and headless.encoder.training
+    model.eval()
+    assert not headless.training
+    model.encoder = copy.deepcopy(model.encoder)
+    assert model.model is headless and headless.encoder is model.encoder
+
+
+def test_the_headless_model_adds_no_names():
+    model = small_model()
+    names = set(model.state_dict()), [name for name, _ in model.named_modules()], repr(model)
+    assert model.model is not None
+    assert names == (set(model.state_dict()), [name for name, _ in model.named_modules()], repr(model))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies_have_a_headless_model_of_their_own(way):
+    model = small_model()
+    assert model.model.encoder is model.encoder
+    copied = way(model)
+    assert copied.model is not model.model and copied.model.encoder is copied.encoder is not model.encoder
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("later", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
+def test_a_cache_is_continued_in_another_mode(first, later):
+    """Also after its pools have grown."""
+    model = small_model()
+    inputs = batch(model)
+
+    def run(first, later) -> list[Tensor]:
+        with first():
+            cache = model(**inputs, use_cache=True).past_key_values
+            logits = [continued(model, inputs, cache)]
+        for _ in range(2):
+            with later():
+                logits.append(continued(model, inputs, cache))
+            with first():
+                cache.reserve([length + 100 for length in cache.lengths])
+        return logits
+
+    for mine, expected in zip(run(first, later), run(torch.no_grad, torch.no_grad), strict=True):
+        assert torch.equal(mine, expected)
+
+
+class OutOfMemory:
+    """Lets some allocations of pools through and refuses the next."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, allowed: int):
+        self.left = allowed
+        allocate = Tensor.new_empty
+
+        def new_empty(tensor: Tensor, *size, **options) -> Tensor:
+            if tensor.dim() == 4:
+                if self.left == 0:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                self.left -= 1
+            return allocate(tensor, *size, **options)
+
+        monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3])
+def test_a_cache_is_whole_after_memory_ran_out(monkeypatch, allowed):
+    config = small_model().config.text_config  # two layers: four pools
+    cache, truth = (
+        PagedCache(config, 2, dtype=torch.float32, device=CPU, page_size=4),
+        PagedCache(config, 2, dtype=torch.float32, device=CPU, page_size=4),
+    )
+
+    def write(cache: PagedCache, new: tuple[int, ...]) -> None:
+        step = cache.begin(Segments(new, CPU))
+        for layer in range(2):
+            keys = torch.arange(sum(new) * 16.0).view(-1, 2, 8) + 1000 * layer + 100 * sum(cache.lengths)
+            step.write(layer, keys, -keys)
+
+    for one in (cache, truth):
+        write(one, (3, 5))
+    with monkeypatch.context() as patch:
+        OutOfMemory(patch, allowed)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.begin(Segments((30, 1), CPU))
+    assert cache.lengths == [3, 5]
+    for new in ((30, 1), (2, 40)):
+        for one in (cache, truth):
+            write(one, new)
+    assert cache.lengths == truth.lengths == [35, 46]
+    for layer in range(2):
+        for pools, expected in ((cache.keys, truth.keys), (cache.values, truth.values)):
+            for row, length in enumerate(cache.lengths):
+                assert torch.equal(rows_of(cache, pools[layer], row, length), rows_of(truth, expected[layer], row, length))
+
+
+def rows_of(cache: PagedCache, pool: Tensor, row: int, length: int) -> Tensor:
+    return pool[torch.tensor(cache._pages[row])].flatten(0, 1)[:length]
+
+
+@pytest.mark.parametrize("where", ["the cache", "a layer"])
+def test_a_call_that_failed_can_be_made_again(monkeypatch, where):
+    model = small_model()
+    inputs = batch(model)
+    with torch.no_grad():
+        cache, truth = (model(**inputs, use_cache=True).past_key_values for _ in range(2))
+        expected = continued(model, inputs, truth)
+        long = {"input_ids": torch.full((3, 70), 7), "past_key_values": cache}  # more than the pages in hand
+        with monkeypatch.context() as patch:
+            if where == "the cache":
+                OutOfMemory(patch, 1)
+            else:
+                patch.setattr(model.decoder.layers[1].mlp, "forward", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+            with pytest.raises(torch.OutOfMemoryError):
+                model(**long)
+        assert torch.equal(continued(model, inputs, cache), expected)
+        assert (cache.lengths, cache.columns, cache.next_positions) == (truth.lengths, truth.columns, truth.next_positions)
+
+
+# --- outputs -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_padded_that_nobody_reads(monkeypatch):
+    model = small_model()
+    inputs = batch(model)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    heads = []
+    model.lm_head.register_forward_hook(lambda module, given, output: heads.append(given[0].shape[0]))
+    padded, pad = [], Rows.pad
+    monkeypatch.setattr(Rows, "pad", lambda rows, packed: padded.append(packed.shape) or pad(rows, packed))
+    output = model(**inputs, labels=labels, output_hidden_states=True)
+    output.loss.backward()
+    assert padded == [] and heads == [int(inputs["attention_mask"].sum())]
+    lazy = {name for name, value in vars(output).items() if isinstance(value, Lazy)}
+    assert lazy == {"logits", "hidden_states", "audio_hidden_states"}
+    assert output.logits.shape[:2] == inputs["input_ids"].shape and output.logits is output["logits"] is output[1]
+    assert len(output.hidden_states) == len(padded) == 3
+    assert not output.logits[inputs["attention_mask"] == 0].any()
+
+
+def test_logits_to_keep_spares_the_head():
+    model = small_model()
+    inputs = batch(model)
+    heads = []
+    model.lm_head.register_forward_hook(lambda module, given, output: heads.append(given[0].shape[0]))
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        width = whole.shape[1]
+        kept = [
+            1,
+            3,
+            width,
+            width + 5,
+            torch.tensor([0]),
+            torch.tensor([width - 1, 2, 2, 0]),
+            torch.tensor([-1]),
+            torch.tensor([], dtype=int),
+        ]
+        kept.append(torch.arange(width) % 2 == 0)
+        for one in kept:
+            columns = slice(-one, None) if isinstance(one, int) else one
+            logits = model(**inputs, logits_to_keep=one).logits
+            torch.testing.assert_close(logits, whole[:, columns], rtol=1e-5, atol=1e-5)
+            assert heads[-1] == int(inputs["attention_mask"][:, columns].sum())
+
+
+def test_a_lazy_field_keeps_the_gradient_mode_of_its_call():
+    model, inputs = small_model(), batch(small_model())
+    output = model(**inputs)
+    with torch.no_grad():
+        assert output.logits.requires_grad
+    output = model(**inputs)
+    with torch.inference_mode():
+        logits = output.logits
+    logits.sum().backward()
+    assert model.lm_head.weight.grad is not None
+    with torch.no_grad():
+        output = model(**inputs)
+    assert not output.logits.requires_grad
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output))], ids=["deepcopy", "pickle"])
+def test_an_output_can_be_copied_before_it_is_read(way):
+    model, inputs = small_model(), batch(small_model())
+    with torch.no_grad():
+        output, expected = model(**inputs, use_cache=False), model(**inputs, use_cache=False)
+    assert torch.equal(way(output).logits, expected.logits)
+
+
+def test_an_output_has_the_same_fields_read_or_not():
+    model, inputs = small_model(), batch(small_model())
+    with torch.no_grad():
+        output = model(**inputs)
+        inner = model.model(**inputs)
+    assert output.keys() == ["logits", "past_key_values", "audio_hidden_states"]
+    assert inner.keys() == ["last_hidden_state", "past_key_values", "audio_hidden_states"]
+    assert all(isinstance(one, Tensor | PagedCache) for one in (*output.to_tuple(), *inner.values()))
+    assert isinstance(model.lm_head, nn.Linear)
