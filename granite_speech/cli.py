@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -20,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         "transcribe",
         help="write down what is said in sound files",
         description="Write down what is said in sound files, one line each.",
-        epilog="Exit status: 0 all files were transcribed, 1 some were not, 2 nothing could be done (usage, model).",
+        epilog="Exit status: 0 all files were transcribed, 1 some were not or were cut off, 2 nothing could be done (usage, model).",
     )
     transcribe.add_argument("audio", nargs="+", metavar="AUDIO", help="a sound file of any common format, or - for standard input")
     transcribe.add_argument(
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _transcribe(options: argparse.Namespace) -> int:
     from granite_speech.hub import EMBEDDED
-    from granite_speech.transcriber import Transcriber
+    from granite_speech.transcriber import Transcriber, TruncatedAnswerWarning
 
     if options.model is None:
         print(
@@ -108,11 +109,16 @@ def _transcribe(options: argparse.Namespace) -> int:
         return 2
     failed = False
     for audio in options.audio:
-        try:
-            print(transcriber.transcribe(audio, options.prompt, options.max_new_tokens), flush=True)
-        except GraniteSpeechError as error:
-            failed = True
-            print(f"granite-speech: {audio}: {error}", file=sys.stderr)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", TruncatedAnswerWarning)
+            try:
+                print(transcriber.transcribe(audio, options.prompt, options.max_new_tokens), flush=True)
+            except GraniteSpeechError as error:
+                failed = True
+                print(f"granite-speech: {audio}: {error}", file=sys.stderr)
+        for warning in caught:
+            failed |= issubclass(warning.category, TruncatedAnswerWarning)
+            print(f"granite-speech: {audio}: {warning.message}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,6 +1,7 @@
 """The command line: text alone on standard output, everything else on standard error, and exit codes that a script can use."""
 
 import io
+import json
 import os
 import statistics
 import subprocess
@@ -23,8 +24,10 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT /
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
+    """Random weights, and every seventh token ends an answer: otherwise none would end."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder)
+    ends = range(0, write_checkpoint(folder).config.text_config.vocab_size, 7)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
     return folder
 
 
@@ -42,7 +45,7 @@ def spoken(tmp_path_factory):
 
 
 def run(capfd, checkpoint, *arguments):
-    status = main(["transcribe", "--model", str(checkpoint), "--max-new-tokens", "8", *map(str, arguments)])
+    status = main(["transcribe", "--model", str(checkpoint), "--max-new-tokens", "64", *map(str, arguments)])
     return status, *capfd.readouterr()
 
 
@@ -59,6 +62,25 @@ def test_options_reach_the_model(checkpoint, capfd, spoken):
     assert run(capfd, checkpoint, spoken, "--device", "cpu", "--dtype", "float32")[1] == out
     _, shorter, _ = run(capfd, checkpoint, spoken, "--max-new-tokens", "2")
     assert out.startswith(shorter.strip()) and len(shorter) < len(out)
+
+
+def test_an_answer_that_is_cut_off_is_printed_and_said_to_be(checkpoint, capfd, spoken):
+    _, whole, _ = run(capfd, checkpoint, spoken)
+    status, out, err = run(capfd, checkpoint, spoken, JFK, spoken, "--max-new-tokens", "2")
+    first, _, last = out.splitlines()
+    assert status == 1 and first == last and whole.startswith(first)
+    lines = err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [str(spoken), str(JFK), str(spoken)], "each file, though the warning is the same"
+    assert all("cut off after 2 tokens" in line and line.endswith("Raise max_new_tokens.") for line in lines)
+
+
+@pytest.mark.parametrize("value, said", [("tritn", "one of 'triton', 'torch'"), ("triton", "CUDA tensors")])
+def test_kernels_that_cannot_run_are_one_line(checkpoint, value, said):
+    command = [sys.executable, "-m", "granite_speech.cli", "transcribe", str(JFK), "--model", str(checkpoint), "--device", "cpu"]
+    environment = {name: one for name, one in ENVIRONMENT.items() if name != "TRITON_INTERPRET"} | {"GRANITE_SPEECH_KERNELS": value}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and said in done.stderr and f"GRANITE_SPEECH_KERNELS={value}" in done.stderr, done.stderr
 
 
 def test_standard_input(checkpoint, capfd, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from granite_kernels import OPERATIONS
 from granite_kernels.op import CHOICE
 
+from granite_speech.errors import GraniteSpeechError, KernelError
 from tests.small_models import batch, small_model
 
 REACHED: set[str] = set()
@@ -66,10 +67,24 @@ def test_gradients_are_the_references(through, training: bool):
         assert difference <= 1e-3 * float(expected.abs().max()) + 1e-7, name
 
 
-def test_a_module_says_which_half_it_runs(through):
+def test_a_module_says_which_backend_it_uses(through):
     model = small_model()
-    for half in ("torch", "triton"):
-        through(half)
+    for backend in ("torch", "triton"):
+        through(backend)
         said = repr(model)
         for name in OPERATIONS:
-            assert f"{name}={half}" in said
+            assert f"{name}={backend}" in said
+
+
+@pytest.mark.parametrize("chosen, dtype", [("triton", torch.float32), ("triton", torch.float64), ("tritn", torch.float32)], ids=str)
+def test_a_model_that_cannot_run_can_be_printed(through, monkeypatch, chosen, dtype):
+    """Triton chosen for CPU tensors without the interpreter, for a dtype it does not serve, and misspelled."""
+    model = small_model().to(dtype)
+    through(chosen)
+    monkeypatch.setattr("granite_kernels.op._interpreted", lambda: False)
+    said = repr(model)
+    for name in OPERATIONS:
+        assert f"{name}=unavailable" in said
+    with pytest.raises(KernelError) as refused:
+        model(**batch(model))
+    assert isinstance(refused.value, GraniteSpeechError) and f"GRANITE_SPEECH_KERNELS={chosen}" in str(refused.value)
