@@ -3,9 +3,11 @@
 Greedy decoding, sampling and beam search differ only in how a step's tokens are chosen from its logits.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from granite_kernels.launch import Launch, recorded_launches
 from torch import Tensor
 
 from granite_speech.beam_search import BeamSearch
@@ -19,7 +21,7 @@ from granite_speech.sampling import LogitsProcessor, draw
 from granite_speech.stop_strings import StopStrings
 from granite_speech.transfers import on_device
 
-__all__ = ["Generation"]
+__all__ = ["Generation", "launches_of_generate"]
 
 # On a GPU, asking whether all rows are done waits for the device: a few steps too many cost less than waiting at each.
 _STEPS_BETWEEN_LOOKS = 8
@@ -131,6 +133,26 @@ class Generation:
             )
 
 
+@torch.no_grad()
+def launches_of_generate(model: Generation, inputs: Mapping[str, Any], architecture: int, max_new_tokens: int) -> list[Launch]:
+    """The kernel launches of a prefill and a decode step of `generate`, found out without weights and without a GPU.
+
+    Args:
+        model: on the meta device, in the dtype of the call.
+        inputs: as the processor returns them, on the CPU.
+        architecture: of the GPU, as `granite_kernels.launch.architecture` gives it.
+        max_new_tokens: of the call.
+    """
+    host = HostInputs.read(**{name: one for name, one in inputs.items() if name != "input_features"})
+    prompt = {name: one.to("meta") if isinstance(one, Tensor) else one for name, one in inputs.items()}
+    text_config, columns = model.config.text_config, host.input_ids.shape[1]
+    options = GenerationOptions.resolve({"max_new_tokens": max_new_tokens}, None, model.generation_config, text_config, columns)
+    with recorded_launches(architecture) as launches:
+        steps = _Steps(model, options, None, prompt, host)
+        steps.advance(torch.empty(len(host.input_ids), dtype=torch.int64, device="meta"))
+    return launches
+
+
 def _check_ids(input_ids: Any) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         shape = f" and shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else ""
@@ -190,7 +212,7 @@ class _Steps:
             prompts = [row[keep].tolist() for row, keep in zip(host_ids, host_kept, strict=True)]
             self.stops = StopStrings(options.stop_strings, tokenizer, prompts)
 
-    def _advance(self, tokens: Tensor) -> None:
+    def advance(self, tokens: Tensor) -> None:
         """Run one more token of each row `(rows,)`."""
         model = self.model
         step = self.cache.begin(self.one_each)
@@ -229,7 +251,7 @@ class _Steps:
             if len(new) == options.max_new_tokens or (len(new) % look_every == 0 and bool(done.all())):
                 break
             self.processor.extend(chosen)
-            self._advance(chosen)
+            self.advance(chosen)
         # Columns that were decoded after the last row had ended are cut.
         longest = int(lengths.max())
         return GenerateOutput(torch.stack(new[:longest], dim=1), scores=self._scores_of(longest))
@@ -252,7 +274,7 @@ class _Steps:
                 break
             self.processor.extend(tokens, parents)
             self.cache.reorder(parents.tolist())
-            self._advance(tokens)
+            self.advance(tokens)
         new, scores, origins = beams.answers()
         return GenerateOutput(
             new,

@@ -92,6 +92,25 @@ class Pretrained(nn.Module):
     def _load(
         cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device, values: dict[str, Any]
     ) -> Self:
+        model = cls.without_weights(config, checkpoint, values)
+        if checkpoint.adapter_config is None and config.has_lora_adapter:
+            warn(
+                f"{checkpoint.folder} says has_lora_adapter and has no adapter; the model runs without one. "
+                "Put adapter_config.json and adapter_model.safetensors there if this is the released 3.x model.",
+                stacklevel=4,
+            )
+        load_into(model, checkpoint, dtype=dtype, device=device)
+        return model
+
+    @classmethod
+    def without_weights(cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, values: dict[str, Any]) -> Self:
+        """The checkpoint's model on the meta device, its adapter attached.
+
+        Args:
+            config: of the model; its ties are set to what the checkpoint has.
+            checkpoint: the opened files.
+            values: the contents of config.json.
+        """
         # The weights that are there decide whether the head is the embedding's: the two generations of files say it in two
         # places, and contradict themselves. Only a file that says plainly "not tied" and has no head is missing one.
         says_untied = values.get("tie_word_embeddings") is False and not config.text_config.tie_word_embeddings
@@ -103,13 +122,6 @@ class Pretrained(nn.Module):
             model.adapter_config = AdapterConfig.from_dict(checkpoint.adapter_config)
             suffix = ".lora_A.weight"
             attach_adapter(model, model.adapter_config, [name.removesuffix(suffix) for name in checkpoint.entries if name.endswith(suffix)])
-        elif config.has_lora_adapter:
-            warn(
-                f"{checkpoint.folder} says has_lora_adapter and has no adapter; the model runs without one. "
-                "Put adapter_config.json and adapter_model.safetensors there if this is the released 3.x model.",
-                stacklevel=4,
-            )
-        load_into(model, checkpoint, dtype=dtype, device=device)
         return model
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str = "50GB") -> None:

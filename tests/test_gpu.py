@@ -6,6 +6,7 @@ from granite_kernels import OPERATIONS
 from granite_kernels.op import Case, Operation
 from granite_kernels.testing import assert_operation_accurate, assert_same_bits, outcome, poisoned_allocations, strided_inputs
 
+from granite_speech.verify import verify
 from tests.small_models import batch, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -81,3 +82,8 @@ def test_the_whole_model_is_the_cpus():
     assert float((logits - expected)[real].abs().max()) <= 3e-4
     assert torch.equal(model.generate(**moved, max_new_tokens=12, eos_token_id=[]).cpu(), ids)
     assert all(f"{name}=triton" in repr(model) for name in OPERATIONS)
+
+
+def test_the_bundled_checkpoint_is_verified():
+    """Stage by stage beside transformers. Compilation is most of the time; it is made in parallel."""
+    assert all(one.first_miss is None for one in verify("embedded", device="cuda"))

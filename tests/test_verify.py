@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from granite_speech.tokenizer import GraniteSpeechTokenizer
 from tests.random_checkpoint import write_checkpoint
 from tests.reference_models import SPECS, Spec, build_reference, write_released_layout
 from tests.small_tokenizer import write_tokenizer
+from tests.test_audit import compiled
 
 WITH_ADAPTER, PLUS = SPECS[1], SPECS[3]
 
@@ -178,3 +180,39 @@ def test_a_reference_that_is_not_the_checkpoint_is_no_reference(folder, tmp_path
     status, out, err = run(capfd, tmp_path)
     assert (status, out) == (2, "")
     assert "did not load" in err and "q_proj" in err
+
+
+# --- compiling ahead ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kernel_is_foreseen_and_compiled_once(dtype):
+    """Eight compilations, which took most of the time on a GPU while they were made one after another."""
+    done = compiled("-m", "tests.precompilation", dtype)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = json.loads(done.stdout)
+    assert counts["unforeseen"] == counts["after"] == []
+    assert len(counts["ahead"]) == len(set(counts["ahead"])) == 8
+
+
+def test_kernels_are_compiled_while_transformers_runs(monkeypatch, folder):
+    compiling, transformers_left = threading.Event(), threading.Event()
+    launches = []
+
+    def compile_launches(recorded, device):
+        compiling.set()
+        assert transformers_left.wait(60)
+        launches.append(([one.kernel.__name__ for one in recorded], device))
+
+    def run(load, dtype, device, max_new_tokens):
+        assert compiling.wait(60), "transformers' run, or ours, came before the compilation began"
+        transformers_left.set()
+        return verify._Run({"logits": torch.zeros(1, 2)}, torch.zeros(1, dtype=torch.int64), [torch.zeros(2)], 0.0, "")
+
+    monkeypatch.setattr(verify, "choose_device", lambda *given: torch.device("cuda"))
+    monkeypatch.setattr(verify, "architecture", lambda device: 90)
+    monkeypatch.setattr(verify, "precompile_launches", compile_launches)
+    monkeypatch.setattr(verify, "_run", run)
+    assert len(verify.verify(folder)) == len(launches) == 2
+    for names, device in launches:
+        assert device.type == "cuda" and {"_block_attention_fwd_kernel", "_paged_attention_decode_kernel"} <= set(names)

@@ -7,8 +7,10 @@ all that the compile audit needs to know about an operation.
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +62,38 @@ def recorded_launches(architecture: int) -> Iterator[list[Launch]]:
         _recording.launches, _recording.architecture = before
 
 
+def recording() -> bool:
+    """Whether this thread records launches: tensors without memory then stand for those of a GPU."""
+    return _recording.launches is not None
+
+
 def launching(tensor: torch.Tensor) -> bool:
     """Whether a launcher that was given `tensor` should launch after allocating its results, or record what it would launch."""
-    return _has_memory(tensor) or _recording.launches is not None
+    return _has_memory(tensor) or recording()
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
     """False for what torch.compile and FakeTensorMode pass to a fake, and for meta tensors."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def precompile(launches: Iterable[Launch], device: torch.device) -> None:
+    """Compile the kernels of recorded launches for `device`, several at a time. Later calls find them compiled.
+
+    Left to themselves, kernels are compiled one after another, each at its first launch.
+    """
+    by_kernel = defaultdict(list)
+    for one in launches:
+        by_kernel[one.kernel].append(one)
+
+    def compile_kernel(launches: list[Launch]) -> None:
+        with _current(device):
+            for one in launches:  # Triton compiles each specialisation once, and keeps it
+                arguments = {**one.arguments, **one.tile.blocks}
+                one.kernel.warmup(grid=one.grid, **arguments, num_warps=one.tile.num_warps, num_stages=one.tile.num_stages)
+
+    with ThreadPoolExecutor(thread_name_prefix="precompile") as pool:
+        list(pool.map(compile_kernel, by_kernel.values()))
 
 
 def architecture(device: torch.device) -> int:
@@ -91,9 +117,14 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
     if not _has_memory(first):
         _recording.launches.append(Launch(kernel, grid, tile, arguments))
     elif 0 not in grid:
-        other = first.is_cuda and first.device.index != torch.cuda.current_device()
-        with torch.cuda.device(first.device) if other else nullcontext():
+        with _current(first.device):
             kernel[grid](**arguments, **tile.blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes `device` the current one of this thread: that is where Triton compiles and launches."""
+    other = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    return torch.cuda.device(device) if other else nullcontext()
 
 
 def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:

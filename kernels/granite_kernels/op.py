@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from granite_kernels.errors import KernelError
+from granite_kernels.launch import recording
 
 IMPLS = ("triton", "torch")
 CHOICE = "GRANITE_SPEECH_KERNELS"
@@ -126,7 +127,8 @@ class Operation:
         if impl is None and (impl := _choice()) is not None:
             said = f"{CHOICE}={impl}"
         if impl is None:
-            return "triton" if device.type == "cuda" and dtype in TRITON_DTYPES and self.triton is not None else "torch"
+            on_gpu = device.type == "cuda" or (device.type == "meta" and recording())
+            return "triton" if on_gpu and dtype in TRITON_DTYPES and self.triton is not None else "torch"
         if impl not in IMPLS:
             remedy = "Leave it out to let the device decide"
             raise KernelError(got=f"{self.name}: {said}", expected=f"one of {', '.join(map(repr, IMPLS))}, or nothing", remedy=remedy)
