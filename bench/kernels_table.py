@@ -64,7 +64,7 @@ def _reasons(measurements: list[dict[str, Any]], ways: list[str]) -> list[str]:
 
 
 def without_host_times(result: dict[str, Any], experiments: dict[str, Any] | None) -> dict[str, Any]:
-    """A run whose calls were timed one by one with events, as one that was timed in graphs: what times the host is left out.
+    """A run whose calls were timed one by one with events, in the form of one that was timed in graphs, without the times of the host.
 
     Args:
         result: "seconds" of its measurements hold times with events, and "triton in a graph" for some.
@@ -86,6 +86,7 @@ def without_host_times(result: dict[str, Any], experiments: dict[str, Any] | Non
         "each call. Library, L2 warm: in graphs, on the same inputs again and again, which flatters it",
         f"A time with events includes the launch on the host unless the device is slower: it is shown only if it is at least "
         f"{SHORTEST * 1e6:.0f} µs and {CLEARLY} times that of every case of less than half the bytes. – is what was not timed otherwise",
+        "The ceilings are of a copy of 1 GiB and a product of 8192 x 8192 matrices, which take longer than their launches, with events",
         "The references are not shown: their time is that of their loops on the host",
         "Pages of paged attention hold 16 tokens here, and 64 in the model",
     ]

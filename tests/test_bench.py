@@ -1,5 +1,6 @@
 """The benchmark runs, refuses to time wrong results, and the README shows what was measured."""
 
+import contextlib
 import inspect
 import json
 import re
@@ -13,7 +14,7 @@ import torch
 from granite_kernels import OPERATIONS
 
 from bench import __main__ as command_line
-from bench import gpu, kernels, kernels_cpu, model, people, report, results
+from bench import gpu, graphs, kernels, kernels_cpu, model, people, report, results
 from granite_speech.cache import PagedCache
 from granite_speech.errors import MissingDependencyError
 from tests.spoken import SPEECH, load, sentences
@@ -61,6 +62,19 @@ def test_a_run_writes_its_result(small, tmp_path):
         for one in result["measurements"]
     )
     assert "one clip of 30 s" in table
+
+
+def test_on_a_gpu_the_matmul_rate_is_that_of_a_graph(small, tmp_path, monkeypatch):
+    """The device "cpu:0" takes the way of a GPU: all but the product and its capture runs here."""
+    monkeypatch.setattr(graphs, "side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(graphs, "matmul_rate", lambda dtype: {torch.float32: 6e12}[dtype])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    table = model.run(layers=2, rounds=1, threads=None, device="cpu:0", out=tmp_path)
+    (file,) = tmp_path.glob("encoder-a-gpu-*.json")
+    for one in json.loads(file.read_text())["measurements"]:
+        assert one["machine_matmul_flops_a_second"] == 6e12
+        assert one["matmul_share"] == one["matmul_flops"] / one["seconds"] / 6e12
+    assert "a GPU" in table
 
 
 def test_a_wrong_encoder_is_not_timed(small, tmp_path):
