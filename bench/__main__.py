@@ -22,7 +22,7 @@ def main() -> None:
     speed = commands.add_parser("kernels", help="every operation on the GPU, or its reference on the CPU where there is none")
     speed.add_argument("--operation", action="append", metavar="NAME", help="measure this one alone (repeatable)")
     speed.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="on a GPU (default: bfloat16); a CPU measures float32")
-    speed.add_argument("--no-compiled", action="store_true", help="on a GPU, leave out torch.compile of the references")
+    speed.add_argument("--no-compiled", action="store_true", help="on a GPU, do not time torch.compile of the references")
     speed.add_argument("--predict", action="store_true", help="measure nothing: the least time on an H200, into kernels/README.md")
     speed.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the result file (default: bench/results)")
     lent = commands.add_parser("gpu", help="all that a borrowed GPU should do: parity, kernels, model, sanitizer")
@@ -44,8 +44,10 @@ def main() -> None:
 def _run(options: argparse.Namespace) -> int:
     # Imported when asked for: each needs other packages, and the audit must see kernels that are not interpreted.
     if options.command == "report":
-        results.replace_section(results.README, "report", results.report())
-        results.replace_section(results.README, "words", results.report(["words"]))
+        from bench import report
+
+        results.replace_section(results.README, "report", report.report())
+        results.replace_section(results.README, "words", report.report(["words"]))
     elif options.command == "audit":
         from bench import audit
 

@@ -1,20 +1,22 @@
 """The released encoder's shape beside transformers', on one clip and on a batch of unequal clips.
 
-The two take turns in one process with the same weights and threads, and a result counts only if the outputs agree. On a CPU
-the encoder is bound by its matrix products; how fast the machine multiplies such matrices is measured in the same rounds.
+The two take turns in one process with the same weights and threads, and a result counts only if the outputs agree. The matrix
+products' share of the time is what they would take at the machine's own rate: on a CPU that of the feed-forward's product, measured
+in the same rounds; on a GPU that of a large product in a CUDA graph, as in `bench.kernels`.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import results
+from bench import graphs, results
 from granite_speech import GraniteSpeechCTCEncoder, GraniteSpeechEncoderConfig
 
-__all__ = ["run"]
+__all__ = ["run", "table"]
 
 FRAMES_A_SECOND = 50
 CLIP_SECONDS = (3, 6, 9, 12, 18, 21, 27, 30)
@@ -36,13 +38,17 @@ def run(*, layers: int, rounds: int, threads: int | None, device: str = "cpu", d
             _measure(f"one clip of {CLIP_SECONDS[-1]} s", ours, reference, lone, [lengths[-1]], rounds),
             _measure(f"{len(lengths)} clips of {CLIP_SECONDS[0]} to {CLIP_SECONDS[-1]} s", ours, reference, batch, lengths, rounds),
         ]
+    if device != "cpu":
+        with graphs.side_stream():
+            rate = graphs.matmul_rate(getattr(torch, dtype))
+        measurements = [one | _share(one, rate) for one in measurements]
     shape = {"layers": layers, "hidden_dim": ours.config.hidden_dim, "clip_seconds": list(CLIP_SECONDS), "dtype": dtype}
     described = results.describe_run()
     if device != "cpu":
         described["machine"] = torch.cuda.get_device_name(device)
     result = {"kind": "encoder", "run": described, "shape": shape, "rounds": rounds, "measurements": measurements}
     file = results.write(out, "encoder", result)
-    return f"{results.table(result)}\n\n{file}"
+    return f"{table(result)}\n\n{file}"
 
 
 def _encoders(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -69,32 +75,37 @@ def _check_agreement(ours: torch.nn.Module, reference: torch.nn.Module, batch: t
 
 def _measure(
     what: str, ours: torch.nn.Module, reference: torch.nn.Module, batch: torch.Tensor, lengths: list[int], rounds: int
-) -> dict[str, float | str]:
+) -> dict[str, Any]:
     seconds, reference_seconds, multiply_seconds = [], [], []
-    flops = _matmul_flops(ours, sum(lengths))
+    turns = [(seconds, lambda: ours(batch, lengths)), (reference_seconds, lambda: reference(batch))]
     weight = ours.layers[0].ff1.up_proj.weight
-    frames = torch.randn(sum(lengths), weight.shape[1]).to(weight.device, weight.dtype)
-    for number in range(rounds + 1):
-        turns = [(seconds, lambda: ours(batch, lengths)), (reference_seconds, lambda: reference(batch))]
+    if batch.device.type == "cpu":
+        frames = torch.randn(sum(lengths), weight.shape[1]).to(weight.dtype)
         turns.append((multiply_seconds, lambda: torch.nn.functional.linear(frames, weight)))
-        # Turn about, so that neither always finds what the other has left in the caches and the allocator.
+    for number in range(rounds + 1):
+        # In alternating order, so that neither always finds what the other has left in the caches and the allocator.
         for series, call in turns if number % 2 else reversed(turns):
             one = _time(call)
             if number > 0:  # the first round finds memory and code cold
                 series.append(one)
-    rate = 2 * frames.shape[0] * weight.numel() / statistics.median(multiply_seconds)
     ratios = [theirs / mine for mine, theirs in zip(seconds, reference_seconds, strict=True)]
-    return {
+    measured = {
         "what": what,
         "audio_seconds": sum(lengths) / FRAMES_A_SECOND,
         "seconds": statistics.median(seconds),
         "reference_seconds": statistics.median(reference_seconds),
         "ratio": statistics.median(ratios),
         "ratios": [round(one, 4) for one in ratios],
-        "matmul_flops": flops,
-        "machine_matmul_flops_a_second": rate,
-        "matmul_share": flops / statistics.median(seconds) / rate,
+        "matmul_flops": _matmul_flops(ours, sum(lengths)),
     }
+    if multiply_seconds:
+        measured |= _share(measured, 2 * sum(lengths) * weight.numel() / statistics.median(multiply_seconds))
+    return measured
+
+
+def _share(measured: dict[str, Any], rate: float) -> dict[str, float]:
+    """Which part of the measured time the matrix products would take at this rate."""
+    return {"machine_matmul_flops_a_second": rate, "matmul_share": measured["matmul_flops"] / measured["seconds"] / rate}
 
 
 def _matmul_flops(encoder: torch.nn.Module, frames: int) -> float:
@@ -115,3 +126,19 @@ def _time(call: Callable[[], object]) -> float:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of one run."""
+    run, shape = result["run"], result["shape"]
+    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
+    head = (
+        f"Encoder, {shape['layers']} x {shape['hidden_dim']}, {shape['dtype']}: {run['machine']}, {run['threads']} threads, {versions}, "
+        f"commit {run['commit'][:8]}, median of {result['rounds']}:"
+    )
+    rows = ["| what | here | transformers | ratio | share of the matmul rate |", "|---|---|---|---|---|"]
+    for one in result["measurements"]:
+        share = f"{one['matmul_share']:.0%}" if "matmul_share" in one else "–"
+        times = [results.time_text(one[name]) for name in ("seconds", "reference_seconds")]
+        rows.append(f"| {one['what']} | {times[0]} | {times[1]} | {one['ratio']:.2f}x | {share} |")
+    return "\n".join([head, "", *rows])

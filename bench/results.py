@@ -1,15 +1,15 @@
-"""Result files: one JSON a run, named by what ran, machine, date and commit; and the tables drawn from them."""
+"""Result files: one JSON a run, named by what ran, machine, date and commit."""
 
 import json
+import math
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "README", "describe_run", "replace_section", "report", "write"]
+__all__ = ["FOLDER", "README", "describe_run", "newest", "replace_section", "time_text", "write"]
 
 FOLDER = Path(__file__).parent / "results"
 README = FOLDER.parents[1] / "README.md"
@@ -56,42 +56,22 @@ def write(folder: Path, kind: str, result: dict[str, Any]) -> Path:
     return file
 
 
-SPEEDS = ("encoder", "kernels", "kernels-cpu")
-
-
-def report(kinds: Sequence[str] = SPEEDS) -> str:
-    """Markdown of the newest run of each of these kinds on each machine."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
-    for file in FOLDER.glob("*.json"):
+def newest() -> list[dict[str, Any]]:
+    """The newest committed run of each kind on each machine."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in sorted(FOLDER.glob("*.json")):
         result = json.loads(file.read_text())
         key = (result["kind"], result["run"]["machine"])
-        if key[0] in kinds and (key not in newest or newest[key]["run"]["date"] < result["run"]["date"]):
-            newest[key] = result
-    return "\n\n".join(_tables()[newest[key]["kind"]](newest[key]) for key in sorted(newest))
+        if key not in found or found[key]["run"]["date"] < result["run"]["date"]:
+            found[key] = result
+    return [found[key] for key in sorted(found)]
 
 
-def _tables() -> dict[str, Callable[[dict[str, Any]], str]]:
-    from bench import kernels, kernels_cpu, words
-
-    return {"encoder": table, "kernels": kernels.table, "kernels-cpu": kernels_cpu.table, "words": words.table}
-
-
-def table(result: dict[str, Any]) -> str:
-    """Markdown of one run."""
-    run = result["run"]
-    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
-    head = f"{run['machine']}, {run['threads']} threads, {versions}, commit {run['commit'][:8]}, median of {result['rounds']}:"
-    rows = ["| what | here, s | transformers, s | ratio | share of the matmul rate |", "|---|---|---|---|---|"]
-    for one in result["measurements"]:
-        row = (
-            one["what"],
-            f"{one['seconds']:.2f}",
-            f"{one['reference_seconds']:.2f}",
-            f"{one['ratio']:.2f}x",
-            f"{one['matmul_share']:.0%}",
-        )
-        rows.append(f"| {' | '.join(row)} |")
-    return "\n".join([head, "", *rows])
+def time_text(seconds: float) -> str:
+    """Three significant digits in the unit that suits them: "11.7 s", "26.4 ms", "8.78 µs"."""
+    rounded = float(f"{seconds:.3g}")
+    value, unit = next(((rounded * scale, unit) for scale, unit in ((1, "s"), (1e3, "ms")) if rounded * scale >= 1), (rounded * 1e6, "µs"))
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0}f} {unit}"
 
 
 def replace_section(file: Path, command: str, text: str) -> None:

@@ -1,8 +1,11 @@
 """The benchmark runs, refuses to time wrong results, and the README shows what was measured."""
 
+import contextlib
+import inspect
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ import soundfile
 import torch
 from granite_kernels import OPERATIONS
 
-from bench import gpu, kernels, kernels_cpu, model, people, results
+from bench import __main__ as command_line
+from bench import gpu, graphs, kernels, kernels_cpu, model, people, report, results
+from granite_speech.cache import PagedCache
 from granite_speech.errors import MissingDependencyError
 from tests.spoken import SPEECH, load, sentences
 
@@ -18,8 +23,8 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_readme_shows_the_newest_results():
-    assert section(README, "report") == results.report()
-    assert section(README, "words") == results.report(["words"])
+    assert section(README, "report") == report.report()
+    assert section(README, "words") == report.report(["words"])
 
 
 def test_result_files_say_where_they_come_from():
@@ -52,7 +57,24 @@ def test_a_run_writes_its_result(small, tmp_path):
     result = json.loads(file.read_text())
     assert [one["audio_seconds"] for one in result["measurements"]] == [30.0, 126.0]
     assert all(one["seconds"] > 0 and len(one["ratios"]) == 2 for one in result["measurements"])
+    assert all(
+        0 < one["matmul_share"] == one["matmul_flops"] / one["seconds"] / one["machine_matmul_flops_a_second"]
+        for one in result["measurements"]
+    )
     assert "one clip of 30 s" in table
+
+
+def test_on_a_gpu_the_matmul_rate_is_that_of_a_graph(small, tmp_path, monkeypatch):
+    """The device "cpu:0" takes the way of a GPU: all but the product and its capture runs here."""
+    monkeypatch.setattr(graphs, "side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(graphs, "matmul_rate", lambda dtype: {torch.float32: 6e12}[dtype])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    table = model.run(layers=2, rounds=1, threads=None, device="cpu:0", out=tmp_path)
+    (file,) = tmp_path.glob("encoder-a-gpu-*.json")
+    for one in json.loads(file.read_text())["measurements"]:
+        assert one["machine_matmul_flops_a_second"] == 6e12
+        assert one["matmul_share"] == one["matmul_flops"] / one["seconds"] / 6e12
+    assert "a GPU" in table
 
 
 def test_a_wrong_encoder_is_not_timed(small, tmp_path):
@@ -81,6 +103,11 @@ def test_the_catalogue_shows_what_the_costs_predict():
     assert "Predicted, not measured" in kernels.predict()
 
 
+def test_released_cases_have_the_models_pages():
+    default = inspect.signature(PagedCache).parameters["page_size"].default
+    assert {case.shape["page_size"] for case in OPERATIONS["paged_attention"].cases if case.released} == {default}
+
+
 def test_a_cost_needs_no_values():
     for operation in OPERATIONS.values():
         for case in operation.cases:
@@ -97,18 +124,6 @@ def test_a_section_is_replaced_and_a_file_without_one_refused(tmp_path):
         results.replace_section(file, "report", "new")
 
 
-def test_the_table_of_a_gpu_run_shows_what_lost_and_what_was_wrong():
-    run = {"machine": "a GPU", "versions": {"torch": "2", "triton": "3"}, "commit": "0123456789"}
-    seconds = {"triton": {"median": 4e-6}, "torch": {"median": 40e-6}, "library": {"median": 2e-6}}
-    right = {"operation": "o", "case": "c", "direction": "forward", "bound_seconds": 1e-6, "seconds": seconds}
-    wrong = {"operation": "o", "case": "d", "direction": "forward", "bound_seconds": 1e-6, "seconds": {}, "wrong": "RMS error"}
-    rates = {"bytes_a_second": 4e12, "flops_a_second": 8e14}
-    lines = kernels.table({"run": run, "dtype": "bfloat16", "rates": rates, "measurements": [right, wrong]}).splitlines()
-    assert "4.00 TB/s and 800 TFLOP/s" in lines[0]
-    assert lines[-2].startswith("| `o` | c | forward | 1.0 | 25% | 4.0 | 40.0 |  | 2.0 |")
-    assert "| wrong |" in lines[-1]
-
-
 def test_a_cpu_run_measures_and_writes(tmp_path):
     quick = ("--benchmark-max-time=0.05", "--benchmark-min-rounds=2", "-k", "lora_linear and v_proj and not 128 and not compiled")
     text = kernels_cpu.run(operations=["lora_linear"], out=tmp_path, options=quick)
@@ -123,15 +138,35 @@ def test_a_borrowed_gpus_steps_are_timed_logged_and_cut_short(tmp_path, monkeypa
     def step(name: str, program: str, seconds: float) -> gpu.Step:
         return gpu.Step(name, [sys.executable, "-c", program], seconds)
 
+    started, survived = tmp_path / "started", tmp_path / "survived"
+    child = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(13); pathlib.Path({str(survived)!r}).touch()"
     interpret = "import os; print(os.environ['TRITON_INTERPRET'])"
-    planned = [step("one", interpret, 60), step("two", "raise SystemExit(3)", 60), step("three", "import time; time.sleep(60)", 10)]
-    monkeypatch.setattr(gpu, "steps", lambda out: planned)
+    slow = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    monkeypatch.setattr(
+        gpu, "steps", lambda out: [step("one", interpret, 60), step("two", "raise SystemExit(3)", 60), step("three", slow, 10)]
+    )
     assert gpu.run(tmp_path, budget=60) == 2
     done = json.loads((tmp_path / "summary.json").read_text())["steps"]
     assert [one["status"] for one in done] == [0, 3, "stopped after 10 s"]
     assert (tmp_path / "one.log").read_text() == "0\n"
     assert gpu.run(tmp_path, budget=5) == 3
     assert "no time left" in (tmp_path / "summary.json").read_text()
+    time.sleep(4)
+    assert started.exists() and not survived.exists(), "what a step started would share the GPU with the next step"
+
+
+def test_a_borrowed_gpus_steps_are_commands_that_exist_and_keep_each_others_files(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command_line, "_run", lambda options: asked.append(options) or 0)
+    for step in gpu.steps(tmp_path):
+        if "bench" in step.command:
+            monkeypatch.setattr(sys, "argv", step.command[step.command.index("bench") :])
+            with pytest.raises(SystemExit, match="0"):
+                command_line.main()
+    assert [one.command for one in asked] == ["kernels", "model", "kernels"]
+    quick, _, compiled = asked
+    assert quick.no_compiled and not compiled.no_compiled and quick.out != compiled.out
+    assert set(compiled.operation) <= set(OPERATIONS)
 
 
 def test_people_are_heard_from_wave_and_raw_files(monkeypatch, tmp_path):

@@ -256,15 +256,18 @@ def _case(
     return Case(name, _make, {**shape, **options}, released)
 
 
+# The page size of the model's cache (`granite_speech.cache.PagedCache`), and so of the released cases.
+PAGE_SIZE = 64
+
 CASES = (
-    _case("3.3-2b decode, 1 sequence", ((1, 300),), (32, 8), 64, 16, released=True),
-    _case("3.3-2b decode, 128 sequences", ((1, 200),) * 128, (32, 8), 64, 16, released=True),
-    _case("3.3-8b decode, 128 sequences", ((1, 200),) * 128, (32, 8), 128, 16, released=True),
-    _case("4.1-2b decode, 1 sequence", ((1, 300),), (16, 4), 128, 16, released=True),
-    _case("4.1-2b decode, 128 sequences", ((1, 200),) * 128, (16, 4), 128, 16, released=True),
-    _case("4.1-2b decode, long context", ((1, 16384), (1, 2048), (1, 512)), (16, 4), 128, 16, released=True),
-    _case("4.1-2b drafts of 40, 32 sequences", ((40, 200),) * 32, (16, 4), 128, 16, released=True),
-    _case("4.1-2b prefill, 32 prompts", ((150, 150),) * 32, (16, 4), 128, 16, released=True),
+    _case("3.3-2b decode, 1 sequence", ((1, 300),), (32, 8), 64, PAGE_SIZE, released=True),
+    _case("3.3-2b decode, 128 sequences", ((1, 200),) * 128, (32, 8), 64, PAGE_SIZE, released=True),
+    _case("3.3-8b decode, 128 sequences", ((1, 200),) * 128, (32, 8), 128, PAGE_SIZE, released=True),
+    _case("4.1-2b decode, 1 sequence", ((1, 300),), (16, 4), 128, PAGE_SIZE, released=True),
+    _case("4.1-2b decode, 128 sequences", ((1, 200),) * 128, (16, 4), 128, PAGE_SIZE, released=True),
+    _case("4.1-2b decode, long context", ((1, 16384), (1, 2048), (1, 512)), (16, 4), 128, PAGE_SIZE, released=True),
+    _case("4.1-2b drafts of 40, 32 sequences", ((40, 200),) * 32, (16, 4), 128, PAGE_SIZE, released=True),
+    _case("4.1-2b prefill, 32 prompts", ((150, 150),) * 32, (16, 4), 128, PAGE_SIZE, released=True),
     _case("decode", ((1, 54), (1, 97), (1, 1), (1, 16)), (8, 2), 64, 16),
     _case("drafts behind a context", ((5, 23), (1, 9), (7, 64)), (4, 2), 32, 16),
     _case("prefill", ((13, 13), (33, 33)), (4, 4), 32, 8),

@@ -1,0 +1,378 @@
+"""The kernels' benchmark: what is captured and from which tensors, what a failure leads to, and the table.
+
+Only the capture itself needs a GPU. Here a stand-in makes the calls that would be captured and keeps what they return.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from typing import ClassVar
+
+import pytest
+import torch
+from granite_kernels import OPERATIONS
+
+from bench import graphs, kernels, kernels_table
+from bench.worker import Outcome, Worker
+
+RATES = {"bytes_a_second": 4e12, "flops_a_second": 8e14}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class Recorded:
+    """Stands in for `graphs.CapturedCalls`: makes every call once, and takes 1 ms on the device for each."""
+
+    made: ClassVar[list["Recorded"]] = []
+    launch = 0.0
+
+    def __init__(self, calls):
+        self.results = [call() for call in calls]
+        self.made.append(self)
+
+    def replay_seconds(self, replays):
+        return [1e-3 * len(self.results)] * replays
+
+    def launch_seconds(self):
+        return self.launch
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Each operation with one small case as if it were a released one; returns the operations."""
+    small = {name: dataclasses.replace(op, cases=(dataclasses.replace(smallest(op), released=True),)) for name, op in OPERATIONS.items()}
+    monkeypatch.setattr(kernels, "OPERATIONS", small)
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(graphs, "CapturedCalls", Recorded)
+    monkeypatch.setattr(graphs, "side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(graphs, "l2_bytes", lambda: 1000)
+    monkeypatch.setattr(Recorded, "made", [])
+    kernels._inputs.cache_clear()
+    kernels._fault.cache_clear()
+    yield small
+    kernels._inputs.cache_clear()
+    kernels._fault.cache_clear()
+
+
+def smallest(op):
+    """The case with the least work, but some: the interpreter is slow."""
+    flops = [op.cost(**case.sizes(torch.float32)).flops for case in op.cases]
+    return op.cases[flops.index(min(filter(None, flops)))]
+
+
+def inline(function, *arguments):
+    """Stands in for `Worker.call`."""
+    return function(*arguments)
+
+
+def measured(operations, *, compiled=False, call=inline):
+    found = []
+    for _ in kernels.measure(found, operations, torch.float32, compiled, RATES, call):
+        pass
+    return found
+
+
+def test_every_way_and_direction_is_timed(on_cpu):
+    found = measured(list(on_cpu))
+    assert [(one["operation"], one["direction"]) for one in found] == [
+        (name, direction) for name, op in on_cpu.items() for direction in ("forward", "backward")[: 1 + bool(op.differentiable)]
+    ]
+    for one in found:
+        ways = {"triton", "torch"} | ({"library"} if one["direction"] == "forward" else set())
+        assert set(one["seconds"]) == ways and not one["not_timed"]
+        assert all(seconds["median"] == pytest.approx(1e-3) for seconds in one["seconds"].values())
+        assert one["direction"] == "backward" or one["bound_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("way", "direction"),
+    [("triton", "forward"), ("torch", "forward"), ("library", "forward"), ("triton", "backward"), ("torch", "backward")],
+)
+def test_every_copy_is_used(on_cpu, monkeypatch, way, direction):
+    """The tensors that the captured calls read are as many as the L2 cache asks for, each used as often as the others."""
+    (case,) = on_cpu["lora_linear"].cases
+    bytes_moved = on_cpu["lora_linear"].cost(**case.sizes(torch.float32)).bytes
+    monkeypatch.setattr(graphs, "l2_bytes", lambda: bytes_moved // 2)
+    used = []
+
+    def recording(calls):
+        if direction == "forward":
+            # What a call was made of: the keywords of a partial, or what no_grad wraps.
+            made = [getattr(call, "__wrapped__", call) for call in calls]
+            used.extend(call.keywords["x"].data_ptr() if way != "library" else call.args[0].data_ptr() for call in made)
+        else:
+            used.extend(call.args[1][0].data_ptr() for call in calls)
+        return Recorded(calls)
+
+    monkeypatch.setattr(graphs, "CapturedCalls", recording)
+    outcome = kernels.time_way("lora_linear", case.name, direction, way, torch.float32)
+    assert outcome.found["copies"] == 4 and outcome.found["calls"] == len(used) == 12 >= graphs.LEAST_CALLS
+    assert len(set(used)) == 4 and {used.count(one) for one in used} == {3}
+
+
+def test_copies_are_several_times_the_cache_and_no_more():
+    l2 = 50_000_000
+    for bytes_moved in (600_000, 4_200_000, 50_000_000, 786_000_000):
+        count = graphs.copies_needed(bytes_moved, l2)
+        assert count * bytes_moved >= 5 * l2
+        assert count == 1 or (count - 1) * bytes_moved < graphs.COLD * l2
+    assert graphs.copies_needed(786_000_000, l2) == 1
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPERATIONS.values()])
+def test_the_library_calls_are_cold_too(op):
+    """They touch fewer bytes than the kernel, by which the copies are counted."""
+    for case in op.cases:
+        if case.released:
+            sizes = case.sizes(torch.bfloat16)
+            call = op.library(**sizes)
+            tensors = [one for one in (*call.args, *call.keywords.values(), call()) if isinstance(one, torch.Tensor)]
+            touched = sum(one.numel() * one.element_size() for one in tensors)
+            assert graphs.copies_needed(op.cost(**sizes).bytes, 50_000_000) * touched >= 5 * 50_000_000
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPERATIONS.values()])
+def test_a_copy_has_the_layout_of_the_inputs(op):
+    """Views stay views of one tensor, with their strides: other strides are other loads."""
+    case = next(case for case in op.cases if not case.released)
+    inputs = case.inputs(torch.float32)
+    first, second = kernels.rotation(inputs, 2)
+    assert first is inputs
+    storages = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            moved = second[name]
+            assert moved.stride() == value.stride() and moved.data_ptr() != value.data_ptr()
+            assert torch.equal(moved.nan_to_num(), value.nan_to_num())
+            storage = storages.setdefault(value.untyped_storage().data_ptr(), moved.untyped_storage().data_ptr())
+            assert storage == moved.untyped_storage().data_ptr()
+
+
+def test_a_call_that_waits_for_the_device_has_no_time_and_is_not_compiled(on_cpu, monkeypatch):
+    def captured(calls):
+        if getattr(calls[0], "__wrapped__", calls[0]).func is on_cpu["depthwise_conv"].reference:
+            raise graphs.HostWaitError("it reads an index tensor")
+        return Recorded(calls)
+
+    asked = []
+
+    def call(function, *arguments):
+        asked.append(arguments[2:4])
+        return inline(function, *arguments)
+
+    monkeypatch.setattr(graphs, "CapturedCalls", captured)
+    forward, backward = measured(["depthwise_conv"], compiled=True, call=call)
+    assert forward["not_timed"]["torch"] == "HostWaitError: it reads an index tensor"
+    assert {"triton", "library"} == set(forward["seconds"]) and {"triton", "torch"} == set(backward["seconds"])
+    assert ("forward", "compiled") not in asked and ("backward", "compiled") not in asked
+    assert forward["not_timed"]["compiled"] == backward["not_timed"]["compiled"] == kernels.NOT_COMPILED
+
+
+def test_a_failed_capture_is_reported_by_its_cause_and_spoils_the_process(on_cpu, monkeypatch):
+    def captured(calls):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+        finally:
+            raise ValueError("capture_end() failed")
+
+    monkeypatch.setattr(graphs, "CapturedCalls", captured)
+    (case,) = on_cpu["lora_linear"].cases
+    outcome = kernels.time_way("lora_linear", case.name, "forward", "library", torch.float32)
+    assert outcome.spoiled and not outcome.found
+    assert outcome.not_timed == "RuntimeError: operation not permitted when stream is capturing; then ValueError: capture_end() failed"
+
+
+def test_a_host_wait_does_not_spoil_the_process(on_cpu, monkeypatch):
+    monkeypatch.setattr(Recorded, "launch", 1.0)
+    (case,) = on_cpu["lora_linear"].cases
+    outcome = kernels.time_way("lora_linear", case.name, "forward", "library", torch.float32)
+    assert outcome.not_timed.startswith("HostBoundError") and not outcome.spoiled and not outcome.found
+
+
+def test_a_wrong_kernel_is_not_timed(on_cpu, monkeypatch):
+    op = on_cpu["lora_linear"]
+
+    def wrong(*, impl, **inputs):
+        return op.reference(**inputs) * 1.01
+
+    monkeypatch.setitem(on_cpu, "lora_linear", dataclasses.replace(op, call=wrong))
+    forward, backward = measured(["lora_linear"])
+    assert "RMS error" in forward["wrong"] and "RMS error" in backward["wrong"]
+    assert forward["seconds"] == backward["seconds"] == {} and not Recorded.made
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_graph_that_computes_something_else_is_not_timed(on_cpu, monkeypatch, direction):
+    def captured(calls):
+        made = Recorded(calls)
+        last = made.results[-1] if direction == "forward" else made.results[-1][0]
+        last.view(-1)[-1] += 1
+        return made
+
+    monkeypatch.setattr(graphs, "CapturedCalls", captured)
+    (case,) = on_cpu["lora_linear"].cases
+    outcome = kernels.time_way("lora_linear", case.name, direction, "triton", torch.float32)
+    assert outcome.found == {"wrong": f"{direction}: the results inside a CUDA graph are not those outside"}
+
+
+def test_a_run_writes_a_file_and_its_table(on_cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs, "copy_rate", lambda: 4e12)
+    monkeypatch.setattr(graphs, "matmul_rate", lambda dtype: 8e14)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(Worker, "call", lambda self, *arguments: inline(*arguments))
+    text = kernels.run(operations=["paged_attention"], dtype=torch.float32, compiled=False, out=tmp_path)
+    (file,) = tmp_path.glob("kernels-a-gpu-*.json")
+    result = json.loads(file.read_text())
+    assert result["timing"] == "graph" and result["measurements"][0]["seconds"]["triton"]["copies"] >= 1
+    assert text.startswith(kernels_table.table(result)) and "a GPU" in text
+
+
+def test_each_shape_is_compiled_as_one_graph(on_cpu, monkeypatch):
+    """PyTorch keeps eight compiled shapes of a function, and runs the ninth uncompiled."""
+    happened = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: happened.append(options) or function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: happened.append("reset"))
+    forward, backward = measured(["lora_linear"], compiled=True)
+    assert forward["seconds"]["compiled"] and backward["seconds"]["compiled"]
+    assert happened == ["reset", {"dynamic": False, "fullgraph": True}] * 2
+
+
+def test_a_worker_keeps_its_process_until_it_is_spoiled():
+    with Worker() as worker:
+        first, second = worker.call(process_id), worker.call(process_id)
+        assert first == second != process_id()
+        assert worker.call(Outcome, {}, "failed", True).not_timed == "failed"
+        assert worker.call(process_id) != first
+
+
+def test_a_process_that_dies_takes_nothing_along():
+    with Worker() as worker:
+        assert worker.call(os._exit, 3) == Outcome(not_timed="its process ended with exit code 3", spoiled=True)
+        assert worker.call(process_id).found["process"] != os.getpid()
+
+
+def process_id() -> Outcome:
+    return Outcome({"process": os.getpid()})
+
+
+class FakeCuda:
+    """As much of torch.cuda as a capture uses; notes what happens, in order."""
+
+    def __init__(self, monkeypatch):
+        self.events = []
+        self.clock = 0.0
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.time = cuda.clock
+
+            def synchronize(self):
+                cuda.events.append("wait")
+
+            def elapsed_time(self, other):
+                return (other.time - self.time) * 1e3
+
+        class Graph:
+            def replay(self):
+                cuda.events.append("replay")
+                cuda.clock += 0.5
+
+        @contextlib.contextmanager
+        def capturing(graph, stream):
+            cuda.events.append("begin")
+            yield
+            cuda.events.append("end")
+
+        for name, value in {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": capturing,
+            "current_stream": lambda: None,
+            "synchronize": lambda: cuda.events.append("wait"),
+            "set_sync_debug_mode": lambda mode: cuda.events.append(f"waits: {mode}"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_calls_are_warmed_up_and_tried_without_waits_before_they_are_captured(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    calls = [lambda: cuda.events.append("a"), lambda: cuda.events.append("b")]
+    captured = graphs.CapturedCalls(calls)
+    assert cuda.events == ["a", "a", "waits: error", "a", "b", "waits: default", "begin", "a", "b", "end"]
+    cuda.events.clear()
+    assert captured.replay_seconds(4) == [0.5] * 4
+    assert cuda.events == ["replay"] * (4 + graphs.WARM_UP) + ["wait"]
+    assert captured.launch_seconds() >= 0
+
+
+def test_a_wait_is_found_before_the_capture_begins(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def waits():
+        if "waits: error" in cuda.events:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(graphs.HostWaitError, match="waits for the device"):
+        graphs.CapturedCalls([waits])
+    assert cuda.events == ["waits: error", "waits: default"]
+
+
+def test_another_failure_of_a_call_is_not_called_a_wait(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def fails():
+        if "waits: error" in cuda.events:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        graphs.CapturedCalls([fails])
+    assert cuda.events[-1] == "waits: default"
+
+
+def test_the_percentiles_are_of_one_call(monkeypatch):
+    class Uneven(Recorded):
+        def replay_seconds(self, replays):
+            return [number * 1e-3 for number in range(100, 0, -1)]
+
+    monkeypatch.setattr(graphs, "CapturedCalls", Uneven)
+    seconds, results = graphs.time_calls([lambda: 7] * 20)
+    assert results == [7] * 20
+    assert {name: round(value * 20e3) for name, value in seconds.items()} == {"median": 51, "p20": 21, "p80": 80}
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_wait_on_the_gpu_is_found_and_the_next_call_is_timed():
+    index = torch.arange(8, device="cuda")
+    x = torch.randn(2**24, device="cuda")
+    with graphs.side_stream(), pytest.raises(graphs.HostWaitError):
+        graphs.time_calls([index.tolist])
+    with graphs.side_stream():
+        seconds, results = graphs.time_calls([lambda: x + 1] * 20)
+        assert torch.equal(results[-1], x + 1) and 0 < seconds["median"] < 1e-3
+        torch.randn(8, device="cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_broken_capture_on_the_gpu_does_not_reach_the_next_call():
+    case = next(case for case in OPERATIONS["lora_linear"].cases if case.released)
+    with Worker() as worker:
+        assert worker.call(break_a_capture).spoiled
+        for direction, way in (("forward", "triton"), ("backward", "triton"), ("forward", "library"), ("forward", "torch")):
+            outcome = worker.call(kernels.time_way, "lora_linear", case.name, direction, way, torch.bfloat16)
+            assert 0 < outcome.found["median"] < 1e-3, outcome
+
+
+def break_a_capture() -> Outcome:
+    """Waits for the device in a way that the check before the capture does not see."""
+    try:
+        with graphs.side_stream():
+            graphs.time_calls([torch.cuda.synchronize])
+    except RuntimeError as error:
+        return Outcome(not_timed=str(error), spoiled=True)
+    return Outcome()
