@@ -10,7 +10,7 @@ transcribe: .venv/installed
 	$(BIN)/granite-speech transcribe "$(AUDIO)" $(if $(MODEL),--model "$(MODEL)")
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

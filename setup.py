@@ -42,6 +42,7 @@ setup(
             "peft>=0.21",
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "jiwer>=4",
             "matplotlib>=3.9",

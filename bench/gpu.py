@@ -31,7 +31,9 @@ class Step:
 
 def steps(out: Path) -> list[Step]:
     python = sys.executable
-    parity = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    # Nearly all of the time goes to compiling kernels, on one core each.
+    parity = [*tests, "-n", str(max(1, min(14, (os.cpu_count() or 1) - 2))), "tests"]
     kernels = [python, "-m", "bench", "kernels", "--out"]
     planned = [
         Step("parity", parity, 200),
@@ -40,7 +42,7 @@ def steps(out: Path) -> list[Step]:
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
-        odd = [*parity[:-1], "tests/test_gpu.py", "-k", "small and float16"]
+        odd = [*tests, "tests/test_gpu.py", "-k", "small and float16"]
         planned.append(Step("sanitizer", [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *odd], 90))
     # In a folder of its own: cut short, it must not replace the complete file of the step above. Of the others nothing can be compiled.
     planned.append(Step("kernels beside torch.compile", [*kernels, str(out / "compiled"), "--operation", "lora_linear"], 240))

@@ -4,6 +4,7 @@ Not collected with the tests: `python -m bench kernels` runs this file where the
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,9 @@ def run(*, operations: list[str] | None, out: Path, options: tuple[str, ...] = (
         raw = Path(folder) / "benchmark.json"
         chosen = " or ".join(f"{name}:" for name in operations or OPERATIONS)
         command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", chosen, f"--benchmark-json={raw}", "-p", "no:cacheprovider"]
-        status = subprocess.run([*command, *options], cwd=Path(__file__).parents[1], check=False).returncode
+        # Under pytest-xdist, which a test may run this from, pytest-benchmark measures nothing.
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        status = subprocess.run([*command, *options], cwd=Path(__file__).parents[1], env=alone, check=False).returncode
         if status != 0:
             raise SystemExit(f"pytest-benchmark ended with status {status}: nothing is written")
         measured = json.loads(raw.read_text())["benchmarks"]

@@ -71,7 +71,9 @@ class ModelOutput:
         return name in self.keys()
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if not isinstance(key, str):
+        if isinstance(key, int):
+            return getattr(self, self.keys()[key])
+        if isinstance(key, slice):
             return self.to_tuple()[key]
         if key not in self.keys():
             raise KeyError(key)

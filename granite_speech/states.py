@@ -71,8 +71,11 @@ class SpeechToStates(nn.Module):
             zero beyond a clip's own.
         """
         states, clips, vectors, tokens = self.encode_audio(input_features, input_features_lengths)
-        padded = clips.pad(states, input_features.shape[1])
-        output = BaseModelOutputWithPooling(last_hidden_state=padded, pooler_output=tokens.pad(vectors, tokens.longest))
+        width = input_features.shape[1]
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=Lazy(lambda: clips.pad(states, width)),
+            pooler_output=Lazy(lambda: tokens.pad(vectors, tokens.longest)),
+        )
         return output if return_dict else output.to_tuple()
 
     def encode_audio(self, features: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tensor, Segments, Tensor, Segments]:

@@ -222,6 +222,7 @@ def test_nothing_is_padded_that_nobody_reads(monkeypatch):
     assert padded == [] and heads == [int(inputs["attention_mask"].sum())]
     lazy = {name for name, value in vars(output).items() if isinstance(value, Lazy)}
     assert lazy == {"logits", "hidden_states", "audio_hidden_states"}
+    assert output[0] is output.loss and padded == [], "one field is read by position without the others"
     assert output.logits.shape[:2] == inputs["input_ids"].shape and output.logits is output["logits"] is output[1]
     assert len(output.hidden_states) == len(padded) == 3
     assert not output.logits[inputs["attention_mask"] == 0].any()
