@@ -21,7 +21,7 @@ bench: .venv/installed
 
 # The checkpoint inside the package, from nothing: two hours and 40 minutes on two cores. Stopped at any time, it goes on where it was.
 embedded: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m granite_speech.training.embedded build/embedded \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m granite_speech.training.bundled_checkpoint.recipe build/embedded \
 		--dtype bfloat16 --checkpoint granite_speech/assets/embedded --curve bench/results/embedded-training.svg
 
 .venv/installed: setup.py requirements.txt

@@ -18,7 +18,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["granite_speech*"]) + find_packages("kernels"),
+    packages=find_packages(include=["granite_speech*"], exclude=["granite_speech.training.bundled_checkpoint*"]) + find_packages("kernels"),
     package_dir={"granite_kernels": "kernels/granite_kernels"},
     package_data={"granite_speech": ["py.typed", "assets/*", "assets/embedded/*"], "granite_kernels": ["py.typed"]},
     python_requires=">=3.11,<3.14",

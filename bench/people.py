@@ -9,7 +9,7 @@ import soundfile
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.errors import MissingDependencyError
 from granite_speech.training import ctc_transcripts, read_manifest, transcripts, word_error_rate
-from granite_speech.training.vocabulary import DIGITS, NUMBERS
+from granite_speech.training.bundled_checkpoint.vocabulary import DIGITS, NUMBERS
 
 __all__ = ["hear", "sentence"]
 

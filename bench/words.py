@@ -12,20 +12,11 @@ import soundfile
 
 from bench import people, results
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
-from granite_speech.training import (
-    CONDITIONS,
-    FinetuneOptions,
-    Utterance,
-    finetune,
-    make_sentence,
-    measure,
-    read_manifest,
-    synthesize,
-    transcripts,
-    word_error_rate,
-)
+from granite_speech.training import FinetuneOptions, Utterance, finetune, read_manifest, transcripts, word_error_rate
 from granite_speech.training.augmentation import RATE
-from granite_speech.training.synthesis import draw_voices, speak
+from granite_speech.training.bundled_checkpoint.conditions import CONDITIONS, measure
+from granite_speech.training.bundled_checkpoint.synthesis import draw_voices, speak, synthesize
+from granite_speech.training.bundled_checkpoint.vocabulary import make_sentence
 
 __all__ = ["run", "table"]
 

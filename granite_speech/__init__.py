@@ -23,7 +23,7 @@ _HOMES = {
         "GraniteSpeechPlusConfig",
         "GraniteSpeechPlusEncoderConfig",
     ),
-    "encoder": ("GraniteSpeechCTCEncoder",),
+    "modules.encoder": ("GraniteSpeechCTCEncoder",),
     "errors": (
         "AudioError",
         "CheckpointError",
@@ -35,9 +35,10 @@ _HOMES = {
         "MissingDependencyError",
         "UnsupportedError",
     ),
-    "features": ("GraniteSpeechFeatureExtractor",),
+    "inputs.audio": ("load_audio",),
+    "inputs.features": ("GraniteSpeechFeatureExtractor",),
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
-    "processor": ("GraniteSpeechProcessor",),
+    "inputs.processor": ("GraniteSpeechProcessor",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -55,7 +56,6 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.config import GraniteSpeechEncoderConfig as GraniteSpeechEncoderConfig
     from granite_speech.config import GraniteSpeechPlusConfig as GraniteSpeechPlusConfig
     from granite_speech.config import GraniteSpeechPlusEncoderConfig as GraniteSpeechPlusEncoderConfig
-    from granite_speech.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
     from granite_speech.errors import AudioError as AudioError
     from granite_speech.errors import CheckpointError as CheckpointError
     from granite_speech.errors import CheckpointNotFoundError as CheckpointNotFoundError
@@ -65,11 +65,13 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.errors import KernelError as KernelError
     from granite_speech.errors import MissingDependencyError as MissingDependencyError
     from granite_speech.errors import UnsupportedError as UnsupportedError
-    from granite_speech.features import GraniteSpeechFeatureExtractor as GraniteSpeechFeatureExtractor
+    from granite_speech.inputs.audio import load_audio as load_audio
+    from granite_speech.inputs.features import GraniteSpeechFeatureExtractor as GraniteSpeechFeatureExtractor
+    from granite_speech.inputs.processor import GraniteSpeechProcessor as GraniteSpeechProcessor
     from granite_speech.model import GraniteSpeechForConditionalGeneration as GraniteSpeechForConditionalGeneration
     from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
-    from granite_speech.processor import GraniteSpeechProcessor as GraniteSpeechProcessor
+    from granite_speech.modules.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
 
 
 def _warn_of_ibms_package() -> None:

@@ -8,13 +8,14 @@ With these a model card's snippet runs with one changed import:
 from pathlib import Path
 from typing import Any
 
-from granite_speech.checkpoint import load_json, resolve
-from granite_speech.config import GraniteSpeechConfig, config_from_dict
+from granite_speech.checkpoints.folder import load_json, resolve
+from granite_speech.config import GraniteSpeechConfig
+from granite_speech.config_values import config_from_dict
 from granite_speech.errors import InputError, UnsupportedError
-from granite_speech.features import GraniteSpeechFeatureExtractor
+from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
+from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from granite_speech.model import GraniteSpeechForConditionalGeneration
-from granite_speech.processor import GraniteSpeechProcessor
-from granite_speech.tokenizer import GraniteSpeechTokenizer
 
 __all__ = ["AutoConfig", "AutoFeatureExtractor", "AutoModelForSpeechSeq2Seq", "AutoProcessor", "AutoTokenizer"]
 

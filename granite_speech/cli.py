@@ -93,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    from granite_speech.hub import EMBEDDED
-    from granite_speech.transcriber import Transcriber, TruncatedAnswerWarning
+    from granite_speech.checkpoints.hub import EMBEDDED
+    from granite_speech.transcription.transcriber import Transcriber, TruncatedAnswerWarning
 
     if options.model is None:
         print(

@@ -19,7 +19,6 @@ __all__ = [
     "GraniteSpeechEncoderConfig",
     "GraniteSpeechPlusConfig",
     "GraniteSpeechPlusEncoderConfig",
-    "config_from_dict",
 ]
 
 # Generous limits: several times what any released or announced model uses, and far below what exhausts a machine by accident.
@@ -314,40 +313,3 @@ class GraniteSpeechPlusConfig(GraniteSpeechConfig):
 
     model_type: ClassVar[str] = "granite_speech_plus"
     encoder_class: ClassVar[type[GraniteSpeechEncoderConfig]] = GraniteSpeechPlusEncoderConfig
-
-
-_WHOLE = (GraniteSpeechConfig, GraniteSpeechPlusConfig)
-_PARTS = (GraniteSpeechEncoderConfig, GraniteSpeechPlusEncoderConfig, Blip2QFormerConfig, GraniteConfig)
-_KNOWN = {cls.model_type: cls for cls in (*_WHOLE, *_PARTS)}
-_OTHER_FAMILIES = {
-    "granite_speech_nar": "a non-autoregressive checkpoint (granite-speech-4.1-2b-nar)",
-    "granite_speech5_ctc": "a TurboCTC checkpoint (granite-speech-5.0-470m-turboctc)",
-}
-
-
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """The configuration that a config.json stands for, by its `model_type`.
-
-    Raises:
-        UnsupportedError: another model family, named; or a folder that asks for code of its own.
-        ConfigError: no `model_type`, or a value that no model can be built from.
-    """
-    model_type = values.get("model_type")
-    name = model_type if isinstance(model_type, str) else ""
-    other = _OTHER_FAMILIES.get("granite_speech_nar" if "nar" in name.split("_") else name)
-    # Another family is named before its auto_map is refused: taking that out of the file would not help.
-    if "auto_map" in values and other is None:
-        raise UnsupportedError(
-            got=f"a config.json with auto_map, which asks to run code from the checkpoint ({shown(values['auto_map'])})",
-            expected="a plain granite_speech checkpoint",
-            remedy="Remove auto_map from config.json if the folder holds one; code from a checkpoint is never run",
-        )
-    if name in _KNOWN:
-        return _KNOWN[name].from_dict(values)
-    if model_type is None:
-        raise ConfigError(got="a config.json without model_type", expected="'granite_speech'", remedy="Check that the folder is a model's")
-    raise UnsupportedError(
-        got=f"model_type {shown(model_type)}" + (f", {other}" if other else ""),
-        expected="'granite_speech' or 'granite_speech_plus'",
-        remedy="Run this checkpoint with the code its model card names",
-    )

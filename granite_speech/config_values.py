@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from granite_speech.errors import ConfigError
+from granite_speech.errors import ConfigError, UnsupportedError
 
-__all__ = ["ACTIVATIONS", "Config", "activation_name", "boolean", "checked", "integer", "number", "optional", "shown"]
+__all__ = ["ACTIVATIONS", "Config", "activation_name", "boolean", "checked", "config_from_dict", "integer", "number", "optional", "shown"]
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 
@@ -57,6 +57,13 @@ def checked(default: Any, check: Callable[[Any], str | None]) -> Any:
     return field(default=default, metadata={"check": check})
 
 
+_OTHER_FAMILIES = {
+    "granite_speech_nar": "a non-autoregressive checkpoint (granite-speech-4.1-2b-nar)",
+    "granite_speech5_ctc": "a TurboCTC checkpoint (granite-speech-5.0-470m-turboctc)",
+}
+_KINDS: dict[str, type["Config"]] = {}  # by model_type; a configuration class enters itself
+
+
 @dataclass(init=False, eq=False)
 class Config:
     """What the configurations share: keyword construction, checks, unknown keys, dictionaries and files."""
@@ -64,6 +71,10 @@ class Config:
     model_type: ClassVar[str]
     earlier_model_types: ClassVar[tuple[str, ...]] = ()  # read, and never written
     attribute_map: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if "model_type" in vars(cls):
+            _KINDS[cls.model_type] = cls
 
     def __init__(self, /, *args: Any, **kwargs: Any):
         names = [one.name for one in fields(self)]
@@ -147,8 +158,7 @@ class Config:
             name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
             hub: revision, cache_dir, local_files_only and token, as in `GraniteSpeechForConditionalGeneration.from_pretrained`.
         """
-        from granite_speech.checkpoint import load_json, resolve
-        from granite_speech.config import config_from_dict
+        from granite_speech.checkpoints.folder import load_json, resolve
 
         config = config_from_dict(load_json(resolve(name_or_path, **hub) / "config.json"))
         if not isinstance(config, cls):
@@ -164,3 +174,31 @@ class Config:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(self.to_json_string())
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The configuration that a config.json stands for, by its `model_type`.
+
+    Raises:
+        UnsupportedError: another model family, named; or a folder that asks for code of its own.
+        ConfigError: no `model_type`, or a value that no model can be built from.
+    """
+    model_type = values.get("model_type")
+    name = model_type if isinstance(model_type, str) else ""
+    other = _OTHER_FAMILIES.get("granite_speech_nar" if "nar" in name.split("_") else name)
+    # Another family is named before its auto_map is refused: taking that out of the file would not help.
+    if "auto_map" in values and other is None:
+        raise UnsupportedError(
+            got=f"a config.json with auto_map, which asks to run code from the checkpoint ({shown(values['auto_map'])})",
+            expected="a plain granite_speech checkpoint",
+            remedy="Remove auto_map from config.json if the folder holds one; code from a checkpoint is never run",
+        )
+    if name in _KINDS:
+        return _KINDS[name].from_dict(values)
+    if model_type is None:
+        raise ConfigError(got="a config.json without model_type", expected="'granite_speech'", remedy="Check that the folder is a model's")
+    raise UnsupportedError(
+        got=f"model_type {shown(model_type)}" + (f", {other}" if other else ""),
+        expected="'granite_speech' or 'granite_speech_plus'",
+        remedy="Run this checkpoint with the code its model card names",
+    )

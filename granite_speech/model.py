@@ -13,21 +13,21 @@ import torch.nn.functional as F
 from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
-from granite_speech.cache import PagedCache
-from granite_speech.checkpoint import Checkpoint
+from granite_speech.checkpoints.folder import Checkpoint
+from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys
 from granite_speech.config import GraniteSpeechConfig
-from granite_speech.encoder import GraniteSpeechCTCEncoder
 from granite_speech.errors import InputError
-from granite_speech.generation import Generation
-from granite_speech.language_model import GraniteForCausalLM, GraniteModel
-from granite_speech.layouts import EMBEDDING, HEAD, canonical_keys
-from granite_speech.outputs import GraniteSpeechCausalLMOutputWithPast, GraniteSpeechModelOutputWithPast, Lazy
+from granite_speech.generation.loop import Generation
+from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
+from granite_speech.modules.forward import SpeechToStates
+from granite_speech.modules.language_model import GraniteForCausalLM, GraniteModel
+from granite_speech.modules.outputs import GraniteSpeechCausalLMOutputWithPast, GraniteSpeechModelOutputWithPast, Lazy
+from granite_speech.modules.projector import GraniteSpeechEncoderProjector
+from granite_speech.modules.prompts import HostInputs
+from granite_speech.modules.rows import Rows
+from granite_speech.modules.transfers import on_device
 from granite_speech.pretrained import Pretrained
-from granite_speech.projector import GraniteSpeechEncoderProjector
-from granite_speech.prompts import HostInputs
-from granite_speech.rows import Rows
-from granite_speech.states import SpeechToStates
-from granite_speech.transfers import on_device
 
 __all__ = ["GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"]
 

@@ -8,11 +8,12 @@ from warnings import warn
 import torch
 from torch import nn
 
-from granite_speech.adapter import AdapterConfig, LoraLinear, attach_adapter
-from granite_speech.checkpoint import Checkpoint, load_into, load_json, resolve, save
-from granite_speech.config import GraniteSpeechConfig, config_from_dict
+from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve, save
+from granite_speech.checkpoints.weight_names import HEAD, is_lora
+from granite_speech.config import GraniteSpeechConfig
+from granite_speech.config_values import config_from_dict
 from granite_speech.errors import ConfigError, InputError
-from granite_speech.layouts import HEAD, is_lora
+from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
 
 __all__ = ["Pretrained", "choose_device", "choose_dtype"]
 

@@ -24,16 +24,16 @@ from granite_kernels.launch import architecture
 from granite_kernels.launch import precompile as precompile_launches
 from torch import Tensor, nn
 
-from granite_speech.audio import load_audio
-from granite_speech.checkpoint import Checkpoint, load_json, resolve
+from granite_speech.checkpoints.folder import Checkpoint, load_json, resolve
+from granite_speech.checkpoints.weight_names import EMBEDDING
 from granite_speech.config import GraniteSpeechConfig, GraniteSpeechPlusConfig
 from granite_speech.errors import CheckpointError, GraniteSpeechError, InputError, MissingDependencyError, UnsupportedError
-from granite_speech.generation import launches_of_generate
-from granite_speech.layouts import EMBEDDING
+from granite_speech.generation.loop import launches_of_generate
+from granite_speech.inputs.audio import load_audio
+from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.pretrained import choose_device, choose_dtype
-from granite_speech.processor import GraniteSpeechProcessor
-from granite_speech.transcriber import transcript_request
+from granite_speech.transcription.transcriber import transcript_request
 
 __all__ = ["Comparison", "Stage", "report", "verify"]
 

@@ -10,9 +10,9 @@ import transformers
 
 import granite_speech
 from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
-from granite_speech.audio import load_audio
 from granite_speech.errors import CheckpointNotFoundError, InputError, UnsupportedError
-from tests.random_checkpoint import write_checkpoint
+from granite_speech.inputs.audio import load_audio
+from tests.support.random_checkpoint import write_checkpoint
 
 SAMPLE = Path(granite_speech.__file__).parent / "assets" / "jfk.flac"
 

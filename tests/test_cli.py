@@ -9,15 +9,14 @@ import sys
 import time
 import types
 import wave
-from pathlib import Path
 
 import pytest
 
 from granite_speech import __version__
 from granite_speech.cli import main
-from tests.random_checkpoint import write_checkpoint
+from tests.support.paths import ROOT
+from tests.support.random_checkpoint import write_checkpoint
 
-ROOT = Path(__file__).parent.parent
 JFK = ROOT / "granite_speech" / "assets" / "jfk.flac"
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 

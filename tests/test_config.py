@@ -20,7 +20,7 @@ from granite_speech import (
     GraniteSpeechPlusConfig,
     GraniteSpeechPlusEncoderConfig,
 )
-from granite_speech.config import config_from_dict
+from granite_speech.config_values import config_from_dict
 from granite_speech.errors import ConfigError, GraniteSpeechError, UnsupportedError
 
 NAMES = [name for name in granite_speech.__all__ if name.endswith("Config") and not name.startswith("Auto")]

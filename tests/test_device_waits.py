@@ -5,8 +5,8 @@ import torch
 
 from bench.stand_in_gpu import StandInGPU
 from granite_speech import GraniteSpeechForConditionalGeneration
-from granite_speech.transfers import on_device, on_host
-from tests.small_models import batch, small_model
+from granite_speech.modules.transfers import on_device, on_host
+from tests.support.small_models import batch, small_model
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from granite_kernels.op import CHOICE
 
 import granite_speech
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
+from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.cli import main
-from granite_speech.hub import EMBEDDED_FOLDER
 from granite_speech.training import transcripts
-from granite_speech.training.vocabulary import VOCABULARY
-from tests.spoken import SPEECH, assert_understood, load, sentences
+from granite_speech.training.bundled_checkpoint.vocabulary import VOCABULARY
+from tests.support.spoken import SPEECH, assert_understood, load, sentences
 
 SAMPLE = Path(granite_speech.__file__).parent / "assets" / "sample.flac"
 SAMPLE_WORDS = "open menu seven two five stop"

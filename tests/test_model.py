@@ -7,7 +7,7 @@ import torch
 
 from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration, GraniteSpeechModel, InputError, UnsupportedError
 from granite_speech.errors import ConfigError
-from tests.reference_models import SPECS, build_reference, clip_inputs, features, prompt, write_released_layout
+from tests.support.reference_models import SPECS, build_reference, clip_inputs, features, prompt, write_released_layout
 
 SPEC = SPECS[0]
 ALONE = 1e-5
@@ -234,7 +234,7 @@ def test_batch_norm_in_training_uses_the_frames_that_exist(model):
     """Statistics over packed frames: two clips in a batch are the same frames as no padding at all."""
     conv = copy.deepcopy(model.encoder.layers[0].conv).train()
     conv.dropout.p = 0.0
-    from granite_speech.packing import Segments
+    from granite_speech.modules.packing import Segments
 
     frames = torch.randn(23, 32)
     packed = conv(frames, Segments((9, 14), frames.device))

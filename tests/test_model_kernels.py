@@ -6,7 +6,7 @@ from granite_kernels import OPERATIONS
 from granite_kernels.op import CHOICE
 
 from granite_speech.errors import GraniteSpeechError, KernelError
-from tests.small_models import batch, small_model
+from tests.support.small_models import batch, small_model
 
 REACHED: set[str] = set()
 

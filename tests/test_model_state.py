@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from granite_speech import GraniteSpeechForConditionalGeneration
-from granite_speech.cache import PagedCache
-from granite_speech.outputs import Lazy
-from granite_speech.packing import Segments
-from granite_speech.rows import Rows
-from tests.small_models import batch, small_model
+from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.outputs import Lazy
+from granite_speech.modules.packing import Segments
+from granite_speech.modules.rows import Rows
+from tests.support.small_models import batch, small_model
 
 CPU = torch.device("cpu")
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"

@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import granite_speech
-from granite_speech.hub import EMBEDDED_FOLDER
+from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 SOURCES = {"granite_speech": ROOT / "granite_speech", "granite_kernels": ROOT / "kernels" / "granite_kernels"}
 JFK, SAMPLE = "granite_speech/assets/jfk.flac", "granite_speech/assets/sample.flac"
 
@@ -190,8 +191,9 @@ def test_what_the_wheel_holds(wheel):
     assert top == {"granite_speech", "granite_kernels", info}, "no top-level kernels, tests or bench"
     assert {"granite_speech/py.typed", "granite_kernels/py.typed", JFK, SAMPLE, "granite_speech/assets/README.md"} <= names
     assert {f"granite_speech/assets/embedded/{file.name}" for file in EMBEDDED_FOLDER.iterdir()} <= names
-    for package, folder in SOURCES.items():
-        assert {f"{package}/{one.relative_to(folder).as_posix()}" for one in folder.rglob("*.py")} <= names
+    sources = {f"{package}/{one.relative_to(folder).as_posix()}" for package, folder in SOURCES.items() for one in folder.rglob("*.py")}
+    recipe = {name for name in sources if name.startswith("granite_speech/training/bundled_checkpoint/")}
+    assert recipe and {name for name in names if name.endswith(".py")} == sources - recipe
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
     assert "granite-speech = granite_speech.cli:main" in entry_points.replace("=", " = ").replace("  ", " ")
 
@@ -217,53 +219,82 @@ sys.exit(main(["transcribe", str(sample)]))
 
 # --- who may import whom -------------------------------------------------------------------------------------------------------------
 
+# One way only: each may import those above it and those beside it. A folder counts as one.
+ORDER = (
+    ("errors",),
+    ("checkpoints",),
+    ("config", "config_values"),
+    ("inputs",),
+    ("modules",),
+    ("generation",),
+    ("engine",),
+    ("model", "pretrained"),
+    ("audio", "auto", "transcription"),
+    ("training", "interop"),
+    ("verify",),
+    ("cli", "server"),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
-def imports(path):
-    """Every module that a file imports, at the top or inside a function, for running: `from a import b` may mean the module a.b."""
+
+def modules(root, package):
+    """Name → file of every module of a package."""
+    files = (root / package).rglob("*.py")
+    return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+ALL = {**modules(ROOT, "granite_speech"), **modules(ROOT / "kernels", "granite_kernels"), **modules(ROOT, "bench")}
+
+
+def imports(file):
+    """Every module that a file imports to run, at the top or inside a function: `from a import b` may mean the module a.b."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(file.read_text())
+    for_checkers = {
+        node for one in ast.walk(tree) if getattr(getattr(one, "test", None), "id", "") == "TYPE_CHECKING" for node in ast.walk(one)
+    }
+    for node in ast.walk(tree):
+        if node in for_checkers:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: a relative import"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            assert node.level == 0, f"{file.name}: a relative import"
+            found |= {one if (one := f"{node.module}.{alias.name}") in ALL else node.module for alias in node.names}
     return found
 
 
-def own_imports(path):
-    return {name.split(".")[1] for name in imports(path) if name.startswith("granite_speech.")}
+def room(module):
+    """`granite_speech.inputs.audio` → `inputs`."""
+    return module.split(".")[1] if "." in module else ""
 
 
-# One way only; what the model's class is put together from stands on one step with it.
-STEPS = (
-    ("encoder", "projector", "language_model", "adapter"),
-    ("model", "states", "pretrained", "generation", "engine"),
-    ("transcriber",),
-    ("cli", "server"),
-)
-STEP_OF = {name: number for number, names in enumerate(STEPS) for name in names}
-
-
-@pytest.mark.parametrize("path", sorted(SOURCES["granite_kernels"].rglob("*.py")), ids=lambda path: path.stem)
-def test_kernels_import_tensors_alone(path):
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("granite_kernels")])
+def test_kernels_import_tensors_alone(name):
     allowed = {"torch", "triton", "granite_kernels", *sys.stdlib_module_names}
-    assert {name.partition(".")[0] for name in imports(path)} <= allowed
+    assert {one.partition(".")[0] for one in imports(ALL[name])} <= allowed
 
 
-@pytest.mark.parametrize("path", sorted(SOURCES["granite_speech"].glob("*.py")), ids=lambda path: path.stem)
-def test_modules_import_downwards(path):
-    if path.stem == "__init__":  # imports for type checkers alone
-        return
-    imported = own_imports(path)
-    assert not imported & {"cli", "server"}, f"{path.stem} imports a command"
-    above = {name for name in imported if STEP_OF.get(name, 0) > STEP_OF.get(path.stem, len(STEPS))}
-    assert not above, f"{path.stem} imports {sorted(above)}, which stand above it"
-    if path.stem != "verify":  # the one that compares with transformers, and imports it when called
-        assert not {name.partition(".")[0] for name in imports(path)} & {"transformers", "peft", "tests", "bench"}
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("granite_speech.")])
+def test_modules_import_downwards(name):
+    imported = imports(ALL[name])
+    above = {one for one in imported if one.startswith("granite_speech.") and RANK[room(one)] > RANK[room(name)]}
+    assert not above, f"{name} imports {sorted(above)}"
+    if room(name) not in ("verify", "interop"):  # they compare with transformers or extend it, and import it when called
+        assert not {one.partition(".")[0] for one in imported} & {"transformers", "peft", "tests", "bench"}
 
 
-def test_the_rule_is_about_files_that_are_there():
-    there = {path.stem for path in SOURCES["granite_speech"].glob("*.py")}
-    assert {"encoder", "projector", "language_model", "adapter", "model", "generation", "transcriber", "cli"} <= there
-    assert "granite_kernels" in imports(SOURCES["granite_speech"] / "encoder.py"), "the reader of imports reads"
-    assert {"model", "audio", "processor"} <= own_imports(SOURCES["granite_speech"] / "transcriber.py")
+def test_every_module_has_a_place():
+    assert {room(name) for name in ALL if name.startswith("granite_speech.")} <= RANK.keys()
+    assert {"granite_kernels", "granite_speech.modules.packing"} <= imports(ALL["granite_speech.modules.encoder"]), "the reader reads"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    TopologicalSorter({name: imports(file) & ALL.keys() - {name} for name, file in ALL.items()}).prepare()
+
+
+def test_only_the_package_itself_says_what_is_public():
+    """Subpackages export nothing; `granite_speech.training`, whose names are documented, is the exception."""
+    for name, file in ALL.items():
+        if file.name == "__init__.py" and name.count(".") and name != "granite_speech.training":
+            assert not ast.parse(file.read_text()).body, name

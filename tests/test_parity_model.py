@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from granite_speech import GraniteSpeechForConditionalGeneration
-from granite_speech.layouts import canonical_keys
-from granite_speech.packing import Segments
-from tests.reference_models import (
+from granite_speech.checkpoints.weight_names import canonical_keys
+from granite_speech.modules.packing import Segments
+from tests.support.reference_models import (
     SPECS,
     Spec,
     build_reference,

@@ -18,9 +18,9 @@ from granite_speech import (
     InputError,
     UnsupportedError,
 )
-from granite_speech.adapter import AdapterConfig, attach_adapter
-from tests.reference_models import SPECS, build_reference, clip_inputs, scale_logits, write_released_layout
-from tests.test_layouts import LAYOUTS, LORA, build, truth
+from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from tests.checkpoints.test_weight_names import LAYOUTS, LORA, build, truth
+from tests.support.reference_models import SPECS, build_reference, clip_inputs, scale_logits, write_released_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,11 +11,11 @@ import torch
 
 from granite_speech import GraniteSpeechFeatureExtractor, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor, verify
 from granite_speech.cli import main
-from granite_speech.tokenizer import GraniteSpeechTokenizer
-from tests.random_checkpoint import write_checkpoint
-from tests.reference_models import SPECS, Spec, build_reference, write_released_layout
-from tests.small_tokenizer import write_tokenizer
-from tests.test_audit import compiled
+from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
+from tests.bench.test_audit import compiled
+from tests.support.random_checkpoint import write_checkpoint
+from tests.support.reference_models import SPECS, Spec, build_reference, write_released_layout
+from tests.support.small_tokenizer import write_tokenizer
 
 WITH_ADAPTER, PLUS = SPECS[1], SPECS[3]
 
@@ -188,7 +188,7 @@ def test_a_reference_that_is_not_the_checkpoint_is_no_reference(folder, tmp_path
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_kernel_is_foreseen_and_compiled_once(dtype):
     """Eight compilations, which took most of the time on a GPU while they were made one after another."""
-    done = compiled("-m", "tests.precompilation", dtype)
+    done = compiled("-m", "tests.support.precompilation", dtype)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout)
     assert counts["unforeseen"] == counts["after"] == []

@@ -16,20 +16,16 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "augmentation": ("augment",),
     "batches": ("Batch", "BatchSource", "plan_batches"),
-    "conditions": ("CONDITIONS", "Measured", "measure"),
     "data": ("SpeechData", "TextData"),
     "dialogue": ("Dialogue",),
     "evaluation": ("ctc_transcripts", "transcripts", "word_error_rate"),
     "finetuning": ("FinetuneReport", "finetune"),
-    "lessons": ("Lessons",),
     "losses": ("LossValue", "ctc_loss", "label_loss", "speech_loss", "text_loss"),
     "manifest": ("Utterance", "read_manifest"),
     "optimizer": ("ParameterGroup", "learning_rate", "parameter_groups"),
     "options": ("PARTS", "FinetuneOptions", "TrainerOptions"),
     "preparation": ("attach_fresh_adapter", "prepare"),
-    "synthesis": ("HELD_OUT_ACCENT", "HELD_OUT_VARIANTS", "Voice", "find_voices", "synthesize"),
     "trainer": ("Trainer",),
-    "vocabulary": ("VOCABULARY", "make_sentence", "make_text_task"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -40,9 +36,6 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.training.batches import Batch as Batch
     from granite_speech.training.batches import BatchSource as BatchSource
     from granite_speech.training.batches import plan_batches as plan_batches
-    from granite_speech.training.conditions import CONDITIONS as CONDITIONS
-    from granite_speech.training.conditions import Measured as Measured
-    from granite_speech.training.conditions import measure as measure
     from granite_speech.training.data import SpeechData as SpeechData
     from granite_speech.training.data import TextData as TextData
     from granite_speech.training.dialogue import Dialogue as Dialogue
@@ -51,7 +44,6 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.training.evaluation import word_error_rate as word_error_rate
     from granite_speech.training.finetuning import FinetuneReport as FinetuneReport
     from granite_speech.training.finetuning import finetune as finetune
-    from granite_speech.training.lessons import Lessons as Lessons
     from granite_speech.training.losses import LossValue as LossValue
     from granite_speech.training.losses import ctc_loss as ctc_loss
     from granite_speech.training.losses import label_loss as label_loss
@@ -67,15 +59,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.training.options import TrainerOptions as TrainerOptions
     from granite_speech.training.preparation import attach_fresh_adapter as attach_fresh_adapter
     from granite_speech.training.preparation import prepare as prepare
-    from granite_speech.training.synthesis import HELD_OUT_ACCENT as HELD_OUT_ACCENT
-    from granite_speech.training.synthesis import HELD_OUT_VARIANTS as HELD_OUT_VARIANTS
-    from granite_speech.training.synthesis import Voice as Voice
-    from granite_speech.training.synthesis import find_voices as find_voices
-    from granite_speech.training.synthesis import synthesize as synthesize
     from granite_speech.training.trainer import Trainer as Trainer
-    from granite_speech.training.vocabulary import VOCABULARY as VOCABULARY
-    from granite_speech.training.vocabulary import make_sentence as make_sentence
-    from granite_speech.training.vocabulary import make_text_task as make_text_task
 
 
 def __getattr__(name: str):

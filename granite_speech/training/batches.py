@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from granite_speech.packing import Segments
+from granite_speech.modules.packing import Segments
 from granite_speech.training.seeds import derived_seed
 
 __all__ = ["Batch", "BatchSource", "Row", "plan_batches"]

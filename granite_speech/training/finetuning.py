@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from granite_speech.errors import InputError
+from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.model import GraniteSpeechForConditionalGeneration
-from granite_speech.processor import GraniteSpeechProcessor
 from granite_speech.training.data import Augment, SpeechData
 from granite_speech.training.dialogue import Dialogue
 from granite_speech.training.evaluation import transcripts, word_error_rate

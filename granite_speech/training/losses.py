@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from granite_kernels.op import accumulator
 from torch import Tensor
 
-from granite_speech.encoder import GraniteSpeechCTCEncoder
-from granite_speech.language_model import Tokens
 from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
+from granite_speech.modules.language_model import Tokens
 from granite_speech.training.batches import Batch
 
 __all__ = ["LossFunction", "LossValue", "ctc_logits", "ctc_loss", "label_loss", "speech_loss", "text_loss"]

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from granite_speech.audio import load_audio
 from granite_speech.config_values import shown
 from granite_speech.errors import AudioError, GraniteSpeechError, InputError, MissingDependencyError
+from granite_speech.inputs.audio import load_audio
 
 if TYPE_CHECKING:
     import torch

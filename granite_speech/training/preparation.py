@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from granite_speech.adapter import AdapterConfig, LoraLinear, attach_adapter
+from granite_speech.checkpoints.weight_names import is_lora
 from granite_speech.errors import InputError
-from granite_speech.layouts import is_lora
 from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
 from granite_speech.training.seeds import seeded
 
 __all__ = ["attach_fresh_adapter", "has_adapter", "prepare"]

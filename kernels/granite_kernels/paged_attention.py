@@ -256,7 +256,7 @@ def _case(
     return Case(name, _make, {**shape, **options}, released)
 
 
-# The page size of the model's cache (`granite_speech.cache.PagedCache`), and so of the released cases.
+# The page size of the model's cache (`granite_speech.modules.cache.PagedCache`), and so of the released cases.
 PAGE_SIZE = 64
 
 CASES = (

@@ -1,0 +1,399 @@
+"""A checkpoint's folder: which weights are in it, how they reach a module, and how a module's weights are written back.
+
+    folder = resolve("ibm-granite/granite-speech-3.3-2b")
+    checkpoint = Checkpoint.open(folder)                  # headers only: names, dtypes, shapes, all checked
+    with torch.device("meta"):
+        module = …                                        # its state dict has the canonical names of layouts.py
+    load_into(module, checkpoint, dtype=torch.bfloat16, device=torch.device("cuda"))
+
+Every layout that transformers and peft have written is read; one is written, the one that all of their versions read.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from granite_speech.checkpoints.hub import resolve
+from granite_speech.checkpoints.tensor_file import TensorEntry, open_tensors, read_header, read_tensor, same_values, staging_buffer
+from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical, canonical_keys, is_lora, is_optional
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedError
+
+__all__ = ["Checkpoint", "TensorEntry", "load_into", "load_json", "read_adapter", "resolve", "save"]
+
+_MODEL, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def load_json(path: str | Path, *, max_bytes: int = 64 * 1024 * 1024) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointNotFoundError: no such file.
+        CheckpointError: not readable, larger than max_bytes (of any file here, tokenizer.json is the largest, at some MB), not
+            UTF-8, not JSON, or not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointNotFoundError(
+            got=f"no file {path.name!r} in {str(path.parent)!r}",
+            expected="that file",
+            remedy="Check that the folder is a whole checkpoint, and download or save it again",
+        )
+    try:
+        size = path.stat().st_size
+        value = json.loads(path.read_text(encoding="utf-8")) if size <= max_bytes else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            got=f"{str(path)!r}, which does not parse: {error}", expected="a JSON object in UTF-8", remedy="Download or save the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            got=f"{str(path)!r} with {size} bytes" if size > max_bytes else f"{str(path)!r} with a {type(value).__name__}",
+            expected=f"a JSON object of at most {max_bytes} bytes",
+            remedy="Check that this is the checkpoint's own file",
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a folder, located and checked, not yet read.
+
+    Attributes:
+        folder: the folder.
+        entries: canonical name (see layouts.py) → where the tensor lies. LoRA matrices are among them as
+            `<path of the linear layer>.lora_A.weight` (rank, in_features) and `.lora_B.weight` (out_features, rank).
+        adapter_config: the content of adapter_config.json as it stands there; None without an adapter.
+    """
+
+    folder: Path
+    entries: dict[str, TensorEntry]
+    adapter_config: dict | None
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Checkpoint":
+        """Read the headers of a folder's weights: model.safetensors or its shards, and the adapter's file.
+
+        Where LoRA matrices are both in the model's file and in the adapter's (as transformers saves with an adapter
+        attached), the adapter's file is the adapter, whole: nothing of the other copy is used.
+
+        Raises:
+            CheckpointNotFoundError: no such folder, or no weights in it.
+            CheckpointError: only pickles, a damaged or truncated file, an index that does not match its shards, or an adapter
+                of which one half, weights or configuration, is missing.
+            UnsupportedError: a quantised dtype, or an adapter that is not plain LoRA.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointNotFoundError(
+                got=f"{str(folder)!r}, where there is no folder", expected="a checkpoint's folder", remedy="Check the path"
+            )
+        stored = _read_model(folder)
+        has_adapter_file = (folder / _ADAPTER).exists()
+        if has_adapter_file:
+            stored = {key: entry for key, entry in stored.items() if not is_lora(key)}
+        entries = {name: stored[key] for key, name in canonical_keys(stored).items()}
+        if has_adapter_file:
+            adapter_config, matrices = read_adapter(folder)
+            return cls(folder, entries | matrices, adapter_config)
+        has_lora, has_config = any(map(is_lora, entries)), (folder / _ADAPTER_CONFIG).exists()
+        if has_config and not has_lora:
+            _refuse_pickles(folder, "adapter_model")
+        if has_lora != has_config:
+            present, absent = ("LoRA matrices", _ADAPTER_CONFIG) if has_lora else (_ADAPTER_CONFIG, _ADAPTER)
+            raise CheckpointError(
+                got=f"{str(folder)!r} with {present} but no {absent}",
+                expected="an adapter's weights and its configuration, or neither",
+                remedy=f"Put {absent} of the same adapter beside it, or remove the {present}",
+            )
+        return cls(folder, entries, load_json(folder / _ADAPTER_CONFIG) if has_config else None)
+
+    def head_is_tied(self) -> bool:
+        """Whether the output head is the input embedding: the file has one of the two, or both with the same bytes.
+
+        The configuration's `tie_word_embeddings` stands in different places by version and contradicts itself; this does not.
+        """
+        if HEAD not in self.entries or EMBEDDING not in self.entries:
+            return True
+        return same_values(self.entries[HEAD], self.entries[EMBEDDING])
+
+
+def read_adapter(folder: str | Path) -> tuple[dict, dict[str, TensorEntry]]:
+    """An adapter's folder: adapter_config.json as it stands there, and canonical name → LoRA matrix.
+
+    Raises:
+        CheckpointNotFoundError: one of the two files is missing.
+        CheckpointError: a damaged file, or a pickle in place of adapter_model.safetensors.
+        UnsupportedError: tensors that are not LoRA matrices (DoRA magnitudes, biases, whole modules).
+    """
+    folder = Path(folder)
+    config = load_json(folder / _ADAPTER_CONFIG)
+    if not (folder / _ADAPTER).exists():
+        _refuse_pickles(folder, "adapter_model")
+    stored = read_header(folder / _ADAPTER)
+    matrices = {name: stored[key] for key, name in canonical_keys(stored).items()}
+    others = [name for name in matrices if not is_lora(name)]
+    if others:
+        raise UnsupportedError(
+            got=f"{str(folder / _ADAPTER)!r} with {_list_up_to_ten(others)}",
+            expected="LoRA matrices only (lora_A.weight and lora_B.weight)",
+            remedy="Train the adapter without modules_to_save, DoRA and LoRA biases, or merge it into the model with peft first",
+        )
+    return config, matrices
+
+
+def _read_model(folder: Path) -> dict[str, TensorEntry]:
+    """Tensors of model.safetensors, or else of the shards that the index names, by the names in the files."""
+    if (folder / _MODEL).exists():
+        return read_header(folder / _MODEL)
+    if (folder / _INDEX).exists():
+        return _read_shards(folder)
+    _refuse_pickles(folder, "")
+    adapter_only = (folder / _ADAPTER_CONFIG).exists()
+    base = load_json(folder / _ADAPTER_CONFIG).get("base_model_name_or_path") if adapter_only else None
+    raise CheckpointNotFoundError(
+        got=f"{str(folder)!r}, which has " + (f"an adapter for {base!r} and no model" if adapter_only else "no weights"),
+        expected=f"{_MODEL}, or {_INDEX} and its shards",
+        remedy="Load the model first and the adapter into it" if adapter_only else "Check the path, and that the download completed",
+    )
+
+
+def _read_shards(folder: Path) -> dict[str, TensorEntry]:
+    index = folder / _INDEX
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise _bad_index(index, "no weight_map from names to file names", "a weight_map")
+    stored: dict[str, TensorEntry] = {}
+    for shard in sorted(set(weight_map.values())):
+        # By its name alone, whether or not such a file exists: an index must not reach outside its folder. The file itself may
+        # be a link out of it, as all files in the hub's cache are.
+        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
+            raise _bad_index(index, f"the shard {shard!r}", "a plain file name that ends in .safetensors")
+        if not (folder / shard).is_file():
+            raise _bad_index(index, f"the shard {shard!r}, which is not there", "every shard in the same folder")
+        for key, entry in read_header(folder / shard).items():
+            if key in stored:
+                raise _bad_index(index, f"{key!r} in {stored[key].file.name!r} and in {shard!r}", "each tensor in one shard")
+            stored[key] = entry
+    for key in weight_map.keys() | stored.keys():
+        named, real = weight_map.get(key), stored[key].file.name if key in stored else None
+        if named != real:
+            raise _bad_index(
+                index, f"{key!r} in {named or 'no shard'} by the index and in {real or 'none'} in truth", "an index that agrees"
+            )
+    return stored
+
+
+def _bad_index(index: Path, got: str, expected: str) -> CheckpointError:
+    return CheckpointError(got=f"{str(index)!r}: {got}", expected=expected, remedy="Download or save all shards and the index again")
+
+
+def _refuse_pickles(folder: Path, prefix: str) -> None:
+    names = sorted(path.name for pattern in _PICKLES for path in folder.glob(prefix + pattern))
+    if names:
+        raise CheckpointError(
+            got=f"{str(folder)!r} with {_list_up_to_ten(names)} and no safetensors file beside them",
+            expected="safetensors files; a pickle runs code when it is opened, and none is opened here",
+            remedy="Convert it where you trust it (transformers: save_pretrained writes safetensors), or use a safetensors release",
+        )
+
+
+def _list_up_to_ten(items: Iterable[str]) -> str:
+    items = sorted(items)
+    more = f" and {len(items) - 10} more" if len(items) > 10 else ""
+    return ", ".join(items[:10]) + more
+
+
+def load_into(module: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Give a module that was built on the meta device its weights.
+
+    Names and shapes are compared first, and nothing is allocated unless all agree. A parameter that the module has under two
+    names (a tied head) is read once, whichever of the names the file has, and stays tied. The host holds at most the
+    destination's own memory and 32 MiB.
+
+    Args:
+        module: its state dict has the checkpoint's canonical names, with the LoRA matrices in place.
+        checkpoint: the weights.
+        dtype: dtype of floating-point tensors; None keeps each tensor's dtype in the file. Integers keep theirs always.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: names missing from the file or unknown to the module, other shapes, two different values for one tied
+            weight, a file that cannot be read, or a tensor of the module that no file fills.
+    """
+    plan = _plan(module, checkpoint)
+    staging = staging_buffer(device)
+    for path, tensors in groupby(plan, key=lambda item: item[0].file):
+        with open_tensors(path) as file:
+            for entry, names in tensors:
+                target = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+                _replace(module, names, read_tensor(file, entry, dtype=target, device=device, staging=staging))
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if is_optional(name) and name not in checkpoint.entries:
+            _replace(module, [name], torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))
+    unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if unfilled:
+        raise CheckpointError(
+            got=f"tensors that no file fills: {_list_up_to_ten(unfilled)}",
+            expected="non-persistent buffers with their values",
+            remedy="Build them outside the meta device, in the module's constructor",
+        )
+
+
+def _plan(module: nn.Module, checkpoint: Checkpoint) -> list[tuple[TensorEntry, list[str]]]:
+    """What to read for which names of the module, in the order in which it lies in the files; raises where they disagree."""
+    wanted = module.state_dict(keep_vars=True)  # with keep_vars, a tied parameter is one object under its names
+    names_by_tensor: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
+        names_by_tensor.setdefault(id(tensor), []).append(name)
+
+    plan, missing, wrong = [], [], []
+    for names in names_by_tensor.values():
+        stored = [name for name in names if name in checkpoint.entries]
+        if not stored:
+            missing += [" or ".join(names)] if not is_optional(names[0]) else []
+            continue
+        for name in stored:
+            entry, tensor = checkpoint.entries[name], wanted[name]
+            if entry.shape != tensor.shape or entry.dtype.is_floating_point != tensor.dtype.is_floating_point:
+                there, here = f"{tuple(entry.shape)} {entry.dtype}", f"{tuple(tensor.shape)} {tensor.dtype}"
+                wrong.append(f"{name} (in the file {there}, in the model {here})")
+            elif name != stored[0] and not same_values(checkpoint.entries[stored[0]], entry):
+                wrong.append(f"{name} (in the model tied to {stored[0]}, in the file of other values)")
+        plan.append((checkpoint.entries[stored[0]], names))
+    extra = checkpoint.entries.keys() - wanted.keys()
+    findings = {"missing in the file": missing, "unknown to the model": extra, "of another kind": wrong}
+    if missing or extra or wrong:
+        raise CheckpointError(
+            got=f"{str(checkpoint.folder)!r}: "
+            + "; ".join(f"{len(found)} weights {kind}: {_list_up_to_ten(found)}" for kind, found in findings.items() if found),
+            expected="the weights of the model that the configuration describes",
+            remedy="Check that config.json and the weights belong together",
+        )
+    return sorted(plan, key=lambda item: (item[0].file, item[0].start))
+
+
+def _replace(module: nn.Module, names: list[str], tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, under all of its names as one object."""
+    value = tensor
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        old = getattr(owner, leaf)
+        if isinstance(old, nn.Parameter) and value is tensor:
+            value = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        setattr(owner, leaf, value)
+
+
+def save(
+    folder: str | Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    config: dict,
+    adapter_tensors: dict[str, torch.Tensor] | None = None,
+    adapter_config: dict | None = None,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write a checkpoint in the layout of the released folders, which every version of transformers reads.
+
+    All files are written under temporary names first and renamed when all are complete, so that a full disk leaves an earlier
+    checkpoint in that folder as it was; it may be the folder the weights came from. Shards, index and adapter of an
+    earlier save that are not part of this one are removed; other files are left alone.
+
+    Args:
+        folder: made if it is not there.
+        tensors: canonical name → weight, without LoRA matrices. A head that is the embedding's own memory is left out.
+        config: content of config.json.
+        adapter_tensors: canonical name → LoRA matrix; None without an adapter.
+        adapter_config: content of adapter_config.json; together with adapter_tensors or not at all.
+        max_shard_size: bytes, or a number with KB, MB or GB (powers of 1000). Only a single larger tensor exceeds it.
+
+    Raises:
+        CheckpointError: a name that is not canonical, a tensor without memory, half an adapter, or a failure to write.
+    """
+    folder = Path(folder)
+    _check_names(tensors, lora=False)
+    _check_names(adapter_tensors or {}, lora=True)
+    if bool(adapter_tensors) != (adapter_config is not None):
+        raise CheckpointError(
+            got="an adapter's weights without its configuration, or the reverse", expected="both or neither", remedy="Pass both"
+        )
+    if HEAD in tensors and EMBEDDING in tensors and tensors[HEAD].data_ptr() == tensors[EMBEDDING].data_ptr():
+        tensors = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    shards = list(_split(tensors, _bytes_of(max_shard_size)))
+    names = [_MODEL] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    weights = dict(zip(names, shards, strict=True))
+    documents = {_CONFIG: config}
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {name: file for file, shard in weights.items() for name in shard}
+        documents[_INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if adapter_tensors:
+        weights[_ADAPTER] = {f"base_model.model.{name}": tensor for name, tensor in adapter_tensors.items()}
+        documents[_ADAPTER_CONFIG] = adapter_config
+    _write(folder, weights, documents)
+
+
+def _write(folder: Path, weights: dict[str, dict[str, torch.Tensor]], documents: dict[str, dict]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # In the folder itself: a rename is only atomic within one file system.
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
+            for name, content in documents.items():
+                Path(staging, name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            for name, tensors in weights.items():
+                save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, Path(staging, name), {"format": "pt"})
+                # safetensors lets the owner alone read what it writes; weights are as readable as the configuration.
+                Path(staging, name).chmod(Path(staging, _CONFIG).stat().st_mode)
+            for name in (*weights, *documents):
+                Path(staging, name).replace(folder / name)
+        earlier = {path.name for path in folder.glob("model-*-of-*.safetensors")} | {_MODEL, _INDEX, _ADAPTER, _ADAPTER_CONFIG}
+        for name in earlier - weights.keys() - documents.keys():
+            (folder / name).unlink(missing_ok=True)
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            got=f"{str(folder)!r}, which could not be written: {error}",
+            expected="a writable folder with enough free space, dense tensors with memory of their own, and JSON values",
+            remedy="Check the path, its permissions and the free disk space",
+        ) from error
+
+
+def _check_names(tensors: dict[str, torch.Tensor], *, lora: bool) -> None:
+    wrong = [name for name, tensor in tensors.items() if canonical(name) != name or is_lora(name) != lora or tensor.is_meta]
+    if wrong:
+        raise CheckpointError(
+            got=f"{len(wrong)} tensors to save: {_list_up_to_ten(wrong)}",
+            expected=f"tensors with values and with canonical names {'of LoRA matrices' if lora else 'other than of LoRA matrices'}",
+            remedy="Rename them with granite_speech.checkpoints.weight_names.canonical_keys, and pass LoRA matrices as adapter_tensors",
+        )
+
+
+def _split(tensors: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    shard, nbytes = {}, 0
+    for name, tensor in tensors.items():
+        if shard and nbytes + tensor.nbytes > limit:
+            yield shard
+            shard, nbytes = {}, 0
+        shard[name] = tensor
+        nbytes += tensor.nbytes
+    yield shard
+
+
+def _bytes_of(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)B\s*", size)
+    if found is None:
+        raise InputError(got=f"max_shard_size={size!r}", expected="bytes, or a number with KB, MB or GB", remedy="Pass for example '5GB'")
+    return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])

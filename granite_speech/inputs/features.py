@@ -1,0 +1,357 @@
+"""Log-mel features of 16 kHz speech: from waveforms to the encoder's frames.
+
+A clip's features depend on that clip alone. Clips are packed end to end, never padded to a common length, so a batch
+costs one FFT over all frames, and a clip in a batch has the features it has alone.
+
+The definition is the one of transformers' `GraniteSpeechFeatureExtractor` for a single clip: the power mel spectrogram
+of `torchaudio.transforms.MelSpectrogram` (periodic Hann window, centred frames, reflected edges, HTK triangles without
+normalisation), log10 floored at the clip's own maximum less 8, mapped by x / 4 + 1, and mel frames stacked in pairs.
+torchaudio itself is not needed.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from granite_speech.errors import ConfigError, InputError, UnsupportedError
+from granite_speech.inputs.clips import as_clips, check_clips
+
+__all__ = ["BatchFeature", "FrameCounts", "GraniteSpeechFeatureExtractor", "count_frames"]
+
+# Mel frames transformed at once: bounds the scratch memory of an hour of audio to what two minutes would need on a CPU.
+ROWS_PER_BLOCK = {"cpu": 1 << 14, "cuda": 1 << 18}
+# Of any size in a file: the largest sampling rates are below it. The filters, bins times bands, have a limit of their own.
+LARGEST_SIZE, LARGEST_FILTERS = 1_000_000, 1 << 24
+# The values torchaudio's MelSpectrogram has for what the released files leave unsaid. Nothing else is computed here.
+FIXED_MELSPEC = {
+    "f_min": 0.0,
+    "f_max": None,
+    "pad": 0,
+    "power": 2.0,
+    "normalized": False,
+    "center": True,
+    "pad_mode": "reflect",
+    "onesided": None,
+    "norm": None,
+    "mel_scale": "htk",
+}
+
+
+class BatchFeature(dict):
+    """A dictionary whose entries are attributes too, and whose tensors move together.
+
+    Entries that are not tensors (`input_features_lengths`, say) stay as they are, on the host, whatever is done.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no entry {name!r}; there are {sorted(self)}") from None
+
+    def to(self, *args, device=None, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "BatchFeature":
+        """Moves the tensors, in place as transformers does, and returns itself.
+
+        Args: a device, a dtype or both, by position or by name. Only floating-point tensors change their dtype.
+        """
+        for arg in args:
+            if isinstance(arg, torch.dtype):
+                dtype = arg
+            else:
+                device = arg
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                self[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=non_blocking)
+        return self
+
+
+class FrameCounts(NamedTuple):
+    """How long one clip is at each stage."""
+
+    mel: int
+    encoder: int
+    tokens: int
+
+
+def count_frames(samples: int, *, hop_length: int = 160, window_size: int = 15, downsample_rate: int = 5) -> FrameCounts:
+    """Lengths of a clip of `samples` samples: mel frames, encoder frames (pairs of mel frames), audio tokens.
+
+    The last projector window counts in full. A clip shorter than one hop has no pair of mel frames: no encoder frame
+    and no token.
+    """
+    mel = samples // hop_length + 1
+    encoder = mel // 2
+    tokens = -(-encoder // window_size) * (window_size // downsample_rate)
+    return FrameCounts(mel, encoder, tokens)
+
+
+class GraniteSpeechFeatureExtractor:
+    """Turns clips into log-mel features.
+
+    Args:
+        sampling_rate: in Hz, of every clip that comes in; nothing resamples here (`granite_speech.inputs.audio` does).
+        n_fft: FFT size in samples, even.
+        win_length: Hann window in samples, at most n_fft.
+        hop_length: samples from one mel frame to the next.
+        n_mels: mel bands.
+        projector_window_size: encoder frames a projector window takes in.
+        projector_downsample_rate: divides projector_window_size; window / rate audio tokens come out of a window.
+        padding_value, feature_size: kept for files that name them; neither has an effect.
+        melspec_kwargs: as written by transformers 4.x. Its entries (sample_rate, n_fft, win_length, hop_length,
+            n_mels) take precedence over the arguments of the same meaning.
+        **kwargs: kept, and written by `to_dict`.
+
+    Raises:
+        ConfigError: a size that is not a positive integer or beyond all reason, or sizes that do not fit each other.
+        UnsupportedError: melspec_kwargs asks for another kind of spectrogram.
+    """
+
+    def __init__(
+        self,
+        sampling_rate: int = 16000,
+        n_fft: int = 512,
+        win_length: int = 400,
+        hop_length: int = 160,
+        n_mels: int = 80,
+        projector_window_size: int = 15,
+        projector_downsample_rate: int = 5,
+        padding_value: float = 0.0,
+        feature_size: int | None = None,
+        melspec_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        self.melspec_kwargs = {
+            "sample_rate": sampling_rate,
+            "n_fft": n_fft,
+            "win_length": win_length,
+            "hop_length": hop_length,
+            "n_mels": n_mels,
+        }
+        if not isinstance(melspec_kwargs, dict | None):
+            raise ConfigError(
+                got=f"melspec_kwargs = {melspec_kwargs!r:.100}", expected="an object", remedy="Correct it in preprocessor_config.json"
+            )
+        for name, value in (melspec_kwargs or {}).items():
+            if name in self.melspec_kwargs:
+                self.melspec_kwargs[name] = value
+            elif name not in FIXED_MELSPEC or value != FIXED_MELSPEC[name]:
+                raise UnsupportedError(
+                    got=f"melspec_kwargs[{name!r}] = {value!r}",
+                    expected=f"only {', '.join(self.melspec_kwargs)}",
+                    remedy="Use the preprocessor_config.json that belongs to the checkpoint",
+                )
+        self.projector_window_size = projector_window_size
+        self.projector_downsample_rate = projector_downsample_rate
+        self.padding_value = padding_value
+        self.feature_size = self.melspec_kwargs["n_mels"] if feature_size is None else feature_size
+        self.extra_kwargs = kwargs
+        self._check_sizes()
+        self.sampling_rate: int = self.melspec_kwargs["sample_rate"]
+        self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _check_sizes(self) -> None:
+        sizes = {
+            **self.melspec_kwargs,
+            "projector_window_size": self.projector_window_size,
+            "projector_downsample_rate": self.projector_downsample_rate,
+        }
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
+                raise ConfigError(
+                    got=f"{name} = {value!r:.40}",
+                    expected=f"an integer from 1 to {LARGEST_SIZE}",
+                    remedy="Correct it in preprocessor_config.json",
+                )
+        n_fft, win_length = sizes["n_fft"], sizes["win_length"]
+        if n_fft * sizes["n_mels"] > LARGEST_FILTERS:
+            raise ConfigError(
+                got=f"n_fft = {n_fft} with n_mels = {sizes['n_mels']}",
+                expected=f"a product of at most {LARGEST_FILTERS}",
+                remedy="Correct them in preprocessor_config.json",
+            )
+        if n_fft % 2 or win_length > n_fft:
+            raise ConfigError(
+                got=f"n_fft = {n_fft} with win_length = {win_length}",
+                expected="an even n_fft that holds the window",
+                remedy="Correct them in preprocessor_config.json",
+            )
+        if self.projector_window_size % self.projector_downsample_rate:
+            raise ConfigError(
+                got=f"projector_downsample_rate = {self.projector_downsample_rate}",
+                expected=f"a divisor of projector_window_size = {self.projector_window_size}",
+                remedy="Correct it in preprocessor_config.json",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a file should hold: transformers 5.x reads the plain names, 4.x files have melspec_kwargs."""
+        mel = dict(self.melspec_kwargs)
+        del mel["sample_rate"]
+        return {
+            **self.extra_kwargs,
+            "feature_extractor_type": "GraniteSpeechFeatureExtractor",
+            "sampling_rate": self.sampling_rate,
+            **mel,
+            "melspec_kwargs": dict(self.melspec_kwargs),
+            "projector_window_size": self.projector_window_size,
+            "projector_downsample_rate": self.projector_downsample_rate,
+            "padding_value": self.padding_value,
+            "feature_size": self.feature_size,
+        }
+
+    def count_frames(self, samples: int) -> FrameCounts:
+        """`count_frames` with this extractor's hop, window and rate."""
+        return count_frames(
+            samples,
+            hop_length=self.melspec_kwargs["hop_length"],
+            window_size=self.projector_window_size,
+            downsample_rate=self.projector_downsample_rate,
+        )
+
+    def __call__(self, audios, device: str | torch.device | None = "cpu") -> BatchFeature:
+        """Features of a batch, padded, as the model's public `forward` takes them.
+
+        Args:
+            audios: one clip `(samples,)`, clips of one length `(batch, samples)`, or a list of clips `(samples,)` or
+                `(1, samples)` of any lengths; numpy arrays or tensors, floating point in [-1, 1] or int16.
+            device: where the features are computed and stay; None for the device of the first clip.
+
+        Returns:
+            input_features `(batch, max_frames, 2 * n_mels)` float32, zeros after a clip's end; audio_embed_sizes, audio
+            tokens of each clip; input_features_mask `(batch, max_tokens)` bool on the CPU; input_features_lengths,
+            encoder frames of each clip. Both lists are plain integers.
+
+        Raises:
+            AudioError: no clips, or a clip that is empty, not finite, complex, of another integer type or another rank.
+            InputError: what holds no clips at all, or no such device.
+        """
+        clips = as_clips(audios)
+        counts = [self.count_frames(clip.numel()) for clip in clips]
+        packed, lengths = self.extract_packed(clips, clips[0].device if device is None else device)
+        tokens = [count.tokens for count in counts]
+        mask = torch.arange(max(tokens), device="cpu").view(1, -1) < torch.tensor(tokens, device="cpu").view(-1, 1)
+        return BatchFeature(
+            input_features=torch.nn.utils.rnn.pad_sequence(packed.split(lengths), batch_first=True),
+            audio_embed_sizes=tokens,
+            input_features_mask=mask,
+            input_features_lengths=lengths,
+        )
+
+    @torch.no_grad()
+    def extract_packed(self, audios: Sequence[torch.Tensor], device: str | torch.device) -> tuple[torch.Tensor, list[int]]:
+        """Features of all clips, end to end.
+
+        Clips on the CPU are joined there and reach the device in one copy, without waiting for it. Clips that are on an
+        accelerator already cost one wait, to learn whether they are finite.
+
+        Args:
+            audios: clips `(samples,)`, float32, at least one sample each, on any device.
+            device: where to compute.
+
+        Returns:
+            `(total_frames, 2 * n_mels)` float32 on device, and each clip's number of encoder frames.
+
+        Raises:
+            AudioError: as `__call__`.
+            InputError: no such device.
+        """
+        device = _device(device)
+        hop, n_fft, n_mels = (self.melspec_kwargs[name] for name in ("hop_length", "n_fft", "n_mels"))
+        check_clips(audios)
+        counts = [self.count_frames(clip.numel()) for clip in audios]
+        # Each clip's stretch of the buffer begins at a multiple of hop, so that one strided view holds the frames of all
+        # clips; the few frames that lie across a border are computed with the others and never read.
+        rows = [-(-(clip.numel() + n_fft) // hop) for clip in audios]
+        first_row = np.cumsum([0, *rows])
+        total_rows = int(first_row[-1])
+        signal = self._lay_out(audios, first_row[:-1] * hop, total_rows * hop + n_fft, device)
+        log_mel = self._log_mel(signal, total_rows)
+
+        per_clip = np.array([[count.mel, row] for count, row in zip(counts, rows, strict=True)], dtype=np.int64)
+        within = np.arange(total_rows) - np.repeat(first_row[:-1], per_clip[:, 1])
+        mel_count = np.repeat(per_clip[:, 0], per_clip[:, 1])
+        # Border rows are counted to a clip of their own, whose maximum nobody reads.
+        owner = np.where(within < mel_count, np.repeat(np.arange(len(audios)), per_clip[:, 1]), len(audios))
+        keep = np.flatnonzero(within < mel_count // 2 * 2)
+        owner, keep = torch.from_numpy(owner).to(device), torch.from_numpy(keep).to(device)
+
+        # The odd last frame is dropped after it has had its say in the maximum.
+        loudest = torch.full((len(audios) + 1,), -math.inf, device=device, dtype=torch.float32)
+        loudest.scatter_reduce_(0, owner, log_mel.amax(dim=1), "amax")
+        floor = (loudest - 8.0)[owner[keep]].unsqueeze(1)
+        features = torch.maximum(log_mel[keep], floor).div_(4).add_(1)
+        return features.view(-1, 2 * n_mels), [count.encoder for count in counts]
+
+    def _lay_out(self, audios: Sequence[torch.Tensor], starts: np.ndarray, size: int, device: torch.device) -> torch.Tensor:
+        """One buffer `(size,)` with every clip at its start, half an FFT of reflected samples on either side."""
+        half = self.melspec_kwargs["n_fft"] // 2
+        on_host = all(clip.device.type == "cpu" for clip in audios)
+        pinned = on_host and device.type == "cuda"
+        signal = torch.zeros(size, dtype=torch.float32, device="cpu" if on_host else device, pin_memory=pinned)
+        for clip, start in zip(audios, starts.tolist(), strict=True):
+            signal[start + half : start + half + clip.numel()].copy_(clip)
+        signal = signal.to(device, non_blocking=pinned)
+
+        samples = np.array([clip.numel() for clip in audios], dtype=np.int64)[:, None]
+        edge = np.tile(np.arange(half), (len(audios), 1))
+        position = np.concatenate([edge - half, edge + samples], axis=1)
+        # The reflection repeats with period 2 * (n - 1): a clip shorter than half an FFT is walked to and fro.
+        period = np.maximum(2 * (samples - 1), 1)
+        folded = position % period
+        source = np.where(samples == 1, 0, np.minimum(folded, period - folded))
+        target_and_source = np.stack([position, source]) + (starts[:, None] + half)
+        target, source = torch.from_numpy(target_and_source.reshape(2, -1)).to(device)
+        signal[target] = signal[source]
+        return signal
+
+    def _log_mel(self, signal: torch.Tensor, total_rows: int) -> torch.Tensor:
+        """log10 of the mel power of every frame: `(total_rows, n_mels)` float32."""
+        hop, n_fft, n_mels = (self.melspec_kwargs[name] for name in ("hop_length", "n_fft", "n_mels"))
+        window, filters = self._constants_on(signal.device)
+        frames = signal.unfold(0, n_fft, hop)
+        log_mel = torch.empty(total_rows, n_mels, dtype=torch.float32, device=signal.device)
+        block = ROWS_PER_BLOCK.get(signal.device.type, ROWS_PER_BLOCK["cpu"])
+        for begin in range(0, total_rows, block):
+            end = min(begin + block, total_rows)
+            spectrum = torch.fft.rfft(frames[begin:end] * window)
+            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+            # In float64, which no setting for faster float32 products and no autocast can make coarser.
+            mel = torch.mm(power.double(), filters)
+            log_mel[begin:end] = mel.float().clamp_(min=1e-10).log10_()
+        return log_mel
+
+    def _constants_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Window `(n_fft,)` float32 and filters `(n_fft // 2 + 1, n_mels)` float64, made once for a device."""
+        if device not in self._constants:
+            kwargs = self.melspec_kwargs
+            window = torch.hann_window(kwargs["win_length"], periodic=True, dtype=torch.float32, device="cpu")
+            left = (kwargs["n_fft"] - kwargs["win_length"]) // 2
+            window = torch.nn.functional.pad(window, (left, kwargs["n_fft"] - kwargs["win_length"] - left))
+            filters = mel_filters(kwargs["n_fft"] // 2 + 1, kwargs["n_mels"], kwargs["sample_rate"]).double()
+            self._constants[device] = window.to(device), filters.to(device)
+        return self._constants[device]
+
+
+def mel_filters(num_bins: int, n_mels: int, sampling_rate: int) -> torch.Tensor:
+    """HTK triangles, `(num_bins, n_mels)` float32 on the CPU.
+
+    Rounded to float32 at each step, in torchaudio's order: a tone that falls on the foot of a triangle shows the
+    rounding of the triangle's corners, and a more exact filter would differ there by far more than the tolerance.
+    """
+    top = float(sampling_rate // 2)
+    bins = torch.linspace(0, top, num_bins, dtype=torch.float32, device="cpu")
+    corners = torch.linspace(0.0, 2595.0 * math.log10(1.0 + top / 700.0), n_mels + 2, dtype=torch.float32, device="cpu")
+    corners = 700.0 * (10.0 ** (corners / 2595.0) - 1.0)
+    width = corners[1:] - corners[:-1]
+    rising = (bins[:, None] - corners[None, :-2]) / width[:-1]
+    falling = (corners[None, 2:] - bins[:, None]) / width[1:]
+    return torch.minimum(rising, falling).clamp_(min=0.0)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(got=f"device {device!r:.100}", expected="a device of torch's", remedy="Pass 'cpu' or 'cuda'") from error

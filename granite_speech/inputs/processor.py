@@ -1,0 +1,200 @@
+"""Prompt and sound together: what the model's `forward` and `generate` take.
+
+The counterpart of transformers' `GraniteSpeechProcessor`; reads the files of transformers 4.x and 5.x, writes both.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from granite_speech.checkpoints.folder import load_json, resolve
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedError
+from granite_speech.inputs.audio import resample
+from granite_speech.inputs.clips import as_clips, check_clips
+from granite_speech.inputs.features import BatchFeature, GraniteSpeechFeatureExtractor
+from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer, write_chat_template
+
+__all__ = ["BatchFeature", "GraniteSpeechProcessor"]
+
+EXTRACTOR_TYPE = "GraniteSpeechFeatureExtractor"
+
+
+class GraniteSpeechProcessor:
+    """A feature extractor and a tokenizer that agree on the number of audio tokens.
+
+    Args:
+        audio_processor: the feature extractor.
+        tokenizer: the tokenizer; its own audio_token, where it has one, comes before the argument.
+        audio_token: stands in a prompt for one clip.
+        chat_template: replaces the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        audio_processor: GraniteSpeechFeatureExtractor,
+        tokenizer: GraniteSpeechTokenizer,
+        audio_token: str = "<|audio|>",
+        chat_template: str | dict[str, str] | None = None,
+    ):
+        self.audio_processor = audio_processor
+        self.tokenizer = tokenizer
+        self.audio_token: str = getattr(tokenizer, "audio_token", None) or audio_token
+        self.chat_template = tokenizer.chat_template if chat_template is None else chat_template
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        audio=None,
+        device: str | torch.device | None = "cpu",
+        sampling_rate: int | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool = True,
+        **kwargs,
+    ) -> BatchFeature:
+        """Inputs of the model for prompts and their clips.
+
+        Args:
+            text: one prompt or a list; each `<|audio|>` in it stands for one clip, in order, across all prompts.
+            audio: as `GraniteSpeechFeatureExtractor.__call__`; None where no prompt has a clip. An array of two dimensions is
+                several clips `(clips, samples)`, as in transformers, and never the channels of one: for those pass `audio.mean(0)`.
+            device: where features are computed and stay. Token ids stay on the CPU until `.to(device)`.
+            sampling_rate: of the clips, in Hz, where the caller knows it; clips of another rate than the model's are resampled
+                (`granite_speech.inputs.audio.resample`, which needs torchaudio). None: they are at the model's.
+            return_tensors: "pt", or None for token ids in lists.
+            padding: fill shorter prompts up, on the tokenizer's padding_side.
+
+        Returns:
+            input_ids and attention_mask `(prompts, tokens)` int64; with audio also input_features
+            `(clips, max_frames, 2 * n_mels)` float32, input_features_mask `(clips, max_tokens)` bool and
+            input_features_lengths, encoder frames of each clip as a list. A clip under one hop has no token.
+
+        Raises:
+            InputError: other options; placeholders and clips that differ in number.
+            AudioError: a clip that cannot be used; a rate that no recording has.
+            MissingDependencyError: another sampling rate, and torchaudio cannot be imported.
+        """
+        if kwargs:
+            raise InputError(
+                got=f"unknown options {sorted(kwargs)}",
+                expected="text, audio, device, sampling_rate, return_tensors and padding",
+                remedy="The clips are named audio" if "audios" in kwargs else "Leave them out",
+            )
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
+            raise InputError(got=f"text of type {type(text).__name__}", expected="a string or a list of strings", remedy="Pass those")
+        if audio is not None and sampling_rate is not None:
+            audio = self._at_own_rate(audio, sampling_rate)
+        features = BatchFeature() if audio is None else self.audio_processor(audio, device=device)
+        texts = self._expand(texts, features.pop("audio_embed_sizes", []))
+        return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **features})
+
+    def _at_own_rate(self, audio, sampling_rate: int) -> list[torch.Tensor]:
+        """The clips, resampled where they are at another rate. They are looked at first: a filter would spread a NaN."""
+        clips = as_clips(audio)
+        check_clips(clips)
+        return [resample(clip, sampling_rate, self.audio_processor.sampling_rate) for clip in clips]
+
+    def _expand(self, texts: Sequence[str], sizes: list[int]) -> list[str]:
+        """Puts as many audio tokens in place of each placeholder as its clip has."""
+        pieces = [text.split(self.audio_token) for text in texts]
+        placeholders = sum(len(piece) - 1 for piece in pieces)
+        if placeholders != len(sizes):
+            raise InputError(
+                got=f"{placeholders} placeholder(s) {self.audio_token} for {len(sizes)} clip(s)",
+                expected="one placeholder for each clip",
+                remedy=f"Put {self.audio_token} into the prompt once where each clip belongs; "
+                "of one clip with several channels pass the mean, audio.mean(0)",
+            )
+        size = iter(sizes)
+        return [piece[0] + "".join(self.audio_token * next(size) + rest for rest in piece[1:]) for piece in pieces]
+
+    def decode(self, token_ids, skip_special_tokens: bool = False) -> str | list[str]:
+        """See `GraniteSpeechTokenizer.decode`."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def batch_decode(self, sequences, skip_special_tokens: bool = False, *, add_special_tokens: bool = False) -> list[str]:
+        """See `GraniteSpeechTokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, tokenize: bool = False, **kwargs):
+        """See `GraniteSpeechTokenizer.apply_chat_template`; here, as in transformers, text is the default."""
+        if chat_template is None and isinstance(self.chat_template, str):
+            chat_template = self.chat_template
+        elif isinstance(self.chat_template, dict):
+            chat_template = self.chat_template.get(chat_template or "default", chat_template)
+        return self.tokenizer.apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **unknown: Any,
+    ) -> "GraniteSpeechProcessor":
+        """Reads the processor of a folder or hub id.
+
+        5.x keeps the feature extractor inside processor_config.json, 4.x in preprocessor_config.json.
+
+        Raises:
+            CheckpointNotFoundError: no such folder or id, or neither file in it, or no tokenizer.json.
+            CheckpointError, ConfigError: a file that is not what its name says.
+            UnsupportedError: the feature extractor of another model.
+            InputError: other options.
+        """
+        if unknown:
+            raise InputError(
+                got=f"unknown options {', '.join(sorted(unknown))} for from_pretrained",
+                expected="revision, cache_dir, local_files_only and token",
+                remedy="Leave them out; code from a checkpoint is never run",
+            )
+        folder = resolve(
+            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+        )
+        file, legacy_file = folder / "processor_config.json", folder / "preprocessor_config.json"
+        config = load_json(file) if file.is_file() else {}
+        extractor, audio_token = config.get("audio_processor"), config.get("audio_token", "<|audio|>")
+        if not isinstance(extractor, dict | None) or not isinstance(audio_token, str) or not audio_token:
+            raise CheckpointError(
+                got=f"{file} with audio_processor {extractor!r:.100} and audio_token {audio_token!r:.100}",
+                expected="an object and a token",
+                remedy="Download it again",
+            )
+        if extractor is None:
+            if not legacy_file.is_file():
+                raise CheckpointNotFoundError(
+                    got=f"no feature extractor in {folder}",
+                    expected="processor_config.json with an audio_processor, or preprocessor_config.json",
+                    remedy="Name a whole checkpoint folder or a hub id",
+                )
+            extractor = load_json(legacy_file)
+        extractor = {name: value for name, value in extractor.items() if name != "processor_class"}
+        kind = extractor.pop("feature_extractor_type", EXTRACTOR_TYPE)
+        if kind != EXTRACTOR_TYPE:
+            raise UnsupportedError(
+                got=f"feature_extractor_type = {kind!r}", expected=EXTRACTOR_TYPE, remedy="Name a Granite Speech checkpoint"
+            )
+        tokenizer = GraniteSpeechTokenizer.from_folder(folder)
+        return cls(GraniteSpeechFeatureExtractor(**extractor), tokenizer, audio_token=audio_token)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes processor_config.json (5.x), preprocessor_config.json (4.x), the tokenizer's files and the chat template."""
+        folder = Path(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_chat_template(folder, self.chat_template)
+        name = type(self).__name__
+        extractor = self.audio_processor.to_dict()
+        _write_json(
+            folder / "processor_config.json", {"processor_class": name, "audio_token": self.audio_token, "audio_processor": extractor}
+        )
+        _write_json(folder / "preprocessor_config.json", {**extractor, "processor_class": name})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

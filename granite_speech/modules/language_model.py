@@ -1,0 +1,232 @@
+"""The Granite language model, packed: tokens of all sequences in one tensor, `(total_tokens, hidden)`.
+
+Llama with four multipliers (Granite 3.0, arXiv 2408.13359): of the embeddings, of the attention scores in place of
+1/sqrt(head_dim), of every residual branch, and a divisor of the logits. Names and arithmetic are those of transformers'
+`GraniteForCausalLM`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from granite_kernels import OPERATIONS, paged_attention
+from granite_kernels.op import accumulator
+from torch import Tensor, nn
+
+from granite_speech.config import GraniteConfig
+from granite_speech.modules.activations import activation
+from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.cache import CacheStep
+from granite_speech.modules.packing import Segments
+
+__all__ = ["GraniteForCausalLM", "GraniteModel", "Tokens"]
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What every layer needs to know of the tokens it is given.
+
+    Attributes:
+        segments: where each sequence lies.
+        positions: `(total_tokens,)` int64, of the rotary embedding.
+        adapter_index: `(total_tokens,)` int32, 0 with the adapter and −1 without; None: all tokens have it.
+        step: the cache's view for this call; None: nothing is remembered.
+        attentions: a list that takes each layer's softmax weights, one tensor `(heads, queries, keys)` a sequence.
+    """
+
+    segments: Segments
+    positions: Tensor
+    adapter_index: Tensor | None = None
+    step: CacheStep | None = None
+    attentions: list[list[Tensor]] | None = None
+
+
+class GraniteRMSNorm(nn.Module):
+    """`weight · x / sqrt(mean(x²) + eps)`; statistics in float32 at least, rounded before the weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(accumulator(x.dtype))
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps:g}"
+
+
+class GraniteAttention(nn.Module):
+    """Causal attention with grouped key and value heads and rotary positions."""
+
+    def __init__(self, config: GraniteConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.attention_head_dim
+        self.scaling, self.dropout = float(config.attention_multiplier), config.attention_dropout
+        queries, keys, bias = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim, config.attention_bias
+        self.q_proj = LoraLinear(config.hidden_size, queries, bias=bias)
+        self.k_proj = LoraLinear(config.hidden_size, keys, bias=bias)
+        self.v_proj = LoraLinear(config.hidden_size, keys, bias=bias)
+        self.o_proj = LoraLinear(queries, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, rotary: Rotary, tokens: Tokens) -> Tensor:
+        q, k, v = (proj(x, tokens.adapter_index).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        step, segments = tokens.step, tokens.segments
+        if step is not None:
+            step.write(self.layer, k, v)
+        if step is not None and (step.has_past or self._reads_own_pages(q)):
+            pools = step.cache.keys[self.layer], step.cache.values[self.layer]
+            extent = {"max_query_len": segments.longest, "scale": self.scaling}
+            out = paged_attention(q, *pools, step.block_table, step.kv_lens, segments.cu_seqlens, **extent)
+        else:
+            # Every key is of this call: nothing need be read back from pages, and gradients flow.
+            out = causal_attention(q, k, v, segments, self.scaling, self.dropout if self.training else 0.0)
+        if tokens.attentions is not None:
+            tokens.attentions.append(attention_weights(q, k, segments, self.scaling))
+        return self.o_proj(out.flatten(1), tokens.adapter_index)
+
+    @staticmethod
+    def _reads_own_pages(q: Tensor) -> bool:
+        # The kernel takes prompts of all lengths at once, where SDPA would be called once a sequence; but it has no backward.
+        differentiates = torch.is_grad_enabled() and q.requires_grad
+        return not differentiates and OPERATIONS["paged_attention"].resolve(None, q.device, q.dtype) == "triton"
+
+    def extra_repr(self) -> str:
+        return OPERATIONS["paged_attention"].backend(self.q_proj.weight)
+
+
+def rotary_embedding(config: GraniteConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
+    """Cosine and sine of every position, `(total_tokens, 1, head_dim)` each; computed in float32, rounded to dtype."""
+    rope, width = config.rope_parameters, config.attention_head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    angles = positions.float()[:, None, None] * torch.cat((frequencies, frequencies))
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + head_dim / 2) of `(total_tokens, heads, head_dim)` by their position's angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, dropout: float) -> Tensor:
+    """Each sequence of a packed batch by itself, through SDPA; `(total_tokens, heads, head_dim)` in and out."""
+    options = {"is_causal": True, "scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
+
+    def attend(*batch: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in batch), **options).transpose(1, 2)
+
+    if segments.total == 0:
+        return q
+    if len(set(segments.lengths)) == 1:
+        return attend(*(one.unflatten(0, (len(segments.lengths), -1)) for one in (q, k, v))).flatten(0, 1)
+    if torch.is_grad_enabled() and q.requires_grad and len(segments.lengths) * segments.longest <= 1.5 * segments.total:
+        # Training, on nearly equal lengths: one call on a rectangle. No position looks at the padding, which lies behind it.
+        width, places = segments.longest, segments.rows_at(range(0, len(segments.lengths) * segments.longest, segments.longest))
+        return attend(*(segments.pad(one, width) for one in (q, k, v))).flatten(0, 1).index_select(0, places)
+    pieces = zip(*(one.split(segments.lengths) for one in (q, k, v)), strict=True)
+    return torch.cat([attend(*(one.unsqueeze(0) for one in piece)).squeeze(0) for piece in pieces if piece[0].shape[0]])
+
+
+def attention_weights(q: Tensor, k: Tensor, segments: Segments, scale: float) -> list[Tensor]:
+    """Softmax weights of each sequence, `(heads, queries, keys)`: for looking at, computed beside the attention itself."""
+    weights = []
+    for queries, keys in zip(q.split(segments.lengths), k.split(segments.lengths), strict=True):
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.einsum("qhd,khd->hqk", queries, keys).float() * scale
+        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        weights.append(scores.masked_fill(future, float("-inf")).softmax(-1).to(q.dtype))
+    return weights
+
+
+class GraniteMLP(nn.Module):
+    """`W_down (act(W_gate x) · W_up x)`."""
+
+    def __init__(self, config: GraniteConfig):
+        super().__init__()
+        self.gate_proj = LoraLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = LoraLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = LoraLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = activation(config.hidden_act)
+
+    def forward(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
+        hidden = self.activation(self.gate_proj(x, adapter_index)) * self.up_proj(x, adapter_index)
+        return self.down_proj(hidden, adapter_index)
+
+
+class GraniteDecoderLayer(nn.Module):
+    """Attention and MLP, each normed before, each branch times `residual_multiplier`."""
+
+    def __init__(self, config: GraniteConfig, layer: int):
+        super().__init__()
+        self.residual_multiplier = float(config.residual_multiplier)
+        self.self_attn = GraniteAttention(config, layer)
+        self.mlp = GraniteMLP(config)
+        self.input_layernorm = GraniteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = GraniteRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: Rotary, tokens: Tokens) -> Tensor:
+        x = torch.add(x, self.self_attn(self.input_layernorm(x), rotary, tokens), alpha=self.residual_multiplier)
+        return torch.add(x, self.mlp(self.post_attention_layernorm(x), tokens.adapter_index), alpha=self.residual_multiplier)
+
+
+class GraniteModel(nn.Module):
+    """Embeddings, layers and the final norm."""
+
+    def __init__(self, config: GraniteConfig):
+        super().__init__()
+        self.config = config
+        self.embedding_multiplier = float(config.embedding_multiplier)
+        pad = config.pad_token_id
+        inside = pad is not None and 0 <= pad < config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad if inside else None)
+        self.layers = nn.ModuleList([GraniteDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = GraniteRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None = None) -> Tensor:
+        """Run packed embeddings through the layers.
+
+        Args:
+            embeddings: `(total_tokens, hidden)`, before the embedding multiplier.
+            tokens: where they lie, and what is remembered.
+            collected: a list that takes the multiplied embeddings and every layer's output, the last one behind the norm.
+
+        Returns:
+            `(total_tokens, hidden)` behind the final norm.
+        """
+        x = embeddings * self.embedding_multiplier
+        rotary = rotary_embedding(self.config, tokens.positions, x.dtype)
+        for layer in self.layers:
+            if collected is not None:
+                collected.append(x)
+            x = layer(x, rotary, tokens)
+        x = self.norm(x)
+        if collected is not None:
+            collected.append(x)
+        return x
+
+
+class GraniteForCausalLM(nn.Module):
+    """The language model with its head; `model` and `lm_head` as in the checkpoints."""
+
+    def __init__(self, config: GraniteConfig, tied: bool):
+        super().__init__()
+        self.config = config
+        self.model = GraniteModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(..., hidden)` → `(..., vocabulary)`, divided by `logits_scaling`."""
+        return self.lm_head(hidden) / self.config.logits_scaling

@@ -1,0 +1,161 @@
+"""What the models return: transformers 5.x's output types, by attribute, by key and by position."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.rows import Rows
+
+__all__ = [
+    "BaseModelOutputWithPooling",
+    "GenerateOutput",
+    "GraniteSpeechCausalLMOutputWithPast",
+    "GraniteSpeechModelOutputWithPast",
+    "Lazy",
+    "ModelOutput",
+]
+
+
+class Lazy:
+    """The value of an output's field, computed when the field is first read.
+
+    It is computed in the gradient mode of the call that returned the output, whatever the mode of the reader.
+    """
+
+    def __init__(self, compute: Callable[[], Any]):
+        self._compute = compute
+        self._inference, self._gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def value(self) -> Any:
+        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._gradients):
+            return self._compute()
+
+
+@dataclass
+class ModelOutput:
+    """A record whose fields that are not None can also be reached by key and by position, in order of definition."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if isinstance(value, Lazy):
+            value = value.value()
+            setattr(self, name, value)
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    def keys(self) -> list[str]:
+        return [one.name for one in fields(self) if vars(self)[one.name] is not None and not one.metadata.get("internal")]
+
+    def values(self) -> list[Any]:
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        return list(zip(self.keys(), self.values(), strict=True))
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are not None: what `return_dict=False` returns."""
+        return tuple(self.values())
+
+    def __iter__(self):
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, int):
+            return getattr(self, self.keys()[key])
+        if isinstance(key, slice):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+
+@dataclass
+class BaseModelOutputWithPooling(ModelOutput):
+    """Of the encoder, and of `get_audio_features`.
+
+    Attributes:
+        last_hidden_state: `(clips, frames, width)`, the encoder's output; zero beyond a clip's length.
+        pooler_output: `(clips, audio tokens, text hidden size)`, the projector's output; None from the encoder alone.
+        hidden_states: input projection and every block, each `(clips, frames, hidden_dim)`, if requested.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GraniteSpeechModelOutputWithPast(ModelOutput):
+    """Of `GraniteSpeechModel`.
+
+    Attributes:
+        last_hidden_state: `(batch, sequence, hidden)` after the final norm; zero where the attention mask is 0.
+        past_key_values: keys and values seen so far, to give to the next call.
+        hidden_states: embeddings and every layer, the last one after the final norm.
+        attentions: softmax weights a layer, `(batch, heads, queries, keys)`.
+        audio_hidden_states: `(clips, audio tokens, hidden)`, the projector's output.
+        packed_states: `last_hidden_state` without padding, `(total_tokens, hidden)`; not among the keys.
+        rows: where the packed tokens lie in the batch; not among the keys.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: PagedCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    packed_states: torch.Tensor | None = field(default=None, repr=False, metadata={"internal": True})
+    rows: Rows | None = field(default=None, repr=False, metadata={"internal": True})
+
+    def states_to_project(self) -> torch.Tensor:
+        """Packed states for the language model's head: those of `last_hidden_state` if a hook has looked at it or replaced it."""
+        untouched = isinstance(vars(self)["last_hidden_state"], Lazy)
+        return self.packed_states if untouched else self.rows.pack(self.last_hidden_state)
+
+
+@dataclass
+class GraniteSpeechCausalLMOutputWithPast(ModelOutput):
+    """Of `GraniteSpeechForConditionalGeneration`.
+
+    Attributes:
+        loss: next-token cross entropy, a scalar, if labels were given.
+        logits: `(batch, kept positions, vocabulary)`, divided by `logits_scaling`; zero where the attention mask is 0.
+        past_key_values, hidden_states, attentions, audio_hidden_states: as `GraniteSpeechModelOutputWithPast`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: PagedCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    audio_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class GenerateOutput(ModelOutput):
+    """Of `generate` with `return_dict_in_generate`; rows are those of the batch, each `num_return_sequences` times.
+
+    Attributes:
+        sequences: `(rows, prompt + new tokens)`, the prompts in front.
+        sequences_scores: `(rows,)` float32, of beams, if output_scores: log-probability over length to `length_penalty`.
+        scores: one tensor per step with the scores its tokens were chosen from, if output_scores: `(rows, vocabulary)` float32,
+            without meaning for a row that has ended; for beams `(batch * num_beams, vocabulary)`, log-probabilities of the open
+            beams' next tokens.
+        beam_indices: `(rows, new tokens)` int32, of beams: the open beam, counted over the batch, that each token was added to;
+            −1 after an answer's end.
+    """
+
+    sequences: torch.Tensor
+    sequences_scores: torch.Tensor | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    beam_indices: torch.Tensor | None = None

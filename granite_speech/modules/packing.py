@@ -1,0 +1,100 @@
+"""Packed segments: one tensor of all clips' frames (or all sequences' tokens), and where each lies in it.
+
+Lengths are kept on the host beside `cu_seqlens` on the device, so that no shape ever has to be asked back from the device.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from granite_speech.errors import InputError
+from granite_speech.modules.transfers import on_device
+
+__all__ = ["Segments", "host_lengths", "pack_clips"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where each clip or sequence lies in a packed tensor.
+
+    Attributes:
+        lengths: frames or tokens of each.
+        device: where the packed tensor is.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each segment, and after the last the total."""
+        return tuple(accumulate(self.lengths, initial=0))
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """`starts` as int32 on the device: what the kernels read."""
+        return on_device(self.starts, self.device, torch.int32)
+
+    @property
+    def total(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def rows_at(self, places: Iterable[int]) -> Tensor:
+        """`(total,)` int64: each packed row's place where segment i begins at row `places[i]`."""
+        rows = [torch.arange(place, place + length) for place, length in zip(places, self.lengths, strict=True)]
+        return on_device(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), self.device)
+
+    def pad(self, packed: Tensor, width: int) -> Tensor:
+        """`(total, ...)` → `(segments, width, ...)`, zero beyond a segment's length."""
+        return self.pad_to_multiple(packed, width, (1,) * len(self.lengths))
+
+    def pad_to_multiple(self, packed: Tensor, width: int, windows: tuple[int, ...]) -> Tensor:
+        """`(total, ...)` → `(sum of windows, width, ...)`: segment i in `windows[i]` windows of its own, zero beyond its length."""
+        if all(length == width * count for length, count in zip(self.lengths, windows, strict=True)):
+            return packed.reshape(sum(windows), width, *packed.shape[1:])
+        rows = self.rows_at(accumulate((width * count for count in windows[:-1]), initial=0) if windows else ())
+        padded = packed.new_zeros(sum(windows) * width, *packed.shape[1:]).index_copy(0, rows, packed)
+        return padded.view(sum(windows), width, *packed.shape[1:])
+
+
+def host_lengths(lengths: list[int] | tuple[int, ...] | Tensor, clips: int, longest: int, name: str) -> tuple[int, ...]:
+    """Check lengths that a caller gave.
+
+    A tensor that is not on the host is copied from its device, which waits for it: give a list where that matters.
+    """
+    values = tuple(lengths.tolist()) if isinstance(lengths, Tensor) else tuple(lengths)
+    if len(values) != clips or any(isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= longest for one in values):
+        raise InputError(
+            got=f"{name} = {list(values)!r:.200}",
+            expected=f"{clips} integers from 0 to {longest}, one for each clip",
+            remedy="Pass the processor's own value, or leave it out where no clip is padded",
+        )
+    return values
+
+
+def pack_clips(padded: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tensor, Segments]:
+    """`(clips, frames, features)` → packed `(total_frames, features)` and where the clips lie.
+
+    Args:
+        padded: features of all clips.
+        lengths: true number of frames of each; None: every clip has all frames.
+    """
+    if padded.dim() != 3:
+        raise InputError(
+            got=f"input features of shape {tuple(padded.shape)}",
+            expected="(clips, frames, features)",
+            remedy="Make them with GraniteSpeechProcessor or GraniteSpeechFeatureExtractor",
+        )
+    count, width, _ = padded.shape
+    if lengths is None:
+        return padded.flatten(0, 1), Segments((width,) * count, padded.device)
+    clips = Segments(host_lengths(lengths, count, width, "input_features_lengths"), padded.device)
+    return padded.flatten(0, 1).index_select(0, clips.rows_at(clip * width for clip in range(count))), clips

@@ -1,0 +1,277 @@
+"""The recipe of the checkpoint inside the package: made speech in, a whole small Granite Speech model out.
+
+The real model's parts were trained one behind the other (arXiv 2505.08699), and so are these:
+
+1. the encoder, by CTC over characters, its middle prediction too, on speech that grows harder (`Lessons`);
+2. the language model, on tasks in text: digits into words, words into digits, words repeated, stutters cleared up;
+3. the projector, to write what the encoder reads in the language model's letters, as in a stutter;
+4. projector and adapter, on speech, with everything else frozen: so that without the adapter the language model is what stage 2 left.
+
+Each stage keeps its own checkpoint and goes on from it, so the recipe can be stopped at any time and called again. In a GPU's or a
+bigger machine's hands the figures differ in their last digits; the data is the same.
+
+`make embedded` runs it.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
+from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.training.batches import BatchSource
+from granite_speech.training.bundled_checkpoint.lessons import Lessons
+from granite_speech.training.bundled_checkpoint.small_model import PROMPTS, make_model, make_tokenizer
+from granite_speech.training.bundled_checkpoint.synthesis import synthesize
+from granite_speech.training.bundled_checkpoint.vocabulary import BLANK, make_text_task
+from granite_speech.training.data import TextData
+from granite_speech.training.dialogue import Dialogue
+from granite_speech.training.evaluation import ctc_transcripts, transcripts, word_error_rate
+from granite_speech.training.losses import LossFunction, ctc_loss, label_loss, speech_loss, text_loss
+from granite_speech.training.manifest import Utterance, read_manifest
+from granite_speech.training.optimizer import parameter_groups
+from granite_speech.training.options import TrainerOptions
+from granite_speech.training.preparation import attach_fresh_adapter, prepare
+from granite_speech.training.trainer import Trainer, Validation
+
+STAGES = ("encoder", "language_model", "projector", "adapter")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much of everything; the defaults are the package's checkpoint.
+
+    Attributes:
+        clips, unseen: spoken to learn from, and by the held-out voices to be tested on.
+        lessons, lesson: of the encoder's stage: how many, and clips in each.
+        texts, text_epochs: of the language model's stage.
+        projector_lessons, adapter_lessons: of the last two stages.
+        seed: of the data, the weights and the order.
+    """
+
+    clips: int = 48_000
+    unseen: int = 1_500
+    lessons: int = 72
+    lesson: int = 1_500
+    texts: int = 120_000
+    text_epochs: int = 4
+    projector_lessons: int = 4
+    adapter_lessons: int = 36
+    seed: int = 1
+
+
+class Training:
+    """The recipe at work in a folder, one stage behind the other.
+
+    Args:
+        folder: takes data, checkpoints of the stages, and the curve; made if it is not there.
+        recipe: how much of everything.
+        device: to train on.
+        dtype: of the computation.
+        seconds: stop after so many, at a checkpoint to go on from; None: go on to the end.
+        progress: whether to show bars on standard error.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        recipe: Recipe | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seconds: float | None = None,
+        progress: bool = True,
+    ):
+        self.folder, self.recipe, self.progress = Path(folder), recipe or Recipe(), progress
+        self.device, self.dtype, self.rank = torch.device(device), dtype, dist.get_rank() if dist.is_initialized() else 0
+        self.until = None if seconds is None else time.monotonic() + seconds
+        self.tokenizer = make_tokenizer()
+        self.model = make_model(self.tokenizer, self.recipe.seed).to(self.device, self.dtype)
+        sizes = {"projector_window_size": self.model.config.window_size, "projector_downsample_rate": self.model.config.downsample_rate}
+        extractor = GraniteSpeechFeatureExtractor(**sizes)
+        self.processor = GraniteSpeechProcessor(extractor, self.tokenizer)
+        self.dialogue = Dialogue(self.processor, self.model.config)
+
+    def run(self) -> bool:
+        """Go on with what is left; whether all is done."""
+        if self.rank == 0:
+            self.manifest("speech", self.recipe.clips, self.recipe.seed, held_out=False)
+            self.manifest("unseen", self.recipe.unseen, self.recipe.seed + 1, held_out=True)
+        if dist.is_initialized():
+            dist.barrier()
+        return self.encoder() and self.language_model() and self.projector() and self.adapter()
+
+    def manifest(self, name: str, clips: int, seed: int, *, held_out: bool) -> Path:
+        """Clips under `name`, spoken where they are not there yet."""
+        file = self.folder / name / "manifest.jsonl"
+        return file if file.is_file() else synthesize(file.parent, clips, seed, held_out=held_out, workers=os.cpu_count() or 2)
+
+    def encoder(self) -> bool:
+        """Stage 1; whether it is done."""
+        options = self._options(epochs=self.recipe.lessons, learning_rate=1.5e-3, warmup=0.01, clip_norm=2.0)
+        source = self._lessons(self.recipe.lessons, ctc=True)
+        return self._train("encoder", ("encoder",), ctc_loss, source, options, self._ctc_errors, ("clips", "lesson"))
+
+    def language_model(self) -> bool:
+        """Stage 2; whether it is done."""
+        draw = np.random.default_rng(self.recipe.seed)
+        tasks = [make_text_task(draw) for _ in range(self.recipe.texts + 100)]
+        texts = [Utterance(answer, prompt, None, Path("made texts"), line) for line, (prompt, answer) in enumerate(tasks, 1)]
+        self._asked = texts[self.recipe.texts :]
+        source = TextData(texts[: self.recipe.texts], self.dialogue, batch_tokens=1_500, seed=self.recipe.seed, device=self.device)
+        options = self._options(epochs=self.recipe.text_epochs, learning_rate=3e-3, warmup=0.05)
+        return self._train("language_model", ("language_model",), text_loss, source, options, self._task_errors, ("texts",))
+
+    def projector(self) -> bool:
+        """Stage 3; whether it is done."""
+        size = self.model.config.encoder_config.output_dim
+        letters = [self.tokenizer.encode(chr(label) if label else BLANK, add_special_tokens=False)[0] for label in range(size)]
+        loss = partial(label_loss, tokens=torch.tensor(letters, device=self.device))
+        options = self._options(epochs=self.recipe.projector_lessons, learning_rate=3e-3, warmup=0.05)
+        source = self._lessons(self.recipe.projector_lessons)
+        return self._train(
+            "projector", ("projector",), loss, source, options, self._word_errors, ("clips", "lesson", "lessons", "texts", "text_epochs")
+        )
+
+    def adapter(self) -> bool:
+        """Stage 4; whether it is done."""
+        attach_fresh_adapter(self.model, rank=16, alpha=32, targets=("q_proj", "v_proj"), seed=self.recipe.seed)
+        options = self._options(epochs=self.recipe.adapter_lessons, learning_rate=3e-3, warmup=0.03)
+        source = self._lessons(self.recipe.adapter_lessons)
+        sizes = ("clips", "lesson", "lessons", "texts", "text_epochs", "projector_lessons")
+        return self._train("adapter", ("projector", "adapter"), speech_loss, source, options, self._word_errors, sizes)
+
+    def _options(self, **options) -> TrainerOptions:
+        return TrainerOptions(beta2=0.98, accumulate=2, seed=self.recipe.seed, checkpoint_every=250, validate_every=1000, **options)
+
+    def _lessons(self, lessons: int, *, ctc: bool = False) -> Lessons:
+        draw = np.random.default_rng(self.recipe.seed)
+        utterances = [
+            replace(one, prompt=PROMPTS[draw.integers(len(PROMPTS))]) for one in read_manifest(self.folder / "speech" / "manifest.jsonl")
+        ]
+        return Lessons(
+            utterances, self.dialogue, lessons=lessons, lesson=self.recipe.lesson, seed=self.recipe.seed, device=self.device, ctc=ctc
+        )
+
+    @cached_property
+    def unseen(self) -> list[Utterance]:
+        return read_manifest(self.folder / "unseen" / "manifest.jsonl")
+
+    def _ctc_errors(self, model: GraniteSpeechForConditionalGeneration) -> dict[str, float]:
+        some = self.unseen[:200]
+        return {"ctc_wer": word_error_rate([one.text for one in some], ctc_transcripts(model, self.processor, some))}
+
+    def _word_errors(self, model: GraniteSpeechForConditionalGeneration) -> dict[str, float]:
+        some = self.unseen[:200]
+        return {"wer": word_error_rate([one.text for one in some], transcripts(model, self.processor, some))}
+
+    def _task_errors(self, model: GraniteSpeechForConditionalGeneration) -> dict[str, float]:
+        chats = [[{"role": "user", "content": one.prompt}] for one in self._asked]
+        requests = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        inputs = self.processor(requests, device=self.device).to(self.device)
+        ids = model.generate(**inputs, max_new_tokens=80)
+        answers = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right = [one.text == answer.strip() for one, answer in zip(self._asked, answers, strict=True)]
+        return {"tasks_failed": 1 - sum(right) / len(right)}
+
+    def _train(
+        self,
+        stage: str,
+        parts: Sequence[str],
+        loss: LossFunction,
+        source: BatchSource,
+        options: TrainerOptions,
+        validate: Validation,
+        sizes: Sequence[str],
+    ) -> bool:
+        """Train a stage, or what is left of it; whether it is done. `sizes` of the recipe are what it rests on, earlier stages' too."""
+        trainer = Trainer(
+            self.model,
+            loss,
+            source,
+            parameter_groups(prepare(self.model, parts), options.weight_decay),
+            options,
+            folder=self.folder / stage,
+            identity={"computed in": str(self.dtype)} | {name: getattr(self.recipe, name) for name in sizes},
+            validate=validate,
+            progress=self.progress,
+        )
+        trainer.resume()
+        if not trainer.is_done:
+            trainer.run(seconds=None if self.until is None else self.until - time.monotonic())
+        return trainer.is_done
+
+    def write(self, target: str | Path) -> None:
+        """The checkpoint's folder: bfloat16 in the file, for its size; float32 where it is loaded, for equal words on every machine."""
+        self.model.eval().to(torch.bfloat16).save_pretrained(target)
+        self.processor.save_pretrained(target)
+        file = Path(target) / "config.json"
+        config = json.loads(file.read_text()) | {"torch_dtype": "float32"}
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(config, indent=2) + "\n")
+        unfinished.replace(file)
+
+    def plot(self, file: str | Path) -> None:
+        """The stages' losses and error rates over their steps, as an SVG."""
+        plot_curves({stage: read_curve(self.folder / stage / "log.jsonl") for stage in STAGES}, Path(file))
+
+
+def read_curve(log: Path) -> list[dict[str, float]]:
+    """A stage's log, thinned: the losses as means over fifty steps, and every validation."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    means = [
+        {"step": some[-1]["step"], "loss": round(sum(one["loss"] for one in some) / len(some), 4)}
+        for some in (steps[at : at + 50] for at in range(0, len(steps), 50))
+    ]
+    return sorted(means + [record for record in records if "loss" not in record], key=lambda record: record["step"])
+
+
+def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
+    """Loss and error rate of each stage over its steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    names = {"ctc_wer": "CTC word error rate", "tasks_failed": "tasks not right to the letter", "wer": "word error rate"}
+    for axes, (stage, records) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        axes.set(title=stage, xlabel="step", ylim=(0, 1.5))
+        for name, label in {"loss": "loss", **names}.items():
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker=None if name == "loss" else "o", markersize=3)
+        axes.legend()
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the checkpoint inside the package.")
+    parser.add_argument("folder", type=Path, help="for data, stages and their logs; what is there is gone on with")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the folder to write at the end")
+    parser.add_argument("--curve", type=Path, required=True, help="the plot to write at the end, an SVG")
+    parser.add_argument("--seconds", type=float, help="stop after so many; the same command then goes on")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    given = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:  # set by torchrun
+        dist.init_process_group("gloo")
+    training = Training(given.folder, device=given.device, dtype=getattr(torch, given.dtype), seconds=given.seconds)
+    if training.run() and training.rank == 0:
+        training.write(given.checkpoint)
+        training.plot(given.curve)
+    if dist.is_initialized():
+        dist.barrier()  # who left first would pull the connection away from under the others
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The main job in one object: a recording in, its words out."""
+
+from os import PathLike
+from pathlib import Path
+from typing import BinaryIO, Self
+from warnings import warn
+
+import torch
+from granite_kernels import OPERATIONS
+from torch import Tensor
+
+from granite_speech.errors import AudioError
+from granite_speech.generation.options import GenerationOptions
+from granite_speech.inputs.audio import load_audio
+from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.model import GraniteSpeechForConditionalGeneration
+
+__all__ = ["Transcriber", "TruncatedAnswerWarning", "transcript_request"]
+
+# What the releases were trained to answer: 3.x after this system text, 4.x without one.
+PROMPT_3 = "can you transcribe the speech into a written format?"
+SYSTEM_3 = "You are Granite, developed by IBM. You are a helpful AI assistant"
+PROMPT_4 = "transcribe the speech with proper punctuation and capitalization."
+
+
+class TruncatedAnswerWarning(UserWarning):
+    """An answer was cut off before the model had finished: the text is incomplete."""
+
+
+class Transcriber:
+    """A model and its processor.
+
+    Args:
+        model: on the device where it is to run.
+        processor: of the same checkpoint.
+    """
+
+    def __init__(self, model: GraniteSpeechForConditionalGeneration, processor: GraniteSpeechProcessor):
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> Self:
+        """Load both from a folder or hub id.
+
+        Args:
+            name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
+            device: CUDA if there is one, unless given.
+            dtype: of the weights; the checkpoint's, unless given.
+
+        Raises:
+            CheckpointError, ConfigError, InputError: a checkpoint, device or dtype that cannot be used.
+            KernelError: kernels that GRANITE_SPEECH_KERNELS asks for and that cannot run on the device.
+        """
+        chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        processor = GraniteSpeechProcessor.from_pretrained(name_or_path)
+        model = GraniteSpeechForConditionalGeneration.from_pretrained(name_or_path, device=chosen, dtype=dtype)
+        for operation in OPERATIONS.values():
+            operation.resolve(None, model.device, model.dtype)  # refused now, not at every recording
+        return cls(model, processor)
+
+    def transcribe(self, audio: str | PathLike | BinaryIO | Tensor, prompt: str | None = None, max_new_tokens: int = 400) -> str:
+        """The words of one recording.
+
+        Args:
+            audio: a file of any format soundfile reads, at any rate, with any channels; "-" for standard input; or a tensor
+                `(samples,)` at the processor's sampling rate.
+            prompt: what to ask of the speech; the release's own request for a transcript if omitted.
+            max_new_tokens: the answer's greatest length.
+
+        Warns:
+            TruncatedAnswerWarning: the answer reached max_new_tokens, or the end of the model's context, before it ended.
+
+        Raises:
+            AudioError: a recording that cannot be used, or one too long for the model's context.
+        """
+        rate = self.processor.audio_processor.sampling_rate
+        samples = audio if isinstance(audio, Tensor) else load_audio(audio, rate)
+        inputs = self.processor(self._request(prompt), samples, device=self.model.device).to(self.model.device)
+        columns, context = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        if columns >= context:
+            raise AudioError(
+                got=f"a recording of {len(samples) / rate:.0f} s, whose prompt has {columns} tokens",
+                expected=f"fewer than the {context} tokens of the model's context",
+                remedy="Transcribe it in shorter pieces",
+            )
+        limit = min(max_new_tokens, context - columns)
+        ids = self.model.generate(**inputs, max_new_tokens=limit)[0, columns:].tolist()
+        if not self._has_ended(ids, limit):
+            where, remedy = "which is max_new_tokens", "Raise max_new_tokens"
+            if limit < max_new_tokens:
+                where, remedy = f"where the model's context of {context} tokens ends", "Transcribe the recording in shorter pieces"
+            warn(f"the answer was cut off after {limit} tokens, {where}. {remedy}.", TruncatedAnswerWarning, stacklevel=2)
+        return self.processor.decode(ids, skip_special_tokens=True).strip()
+
+    def _has_ended(self, ids: list[int], limit: int) -> bool:
+        """Whether an answer of at most `limit` tokens is whole."""
+        model = self.model
+        told = GenerationOptions.resolve({}, None, model.generation_config, model.config.text_config, columns=0)
+        return len(ids) < limit or not set(told.eos_token_id).isdisjoint(ids[-1:])
+
+    def _request(self, prompt: str | None) -> str:
+        return transcript_request(self.processor, prompt)
+
+
+def transcript_request(processor: GraniteSpeechProcessor, prompt: str | None = None) -> str:
+    """The whole prompt for one recording, in the checkpoint's template where it has one; the release's own request without `prompt`."""
+    template, audio_token = processor.chat_template, processor.audio_token
+    if not template:
+        return f"{audio_token}{prompt or PROMPT_4}"
+    third_generation = "<|start_of_role|>" in str(template)
+    conversation = [{"role": "system", "content": SYSTEM_3}] if third_generation else []
+    conversation.append({"role": "user", "content": f"{audio_token}{prompt or (PROMPT_3 if third_generation else PROMPT_4)}"})
+    return processor.apply_chat_template(conversation, add_generation_prompt=True)

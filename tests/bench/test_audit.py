@@ -1,0 +1,32 @@
+"""The compile audit: what is committed is what compiles, and a kernel that must not ship is found."""
+
+import os
+import subprocess
+import sys
+
+from tests.support.paths import ROOT
+
+
+def compiled(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess:
+    """A Python of its own: in this one kernels are interpreted."""
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_every_configuration_is_in_the_committed_table_without_a_fault():
+    done = compiled("-m", "bench", "audit", "--check")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].endswith(", 0 faults")
+
+
+def test_each_kind_of_fault_is_found():
+    done = compiled("-m", "tests.support.faulty_kernels")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.endswith("every fault was found\n")
+
+
+def test_interpreted_kernels_are_refused():
+    done = compiled("-m", "bench", "audit", interpret="1")
+    assert done.returncode != 0
+    assert "Run the audit without it" in done.stderr

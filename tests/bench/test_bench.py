@@ -1,0 +1,186 @@
+"""The benchmark runs, refuses to time wrong results, and the README shows what was measured."""
+
+import contextlib
+import inspect
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from granite_kernels import OPERATIONS
+
+from bench import __main__ as command_line
+from bench import gpu, graphs, kernels, kernels_cpu, model, people, report, results
+from granite_speech.errors import MissingDependencyError
+from granite_speech.modules.cache import PagedCache
+from tests.support.paths import ROOT
+from tests.support.spoken import SPEECH, load, sentences
+
+README = ROOT / "README.md"
+
+
+def test_the_readme_shows_the_newest_results():
+    assert section(README, "report") == report.report()
+    assert section(README, "words") == report.report(["words"])
+
+
+def test_result_files_say_where_they_come_from():
+    files = list(results.FOLDER.glob("*.json"))
+    assert files
+    for file in files:
+        run = json.loads(file.read_text())["run"]
+        assert re.fullmatch(r"[0-9a-f]{40}", run["commit"]) and run["machine"] and run["versions"]["torch"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The benchmark's two encoders at a size that a test can wait for."""
+    from transformers import GraniteSpeechEncoderConfig as ReferenceConfig
+    from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechCTCEncoder as Reference
+
+    from granite_speech import GraniteSpeechCTCEncoder, GraniteSpeechEncoderConfig
+
+    shape = {"num_layers": 2, "hidden_dim": 32, "num_heads": 2}
+    reference = Reference(ReferenceConfig(**shape)).eval()
+    ours = GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(**shape)).eval()
+    ours.load_state_dict(reference.state_dict())
+    monkeypatch.setattr(model, "_encoders", lambda layers: (ours, reference))
+    return ours
+
+
+def test_a_run_writes_its_result(small, tmp_path):
+    table = model.run(layers=2, rounds=2, threads=None, out=tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    result = json.loads(file.read_text())
+    assert [one["audio_seconds"] for one in result["measurements"]] == [30.0, 126.0]
+    assert all(one["seconds"] > 0 and len(one["ratios"]) == 2 for one in result["measurements"])
+    assert all(
+        0 < one["matmul_share"] == one["matmul_flops"] / one["seconds"] / one["machine_matmul_flops_a_second"]
+        for one in result["measurements"]
+    )
+    assert "one clip of 30 s" in table
+
+
+def test_on_a_gpu_the_matmul_rate_is_that_of_a_graph(small, tmp_path, monkeypatch):
+    """The device "cpu:0" takes the way of a GPU: all but the product and its capture runs here."""
+    monkeypatch.setattr(graphs, "side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(graphs, "matmul_rate", lambda dtype: {torch.float32: 6e12}[dtype])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    table = model.run(layers=2, rounds=1, threads=None, device="cpu:0", out=tmp_path)
+    (file,) = tmp_path.glob("encoder-a-gpu-*.json")
+    for one in json.loads(file.read_text())["measurements"]:
+        assert one["machine_matmul_flops_a_second"] == 6e12
+        assert one["matmul_share"] == one["matmul_flops"] / one["seconds"] / 6e12
+    assert "a GPU" in table
+
+
+def test_a_wrong_encoder_is_not_timed(small, tmp_path):
+    with torch.no_grad():
+        small.out_mid.bias.normal_()
+    with pytest.raises(SystemExit, match="differs from transformers"):
+        model.run(layers=2, rounds=1, threads=None, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_matmul_flops_are_those_of_the_projections():
+    """Counted by hand for one block: two feed-forwards, q, k, v and output, the convolution's two, and the ends."""
+    from granite_speech import GraniteSpeechCTCEncoder, GraniteSpeechEncoderConfig
+
+    encoder = GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(num_layers=1, hidden_dim=32, num_heads=2, output_dim=10))
+    block = 2 * (32 * 128 * 2) + 4 * 32 * 32 + 32 * 128 + 64 * 32
+    assert model._matmul_flops(encoder, 7) == 2 * 7 * (block + 160 * 32 + 2 * 32 * 10)
+
+
+def section(file: Path, command: str) -> str:
+    return re.search(rf"<!-- python -m bench {command} -->\n(.*)\n<!-- end of {command} -->", file.read_text(), re.DOTALL).group(1)
+
+
+def test_the_catalogue_shows_what_the_costs_predict():
+    assert section(kernels.CATALOGUE, "kernels --predict") == kernels.predict()
+    assert "Predicted, not measured" in kernels.predict()
+
+
+def test_released_cases_have_the_models_pages():
+    default = inspect.signature(PagedCache).parameters["page_size"].default
+    assert {case.shape["page_size"] for case in OPERATIONS["paged_attention"].cases if case.released} == {default}
+
+
+def test_a_cost_needs_no_values():
+    for operation in OPERATIONS.values():
+        for case in operation.cases:
+            if not case.released:
+                assert operation.cost(**case.sizes(torch.bfloat16)) == operation.cost(**case.inputs(torch.bfloat16))
+
+
+def test_a_section_is_replaced_and_a_file_without_one_refused(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("a\n<!-- python -m bench audit -->\nold\n<!-- end of audit -->\nb\n")
+    results.replace_section(file, "audit", "new")
+    assert file.read_text() == "a\n<!-- python -m bench audit -->\nnew\n<!-- end of audit -->\nb\n"
+    with pytest.raises(ValueError, match="has no section between"):
+        results.replace_section(file, "report", "new")
+
+
+def test_a_cpu_run_measures_and_writes(tmp_path):
+    quick = ("--benchmark-max-time=0.05", "--benchmark-min-rounds=2", "-k", "lora_linear and v_proj and not 128 and not compiled")
+    text = kernels_cpu.run(operations=["lora_linear"], out=tmp_path, options=quick)
+    (file,) = tmp_path.glob("kernels-cpu-*.json")
+    measured = json.loads(file.read_text())["measurements"]
+    assert {one["operation"] for one in measured} == {"lora_linear"}
+    assert all(one["seconds"]["torch"]["median"] > 0 and one["seconds"]["library"]["rounds"] >= 2 for one in measured)
+    assert measured[0]["case"] in text
+
+
+def test_a_borrowed_gpus_steps_are_timed_logged_and_cut_short(tmp_path, monkeypatch):
+    def step(name: str, program: str, seconds: float) -> gpu.Step:
+        return gpu.Step(name, [sys.executable, "-c", program], seconds)
+
+    started, survived = tmp_path / "started", tmp_path / "survived"
+    child = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(13); pathlib.Path({str(survived)!r}).touch()"
+    interpret = "import os; print(os.environ['TRITON_INTERPRET'])"
+    slow = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    monkeypatch.setattr(
+        gpu, "steps", lambda out: [step("one", interpret, 60), step("two", "raise SystemExit(3)", 60), step("three", slow, 10)]
+    )
+    assert gpu.run(tmp_path, budget=60) == 2
+    done = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    assert [one["status"] for one in done] == [0, 3, "stopped after 10 s"]
+    assert (tmp_path / "one.log").read_text() == "0\n"
+    assert gpu.run(tmp_path, budget=5) == 3
+    assert "no time left" in (tmp_path / "summary.json").read_text()
+    time.sleep(4)
+    assert started.exists() and not survived.exists(), "what a step started would share the GPU with the next step"
+
+
+def test_a_borrowed_gpus_steps_are_commands_that_exist_and_keep_each_others_files(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command_line, "_run", lambda options: asked.append(options) or 0)
+    for step in gpu.steps(tmp_path):
+        if "bench" in step.command:
+            monkeypatch.setattr(sys, "argv", step.command[step.command.index("bench") :])
+            with pytest.raises(SystemExit, match="0"):
+                command_line.main()
+    assert [one.command for one in asked] == ["kernels", "model", "kernels"]
+    quick, _, compiled = asked
+    assert quick.no_compiled and not compiled.no_compiled and quick.out != compiled.out
+    assert set(compiled.operation) <= set(OPERATIONS)
+
+
+def test_people_are_heard_from_wave_and_raw_files(monkeypatch, tmp_path):
+    """Made speech stands in for theirs: a file as it is, one without a header, and one of which something else is expected."""
+    spoken = sorted(sentences(), key=lambda one: len(one.text.split()))[:3]
+    files = {SPEECH / spoken[0].audio: spoken[0].text, tmp_path / "headless.raw": spoken[1].text, SPEECH / spoken[2].audio: "zero"}
+    samples, rate = soundfile.read(SPEECH / spoken[1].audio)
+    soundfile.write(tmp_path / "headless.raw", samples, rate, subtype="PCM_16", format="RAW")
+    monkeypatch.setattr(people, "RECORDINGS", files)
+    (tmp_path / "copies").mkdir()
+    heard = people.hear(*load(), tmp_path / "copies")
+    assert heard["recordings"] == 3 and heard["misheard"] == [("zero", spoken[2].text)] and heard["wer"] == 0.3333
+    assert f'"zero" as "{spoken[2].text}"' in people.sentence(heard)
+    monkeypatch.setattr(people, "RECORDINGS", {tmp_path / "none.wav": "one"})
+    with pytest.raises(MissingDependencyError, match="apt-get install"):
+        people.hear(*load(), tmp_path / "copies")

@@ -1,0 +1,224 @@
+"""Names to folders, against a stand-in for the hub that listens on the loopback interface."""
+
+import functools
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import httpx
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save
+
+from granite_speech.checkpoints.folder import Checkpoint, resolve
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
+from tests.support.paths import ROOT
+
+MAIN, OLDER = "a" * 40, "b" * 40
+WEIGHTS = {"encoder.out.bias": torch.arange(3.0), "projector.query": torch.ones(1, 3, 2)}
+
+
+def index_of(*names):
+    weight_map = {key: names[i % len(names)] for i, key in enumerate(WEIGHTS)}
+    return json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+
+
+SHARDED = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": index_of("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    "model-00001-of-00002.safetensors": save({"encoder.out.bias": WEIGHTS["encoder.out.bias"]}),
+    "model-00002-of-00002.safetensors": save({"projector.query": WEIGHTS["projector.query"]}),
+    "tokenizer.json": b"{}",
+    "merges.txt": b"a b\n",
+    "chat_template.jinja": b"x",
+    "README.md": b"not wanted",
+    "pytorch_model.bin": b"a pickle, not wanted",
+    "onnx/config.json": b"{}",
+}
+SINGLE = {"config.json": b'{"model_type": "granite_speech"}', "model.safetensors": save(WEIGHTS)}
+REPOS = {"ibm/sharded": {MAIN: SHARDED}, "ibm/single": {MAIN: SINGLE, OLDER: SINGLE | {"config.json": b'{"old": 1}'}}}
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """The three routes that a snapshot download takes: revision, tree, and the files."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.paths.append(f"{self.command} {path}")
+        api = path.startswith("api/models/")
+        parts = path.removeprefix("api/models/").split("/")
+        repo, verb, revision, name = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
+        if repo == "ibm/gated":
+            return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        if repo not in REPOS:
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        sha = {"main": MAIN, "v1": OLDER}.get(revision, revision)
+        if sha not in REPOS[repo]:
+            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        files = REPOS[repo][sha]
+        if api and verb == "revision":
+            return self.answer(200, json.dumps({"id": repo, "sha": sha, "siblings": [{"rfilename": name} for name in files]}).encode())
+        if api and verb == "tree":
+            rows = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files.items()]
+            return self.answer(200, json.dumps(rows).encode())
+        body = files[name]
+        return self.answer(200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": sha})
+
+    def answer(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    server.paths = []
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(huggingface_hub.snapshot_download, endpoint=endpoint))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_folder_is_returned_as_it_is(tmp_path, monkeypatch):
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
+    (tmp_path / "ibm" / "single").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("ibm/single") == Path("ibm/single")
+
+
+@pytest.mark.parametrize("name", [None, 3, b"folder", ["folder"]])
+def test_a_name_of_another_type_is_refused(name):
+    with pytest.raises(InputError, match=type(name).__name__):
+        resolve(name)
+
+
+def test_sharded_repository(hub, tmp_path):
+    folder = resolve("ibm/sharded", cache_dir=tmp_path)
+    wanted = SHARDED.keys() - {"README.md", "pytorch_model.bin", "onnx/config.json"}
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == wanted
+    assert (folder / "model-00001-of-00002.safetensors").is_symlink()  # the cache's own layout
+    assert Checkpoint.open(folder).entries.keys() == WEIGHTS.keys()
+
+
+def test_second_time_comes_from_the_cache(hub, tmp_path):
+    first = resolve("ibm/single", cache_dir=tmp_path)
+    downloads = [path for path in hub.paths if path.startswith("GET") and "resolve" in path]
+    assert len(downloads) == len(SINGLE)
+    assert resolve("ibm/single", cache_dir=tmp_path) == first
+    assert [path for path in hub.paths if path.startswith("GET") and "resolve" in path] == downloads
+    hub.paths.clear()
+    assert resolve("ibm/single", cache_dir=tmp_path, local_files_only=True) == first
+    assert hub.paths == []
+
+
+def test_revision(hub, tmp_path):
+    folder = resolve("ibm/single", cache_dir=tmp_path, revision="v1")
+    assert folder.name == OLDER
+    assert json.loads((folder / "config.json").read_text()) == {"old": 1}
+    assert resolve("ibm/single", cache_dir=tmp_path).name == MAIN
+
+
+def unreachable(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    download = functools.partial(huggingface_hub.snapshot_download, endpoint=f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ibm/unknown", {}, "neither a local folder nor a repository .* Check the spelling"),
+        ("ibm/gated", {}, "gated on the hub; .* Accept the terms"),
+        ("ibm/single", {"revision": "v9"}, "revision 'v9', a revision that the hub does not have; .* Check revision="),
+        ("ibm/single", {"local_files_only": True}, "not complete in the local cache, with local_files_only=True"),
+        ("no-such-folder", {}, "'no-such-folder', where there is no folder; expected an existing folder, or a hub id"),
+        ("./ibm/single", {}, "where there is no folder"),
+        ("/no/such/folder", {}, "where there is no folder"),
+        ("a/b/c", {}, "where there is no folder"),
+        ("", {}, "where there is no folder"),
+        (Path("ibm/single"), {}, "where there is no folder"),
+    ],
+)
+def test_what_is_not_there(hub, tmp_path, name, options, message):
+    with pytest.raises(CheckpointNotFoundError, match=message):
+        resolve(name, cache_dir=tmp_path, **options)
+
+
+def test_no_connection(hub, tmp_path, monkeypatch):
+    unreachable(monkeypatch)
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"not complete in the local cache, and the hub did not give it .*refused.* with a connection"
+    ):
+        resolve("ibm/single", cache_dir=tmp_path)
+
+
+def test_no_connection_but_in_the_cache(hub, tmp_path, monkeypatch):
+    first = resolve("ibm/single", cache_dir=tmp_path)
+    unreachable(monkeypatch)
+    assert resolve("ibm/single", cache_dir=tmp_path) == first
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), httpx.ReadError("reset by peer"), RuntimeError("broken")])
+def test_a_download_that_breaks_off(monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=f"whose download failed with {type(error).__name__}: .*Try again") as caught:
+        resolve("ibm/single")
+    assert not isinstance(caught.value, CheckpointNotFoundError)
+    assert caught.value.__cause__ is error
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"which is a file; .* Pass the folder it lies in"):
+        resolve(tmp_path / "model.safetensors")
+
+
+def test_without_huggingface_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingDependencyError, match="pip install huggingface_hub"):
+        resolve("ibm/single")
+
+
+def test_environment_variable_of_the_hub(hub, tmp_path):
+    """A fresh process that knows the hub from HF_ENDPOINT alone, and imports neither transformers nor peft on the way."""
+    code = (
+        "import sys; from granite_speech.checkpoints.folder import resolve; print(resolve('ibm/single', cache_dir=sys.argv[1]).name);"
+        "assert not {'transformers', 'peft'} & sys.modules.keys()"
+    )
+    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+    root = ROOT
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, MAIN + "\n"), done.stderr

@@ -1,0 +1,212 @@
+"""Sound files: every kind that should load, and every kind of damage that should be named."""
+
+import io
+import os
+import struct
+import sys
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from granite_speech.errors import AudioError, MissingDependencyError
+from granite_speech.inputs.audio import load_audio, resample
+
+SAMPLES = 24000
+
+
+def wave(rate: int = 16000, samples: int = SAMPLES, hertz: float = 300.0) -> np.ndarray:
+    return (0.4 * np.sin(2 * np.pi * hertz * np.arange(samples) / rate)).astype(np.float32)
+
+
+def written(sound: np.ndarray, rate: int = 16000, kind: str = "WAV", subtype: str | None = None) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, sound, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def patched(content: bytes, offset: int, form: str, value: int) -> bytes:
+    changed = bytearray(content)
+    struct.pack_into(form, changed, offset, value)
+    return bytes(changed)
+
+
+WAV = written(wave())
+FLAC = written(wave(), kind="FLAC")
+DATA_LENGTH = WAV.find(b"data") + 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "error"),
+    [
+        ("WAV", "PCM_16", 1e-4),
+        ("WAV", "PCM_U8", 1e-2),
+        ("WAV", "PCM_24", 1e-6),
+        ("WAV", "FLOAT", 0),
+        ("WAV", "DOUBLE", 0),
+        ("WAV", "ULAW", 2e-2),
+        ("WAVEX", "PCM_16", 1e-4),
+        ("RF64", "PCM_16", 1e-4),
+        ("W64", "PCM_16", 1e-4),
+        ("AIFF", "PCM_16", 1e-4),
+        ("AU", "PCM_16", 1e-4),
+        ("CAF", "PCM_16", 1e-4),
+        ("FLAC", "PCM_16", 1e-4),
+        ("OGG", "VORBIS", 5e-2),
+        ("OGG", "OPUS", 5e-2),
+        ("MP3", None, 5e-2),
+    ],
+)
+def test_formats(tmp_path, kind, subtype, error):
+    path = tmp_path / f"sound.{kind.lower()}"
+    path.write_bytes(written(wave(), kind=kind, subtype=subtype))
+    sound = load_audio(path)
+    assert sound.dtype == torch.float32 and sound.shape == (SAMPLES,) and sound.is_contiguous()
+    middle = slice(1000, -1000)
+    assert np.abs(sound.numpy() - wave())[middle].max() <= error
+    assert torch.equal(load_audio(str(path)), sound) and torch.equal(load_audio(io.BytesIO(path.read_bytes())), sound)
+
+
+def test_channels_are_averaged():
+    left, right = wave(hertz=300), wave(hertz=500)
+    sound = load_audio(io.BytesIO(written(np.stack([left, right], axis=1), subtype="FLOAT")))
+    torch.testing.assert_close(sound, torch.from_numpy((left + right) / 2))
+    many = load_audio(io.BytesIO(written(np.repeat(left[:, None], 13, axis=1), subtype="FLOAT")))
+    torch.testing.assert_close(many, torch.from_numpy(left))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 32000, 44100, 48000, 96000, 44101, 16001, 767999])
+def test_rates(rate):
+    sound = load_audio(io.BytesIO(written(wave(rate, rate), rate, subtype="FLOAT")))
+    assert abs(sound.numel() - 16000) <= 8
+    spectrum = torch.fft.rfft(sound[1000:15000] * torch.hann_window(14000)).abs()
+    assert abs(int(spectrum.argmax()) * 16000 / 14000 - 300) < 2
+    assert abs(float(sound[2000:14000].abs().max()) - 0.4) < 0.01
+
+
+def test_another_rate_can_be_asked_for():
+    assert load_audio(io.BytesIO(WAV), sampling_rate=8000).shape == (SAMPLES // 2,)
+    assert resample(torch.zeros(2, 100), 16000, 16000).shape == (2, 100)
+    for rate in (0, 1, -5, 2**31):
+        with pytest.raises(AudioError, match="1000 to 768000 Hz"):
+            resample(torch.zeros(100), rate)
+
+
+@pytest.mark.parametrize("failure", [ImportError, OSError, RuntimeError])
+def test_torchaudio_is_only_needed_to_resample(monkeypatch, failure):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name.partition(".")[0] == "torchaudio":
+                raise failure("libcudart.so.13: cannot open shared object file")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert load_audio(io.BytesIO(WAV)).shape == (SAMPLES,)
+    with pytest.raises(MissingDependencyError, match="torchaudio"):
+        load_audio(io.BytesIO(written(wave(8000), 8000)))
+
+
+def test_missing_soundfile_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(MissingDependencyError, match="pip install soundfile"):
+        load_audio(io.BytesIO(WAV))
+
+
+def test_standard_input_and_pipes(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(WAV)))
+    assert load_audio("-").shape == (SAMPLES,)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(AudioError, match="standard input"):
+        load_audio("-")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(WAV))
+    writer.start()
+    assert load_audio(pipe).shape == (SAMPLES,)
+    writer.join()
+
+
+@pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_wav_written_to_a_pipe_has_no_length(length):
+    assert load_audio(io.BytesIO(patched(WAV, DATA_LENGTH, "<I", length))).shape == (SAMPLES,)
+
+
+def test_a_flac_written_to_a_pipe_has_no_length():
+    content = patched(patched(FLAC, 22, ">I", 0), 21, "B", FLAC[21] & 0xF0)
+    torch.testing.assert_close(load_audio(io.BytesIO(content)), load_audio(io.BytesIO(FLAC)))
+
+
+def test_a_wrong_outer_length_is_harmless():
+    assert load_audio(io.BytesIO(patched(WAV, 4, "<I", len(WAV) + 100))).shape == (SAMPLES,)
+
+
+def damaged() -> dict[str, tuple[bytes, str]]:
+    kinds = {
+        kind: written(wave(samples=48000), kind=kind) for kind in ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3")
+    }
+    cut = {f"half of {kind}": (content[: len(content) // 2], "cut off|does not decode") for kind, content in kinds.items()}
+    return {
+        **cut,
+        "nothing": (b"", "does not decode"),
+        "text": (b"hello world, this is no sound\n" * 40, "does not decode"),
+        "noise": (np.random.default_rng(0).bytes(5000), "does not decode"),
+        "a header alone": (WAV[:44], "cut off"),
+        "no samples": (written(np.zeros(0, np.float32)), "no samples"),
+        "a FLAC of a thousand hours": (patched(FLAC, 21, "B", FLAC[21] | 0x0F), "cut off"),
+        "a WAV of a gigabyte": (patched(WAV, DATA_LENGTH, "<I", 1 << 30), "cut off"),
+        "65535 channels": (patched(WAV, 22, "<H", 65535), "does not decode"),
+        "no channels": (patched(WAV, 22, "<H", 0), "does not decode"),
+        "a rate of 0": (patched(WAV, 24, "<I", 0), "does not decode|sampling rate"),
+        "a rate of 1": (patched(WAV, 24, "<I", 1), "sampling rate of 1 Hz"),
+        "a rate of 2 GHz": (patched(WAV, 24, "<I", 2**31 - 1), "sampling rate of 2147483647 Hz"),
+        "NaN": (written(np.array([0, np.nan, 0], np.float32), subtype="FLOAT"), "NaN"),
+        "infinity": (written(np.array([0, np.inf, 0], np.float32), subtype="FLOAT"), "NaN or infinite"),
+    }
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [(name, *what) for name, what in damaged().items()], ids=list(damaged()))
+def test_damage_is_named(tmp_path, name, content, words):
+    path = tmp_path / "sound"
+    path.write_bytes(content)
+    tracemalloc.start()
+    for source in (path, io.BytesIO(content)):
+        with pytest.raises(AudioError, match=words) as raised:
+            load_audio(source)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    assert "0x" not in str(raised.value)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(AudioError, match="does not exist"):
+        load_audio(tmp_path / "none.wav")
+    with pytest.raises(AudioError, match="is a folder"):
+        load_audio(tmp_path)
+    raw = tmp_path / "headerless.raw"
+    raw.write_bytes(WAV)
+    with pytest.raises(AudioError, match="does not decode"):
+        load_audio(raw)
+    for source in (None, 3, b"bytes"):
+        with pytest.raises(AudioError, match="open binary file"):
+            load_audio(source)
+    with pytest.raises(AudioError, match="opened as text"):
+        load_audio(io.StringIO("text"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(source=st.sampled_from([WAV, FLAC]), cuts=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6))
+def test_damaged_headers_give_sound_or_an_audio_error(source, cuts):
+    content = bytearray(source)
+    for offset, value in cuts:
+        content[offset] = value
+    try:
+        sound = load_audio(io.BytesIO(bytes(content)))
+    except AudioError:
+        return
+    assert sound.ndim == 1 and sound.numel() and bool(sound.isfinite().all())

@@ -1,0 +1,89 @@
+"""What only a GPU can prove: compiled kernels, in every dtype, on the released shapes too. Nothing here runs on a CPU."""
+
+import pytest
+import torch
+from granite_kernels import OPERATIONS
+from granite_kernels.op import Case, Operation
+from granite_kernels.testing import assert_operation_accurate, assert_same_bits, outcome, poisoned_allocations, strided_inputs
+
+from granite_speech.verify import verify
+from tests.support.small_models import batch, small_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+CASES = [
+    pytest.param(op, case, id=f"{'released' if case.released else 'small'}, {op.name}: {case.name}")
+    for op in OPERATIONS.values()
+    for case in op.cases
+]
+PACKED = [pair for pair in CASES if pair.values[0].packed]
+
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        pytest.fail("TRITON_INTERPRET is set: interpreted kernels prove nothing about a GPU. Set TRITON_INTERPRET=0.")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_every_case_is_accurate(op: Operation, case: Case, dtype: torch.dtype):
+    with poisoned_allocations():
+        assert_operation_accurate(op, case.inputs(dtype, "cuda"), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "case"), PACKED)
+def test_a_sequence_gets_the_same_bits_in_every_batch(op: Operation, case: Case, dtype: torch.dtype):
+    if case.released and len(case.shape.get("clips", case.shape.get("sequences"))) > 8:
+        pytest.skip("a hundred sequences, each in three batches, would take minutes and show what eight do")
+    assert_same_bits(op, case.inputs(dtype, "cuda"), impl="triton")
+
+
+@pytest.mark.parametrize(("op", "case"), [pair for pair in CASES if not pair.values[1].released])
+def test_views_into_poison_give_the_same(op: Operation, case: Case):
+    inputs = case.inputs(torch.float32, "cuda")
+
+    def call(**given):
+        return op.call(**given, impl="triton")
+
+    plain, views = outcome(call, inputs, op.differentiable), outcome(call, strided_inputs(inputs), op.differentiable)
+    for name in plain:
+        torch.testing.assert_close(views[name], plain[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPERATIONS.values()])
+def test_it_can_be_captured_in_a_graph(op: Operation):
+    """No call waits for the host: what does cannot be captured."""
+    inputs = next(case for case in op.cases if case.released).inputs(torch.bfloat16, "cuda")
+    with torch.no_grad():
+        expected = op.call(**inputs, impl="triton")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = op.call(**inputs, impl="triton")
+        graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_the_whole_model_is_the_cpus():
+    model = small_model()
+    inputs = batch(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    ids = model.generate(**inputs, max_new_tokens=12, eos_token_id=[])
+    model.cuda()
+    moved = {name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+    with torch.no_grad():
+        logits = model(**moved).logits.cpu()
+    real = inputs["attention_mask"].bool()
+    assert float((logits - expected)[real].abs().max()) <= 3e-4
+    assert torch.equal(model.generate(**moved, max_new_tokens=12, eos_token_id=[]).cpu(), ids)
+    assert all(f"{name}=triton" in repr(model) for name in OPERATIONS)
+
+
+def test_the_bundled_checkpoint_is_verified():
+    """Stage by stage beside transformers. Compilation is most of the time; it is made in parallel."""
+    assert all(one.first_miss is None for one in verify("embedded", device="cuda"))

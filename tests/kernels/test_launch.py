@@ -1,0 +1,74 @@
+"""Launches are real or recorded by what a call is given, and a kernel is compiled once for all batches."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from granite_kernels import OPERATIONS
+from granite_kernels.launch import recorded_launches, register
+from granite_kernels.op import Operation
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.bench.test_audit import compiled
+
+EACH = [pytest.param(op, id=op.name) for op in OPERATIONS.values()]
+tracing, traced = threading.Event(), threading.Event()
+
+
+def _pause_while_traced(x: torch.Tensor) -> torch.Tensor:
+    tracing.set()
+    traced.wait(60)
+    return torch.empty_like(x)
+
+
+pause = register(_pause_while_traced)
+
+
+def smallest_call(op: Operation) -> tuple[dict, torch.Tensor]:
+    """Inputs of one small case, and the reference's result."""
+    case = min((case for case in op.cases if not case.released), key=lambda case: op.cost(**case.inputs(torch.float32)).flops or 1e18)
+    inputs = case.inputs(torch.float32)
+    return inputs, op.reference(**inputs)
+
+
+@pytest.mark.parametrize("op", EACH)
+def test_a_call_launches_while_another_thread_traces(op: Operation):
+    inputs, expected = smallest_call(op)
+    tracing.clear(), traced.clear()
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        other = pool.submit(pause, torch.empty(3, device="meta"))
+        try:
+            assert tracing.wait(60)
+            torch.testing.assert_close(op.call(**inputs, impl="triton"), expected, rtol=1e-4, atol=1e-4)
+        finally:
+            traced.set()
+        other.result()
+
+
+@pytest.mark.parametrize("op", EACH)
+def test_a_call_launches_while_launches_are_recorded(op: Operation):
+    """In another thread, and in the recording one: only tensors without memory are recorded."""
+    inputs, expected = smallest_call(op)
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        return op.call(**inputs, impl="triton")
+
+    with recorded_launches(90) as launches, ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(pool.submit(call).result(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
+        assert launches == []
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = {name: mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+            op.call(**fakes, impl="triton")
+        assert launches
+
+
+@pytest.mark.parametrize("op", EACH)
+def test_no_kernel_is_compiled_again_for_another_batch(op: Operation):
+    done = compiled("-m", "tests.support.compilations", op.name)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = json.loads(done.stdout)
+    assert counts and set(counts.values()) == {1}, counts

@@ -1,0 +1,279 @@
+"""What holds for every operation in the table, whatever it computes."""
+
+import dataclasses
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from granite_kernels import OPERATIONS, KernelError
+from granite_kernels.op import CHOICE, Case, Operation
+from granite_kernels.testing import (
+    TOLERANCES,
+    assert_accurate,
+    assert_operation_accurate,
+    error,
+    in_float64,
+    outcome,
+    poisoned_allocations,
+    strided,
+    strided_inputs,
+)
+
+from tests.support.paths import ROOT
+
+SMALL = [pytest.param(op, case, id=f"{op.name}: {case.name}") for op in OPERATIONS.values() for case in op.cases if not case.released]
+ALL = [pytest.param(op, id=op.name) for op in OPERATIONS.values()]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # The tensors are too small to share out, and threads that wait for one another on a busy machine take four times as long.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def bits(tensor: torch.Tensor) -> list:
+    return tensor.contiguous().view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_every_case_is_accurate(op: Operation, case: Case, dtype: torch.dtype):
+    assert_operation_accurate(op, case.inputs(dtype))
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_views_into_poison_give_the_same(op: Operation, case: Case):
+    inputs = case.inputs(torch.float32)
+    with poisoned_allocations():
+        plain = outcome(op.call, inputs, op.differentiable)
+        views = outcome(op.call, strided_inputs(inputs), op.differentiable)
+    for name in plain:
+        assert error(views[name], plain[name]).max <= 2e-6, name
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_the_result_is_finite_of_the_inputs_dtype_and_zero_on_padding(op: Operation, case: Case):
+    inputs = case.inputs(torch.bfloat16)
+    results = outcome(op.call, inputs, op.differentiable)
+    assert results["out"].dtype == torch.bfloat16
+    assert results["out"].is_contiguous()
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    if op.packed:
+        offsets = inputs["cu_seqlens" if "cu_seqlens" in inputs else "cu_seqlens_q"]
+        assert results["out"].shape[0] == inputs[op.packed[0]].shape[0]
+        assert not results["out"][int(offsets[-1]) :].any()
+        for name in op.packed:
+            if f"grad {name}" in results:
+                assert not results[f"grad {name}"][int(offsets[-1]) :].any()
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_packed_operations_have_cases_with_padding_and_without_sequences(op: Operation):
+    if op.packed:
+        assert any(case.shape.get("padding") for case in op.cases)
+        assert any(not case.shape.get("clips", case.shape.get("sequences")) for case in op.cases)
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_cases_are_named_once_and_cover_the_released_shapes(op: Operation):
+    names = [case.name for case in op.cases]
+    assert len(set(names)) == len(names)
+    assert {case.released for case in op.cases} == {True, False}
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_a_case_is_the_same_for_one_seed_and_another_for_another(op: Operation, case: Case):
+    once, again, other = case.inputs(torch.float32), case.inputs(torch.float32), case.inputs(torch.float32, seed=1)
+    tensors = [name for name, value in once.items() if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()]
+    assert all(bits(once[name]) == bits(again[name]) for name in tensors)
+    random = [name for name in tensors if once[name].isfinite().any()]
+    assert all(bits(once[name]) != bits(other[name]) for name in random)
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_cost_counts_at_least_the_result_and_halves_with_the_dtype(op: Operation, case: Case):
+    wide, narrow = op.cost(**case.inputs(torch.float32)), op.cost(**case.inputs(torch.bfloat16))
+    out = op.call(**case.inputs(torch.float32))
+    assert wide.flops == narrow.flops >= 0
+    assert out.numel() * 4 <= wide.bytes
+    assert wide.bytes / 2 <= narrow.bytes <= wide.bytes
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_impl_resolves_by_device_dtype_and_by_what_there_is(op: Operation, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(CHOICE, raising=False)
+    assert op.resolve(None, CUDA) == op.resolve("triton", CUDA) == op.resolve("triton", CPU) == "triton"
+    assert op.resolve(None, CPU) == op.resolve("torch", CUDA) == op.resolve(None, CUDA, torch.float64) == "torch"
+    assert op.select("triton", torch.zeros(1)) is op.triton
+    assert op.select(None, torch.zeros(1)) is op.reference
+    with pytest.raises(KernelError, match=r"impl='triton' for torch.float64; expected one of torch.float32, .*Use impl='torch'"):
+        op.resolve("triton", CUDA, torch.float64)
+    with pytest.raises(KernelError, match="impl='cuda'; expected one of 'triton', 'torch', or nothing"):
+        op.resolve("cuda", CPU)
+    without = dataclasses.replace(op, triton=None)
+    assert without.resolve(None, CUDA) == "torch"
+    with pytest.raises(KernelError, match=r"impl='triton' without the package triton; expected it installed\. Use impl='torch'"):
+        without.resolve("triton", CUDA)
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_the_environment_overrides_the_default_and_nothing_else(op: Operation, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CHOICE, "triton")
+    assert op.resolve(None, CPU) == op.resolve(None, CUDA) == "triton"
+    assert op.resolve("torch", CPU) == "torch"
+    with pytest.raises(KernelError, match=rf"{CHOICE}=triton for torch.float64; expected one of"):
+        op.resolve(None, CPU, torch.float64)
+    monkeypatch.setenv(CHOICE, "torch")
+    assert op.resolve(None, CUDA) == "torch"
+    assert op.resolve("triton", CUDA) == "triton"
+    monkeypatch.setenv(CHOICE, "")
+    assert op.resolve(None, CUDA) == "triton"
+    monkeypatch.setenv(CHOICE, "fast")
+    with pytest.raises(KernelError, match=rf"{CHOICE}=fast; expected one of 'triton', 'torch', or nothing"):
+        op.call(**next(case for case in op.cases if not case.released).inputs(torch.float32))
+
+
+def test_cpu_tensors_need_the_interpreter():
+    program = (
+        "import sys; sys.path.insert(0, 'kernels')\n"
+        "import granite_kernels, torch\n"
+        "for op in granite_kernels.OPERATIONS.values():\n"
+        "    inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)\n"
+        "    try:\n"
+        "        op.call(**inputs, impl='triton')\n"
+        "    except granite_kernels.KernelError as error:\n"
+        "        print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", CHOICE)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=60, capture_output=True, text=True
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == len(OPERATIONS)
+    assert all("impl='triton' for CPU tensors; expected CUDA tensors, or Triton's interpreter. Use impl='torch'" in line for line in said)
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_the_public_function_passes_impl_on(op: Operation):
+    inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
+    assert torch.equal(op.call(**inputs, impl="torch"), op.reference(**inputs))
+    with pytest.raises(KernelError, match=op.name):
+        op.call(**inputs, impl="fast")
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_checking_the_arguments_reads_no_value(op: Operation, monkeypatch: pytest.MonkeyPatch):
+    # A meta tensor has no values: a check that read one, and so waited for a CUDA device, would raise here.
+    file = importlib.import_module(f"granite_kernels.{op.name}")
+    monkeypatch.setattr(file, "OPERATION", dataclasses.replace(op, reference=lambda *args, **kwargs: "reached"))
+    inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
+    assert op.call(**{name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}) == "reached"
+
+
+def wrong_arguments():
+    for op in OPERATIONS.values():
+        inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
+        for name, value in inputs.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            index = not value.is_floating_point()
+            others = {
+                "not a tensor": [1, 2],
+                "rank": value[None],
+                "dtype": value.long() if index else value.to(torch.complex64),
+                "device": value.to("meta"),
+            }
+            if not index and name not in ("scale", "shift", "scaling"):
+                others["other float"] = value.half()
+            if value.ndim > 1:
+                others["last stride"] = value.transpose(-1, -2).contiguous().transpose(-1, -2)
+            for what, other in others.items():
+                # The first tensor's dtype and device are what the others are compared with: any is right.
+                if name == next(iter(inputs)) and what in ("device", "other float"):
+                    continue
+                yield pytest.param(op, {**inputs, name: other}, name, id=f"{op.name}: {what} of {name}")
+
+
+@pytest.mark.parametrize(("op", "inputs", "name"), list(wrong_arguments()))
+def test_a_wrong_argument_is_named(op: Operation, inputs: dict, name: str):
+    with pytest.raises(KernelError, match=rf"^{op.name}: {name} .*; expected .+\. .+\.$"):
+        op.call(**inputs)
+
+
+def test_an_error_has_three_parts_and_travels():
+    raised = KernelError(got="a", expected="b", remedy="c")
+    assert str(raised) == "a; expected b. c."
+    again = pickle.loads(pickle.dumps(raised))
+    assert (str(again), again.got, again.expected, again.remedy) == (str(raised), "a", "b", "c")
+    assert isinstance(raised, ValueError)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_the_judge_lets_rounding_pass_and_nothing_else(dtype: torch.dtype):
+    truth = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).double()
+    eager = truth.to(dtype)
+    assert_accurate(eager, eager, truth)
+    wrong_everywhere = (truth * (1 + 8 * torch.finfo(dtype).eps + 1e-4 * (dtype != torch.float64))).to(dtype)
+    one_wrong, one_missing = eager.clone(), eager.clone()
+    one_wrong[3, 4] += 0.2
+    one_missing[3, 4] = torch.nan
+    shifted = eager.roll(1, 0)
+    wrong = [one_wrong, one_missing, shifted, torch.zeros_like(eager)]
+    for actual in wrong if dtype == torch.float64 else [*wrong, wrong_everywhere]:
+        with pytest.raises(AssertionError, match="RMS error"):
+            assert_accurate(actual, eager, truth)
+    with pytest.raises(AssertionError, match="eager PyTorch gives"):
+        assert_accurate(eager.to(torch.complex64), eager, truth)
+    with pytest.raises(ValueError, match="the truth"):
+        error(eager[1:], truth)
+
+
+def test_poison_surrounds_every_view_and_fills_fresh_memory():
+    values = torch.arange(12.0).reshape(3, 4)
+    view = strided(values)
+    assert torch.equal(view, values)
+    assert view.stride(-1) == 1
+    assert view.stride(0) != 4
+    assert view._base.isnan().sum() == view._base.numel() - 12
+    assert int(strided(torch.tensor([1, 2], dtype=torch.int32))._base.min()) == -(2**31)
+    with poisoned_allocations():
+        assert torch.empty(100).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_same_gradient_comes_in_whatever_the_dtype():
+    given = {"x": torch.ones(5, 3, dtype=torch.bfloat16)}
+    narrow = outcome(lambda x: x * 1, given, ("x",))["grad x"]
+    truth = outcome(lambda x: x * 1, in_float64(given), ("x",), rounding=torch.bfloat16)["grad x"]
+    assert truth.dtype == torch.float64
+    assert torch.equal(narrow.double(), truth)
+    assert torch.equal(
+        outcome(partial(lambda x, y: y * 1, y=torch.ones(5, 3, requires_grad=True)), given, ("x",))["grad x"], given["x"] * 0
+    )
+
+
+def test_references_work_where_triton_is_absent():
+    program = (
+        "import sys; sys.modules['triton'] = None; sys.path.insert(0, 'kernels')\n"
+        "import granite_kernels, torch\n"
+        "for op in granite_kernels.OPERATIONS.values():\n"
+        "    op.call(**next(case for case in op.cases if not case.released).inputs(torch.float32))\n"
+        "assert not {'transformers', 'granite_speech'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_the_library_call_that_benchmarks_compare_with_runs(op: Operation, case: Case):
+    inputs = case.inputs(torch.float32)
+    if op.cost(**inputs).flops:
+        assert op.library(**inputs)().numel()

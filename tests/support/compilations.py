@@ -1,0 +1,58 @@
+"""How often each kernel of an operation is compiled for batches of every size. Run where nothing is interpreted.
+
+python -m tests.support.compilations paged_attention
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from granite_kernels import OPERATIONS
+from granite_kernels.launch import recorded_launches
+from granite_kernels.op import Draw, Operation
+
+from bench.audit import specialization
+
+
+def compilations(op: Operation, calls: Iterable[dict]) -> dict[str, int]:
+    """How often Triton would compile each kernel, with each of its tiles, for these calls on meta tensors."""
+    found = defaultdict(set)
+    with recorded_launches(90) as launches, torch.no_grad():
+        for inputs in calls:
+            op.call(**inputs, impl="triton")
+    for launch in launches:
+        found[f"{launch.kernel.__name__} {launch.tile}"].add(specialization(launch))
+    return {name: len(keys) for name, keys in found.items()}
+
+
+def released(op: Operation, name: str, **changes) -> dict:
+    """The inputs of a released case with another shape."""
+    case = next(case for case in op.cases if case.name == name)
+    return case.make(Draw(torch.Generator(), torch.bfloat16, torch.device("meta")), **{**case.shape, **changes})
+
+
+def changing_calls(name: str) -> Iterator[dict]:
+    """Calls of one operation in which everything changes that changes from one call of a model to the next."""
+    op = OPERATIONS[name]
+    sizes = (*range(1, 65), 100, 128, 300)
+    if name == "paged_attention":
+        for width in sizes:
+            inputs = released(op, "4.1-2b decode, 1 sequence", sequences=((1, 300),) * width)
+            for columns in (width, 1, 16, 17):
+                yield inputs | {"block_table": torch.empty(width, columns, dtype=torch.int32, device="meta")}
+            yield inputs | {"max_query_len": width}
+    elif name == "lora_linear":
+        for rows in (*sizes, 1000, 1024):
+            for choice in (None, (0,), (0, -1)):
+                yield released(op, "3.3-2b q_proj, 1 row", rows=rows, choice=choice)
+    else:
+        for frames in sizes:
+            yield released(op, "encoder, 10 s", clips=(frames,))
+            yield released(op, "encoder, 10 s", clips=(7,) * frames, padding=frames)
+
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    print(json.dumps(compilations(OPERATIONS[name], changing_calls(name))))

@@ -1,0 +1,92 @@
+"""What verifying the bundled checkpoint on a GPU compiles, counted without one. Run where nothing is interpreted.
+
+    python -m tests.support.precompilation float32
+
+prints, as JSON: the kernels that a real run launches and that were not foreseen; how many were compiled ahead, and how many
+are compiled when the foreseen launches are made after that.
+"""
+
+import importlib
+import json
+import sys
+import tempfile
+
+import torch
+import triton
+from granite_kernels import launch as launching
+from granite_kernels.launch import Launch, precompile, recorded_launches
+from triton.backends.compiler import GPUTarget
+
+from bench.audit import specialization
+from bench.stand_in_gpu import StandInGPU
+from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
+from granite_speech.checkpoints.folder import Checkpoint, load_json
+from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
+from granite_speech.generation.loop import launches_of_generate
+from granite_speech.inputs.audio import load_audio
+from granite_speech.transcription.transcriber import transcript_request
+from granite_speech.verify import RECORDING
+
+TOKENS = 100
+
+
+class Driver:
+    """Of a GPU that compiles and never runs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def key(one: Launch) -> tuple:
+    return one.kernel.__name__, repr(one.tile), specialization(one)
+
+
+def launched(model: GraniteSpeechForConditionalGeneration, inputs: dict) -> set[tuple]:
+    """What a forward pass and an answer launch on a GPU. Results are zeros, so the answer is as long as it may be."""
+    found = set()
+
+    def note(kernel, grid, tile, **arguments) -> None:
+        found.add(key(Launch(kernel, grid, tile, arguments)))
+        for name, value in arguments.items():
+            if name in ("out_ptr", "low_ptr"):
+                value.zero_()
+
+    for name in ("block_attention", "depthwise_conv", "lora_linear", "paged_attention"):
+        importlib.import_module(f"granite_kernels.{name}_triton").launch = note
+    with StandInGPU() as gpu, torch.no_grad(), recorded_launches(90):
+        model, inputs = gpu.move(model), gpu.move(inputs)
+        model(**inputs)
+        model.generate(**inputs, max_new_tokens=TOKENS, eos_token_id=[])
+    return found
+
+
+def main(dtype: torch.dtype) -> dict:
+    processor = GraniteSpeechProcessor.from_pretrained("embedded")
+    inputs = dict(processor(transcript_request(processor), load_audio(RECORDING)))
+    values = load_json(EMBEDDED_FOLDER / "config.json")
+    config, checkpoint = GraniteSpeechConfig.from_pretrained("embedded"), Checkpoint.open(EMBEDDED_FOLDER)
+    model = GraniteSpeechForConditionalGeneration.without_weights(config, checkpoint, values).to(dtype).eval()
+    foreseen = launches_of_generate(model, inputs, 90, TOKENS)
+
+    compiled = []
+    triton.knobs.compilation.listener = lambda **given: compiled.append(given["src"].name)
+    triton.runtime.driver.set_active(Driver())
+    with tempfile.TemporaryDirectory() as folder:
+        triton.knobs.cache.dir = folder
+        precompile(foreseen, torch.device("cpu"))
+        ahead = sorted(compiled)
+        compiled.clear()
+        for one in foreseen:
+            launching.precompile([one], torch.device("cpu"))
+    real = launched(GraniteSpeechForConditionalGeneration.from_pretrained("embedded", dtype=dtype), inputs)
+    return {"unforeseen": sorted(name for name, *_ in real - set(map(key, foreseen))), "ahead": ahead, "after": compiled}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(getattr(torch, sys.argv[1]))))

@@ -1,0 +1,122 @@
+"""Manifests: what is read, and that a bad line is named with its file and number before anything is trained."""
+
+import json
+import wave
+
+import pytest
+
+from granite_speech.errors import AudioError, InputError
+from granite_speech.training import finetune, read_manifest
+from tests.support.tiny_speech import write_sound
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_sound(tmp_path / "one.wav", "one")
+    (tmp_path / "noise.wav").write_text("this is no sound")
+    (tmp_path / "sub").mkdir()
+    return tmp_path
+
+
+def write(folder, *lines, name="m.jsonl"):
+    (folder / name).write_bytes(b"\n".join(one if isinstance(one, bytes) else json.dumps(one).encode() for one in lines))
+    return folder / name
+
+
+GOOD = {"audio": "one.wav", "text": "one"}
+
+
+def test_what_a_manifest_holds(folder):
+    elsewhere = write_sound(folder / "sub" / "two.wav", "two")
+    lines = (
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r",
+        b"",
+        {"audio": str(elsewhere), "text": " zwei é ", "prompt": "in German?"},
+        b"  ",
+    )
+    first, second = read_manifest(write(folder, *lines))
+    assert (first.audio, first.text, first.prompt, first.line) == (folder / "one.wav", "one", None, 1)
+    assert (second.audio, second.text, second.prompt, second.line) == (elsewhere, "zwei é", "in German?", 3)
+    (text,) = read_manifest(write(folder, {"prompt": "one?", "text": "1"}), audio=False)
+    assert (text.audio, text.prompt, text.text) == (None, "one?", "1")
+
+
+def test_a_line_may_say_who_speaks(folder):
+    said, unsaid = read_manifest(write(folder, GOOD | {"voice": "anna"}, GOOD))
+    assert (said.voice, unsaid.voice) == ("anna", None)
+    assert (said.text, said.prompt, said.audio) == (unsaid.text, unsaid.prompt, unsaid.audio)
+
+
+BAD = {
+    "not JSON": (b'{"audio": "one.wav"', "does not parse"),
+    "not UTF-8": (b'{"audio": "one.wav", "text": "\xff"}', "does not parse"),
+    "deep": (b"[" * 100_000, "does not parse"),
+    "a list": ([1], "a list"),
+    "no text": ({"audio": "one.wav"}, "no text"),
+    "no audio": ({"text": "one"}, "no audio"),
+    "empty": ({}, "no audio and no text"),
+    "blank text": (GOOD | {"text": "  "}, "text = '  '"),
+    "text of another type": (GOOD | {"text": 5}, "text = 5"),
+    "null prompt": (GOOD | {"prompt": None}, "prompt = None"),
+    "voice of another type": (GOOD | {"voice": 5}, "voice = 5"),
+    "blank voice": (GOOD | {"voice": " "}, "voice = ' '"),
+    "half a character": (GOOD | {"text": "\ud800"}, "half of a character"),
+    "NUL": (GOOD | {"audio": "one.wav\0"}, "NUL"),
+    "unknown key": (GOOD | {"duration": 1.0}, "unknown keys 'duration'"),
+    "no such file": (GOOD | {"audio": "two.wav"}, "two.wav', which is not there"),
+    "a folder": (GOOD | {"audio": "sub"}, "which is a folder"),
+}
+
+
+@pytest.mark.parametrize("line, said", BAD.values(), ids=BAD)
+def test_a_bad_line_is_named_before_the_model_is_looked_for(folder, line, said):
+    manifest = write(folder, GOOD, b"", GOOD, line, GOOD)
+    with pytest.raises(InputError) as caught:
+        finetune(manifest, folder / "no model", folder / "out", progress=False)
+    assert f"{manifest}, line 4: " in caught.value.got and said in caught.value.got
+    assert caught.value.expected and caught.value.remedy
+    assert not (folder / "out").exists()
+
+
+def test_texts_have_no_audio(folder):
+    with pytest.raises(InputError, match="unknown keys 'audio'"):
+        read_manifest(write(folder, GOOD | {"prompt": "?"}), audio=False)
+    with pytest.raises(InputError, match="unknown keys 'voice'"):
+        read_manifest(write(folder, {"prompt": "?", "text": "one", "voice": "anna"}), audio=False)
+    with pytest.raises(InputError, match="no prompt"):
+        read_manifest(write(folder, {"text": "one"}), audio=False)
+
+
+def test_no_manifest(folder):
+    for path, said in ((folder / "absent.jsonl", "absent.jsonl"), (folder, "cannot be read"), (write(folder, b"\n"), "without a line")):
+        with pytest.raises(InputError, match=said):
+            read_manifest(path)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100])
+def test_lengths_from_headers_are_those_of_the_samples(tmp_path, rate):
+    for samples in (1, 999, 4321):
+        with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+            file.setparams((2, 2, rate, 0, "NONE", ""))
+            file.writeframes(b"\1\0" * 2 * samples)
+        (one,) = read_manifest(write(tmp_path, {"audio": "a.wav", "text": "a"}))
+        assert one.count_samples(16000) == len(one.waveform(16000))
+
+
+def test_a_header_that_does_not_know_the_length_is_not_believed(tmp_path):
+    """As a program writes that pipes a WAV."""
+    file = write_sound(tmp_path / "one.wav", "one")
+    data = bytearray(file.read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    file.write_bytes(data)
+    (one,) = read_manifest(write(tmp_path, GOOD))
+    assert one.count_samples(16000) == len(one.waveform(16000)) == 4000
+
+
+def test_sound_that_does_not_decode_names_its_line(folder):
+    manifest = write(folder, GOOD, GOOD | {"audio": "noise.wav"})
+    utterance = read_manifest(manifest)[1]
+    for call in (utterance.count_samples, utterance.waveform):
+        with pytest.raises(AudioError) as caught:
+            call(16000)
+        assert f"{manifest}, line 2: " in caught.value.got and "noise.wav" in caught.value.got
