@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    from granite_speech.hub import EMBEDDED
+    from granite_speech.hub import EMBEDDED_FOLDER
     from granite_speech.transcriber import Transcriber
 
     if options.model is None:
@@ -102,7 +102,7 @@ def _transcribe(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     try:
-        transcriber = Transcriber.from_pretrained(options.model or EMBEDDED, device=options.device, dtype=options.dtype)
+        transcriber = Transcriber.from_pretrained(options.model or EMBEDDED_FOLDER, device=options.device, dtype=options.dtype)
     except GraniteSpeechError as error:
         print(f"granite-speech: {error}", file=sys.stderr)
         return 2
