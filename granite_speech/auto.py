@@ -30,7 +30,7 @@ class AutoConfig:
         """Reads config.json.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
+            pretrained_model_name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`).
             hub: revision, cache_dir, local_files_only and token.
 
         Raises:

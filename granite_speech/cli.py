@@ -1,6 +1,7 @@
 """The command `granite-speech`: text to standard output, everything else to standard error."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,14 +54,15 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
         help="tune a checkpoint on your own recordings",
         description="Tune a checkpoint on a manifest: JSON lines with audio (a path, relative to the manifest), text and, where "
         'wanted, prompt, such as {"audio": "one.wav", "text": "turn left"}.',
-        epilog="Exit status: 0 the folder is written, 2 nothing came of it (usage, manifest, model), 130 interrupted.",
+        epilog="On several GPUs: torchrun --nproc-per-node 4 -m granite_speech.cli finetune … --accumulate 4. "
+        "Exit status: 0 the folder is written, 2 nothing came of it (usage, manifest, model), 130 interrupted.",
     )
     finetune.add_argument("manifest", metavar="MANIFEST", help="the recordings to train on")
     finetune.add_argument("--model", required=True, metavar="FOLDER_OR_ID", help="a checkpoint's folder, or its id on the hub")
     finetune.add_argument("--output", required=True, metavar="DIR", help="the folder to write, a checkpoint like the model's")
     finetune.add_argument("--validation", metavar="MANIFEST", help="recordings whose word error rate is taken before and after")
-    finetune.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR, or begin where there is none")
-    finetune.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    finetune.add_argument("--resume", action="store_true", help="resume from the last checkpoint in DIR, or begin if there is none")
+    finetune.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if available; under torchrun, a GPU for each process)")
     for one in fields(FinetuneOptions):
         several = isinstance(one.default, tuple)
         shown = ",".join(one.default) if several else one.default
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    from granite_speech.checkpoints.hub import EMBEDDED
+    from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
     from granite_speech.transcription.transcriber import Transcriber, TruncatedAnswerWarning
 
     if options.model is None:
@@ -103,7 +105,7 @@ def _transcribe(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     try:
-        transcriber = Transcriber.from_pretrained(options.model or EMBEDDED, device=options.device, dtype=options.dtype)
+        transcriber = Transcriber.from_pretrained(options.model or EMBEDDED_FOLDER, device=options.device, dtype=options.dtype)
     except GraniteSpeechError as error:
         print(f"granite-speech: {error}", file=sys.stderr)
         return 2
@@ -137,17 +139,21 @@ def _verify(options: argparse.Namespace) -> int:
 def _finetune(options: argparse.Namespace) -> int:
     from granite_speech.training import finetune
 
+    reports = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all end in the same way
     places = {name: getattr(options, name) for name in ("validation", "resume", "device")}
     try:
         chosen = FinetuneOptions(**{one.name: getattr(options, one.name) for one in fields(FinetuneOptions)})
         report = finetune(options.manifest, options.model, options.output, chosen, **places)
     except GraniteSpeechError as error:
-        print(f"granite-speech: {error}", file=sys.stderr)
+        if reports:
+            print(f"granite-speech: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("granite-speech: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        if reports:
+            print("granite-speech: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
-    print(report)
+    if reports:
+        print(report)
     return 0
 
 

@@ -155,7 +155,7 @@ class Config:
         """Read `config.json` of a folder or hub id.
 
         Args:
-            name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
+            name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`).
             hub: revision, cache_dir, local_files_only and token, as in `GraniteSpeechForConditionalGeneration.from_pretrained`.
         """
         from granite_speech.checkpoints.folder import load_json, resolve

@@ -56,7 +56,7 @@ class Pretrained(nn.Module):
         allocated, and every weight is the file's or an error.
 
         Args:
-            name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
+            name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`).
             revision, cache_dir, local_files_only, token: of the hub.
             dtype: of the weights; "auto" and None take the configuration's, or else the file's.
             torch_dtype: the earlier name of `dtype`.

@@ -1,4 +1,4 @@
-"""From a name to a folder: a local path is taken as it is, "embedded" lies in the package, the rest is on the Hugging Face hub."""
+"""From a name to a folder: a local path, the checkpoint bundled with the package ("embedded"), or a Hugging Face hub id."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from granite_speech.errors import CheckpointError, CheckpointNotFoundError, Inpu
 
 __all__ = ["EMBEDDED", "EMBEDDED_FOLDER", "resolve"]
 
-# The checkpoint inside the package: its name, and where it lies.
+# The checkpoint bundled with the package: its name, and its folder, which is right whatever the working directory holds.
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
 
@@ -29,7 +29,9 @@ def resolve(
     """The local folder of a checkpoint, downloaded into the hub's cache if need be.
 
     Args:
-        name_or_path: a folder, "embedded", or a hub id "owner/name". A folder of that name wins. A `Path` is a folder and nothing else.
+        name_or_path: a folder, "embedded", or a hub id "owner/name". If a folder has the same name as a hub id, the folder is used.
+            "embedded" is the checkpoint bundled with the package, unless the working directory has a folder of that name with a
+            config.json in it. A `Path`, or a string such as "./embedded", is always a folder.
         revision: branch, tag or commit on the hub; None is the default branch. Not used for a local folder.
         cache_dir: the hub's cache; None is Hugging Face's own place (`HF_HOME`).
         local_files_only: take what is in the cache and do not use the network.
@@ -50,6 +52,8 @@ def resolve(
             expected="a string or a pathlib.Path",
             remedy="Pass a folder, or a hub id such as 'ibm-granite/granite-speech-3.3-2b'",
         )
+    if name_or_path == EMBEDDED and not Path(EMBEDDED, "config.json").is_file():
+        return EMBEDDED_FOLDER
     path = Path(name_or_path).expanduser()
     if name_or_path != "" and path.is_dir():  # Path("") is the working directory, which an empty name does not mean
         return path
@@ -59,8 +63,6 @@ def resolve(
             expected="the folder of a checkpoint",
             remedy=f"Pass the folder it lies in, {str(path.parent)!r}",
         )
-    if name_or_path == EMBEDDED:
-        return EMBEDDED_FOLDER
     if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name_or_path):
         raise CheckpointNotFoundError(
             got=f"{str(name_or_path)!r}, where there is no folder",

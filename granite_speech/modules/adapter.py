@@ -8,8 +8,8 @@ LoRA: Hu et al., arXiv 2106.09685. Scaling, patterns and rank-stabilised scaling
 """
 
 import math
-import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from granite_kernels import OPERATIONS, lora_linear
 from torch import Tensor, nn
 
 from granite_speech.errors import CheckpointError, UnsupportedError
+from granite_speech.modules.module_patterns import ModulePatterns
 from granite_speech.modules.transfers import on_device
 
 __all__ = ["AdapterConfig", "LoraLinear", "attach_adapter", "merge_adapter"]
@@ -48,7 +49,7 @@ class AdapterConfig:
 
     Attributes:
         r, lora_alpha: rank and alpha of modules that no pattern names; the scaling is alpha / rank.
-        rank_pattern, alpha_pattern: regular expressions on the end of a module's path, with their own rank or alpha.
+        rank_pattern, alpha_pattern: regular expressions on the end of a module's path, with their own rank or alpha (`ModulePatterns`).
         use_rslora: the scaling is alpha / sqrt(rank).
         lora_dropout: of the adapter's input, while training.
         raw: the file's whole contents, which are written back when the model is saved.
@@ -95,7 +96,9 @@ class AdapterConfig:
             _refuse_value("lora_alpha or alpha_pattern", (alpha, alphas), "numbers of at most 1e9 in size")
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             _refuse_value("lora_dropout", dropout, "a number from 0 to below 1")
-        return cls(r, alpha, ranks, alphas, bool(raw.get("use_rslora")), dropout, raw)
+        config = cls(r, alpha, ranks, alphas, bool(raw.get("use_rslora")), dropout, raw)
+        config.scaling("")  # reads both tables, and refuses keys that cannot be matched
+        return config
 
     @classmethod
     def plain(cls, r: int, lora_alpha: float, target_modules: list[str]) -> "AdapterConfig":
@@ -105,32 +108,32 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """Rank of the module at this path."""
-        return self._pattern(self.rank_pattern, module, self.r)
+        return self._ranks.find(_paths(module), self.r)
 
     def scaling(self, module: str) -> float:
         """Factor of the adapter's product in the module at this path."""
         rank = self.rank(module)
-        return self._pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self._alphas.find(_paths(module), self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
-    @staticmethod
-    def _pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-        # A pattern stands for the end of a path, as peft reads it, or with ^ for a whole one; the first that fits decides. The path
-        # is of the model that peft trained, which has one name up to transformers 5.9 and another from 5.10 on.
-        paths = (module, "model." + module.replace("language_model.model.", "language_model.", 1))
-        fits = (value for pattern, value in patterns.items() if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths))
-        return next(fits, default)
+    @cached_property
+    def _ranks(self) -> ModulePatterns:
+        return ModulePatterns("rank_pattern", self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> ModulePatterns:
+        return ModulePatterns("alpha_pattern", self.alpha_pattern)
+
+
+def _paths(module: str) -> tuple[str, str]:
+    # A pattern names the module in the model that peft trained, whose paths differ up to transformers 5.9 and from 5.10 on.
+    return module, "model." + module.replace("language_model.model.", "language_model.", 1)
 
 
 def _pattern_table(name: str, value: Any) -> dict[str, Any]:
-    """A table whose keys are regular expressions; empty where the file has none."""
+    """A table whose keys are regular expressions; empty if the file has none."""
     table = {} if value is None else value
     if not isinstance(table, dict):
         _refuse_value(name, table, "an object of regular expressions and numbers")
-    for pattern in table:
-        try:
-            re.compile(pattern)
-        except re.error:
-            _refuse_value(name, pattern, "regular expressions")
     return table
 
 

@@ -16,18 +16,22 @@ _STATE, _LOG = "state.safetensors", "log.jsonl"
 
 
 class TrainingFolder:
-    """What a training leaves on the disk while it goes on.
+    """What a training leaves on the disk while it runs.
 
     Args:
-        folder: made if it is not there.
-
-    Raises:
-        CheckpointError: a folder that cannot be written.
+        folder: see `create`.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.state_file, self.log_file = self.folder / _STATE, self.folder / _LOG
+
+    def create(self) -> None:
+        """Make the folder if it does not exist.
+
+        Raises:
+            CheckpointError: a folder that cannot be written.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".writable").touch()
@@ -69,8 +73,10 @@ class TrainingFolder:
         try:
             with safe_open(self.state_file, "pt") as file:
                 facts = json.loads((file.metadata() or {})["training"])
+                if not isinstance(facts["identity"], dict) or type(facts["step"]) is not int:
+                    raise ValueError(f"it says {facts!r:.60}")
                 return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (it is no dictionary)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 got=f"{str(self.state_file)!r}, which is no checkpoint of a training ({error})",
                 expected="one that was written here",
@@ -94,23 +100,35 @@ class TrainingFolder:
             )
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
-        """Take out what was logged behind a step, as after a kill between two checkpoints; returns what is left."""
-        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if self.log_file.is_file() else []
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # half a line, the last before a kill
-                break
-        records = [record for record in records if record["step"] <= step]
-        shorter = self.folder / f".{_LOG}.unfinished"
-        shorter.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        shorter.replace(self.log_file)
+        """Remove what was logged after a step, as after a kill between two checkpoints; returns what is left.
+
+        The log is for people and plots, and a training resumes without it: a missing file and lines that cannot be read, such as the
+        half line that a kill leaves at the end, count as nothing logged.
+
+        Raises:
+            CheckpointError: a log that cannot be written.
+        """
+        try:
+            lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if self.log_file.is_file() else []
+            records = [record for record in map(_record, lines) if record is not None and record["step"] <= step]
+            shorter = self.folder / f".{_LOG}.unfinished"
+            shorter.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            shorter.replace(self.log_file)
+        except OSError as error:
+            raise self._unwritable(error) from error
         return records
 
     def log(self, record: Mapping[str, Any]) -> None:
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a record to the log.
+
+        Raises:
+            CheckpointError: a log that cannot be written.
+        """
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -118,3 +136,12 @@ class TrainingFolder:
             expected="a writable folder with enough free space",
             remedy="Check the path, its permissions and the free disk space",
         )
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """A line of the log; None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from granite_speech.errors import InputError
+from granite_speech.errors import CheckpointError, InputError
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.training.batches import Batch, BatchSource
 from granite_speech.training.losses import LossFunction
 from granite_speech.training.optimizer import MasterAdamW, ParameterGroup, learning_rate
 from granite_speech.training.options import TrainerOptions
+from granite_speech.training.processes import gather, process_count, rank, share_of, shared_errors
 from granite_speech.training.seeds import seeded
 from granite_speech.training.state import TrainingFolder
 
@@ -35,8 +36,9 @@ class Trainer:
     checkpoint holds what trains, the optimizer's moments and the step's number, and on a CPU the losses after it are bit for bit those of
     a training that was never interrupted (on a GPU some backward passes add in no fixed order).
 
-    Where `torch.distributed` is initialised, its processes share each step's `accumulate` batches, and add up their gradients: the steps
-    are those of one process, but for rounding, dropout and BatchNorm's running statistics, which are the first one's. It alone writes.
+    If `torch.distributed` is initialised, its processes share each step's `accumulate` batches and add up their gradients: the steps
+    are those of one process, except for rounding, dropout and BatchNorm's running statistics, which are those of process 0. Process 0
+    alone writes and validates. An error while batches are loaded, while it validates or while it writes ends all processes.
 
     Args:
         model: on its device, with its modules in the modes they train in (`prepare`).
@@ -75,15 +77,11 @@ class Trainer:
     ):
         self.model, self.loss, self.source, self.options = model, loss, source, options
         self.optimizer = MasterAdamW(groups, beta2=options.beta2)
-        self.folder = None if folder is None else TrainingFolder(folder)
         self.identity = {**options.identity(), **(identity or {})}
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if options.accumulate % self.processes:
-            raise InputError(
-                got=f"accumulate = {options.accumulate} for {self.processes} processes",
-                expected="a multiple of their number: they share a step's batches",
-                remedy="Raise accumulate, or start fewer",
-            )
+        self.rank, self.processes, self.share = rank(), process_count(), share_of(options.accumulate)
+        self.folder = None if folder is None else TrainingFolder(folder)
+        if self.folder is not None and self.rank == 0:
+            self.folder.create()
         self.validate, self.progress = validate, progress and self.rank == 0
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -100,24 +98,44 @@ class Trainer:
 
         Raises:
             CheckpointError: a damaged checkpoint, or one of other parameters.
-            InputError: a training with other options, another manifest or another model; names what differs.
+            InputError: a training with other options, another manifest or another model (names what differs); or processes that do not
+                see the same checkpoint.
         """
-        if self.folder is None or not self.folder.has_state:
-            return False
+        with shared_errors():
+            found = self.folder is not None and self.folder.has_state
+            if found:
+                self._load()
+        steps = gather(self.step if found else None)
+        if len(set(steps)) > 1:
+            raise InputError(
+                got=f"checkpoints of steps {', '.join(map(str, steps))} in {str(self.folder.folder)!r}, seen from {len(steps)} processes",
+                expected="one checkpoint, the same for all processes",
+                remedy="Use a folder that all machines share",
+            )
+        return found
+
+    def _load(self) -> None:
         tensors, facts = self.folder.read()
         self.folder.check_identity(facts["identity"], self.identity)
         self.optimizer.load(tensors)
         with torch.no_grad():
             for name, buffer in self._buffers().items():
-                buffer.copy_(tensors[f"buffer/{name}"])
+                stored = tensors.get(f"buffer/{name}")
+                if stored is None or stored.shape != buffer.shape:
+                    raise CheckpointError(
+                        got=f"a training checkpoint without the buffer {name}",
+                        expected="the parameters and buffers that train now",
+                        remedy="Go on with the model and the options that it was written with",
+                    )
+                buffer.copy_(stored)
         self.step, self.history = facts["step"], self.folder.cut_log(facts["step"]) if self.rank == 0 else []
-        return True
 
     def checkpoint(self) -> None:
         """Write what `resume` reads."""
-        if self.folder is not None and self.rank == 0:
-            buffers = {f"buffer/{name}": buffer for name, buffer in self._buffers().items()}
-            self.folder.write(self.optimizer.state() | buffers, {"step": self.step, "identity": self.identity})
+        with shared_errors():
+            if self.folder is not None and self.rank == 0:
+                buffers = {f"buffer/{name}": buffer for name, buffer in self._buffers().items()}
+                self.folder.write(self.optimizer.state() | buffers, {"step": self.step, "identity": self.identity})
 
     def _buffers(self) -> dict[str, Tensor]:
         """The buffers that training changes: BatchNorm's statistics, where it is in training mode."""
@@ -145,7 +163,9 @@ class Trainer:
         with bar, closing(self._batches()) as batches:
             while not self.is_done and not self._any(seconds is not None and time.perf_counter() - begin >= seconds):
                 started = time.perf_counter()
-                record = self._step([next(batches) for _ in range(self.options.accumulate // self.processes)])
+                with shared_errors():
+                    share = [next(batches) for _ in range(self.share)]
+                record = self._step(share)
                 busy, heard = busy + time.perf_counter() - started, heard + record["audio_seconds"]
                 self._remember(record)
                 bar.set_postfix_str(f"loss {record['loss']:.4g}" + (f", {heard / busy:.3g} audio-s/s" if heard else ""), refresh=False)
@@ -225,9 +245,10 @@ class Trainer:
         return tensor
 
     def _validate(self) -> None:
-        if self.validate is not None and self.rank == 0:
-            with _evaluation_mode(self.model):
-                self._remember({"step": self.step, **self.validate(self.model)})
+        with shared_errors():
+            if self.validate is not None and self.rank == 0:
+                with _evaluation_mode(self.model):
+                    self._remember({"step": self.step, **self.validate(self.model)})
 
     def _remember(self, record: dict[str, Any]) -> None:
         self.history.append(record)

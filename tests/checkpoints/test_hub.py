@@ -20,6 +20,8 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 from granite_speech.checkpoints.folder import Checkpoint, resolve
+from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
+from granite_speech.cli import main
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
 from tests.support.paths import ROOT
 
@@ -110,6 +112,54 @@ def test_a_folder_is_returned_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "ibm" / "single").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve("ibm/single") == Path("ibm/single")
+
+
+@pytest.mark.parametrize("found", ["nothing", "a file", "an empty folder", "another project's folder"])
+def test_the_name_embedded_is_the_bundled_checkpoint(tmp_path, monkeypatch, found):
+    monkeypatch.chdir(tmp_path)
+    if found == "a file":
+        Path("embedded").write_text("x")
+    elif found != "nothing":
+        Path("embedded").mkdir()
+    if found == "another project's folder":
+        Path("embedded/main.c").write_text("int main;")
+    assert resolve("embedded") == EMBEDDED_FOLDER
+
+
+def test_a_checkpoint_in_a_folder_named_embedded_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("embedded").mkdir()
+    Path("embedded/config.json").write_text("{}")
+    assert resolve("embedded") == Path("embedded")
+
+
+@pytest.mark.parametrize("path", ["./embedded", Path("embedded"), "embedded/", "{here}/embedded"])
+def test_a_path_to_a_folder_named_embedded_is_that_folder(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    path = path if isinstance(path, Path) else path.format(here=tmp_path)
+    with pytest.raises(CheckpointNotFoundError):
+        resolve(path)
+    Path("embedded").mkdir()
+    assert resolve(path).samefile("embedded")
+
+
+@pytest.mark.parametrize("loader", ["AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoFeatureExtractor", "GraniteSpeechProcessor"])
+def test_every_loader_finds_the_bundled_checkpoint_by_name(tmp_path, monkeypatch, loader):
+    import granite_speech
+
+    monkeypatch.chdir(tmp_path)
+    Path("embedded").mkdir()
+    assert getattr(granite_speech, loader).from_pretrained("embedded") is not None
+
+
+@pytest.mark.parametrize("config", [None, "{}"])
+def test_the_command_without_a_model_uses_the_bundled_checkpoint(tmp_path, monkeypatch, capfd, config):
+    monkeypatch.chdir(tmp_path)
+    Path("embedded").mkdir()
+    if config is not None:
+        Path("embedded/config.json").write_text(config)
+    assert main(["transcribe", "absent.wav"]) == 1  # the model loads, the recording is not there
+    assert "absent.wav" in capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", [None, 3, b"folder", ["folder"]])

@@ -351,7 +351,7 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "10**9 characters, by a method join": (render("{{ ''.join((['x' * 10**6] * 1000) | map('string')) }}"), InputError, "failed"),
     "10**9 characters, by replace": (render("{{ ('x' * 10**5).replace('x', 'y' * 10**4) }}"), InputError, "failed"),
     "10**9 numbers in a range": (render("{{ range(10**9) | list | length }}"), InputError, "failed"),
-    "a number of 10**9 digits": (render("{{ 10 ** 10**9 }}"), InputError, "size"),
+    "a number of 10**9 digits": (render("{{ 10 ** 1000000000 }}"), InputError, "size"),
     "a tool that is none": (render("x", tools=[print]), UnsupportedError, "a tool"),
     "a message to go on with": (render("x", continue_final_message=True), UnsupportedError, "continue_final_message"),
     # forward

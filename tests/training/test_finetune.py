@@ -1,6 +1,9 @@
 """Fine-tuning from end to end: words are learned, and the folder that comes out loads here and in transformers."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from dataclasses import FrozenInstanceError
 
@@ -8,13 +11,24 @@ import peft  # noqa: F401 (transformers loads adapters through it)
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.cli import main
-from granite_speech.errors import CheckpointNotFoundError, InputError, MissingDependencyError
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
 from granite_speech.inputs.audio import load_audio
-from granite_speech.training import FinetuneOptions, ctc_transcripts, finetune, read_manifest, transcripts, word_error_rate
+from granite_speech.training import (
+    FinetuneOptions,
+    Trainer,
+    ctc_transcripts,
+    finetune,
+    processes,
+    read_manifest,
+    transcripts,
+    word_error_rate,
+)
 from granite_speech.transcription.transcriber import Transcriber, transcript_request
+from tests.support.paths import ROOT
 from tests.support.reference_models import scale_logits
 from tests.support.tiny_speech import TEXTS, write_manifest, write_model
 
@@ -158,6 +172,105 @@ def test_wrong_values_end_in_one_line(base, manifest, tmp_path, capfd, arguments
     assert said in err
 
 
+# --- resuming ----------------------------------------------------------------------------------------------------------------------------
+
+FOUR = FinetuneOptions(steps=4, checkpoint_every=1, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def finished(base, manifest, tmp_path_factory):
+    return finetune(manifest, base, tmp_path_factory.mktemp("finished") / "out", FOUR, validation=manifest, progress=False)
+
+
+@pytest.fixture(scope="module")
+def stopped(base, manifest, tmp_path_factory):
+    """The folder of a training that was interrupted after its second step."""
+    output, step = tmp_path_factory.mktemp("stopped") / "out", Trainer._step
+
+    def interrupted(trainer, batches):
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return step(trainer, batches)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", interrupted)
+        finetune(manifest, base, output, FOUR, validation=manifest, progress=False)
+    return output
+
+
+LOGS = {
+    "missing": None,
+    "empty": lambda lines: "",
+    "half a line": lambda lines: lines[0][:9],
+    "half a line at its end": lambda lines: "".join(lines)[:-9],
+    "lines that are no records": lambda lines: '5\n[]\n{"loss": 1}\n{"step": "1"}\n{"step": 1, "loss": "low"}\n\\0\n',
+    "no JSON at its start": lambda lines: "[" * 100_000 + "\n" + "".join(lines),
+    "whole": "".join,
+}
+
+
+def damaged(folder, target, state):
+    shutil.copytree(folder, target)
+    log = target / "training" / "log.jsonl"
+    if LOGS[state] is None:
+        log.unlink()
+    else:
+        log.write_text(LOGS[state](log.read_text().splitlines(keepends=True)))
+    return target
+
+
+@pytest.mark.parametrize("state", LOGS)
+def test_a_finished_training_is_resumed_whatever_its_log_holds(base, manifest, finished, tmp_path, state):
+    folder = damaged(finished.folder, tmp_path / "out", state)
+    (folder / "model.safetensors").unlink()
+    report = finetune(manifest, base, folder, FOUR, validation=manifest, resume=True, progress=False)
+    assert (folder / "model.safetensors").read_bytes() == (finished.folder / "model.safetensors").read_bytes()
+    known = {
+        "no JSON at its start": (finished.loss, finished.wer),
+        "whole": (finished.loss, finished.wer),
+        "half a line at its end": (finished.loss, (finished.wer[0], None)),
+    }
+    assert (report.steps, report.loss, report.wer) == (4, *known.get(state, ((None, None), (None, None))))
+    assert ("unknown" in str(report)) == (state not in ("whole", "no JSON at its start"))
+
+
+@pytest.mark.parametrize("state", LOGS)
+def test_an_interrupted_training_is_resumed_whatever_its_log_holds(base, manifest, finished, stopped, tmp_path, state):
+    report = finetune(manifest, base, damaged(stopped, tmp_path / "out", state), FOUR, validation=manifest, resume=True, progress=False)
+    assert (report.folder / "model.safetensors").read_bytes() == (finished.folder / "model.safetensors").read_bytes()
+    assert report.loss[1] == finished.loss[1] and report.wer[1] == finished.wer[1]
+    kept = state in ("whole", "half a line at its end", "no JSON at its start")
+    assert (report.loss[0], report.wer[0]) == ((finished.loss[0], finished.wer[0]) if kept else (None, None))
+
+
+def test_resuming_without_validation_reports_no_word_error_rate(base, manifest, stopped, tmp_path):
+    folder = damaged(stopped, tmp_path / "out", "missing")
+    report = finetune(manifest, base, folder, FOUR, resume=True, progress=False)
+    assert report.wer is None and report.loss[0] is None and str(report).endswith(f"4 steps, loss unknown → {report.loss[1]:.3g}")
+
+
+def test_a_log_that_cannot_be_written(base, manifest, finished, tmp_path):
+    folder = damaged(finished.folder, tmp_path / "out", "missing")
+    (folder / "training" / "log.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match="could not be written"):
+        finetune(manifest, base, folder, FOUR, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("facts", ["5", "{}", '{"identity": 5, "step": 1}', '{"identity": {}, "step": "1"}', "[" * 100_000])
+def test_a_state_that_is_no_training(base, manifest, tmp_path, facts):
+    (tmp_path / "training").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "training" / "state.safetensors", {"training": facts})
+    with pytest.raises(CheckpointError, match="no checkpoint of a training"):
+        finetune(manifest, base, tmp_path, FOUR, resume=True, progress=False)
+
+
+def test_the_bundled_checkpoint_is_tuned_into_a_folder_named_embedded(manifest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()
+    report = finetune(manifest, "embedded", "embedded", FinetuneOptions(steps=1), progress=False)
+    assert (tmp_path / "embedded" / "model.safetensors").is_file() and report.steps == 1
+
+
 def test_what_would_be_written_over(base, manifest, tmp_path):
     with pytest.raises(InputError, match="the model's own folder"):
         finetune(manifest, base, base, resume=True, progress=False)
@@ -177,6 +290,151 @@ def test_an_interruption_says_how_to_go_on(base, manifest, tmp_path, capfd, monk
     monkeypatch.setattr("granite_speech.training.trainer.Trainer.run", interrupt)
     assert main(["finetune", str(manifest), "--model", str(base), "--output", str(tmp_path / "out")]) == 130
     assert "--resume" in capfd.readouterr().err
+
+
+# --- several processes -----------------------------------------------------------------------------------------------------------------
+
+# In each process: what it reported, in the order in which it happened. Two cases in one start, for a start takes seconds.
+TOGETHER = """
+import sys
+import torch, torch.distributed as dist
+from granite_speech.errors import GraniteSpeechError
+from granite_speech.training import FinetuneOptions, finetune
+torch.set_num_threads(1)
+manifest, base, output, own_group = sys.argv[1:]
+options = FinetuneOptions(train=("all",), steps=3, learning_rate=1e-3, batch_seconds=0.8, accumulate=2, checkpoint_every=2)
+if own_group == "own":
+    dist.init_process_group("gloo")
+report = finetune(manifest, base, output, options, validation=manifest, progress=False)
+print(report, flush=True)
+try:
+    finetune(manifest, base, output, options, progress=False)
+except GraniteSpeechError as error:
+    print(f"refused: {error.got}", flush=True)
+assert finetune(manifest, base, output, options, validation=manifest, resume=True, progress=False) == report
+assert dist.is_initialized() == (own_group == "own"), "a group of the caller's stays, and one of finetune's goes"
+if own_group == "own":
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def torchrun(folder, *command):
+    """Two processes; returns (exit status, standard output of each, standard error of both)."""
+    logs = folder / "logs"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir", logs]
+    roots = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*map(str, (*launch, *command))], capture_output=True, text=True, env=environment, timeout=200, check=False)
+    out, err = ([file.read_text() for file in sorted(logs.rglob(name))] for name in ("stdout.log", "stderr.log"))
+    assert len(out) == 2, done.stderr
+    return done.returncode, out, "".join(err)
+
+
+@pytest.fixture(scope="module")
+def alone(base, manifest, tmp_path_factory):
+    options = FinetuneOptions(train=("all",), steps=3, learning_rate=1e-3, batch_seconds=0.8, accumulate=2)
+    return finetune(manifest, base, tmp_path_factory.mktemp("alone") / "out", options, validation=manifest, progress=False)
+
+
+needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+
+
+@needs_processes
+@pytest.mark.parametrize("group", ["own", "finetune's"])
+def test_two_processes_tune_as_one_does(base, manifest, alone, tmp_path, group):
+    (tmp_path / "tune.py").write_text(TOGETHER)
+    status, out, err = torchrun(tmp_path, tmp_path / "tune.py", manifest, base, tmp_path / "out", group)
+    assert status == 0, err
+    assert out[0] == out[1] and "3 steps" in out[0] and "refused: " in out[0] and "training and config.json in it" in out[0]
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {one.name for one in alone.folder.iterdir()}
+    mine, theirs = ([json.loads(line) for line in (one / "training" / "log.jsonl").open()] for one in (tmp_path / "out", alone.folder))
+    assert [one["step"] for one in mine] == [one["step"] for one in theirs] == [0, 1, 2, 3, 3]
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-3)
+    expected = dict(GraniteSpeechForConditionalGeneration.from_pretrained(alone.folder).named_parameters())
+    for name, one in GraniteSpeechForConditionalGeneration.from_pretrained(tmp_path / "out").named_parameters():
+        assert torch.allclose(one, expected[name], atol=5e-3), name
+    assert Transcriber.from_pretrained(tmp_path / "out").transcribe(str(read_manifest(manifest)[0].audio), max_new_tokens=1) is not None
+
+
+@needs_processes
+def test_the_command_in_two_processes_reports_once(base, manifest, tmp_path):
+    command = ["-m", "granite_speech.cli", "finetune", manifest, "--model", base, "--output", tmp_path / "out", "--batch-seconds", "0.8"]
+    status, out, err = torchrun(tmp_path / "good", *command, "--steps", "2", "--accumulate", "2")
+    assert status == 0, err
+    assert out[0].startswith(f"{tmp_path / 'out'}: 2 steps, loss ") and out[1] == ""
+    # Process 0 alone sees that the folder is taken; the other must end too, and one line says why.
+    status, out, err = torchrun(tmp_path / "taken", *command, "--steps", "2", "--accumulate", "2")
+    assert status != 0 and out == ["", ""]
+    assert err.count("granite-speech: ") == 1 and "training and config.json in it" in err and "Traceback" not in err
+    status, out, err = torchrun(tmp_path / "uneven", *command, "--steps", "2", "--resume")
+    assert status != 0 and err.count("granite-speech: ") == 1 and "accumulate = 1 for 2 processes" in err and "Traceback" not in err
+
+
+LOST = """
+import os, sys
+from granite_speech.training.data import SpeechData
+from granite_speech.errors import AudioError, GraniteSpeechError
+from granite_speech.training import FinetuneOptions, finetune
+def fails(*arguments, **named):
+    raise AudioError(got="a broken file", expected="sound", remedy="Record it again")
+where = sys.argv[4]
+if where == "loading" and os.environ["RANK"] == "1":
+    SpeechData.load = fails
+if where == "validating" and os.environ["RANK"] == "0":
+    import granite_speech.training.finetuning as module
+    module.transcripts = fails
+if where == "writing" and os.environ["RANK"] == "0":
+    from granite_speech.training.state import TrainingFolder
+    TrainingFolder.write = fails
+if where == "reading" and os.environ["RANK"] == "1":
+    import granite_speech.training.finetuning as module
+    module.read_manifest = fails
+options = FinetuneOptions(steps=2, batch_seconds=0.8, accumulate=2)
+try:
+    finetune(*sys.argv[1:4], options, validation=sys.argv[1], progress=False)
+except GraniteSpeechError as error:
+    print(type(error).__name__, error.got, flush=True)
+"""
+
+
+@needs_processes
+@pytest.mark.parametrize("where", ["reading", "loading", "validating", "writing"])
+def test_an_error_in_one_process_ends_both(base, manifest, tmp_path, where):
+    (tmp_path / "tune.py").write_text(LOST)
+    status, out, err = torchrun(tmp_path, tmp_path / "tune.py", manifest, base, tmp_path / "out", where)
+    assert (status, out) == (0, ["AudioError a broken file\n"] * 2), err
+
+
+@pytest.mark.parametrize(
+    "device, gpus, local_rank, expected",
+    [
+        (None, 0, "1", "cpu"),
+        (None, 2, "1", "cuda:1"),
+        ("cuda", 2, "0", "cuda:0"),
+        (torch.device("cuda"), 2, "1", "cuda:1"),
+        ("cuda:0", 2, "1", "cuda:0"),
+        ("cpu", 2, "1", "cpu"),
+    ],
+)
+def test_each_process_has_its_own_device(monkeypatch, device, gpus, local_rank, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert str(processes._own_device(device, shared=True)) == expected
+    assert str(processes._own_device(device, shared=False)) == str(device or ("cuda" if gpus else "cpu"))
+
+
+def test_more_processes_than_gpus_or_two_on_one_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="process 2 of this machine, which has 2 GPUs"):
+        processes._own_device("cuda", shared=True)
+    processes._check_devices([("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0")])
+    with pytest.raises(InputError, match="2 processes on cuda:0"):
+        processes._check_devices([("a", "cuda:0"), ("a", "cuda:0")])
 
 
 # --- options and word errors ----------------------------------------------------------------------------------------------------------

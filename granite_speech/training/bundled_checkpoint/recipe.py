@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
 from granite_speech.inputs.processor import GraniteSpeechProcessor
@@ -42,6 +41,7 @@ from granite_speech.training.manifest import Utterance, read_manifest
 from granite_speech.training.optimizer import parameter_groups
 from granite_speech.training.options import TrainerOptions
 from granite_speech.training.preparation import attach_fresh_adapter, prepare
+from granite_speech.training.processes import process_group, rank, shared_errors
 from granite_speech.training.trainer import Trainer, Validation
 
 STAGES = ("encoder", "language_model", "projector", "adapter")
@@ -93,7 +93,7 @@ class Training:
         progress: bool = True,
     ):
         self.folder, self.recipe, self.progress = Path(folder), recipe or Recipe(), progress
-        self.device, self.dtype, self.rank = torch.device(device), dtype, dist.get_rank() if dist.is_initialized() else 0
+        self.device, self.dtype, self.rank = torch.device(device), dtype, rank()
         self.until = None if seconds is None else time.monotonic() + seconds
         self.tokenizer = make_tokenizer()
         self.model = make_model(self.tokenizer, self.recipe.seed).to(self.device, self.dtype)
@@ -104,11 +104,10 @@ class Training:
 
     def run(self) -> bool:
         """Go on with what is left; whether all is done."""
-        if self.rank == 0:
-            self.manifest("speech", self.recipe.clips, self.recipe.seed, held_out=False)
-            self.manifest("unseen", self.recipe.unseen, self.recipe.seed + 1, held_out=True)
-        if dist.is_initialized():
-            dist.barrier()
+        with shared_errors():  # the other processes wait here for the data
+            if self.rank == 0:
+                self.manifest("speech", self.recipe.clips, self.recipe.seed, held_out=False)
+                self.manifest("unseen", self.recipe.unseen, self.recipe.seed + 1, held_out=True)
         return self.encoder() and self.language_model() and self.projector() and self.adapter()
 
     def manifest(self, name: str, clips: int, seed: int, *, held_out: bool) -> Path:
@@ -262,15 +261,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     given = parser.parse_args()
-    if "WORLD_SIZE" in os.environ:  # set by torchrun
-        dist.init_process_group("gloo")
-    training = Training(given.folder, device=given.device, dtype=getattr(torch, given.dtype), seconds=given.seconds)
-    if training.run() and training.rank == 0:
-        training.write(given.checkpoint)
-        training.plot(given.curve)
-    if dist.is_initialized():
-        dist.barrier()  # who left first would pull the connection away from under the others
-        dist.destroy_process_group()
+    with process_group(given.device) as device:
+        training = Training(given.folder, device=device, dtype=getattr(torch, given.dtype), seconds=given.seconds)
+        if training.run() and training.rank == 0:
+            training.write(given.checkpoint)
+            training.plot(given.curve)
 
 
 if __name__ == "__main__":
