@@ -118,10 +118,12 @@ def test_the_snippet_of_the_readme_with_the_embedded_name():
     assert model.dtype == torch.float32
 
 
-def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
+def test_a_checkpoint_folder_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("embedded").mkdir()
-    with pytest.raises(granite_speech.errors.CheckpointNotFoundError):
+    assert GraniteSpeechForConditionalGeneration.from_pretrained("embedded").dtype == torch.float32
+    Path("embedded/config.json").write_text("{}")
+    with pytest.raises(granite_speech.errors.GraniteSpeechError):
         GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
 
 

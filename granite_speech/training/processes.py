@@ -1,5 +1,6 @@
 """Several processes that train one model. torchrun starts them; here they join, choose devices, and end together if one of them fails."""
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ __all__ = ["gather", "process_count", "process_group", "rank", "share_of", "shar
 
 # The others wait while the first process validates and writes. torchrun ends them if it dies, so a long wait does no harm.
 _PATIENCE = timedelta(hours=12)
+_GROUPS = itertools.count()  # all processes count the same
 _SET_BY_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
@@ -45,7 +47,7 @@ def process_group(device: str | torch.device | None = None) -> Iterator[str | to
     chosen = _own_device(device, shared=joins or process_count() > 1)
     on_gpu = str(chosen).startswith("cuda") and torch.cuda.is_available()
     if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+        _join("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         if on_gpu and process_count() > 1:
             torch.cuda.set_device(chosen)
@@ -56,6 +58,13 @@ def process_group(device: str | torch.device | None = None) -> Iterator[str | to
     finally:
         if joins:
             dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    # torchrun's store keeps the addresses of a group that has gone, and a second group would connect to those: each needs keys of its own.
+    store, number, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    store = dist.PrefixStore(f"granite_speech/{next(_GROUPS)}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
 
 
 def _own_device(device: str | torch.device | None, *, shared: bool) -> str | torch.device:
