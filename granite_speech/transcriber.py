@@ -1,9 +1,11 @@
 """The main job in one object: a recording in, its words out."""
 
+import io
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,20 +47,30 @@ class Transcriber:
         processor = GraniteSpeechProcessor.from_pretrained(name_or_path)
         return cls(GraniteSpeechForConditionalGeneration.from_pretrained(name_or_path, device=chosen, dtype=dtype), processor)
 
-    def transcribe(self, audio: str | PathLike | BinaryIO | Tensor, prompt: str | None = None, max_new_tokens: int = 400) -> str:
+    def transcribe(
+        self,
+        audio: str | PathLike | BinaryIO | bytes | np.ndarray | Tensor,
+        prompt: str | None = None,
+        max_new_tokens: int = 400,
+        *,
+        sampling_rate: int | None = None,
+    ) -> str:
         """The words of one recording.
 
         Args:
-            audio: a file of any format soundfile reads, at any rate, with any channels; "-" for standard input; or a tensor
-                `(samples,)` at the processor's sampling rate.
+            audio: a file that `granite_speech.audio.load_audio` reads: a path, "-" for standard input, an open binary file, or its
+                content as bytes; or an array or tensor `(samples,)`, `(samples, channels)` or `(channels, samples)`.
             prompt: what to ask of the speech; the release's own request for a transcript where left out.
             max_new_tokens: the answer's length at most.
+            sampling_rate: of an array, in Hz; None for the processor's. A file says its own.
 
         Raises:
             AudioError: a recording that cannot be used.
         """
-        samples = audio if isinstance(audio, Tensor) else load_audio(audio, self.processor.audio_processor.sampling_rate)
-        inputs = self.processor(self._request(prompt), samples, device=self.model.device).to(self.model.device)
+        if not isinstance(audio, (np.ndarray, Tensor, list, tuple)):
+            file = io.BytesIO(audio) if isinstance(audio, (bytes, bytearray, memoryview)) else audio
+            audio, sampling_rate = load_audio(file, self.processor.audio_processor.sampling_rate), None
+        inputs = self.processor(self._request(prompt), audio, device=self.model.device, sampling_rate=sampling_rate).to(self.model.device)
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
         return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
