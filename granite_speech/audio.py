@@ -164,32 +164,44 @@ class _Recording:
         self.sampling_rate, self.max_seconds, self.max_bytes, self.errors = sampling_rate, max_seconds, max_bytes, errors
         self.name, self.file, self.is_ours = _open(file, MAX_BYTES if max_bytes is None else max_bytes)
         self.begin = _begin(self.file, self.name)
-        self.header = read_header(Source(self.file, self.begin))
-        self.seconds, self.damage = 0.0, None
+        self.seconds, self.damage, self.unfilled = 0.0, None, False
 
     def close(self) -> None:
         if self.is_ours:
             self.file.close()
 
     def pieces(self) -> Iterator[Piece]:
-        """The samples as they are decoded, checked against the limits. Sets `seconds` and `damage` at the end."""
+        """The samples as they are decoded, checked against the limits. Sets `seconds`, `damage` and `unfilled` at the end."""
         import numpy as np
 
-        seconds = 0.0
-        decoder = decode(Source(self.file, self.begin, self.header.patch), self.header, self.name)
-        while True:
-            try:
-                piece = next(decoder)
-            except StopIteration as end:
-                self.seconds, self.damage = seconds, end.value
-                return
-            seconds += piece.samples.shape[1] / piece.rate
-            self._check_limits(seconds)
-            if not np.isfinite(piece.samples).all():
-                raise AudioError(
-                    got=f"{self.name!r} with NaN or infinite samples", expected="finite ones", remedy="Write the file again from its source"
-                )
-            yield piece
+        seconds, damage, unfilled, begin = 0.0, None, False, self.begin
+        while begin is not None:  # files that were appended to one another
+            header = read_header(Source(self.file, begin))
+            unfilled = unfilled or header.unfilled
+            end = None if header.next is None else begin + header.next
+            decoder = decode(Source(self.file, begin, end, header.patch), header, self.name)
+            while True:
+                try:
+                    piece = next(decoder)
+                except StopIteration as stop:
+                    damage = damage or stop.value
+                    break
+                except AudioError as error:
+                    if begin == self.begin:
+                        raise
+                    damage = damage or f"what follows byte {begin} does not decode: {error.got}"
+                    break
+                seconds += piece.samples.shape[1] / piece.rate
+                self._check_limits(seconds)
+                if not np.isfinite(piece.samples).all():
+                    raise AudioError(
+                        got=f"{self.name!r} with NaN or infinite samples",
+                        expected="finite ones",
+                        remedy="Write the file again from its source",
+                    )
+                yield piece
+            begin = end
+        self.seconds, self.damage, self.unfilled = seconds, damage, unfilled
 
     def _check_limits(self, seconds: float) -> None:
         size = seconds * self.sampling_rate * BYTES_PER_SAMPLE
@@ -241,7 +253,7 @@ class _Recording:
             raise AudioError(got=f"{self.name!r}, which holds no samples", expected="at least one", remedy=REMEDY_CONVERT)
         if self.damage:
             warnings.warn(f"{intact} and were loaded", AudioWarning, stacklevel=3)
-        elif self.header.unfilled:
+        elif self.unfilled:
             warnings.warn(
                 f"{self.name!r} does not say how long it is, because its header was never filled in: its recorder may have been killed. "
                 f"All {self.seconds:.2f} s to its end were loaded",

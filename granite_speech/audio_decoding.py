@@ -74,9 +74,9 @@ def decode(source: Source, header: Header, name: str) -> Generator[Piece, None, 
         AudioError: no format that is read here, no audio in it, not one packet that decodes, impossible claims.
         MissingDependencyError: PyAV is not installed.
     """
-    av = _import_av()
     if header.channels is not None and header.rate is not None:
         check_claims(name, header.channels, header.rate)
+    av = _import_av()
     try:
         with av.open(source, options=OPTIONS, metadata_errors="ignore") as container:
             stream = container.streams.best("audio")
@@ -86,11 +86,13 @@ def decode(source: Source, header: Header, name: str) -> Generator[Piece, None, 
             for piece in _pieces(packets, name):
                 seen += piece.samples.shape[1]
                 yield piece
+    except AudioError:
+        raise
     except (av.error.FFmpegError, OSError, ValueError) as error:  # ValueError: PyAV's own, on values that it cannot express
-        raise _undecodable(name, error) from error
+        raise _undecodable(name, error, header) from error
     if not seen and packets.failed_since_good:
-        raise _undecodable(name, packets.last_error)
-    return header.missing or packets.shortfall() or _samples_short(header, seen)
+        raise _undecodable(name, packets.last_error, header)
+    return header.missing or _samples_short(header, max(seen, packets.end)) or packets.shortfall()
 
 
 def _import_av():
@@ -102,9 +104,17 @@ def _import_av():
         ) from error
 
 
-def _undecodable(name: str, error: Exception | None) -> AudioError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return AudioError(got=f"{name!r}, which does not decode ({reason})", expected="a sound file of a common format", remedy=REMEDY_CONVERT)
+def _undecodable(name: str, error: Exception, header: Header) -> AudioError:
+    short = f"; it is cut off: {header.missing}" if header.missing else ""
+    return AudioError(
+        got=f"{name!r}, which does not decode ({_reason(error)}{short})",
+        expected="a sound file of a common format",
+        remedy=REMEDY_CONVERT,
+    )
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _check_stream(stream, container, name: str) -> None:
@@ -134,8 +144,8 @@ def _decoder(stream):
     return decoder
 
 
-def _samples_short(header: Header, seen: int) -> str | None:
-    return f"{seen} of {header.samples} samples" if header.samples is not None and seen < header.samples else None
+def _samples_short(header: Header, end: int) -> str | None:
+    return f"{end} of {header.samples} samples" if header.samples is not None and end < header.samples else None
 
 
 class _Packets:
@@ -147,6 +157,7 @@ class _Packets:
         self.is_mp3, self.is_ogg = container.format.name == "mp3", container.format.name == "ogg"
         self.failed_since_good, self.last_error = 0, None
         self.good, self.last_is_whole = 0, True
+        self.end = 0  # in samples from the beginning, skipped packets included, by the last frame's own time
         self.promised = Promise(0, 0, 0)
         self.ogg_start, self.ogg_samples = None, 0
 
@@ -167,7 +178,10 @@ class _Packets:
             if is_sound:
                 self.failed_since_good = 0
                 self.good += 1
-            yield from ((frame, 0) for frame in frames)
+            for frame in frames:
+                yield frame, 0
+                if frame.pts is not None and frame.time_base is not None:
+                    self.end = int(frame.pts * frame.time_base * frame.sample_rate) + frame.samples
             if self.is_ogg:
                 yield None, self._ogg_surplus(packet, frames)
 
@@ -184,7 +198,7 @@ class _Packets:
         if packet.pts is None or duration < 1 << 31:
             return 0
         length = (packet.pts + duration - (1 << 32) - self.ogg_start) * packet.time_base * self.stream.rate
-        surplus, self.ogg_start, self.ogg_samples = self.ogg_samples - round(length), None, 0
+        surplus = self.ogg_samples - round(length)
         return surplus if 0 < surplus <= LONGEST_OGG_SURPLUS else 0
 
     def _demux(self):
@@ -225,13 +239,13 @@ class _Packets:
     def shortfall(self) -> str | None:
         """What is missing at the end, as far as it can be known. Anything may follow the last frame of an mp3."""
         if not self.is_mp3:
-            return f"its end does not decode: {self.last_error}" if self.failed_since_good else None
+            return f"its end does not decode: {_reason(self.last_error)}" if self.failed_since_good else None
         frames, size, begin = self.promised
         whole = self.good - (not self.last_is_whole)
-        # Some encoders count the frame with the promise too.
-        if whole < frames - 1 or (whole == frames - 1 and self.source.size - begin < size):
-            return f"{whole} of {frames} frames"
-        return None
+        # A length in bytes tells frames that were cut off from frames that are damaged in the middle, and skipped. Without one, some
+        # encoders count the frame with the promise too.
+        is_cut = self.source.size - begin < size if size else whole < frames - 1
+        return f"{whole} of {frames} frames" if is_cut and whole < frames else None
 
 
 def _pieces(packets: _Packets, name: str):

@@ -16,20 +16,21 @@ __all__ = ["Header", "Promise", "Source", "find_promise", "read_header", "whole_
 
 # A length of this much or more is what programs that write to a pipe put for "unknown".
 UNKNOWN_32, UNKNOWN_64 = 0x7FFF0000, 1 << 62
-LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
+LARGEST_OGG_HEADER = 27 + 255
+BYTES_PER_SEARCH = 1 << 20
 # Chunks before the sound, in any format. A file with more is not one.
 MOST_CHUNKS = 10_000
 
 
 class Source:
-    """A seekable binary file as the decoder sees it: from `start` to its end, with some bytes of its header replaced.
+    """A seekable binary file as the decoder sees it: from `start` to `end`, with some bytes of its header replaced.
 
     It has a position of its own, so that several readers can share one file.
     """
 
-    def __init__(self, file: BinaryIO, start: int = 0, patch: tuple[int, bytes] | None = None):
+    def __init__(self, file: BinaryIO, start: int = 0, end: int | None = None, patch: tuple[int, bytes] | None = None):
         self.file, self.start, self.patch, self.position = file, start, patch, 0
-        self.size = file.seek(0, 2) - start
+        self.size = (file.seek(0, 2) if end is None else end) - start
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self.position = max(0, offset + (0, self.position, self.size)[whence])
@@ -58,6 +59,15 @@ class Source:
             return bytes(changed)
         return data
 
+    def find(self, mark: bytes, position: int) -> int | None:
+        """Where `mark` comes next, at `position` or later."""
+        while position + len(mark) <= self.size:
+            found = (block := self.at(position, BYTES_PER_SEARCH)).find(mark)
+            if found >= 0:
+                return position + found
+            position += max(1, len(block) - len(mark) + 1)
+        return None
+
 
 @dataclass(frozen=True)
 class Header:
@@ -70,6 +80,7 @@ class Header:
         missing: how the file is shorter than its header says.
         unfilled: the header's lengths were never filled in; the sound reaches to the end of the file.
         patch: position and content of a length that makes a decoder read to the end of such a file.
+        next: where another file begins that was appended to this one.
     """
 
     kind: str = ""
@@ -79,6 +90,7 @@ class Header:
     missing: str | None = None
     unfilled: bool = False
     patch: tuple[int, bytes] | None = None
+    next: int | None = None
 
 
 def read_header(source: Source) -> Header:
@@ -113,14 +125,20 @@ def _with_length(source: Source, header: Header, field: tuple[int, str], claimed
     return header
 
 
+def _appended(source: Source, end: int, mark: bytes) -> int | None:
+    """Where a chunk like the outermost one follows it, perhaps after a byte of padding."""
+    return next((position for position in (end, end + 1) if position > 12 and source.at(position, 4) == mark), None)
+
+
 def _read_riff(source: Source) -> Header:
     start = source.at(0, 12)
     order = ">" if start[:4] == b"RIFX" else "<"
     (outer,) = struct.unpack(order + "I", start[4:8])
+    appended = _appended(source, 8 + outer, start[:4])
     if start[8:12] == b"AVI ":
         short = source.size < outer + 8 and outer < UNKNOWN_32
         return Header("avi", missing=f"{source.size} of {outer + 8} bytes" if short else None)
-    header, position, size_of_data = Header("wav"), 12, None
+    header, position, size_of_data = Header("wav", next=appended), 12, None
     for _ in range(MOST_CHUNKS):
         chunk = source.at(position, 64)
         name, (length,) = chunk[:4], struct.unpack(order + "I", chunk[4:8])
@@ -159,7 +177,7 @@ def _read_w64(source: Source) -> Header:
 
 def _read_aiff(source: Source) -> Header:
     (outer,) = struct.unpack(">I", source.at(4, 4))
-    header, position = Header("aiff"), 12
+    header, position = Header("aiff", next=_appended(source, 8 + outer, b"FORM")), 12
     for _ in range(MOST_CHUNKS):
         chunk = source.at(position, 64)
         name, (length,) = chunk[:4], struct.unpack(">I", chunk[4:8])
@@ -199,17 +217,30 @@ def _read_caf(source: Source) -> Header:
 def _read_flac(source: Source) -> Header:
     (packed,) = struct.unpack(">Q", source.at(18, 8))
     rate, channels, samples = packed >> 44, (packed >> 41 & 7) + 1, packed & (1 << 36) - 1
-    return Header("flac", channels, rate, samples=samples or None)
+    return Header("flac", channels, rate, samples=samples or None, next=source.find(FLAC_START, 8))
 
 
 def _read_ogg(source: Source) -> Header:
-    """The last page has to be whole, and the last of its stream: streams may follow one another, and the last one counts."""
-    tail = source.at(max(0, source.size - LARGEST_OGG_PAGE - 1), LARGEST_OGG_PAGE + 1)
-    page = tail[tail.rfind(b"OggS\0") :] if b"OggS\0" in tail else b""
-    lengths = page[27 : 27 + page[26]] if len(page) > 26 else b""
-    if len(page) < 27 or len(lengths) < page[26] or len(page) < 27 + len(lengths) + sum(lengths):
-        return Header("ogg", missing="within its last page")
-    return Header("ogg", missing=None if page[5] & 4 else "after a page that is not the stream's last")
+    """Streams may follow one another, with any codec each: a page that begins one, after others that do not, begins the next.
+
+    The last page of the last stream has to be whole, and has to say that it is the last.
+    """
+    position, has_sound, last = 0, False, "within its last page"
+    while position is not None and position < source.size:
+        page = source.at(position, LARGEST_OGG_HEADER)
+        if page[:5] != b"OggS\0":
+            position = source.find(b"OggS\0", position + 1)
+            continue
+        lengths = page[27 : 27 + page[26]] if len(page) > 26 else b""
+        end = position + 27 + len(lengths) + sum(lengths)
+        if len(page) < 27 or len(lengths) < page[26] or end > source.size:
+            return Header("ogg", missing="within its last page")
+        begins = bool(page[5] & 2)
+        if begins and has_sound:
+            return Header("ogg", next=position)
+        has_sound, last = not begins, None if page[5] & 4 else "after a page that is not the stream's last"
+        position = end
+    return Header("ogg", missing=last)
 
 
 def _read_iso(source: Source) -> Header:
@@ -218,6 +249,8 @@ def _read_iso(source: Source) -> Header:
         box = source.at(position, 16)
         if len(box) < 8 or box[4:8] not in ISO_BOXES:
             break
+        if position and box[4:8] == b"ftyp":
+            return Header("iso", next=position)
         (length,) = struct.unpack(">I", box[:4])
         if length == 1:
             (length,) = struct.unpack(">Q", box[8:16])
@@ -241,6 +274,8 @@ def _read_matroska(source: Source) -> Header:
         position += width + length
         if segment and position > source.size and not unknown:
             return Header("matroska", missing=f"{source.size} of {position} bytes")
+        if segment:
+            return Header("matroska", next=position if source.at(position, 4) == EBML else None)
         if source.at(position, 4) != b"\x18\x53\x80\x67":
             break
         position += 4
@@ -261,6 +296,9 @@ def _read_asf(source: Source) -> Header:
     return Header("asf")
 
 
+EBML = b"\x1a\x45\xdf\xa3"
+# With the header of the metadata block that has to come first.
+FLAC_START = b"fLaC\0\0\0\x22"
 ISO_BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx", b"uuid", b"mfra", b"udta", b"meta", b"pnot"}
 ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 READERS: tuple[tuple[Callable[[bytes], bool], Callable[[Source], Header]], ...] = (
@@ -272,7 +310,7 @@ READERS: tuple[tuple[Callable[[bytes], bool], Callable[[Source], Header]], ...] 
     (lambda start: start[:4] == b"fLaC", _read_flac),
     (lambda start: start[:4] == b"OggS", _read_ogg),
     (lambda start: start[4:8] in ISO_BOXES, _read_iso),
-    (lambda start: start[:4] == b"\x1a\x45\xdf\xa3", _read_matroska),
+    (lambda start: start[:4] == EBML, _read_matroska),
     (lambda start: start[:16] == bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), _read_asf),
 )
 
