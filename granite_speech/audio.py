@@ -5,6 +5,7 @@ A header is never believed: files are decoded in small pieces, and what came out
 """
 
 import io
+import math
 import os
 import re
 import sys
@@ -77,7 +78,8 @@ def load_audio(
 
     from granite_speech.channels import ChannelEnergies
 
-    _check_positive(max_bytes=max_bytes)
+    if max_bytes is not None:
+        _check_positive(max_bytes=max_bytes)
     recording = _Recording(file, sampling_rate, max_seconds, max_bytes, errors)
     energies = ChannelEnergies()
     try:
@@ -158,7 +160,8 @@ class _Recording:
 
     def __init__(self, file, sampling_rate: int, max_seconds: float | None, max_bytes: int | None, errors: str):
         check_rate(sampling_rate)
-        _check_positive(max_seconds=max_seconds)
+        if max_seconds is not None:
+            _check_positive(max_seconds=max_seconds)
         if errors not in ("raise", "warn"):
             raise InputError(got=f"errors={errors!r:.40}", expected="'raise' or 'warn'", remedy="Pass one of them")
         self.sampling_rate, self.max_seconds, self.max_bytes, self.errors = sampling_rate, max_seconds, max_bytes, errors
@@ -179,7 +182,7 @@ class _Recording:
             header = read_header(Source(self.file, begin))
             unfilled = unfilled or header.unfilled
             end = None if header.next is None else begin + header.next
-            decoder = decode(Source(self.file, begin, end, header.patch), header, self.name)
+            decoder = decode(Source(self.file, begin, end, header.patches), header, self.name)
             while True:
                 try:
                     piece = next(decoder)
@@ -345,7 +348,7 @@ def _begin(file: BinaryIO, name: str) -> int:
     return count if read_header(Source(file, count)).kind else max(0, count - ZEROS_KEPT)
 
 
-def _check_positive(**options: float | None) -> None:
+def _check_positive(**options: float) -> None:
     for name, value in options.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not value > 0):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
             raise InputError(got=f"{name}={value!r:.40}", expected="a positive number", remedy="Correct it")

@@ -76,6 +76,8 @@ def decode(source: Source, header: Header, name: str) -> Generator[Piece, None, 
     """
     if header.channels is not None and header.rate is not None:
         check_claims(name, header.channels, header.rate)
+    if header.empty:
+        return None
     av = _import_av()
     try:
         with av.open(source, options=OPTIONS, metadata_errors="ignore") as container:
@@ -224,7 +226,7 @@ class _Packets:
         """
         data = bytes(packet)
         self.last_is_whole = whole_frame(data)
-        inside = find_promise(data[:64])
+        inside = find_promise(data)
         found = inside
         if found is None and not self.good and not self.failed_since_good and packet.pos is not None:
             begin = max(0, packet.pos - BYTES_BEFORE_FIRST_FRAME)

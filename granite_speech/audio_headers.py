@@ -8,7 +8,7 @@ Sources: RIFF (Microsoft, 1991), RF64 (EBU Tech 3306), Sony Wave64, AIFF (Apple,
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple
 
@@ -28,8 +28,8 @@ class Source:
     It has a position of its own, so that several readers can share one file.
     """
 
-    def __init__(self, file: BinaryIO, start: int = 0, end: int | None = None, patch: tuple[int, bytes] | None = None):
-        self.file, self.start, self.patch, self.position = file, start, patch, 0
+    def __init__(self, file: BinaryIO, start: int = 0, end: int | None = None, patches: Sequence[tuple[int, bytes]] = ()):
+        self.file, self.start, self.patches, self.position = file, start, patches, 0
         self.size = (file.seek(0, 2) if end is None else end) - start
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -51,12 +51,10 @@ class Source:
             return b""
         self.file.seek(self.start + offset)
         data = self.file.read(min(count, self.size - offset))
-        if self.patch and offset < self.patch[0] + len(self.patch[1]) and self.patch[0] < offset + len(data):
-            changed = bytearray(data)
-            for index, value in enumerate(self.patch[1], self.patch[0] - offset):
-                if 0 <= index < len(changed):
-                    changed[index] = value
-            return bytes(changed)
+        for place, new in self.patches:
+            begin, end = max(offset, place), min(offset + len(data), place + len(new))
+            if begin < end:
+                data = data[: begin - offset] + new[begin - place : end - place] + data[end - offset :]
         return data
 
     def find(self, mark: bytes, position: int) -> int | None:
@@ -79,7 +77,8 @@ class Header:
         samples: of each channel, in FLAC.
         missing: how the file is shorter than its header says.
         unfilled: the header's lengths were never filled in; the sound reaches to the end of the file.
-        patch: position and content of a length that makes a decoder read to the end of such a file.
+        empty: its lengths say that there is no sound, though other chunks follow. FFmpeg would take those for sound.
+        patches: positions and contents of lengths that make a decoder read to the end of such a file.
         next: where another file begins that was appended to this one.
     """
 
@@ -89,7 +88,8 @@ class Header:
     samples: int | None = None
     missing: str | None = None
     unfilled: bool = False
-    patch: tuple[int, bytes] | None = None
+    empty: bool = False
+    patches: tuple[tuple[int, bytes], ...] = ()
     next: int | None = None
 
 
@@ -120,9 +120,17 @@ def _with_length(source: Source, header: Header, field: tuple[int, str], claimed
     if claimed > actual:
         return replace(header, missing=f"{max(0, actual)} of {claimed} bytes of sound")
     # A recording without any samples may be followed by other chunks. Then the outer length, filled in as well, counts them.
-    if claimed == 0 and actual > 0 and abs(outer_end - source.size) > 1:
-        return replace(header, unfilled=True, patch=(field[0], struct.pack(field[1], min(actual, unknown - 1))))
+    if claimed == 0 and actual > 0:
+        if abs(outer_end - source.size) <= 1:
+            return replace(header, empty=True)
+        return replace(header, unfilled=True, patches=((field[0], struct.pack(field[1], min(actual, unknown - 1))),))
     return header
+
+
+def _patched(header: Header, form: str, *lengths: tuple[int, int]) -> Header:
+    """`header` with these positions and lengths as its patches, if its own were never filled in."""
+    patches = tuple((position, struct.pack(form, min(length, UNKNOWN_32) if form[1] == "I" else length)) for position, length in lengths)
+    return replace(header, patches=patches) if header.unfilled else header
 
 
 def _appended(source: Source, end: int, mark: bytes) -> int | None:
@@ -168,7 +176,8 @@ def _read_w64(source: Source) -> Header:
             header = replace(header, channels=channels, rate=rate)
         elif name == b"data":  # whose length counts its own 24 bytes
             found = _with_length(source, header, (position + 16, "<Q"), max(0, length - 24), position + 24, UNKNOWN_64 - 24, outer)
-            return replace(found, patch=(position + 16, struct.pack("<Q", source.size - position))) if found.unfilled else found
+            lengths = ((16, source.size), (position + 16, source.size - position))
+            return _patched(found, "<Q", *lengths)
         if length < 24:
             break
         position += -(-length // 8) * 8
@@ -187,7 +196,9 @@ def _read_aiff(source: Source) -> Header:
             shift = 16383 + 63 - (exponent & 0x7FFF)
             header = replace(header, channels=channels, rate=mantissa >> shift if 0 <= shift < 64 else 0)
         elif name == b"SSND":  # whose length counts an offset and a block size, 8 bytes
-            return _with_length(source, header, (position + 4, ">I"), max(0, length - 8), position + 16, UNKNOWN_32, outer + 8)
+            found = _with_length(source, header, (position + 4, ">I"), max(0, length - 8), position + 16, UNKNOWN_32, outer + 8)
+            lengths = ((4, source.size - 8), (position + 4, source.size - position - 8))
+            return _patched(found, ">I", *lengths)
         position += 8 + length + length % 2
     return header
 

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -77,7 +78,7 @@ def playlists(address: str) -> dict[str, str]:
         "concat": f"ffconcat version 1.0\nfile '{address}'\n",
         "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXT-X-VERSION:3\n#EXTINF:5,\n{address}\n#EXT-X-ENDLIST\n",
         "hls of hls": f"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{address}\n",
-        "hls with a key": f'#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXT-X-KEY:METHOD=AES-128,URI="{address}"\n#EXTINF:5,\n{address}\n#EXT-X-ENDLIST\n',
+        "hls with a key": f'#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI="{address}"\n#EXTINF:5,\n{address}\n#EXT-X-ENDLIST\n',
         "dash": mpd(address),
         "smil": f'<smil><body><audio src="{address}"/></body></smil>',
         "asx": f'<asx version="3.0"><entry><ref href="{address}"/></entry></asx>',
@@ -140,8 +141,6 @@ def test_movies_with_their_sound_in_another_file(tmp_path, watched):
         file = tmp_path / "movie.mov"
         file.write_bytes(replaced(movie, [b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"], references))
         for source in (file, io.BytesIO(file.read_bytes())):
-            try:
+            with suppress(AudioError):
                 load_audio(source)
-            except AudioError:
-                pass
     assert not watched.file_was_opened()
