@@ -29,6 +29,8 @@ FORMATS = (
 )
 # "none" is the name of no protocol. The file itself is read through Python.
 OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "none", "enable_drefs": "0"}
+# numpy's names of FFmpeg's packed sample formats.
+DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 BYTES_BEFORE_FIRST_FRAME = 4096
 # Two of Vorbis's longest blocks.
 LONGEST_OGG_SURPLUS = 2 * 8192
@@ -278,11 +280,15 @@ def _pieces(packets: _Packets, name: str):
 
 def _as_float32(frame) -> "np.ndarray":
     """`(channels, samples)` float32; integers are scaled by their type's range."""
-    array = frame.to_ndarray()
-    if not frame.format.is_planar:
-        array = array.reshape(-1, frame.layout.nb_channels).T
-    kind, bits = array.dtype.kind, 8 * array.dtype.itemsize
-    array = array.astype("float32")
-    if kind == "u":
+    import numpy as np
+
+    # Not frame.to_ndarray: PyAV counts planes up to the first null pointer, and finds too many from 8 channels on.
+    dtype, channels, planes = np.dtype(DTYPES[frame.format.packed.name]), frame.layout.nb_channels, frame.planes
+    if frame.format.is_planar:
+        array = np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in planes[:channels]])
+    else:
+        array = np.frombuffer(planes[0], dtype, frame.samples * channels).reshape(-1, channels).T
+    array = array.astype(np.float32)
+    if dtype.kind == "u":
         return (array - 128) / 128
-    return array if kind == "f" else array / 2 ** (bits - 1)
+    return array if dtype.kind == "f" else array / 2 ** (8 * dtype.itemsize - 1)

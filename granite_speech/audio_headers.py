@@ -123,7 +123,7 @@ def _with_length(source: Source, header: Header, field: tuple[int, str], claimed
     if claimed == 0 and actual > 0:
         if abs(outer_end - source.size) <= 1:
             return replace(header, empty=True)
-        return replace(header, unfilled=True, patches=((field[0], struct.pack(field[1], min(actual, unknown - 1))),))
+        return replace(header, unfilled=True, patches=(*header.patches, (field[0], struct.pack(field[1], min(actual, unknown - 1)))))
     return header
 
 
@@ -149,6 +149,8 @@ def _read_riff(source: Source) -> Header:
     header, position, size_of_data = Header("wav", next=appended), 12, None
     for _ in range(MOST_CHUNKS):
         chunk = source.at(position, 64)
+        if len(chunk) < 8:
+            break
         name, (length,) = chunk[:4], struct.unpack(order + "I", chunk[4:8])
         if name == b"ds64":
             outer, size_of_data = struct.unpack("<QQ", chunk[8:24])
@@ -161,6 +163,9 @@ def _read_riff(source: Source) -> Header:
             if size_of_data is not None and length == 0xFFFFFFFF:
                 return _with_length(source, header, (ds64 + 16, "<Q"), size_of_data, begin, UNKNOWN_64, outer + 8)
             return _with_length(source, header, (position + 4, order + "I"), length, begin, UNKNOWN_32, outer + 8)
+        elif name == b"LIST":
+            # Names and dates. FFmpeg may read as many of them as the length claims, past the end of the file.
+            header = replace(header, patches=(*header.patches, (position, b"JUNK")))
         position += 8 + length + length % 2
     return header
 

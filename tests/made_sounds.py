@@ -49,13 +49,13 @@ def encoded(
     file = io.BytesIO() if path is None else path
     with av.open(file, "w", format=container, options={"movflags": movflags} if movflags else {}) as output:
         stream = output.add_stream(codec, rate=rate, options=OPTIONS.get(codec, {}))
-        stream.layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
+        stream.layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[channels]
         if bit_rate:
             stream.bit_rate = bit_rate
         formats = stream.codec_context.codec.audio_formats
         stream.format = formats[0] if formats else "fltp"
         stream.codec_context.open()
-        frame = av.AudioFrame.from_ndarray(np.repeat(sound[None], channels, axis=0), format="fltp", layout=stream.layout.name)
+        frame = av.AudioFrame.from_ndarray(np.repeat(sound, channels)[None], format="flt", layout=stream.layout.name)
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         convert = av.AudioResampler(stream.format.name, stream.layout.name, rate, frame_size=stream.codec_context.frame_size or 1024)
         for part in [*convert.resample(frame), *convert.resample(None), None]:

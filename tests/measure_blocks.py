@@ -1,6 +1,6 @@
 """Time and memory of an hour of mp3 and of Opus through the block reader.
 
-    python -m tests.measure_blocks [SECONDS]
+python -m tests.measure_blocks [SECONDS]
 """
 
 import sys

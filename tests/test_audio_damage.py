@@ -1,6 +1,7 @@
 """How much of a damaged file is intact, limits on what is decoded, and headers that promise too much or were never filled in."""
 
 import io
+import resource
 import struct
 import time
 import tracemalloc
@@ -35,6 +36,11 @@ KINDS = {
     "wma": ("asf", "wmav2"),
     "mp4 in fragments": ("mp4", "aac"),
 }
+
+
+def peak() -> int:
+    """The largest memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def made(kind: str) -> bytes:
@@ -223,6 +229,16 @@ def test_impossible_headers_are_refused_at_once(name):
     assert time.process_time() - started < 0.05
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+def test_metadata_that_claims_four_gigabytes():
+    content = bytearray(made("wav"))
+    place = content.index(b"LIST") + 4
+    struct.pack_into("<I", content, place, 0xFFFFFFFF)
+    before = peak()
+    with pytest.raises(AudioError, match="does not decode"):
+        load_audio(io.BytesIO(bytes(content)))
+    assert peak() - before < 64 << 20
 
 
 # --- blocks --------------------------------------------------------------------------------------------------------------------------

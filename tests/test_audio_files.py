@@ -116,6 +116,19 @@ def test_mp4_as_servers_write_it(tmp_path, movflags):
     assert_holds(sound, [voice()], 2 * AAC)
 
 
+@pytest.mark.parametrize("channels", [6, 8])
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "aac"), ("matroska", "flac"), ("ogg", "libopus"), ("wav", "pcm_s16le")])
+def test_surround_sound(container, codec, channels):
+    content = encoded(container, codec, rate=48000, channels=channels)
+    assert_holds(load_audio(io.BytesIO(content), 48000).numpy(), [voice(48000)], 2 * AAC, 0.99)
+
+
+def test_more_channels_than_a_layout_has_names_for():
+    file = io.BytesIO()
+    soundfile.write(file, np.repeat(voice()[:, None], 30, axis=1), 16000, format="WAV", subtype="FLOAT")
+    assert_holds(load_audio(file).numpy(), [voice()], PCM)
+
+
 # --- appended files, and changes within one --------------------------------------------------------------------------------------------
 
 LINKS = {
