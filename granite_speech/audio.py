@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -279,7 +280,7 @@ def _open(file: str | os.PathLike | BinaryIO, most: int) -> tuple[str, BinaryIO,
             return "standard input", _in_memory(sys.stdin.buffer, "standard input", most), True
         path = os.fsdecode(file)
         opened = _open_path(path)
-        if opened.seekable():
+        if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):  # a device such as /dev/zero can be sought in, and has no end
             return path, opened, True
         with opened:
             return path, _in_memory(opened, path, most), True
