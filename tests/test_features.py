@@ -268,7 +268,7 @@ import torch
 import granite_speech.audio, granite_speech.processor, granite_speech.tokenizer
 from granite_speech.features import GraniteSpeechFeatureExtractor
 assert GraniteSpeechFeatureExtractor()(torch.ones(4000))["input_features"].shape == (1, 13, 160)
-assert "soundfile" not in sys.modules and "tokenizers" not in sys.modules and "jinja2" not in sys.modules
+assert "soundfile" not in sys.modules and "av" not in sys.modules and "tokenizers" not in sys.modules and "jinja2" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=".", timeout=120)
 
