@@ -333,13 +333,20 @@ def _in_memory(file, name: str, most: int) -> io.BytesIO:
 
 
 def _begin(file: BinaryIO, name: str) -> int:
-    """Where a file begins. Some recorders write zeros first, and FFmpeg gives up on many of them."""
+    """Where a file begins: after a tag that some program has put before a format without a place for it, and after zeros.
+
+    Some recorders write zeros first, and FFmpeg gives up on many of them.
+    """
     file.seek(0)
     block, count = file.read(FIRST_BYTES), 0
     if not block:
         raise AudioError(
             got=f"{name!r}, which is empty (0 bytes) and does not decode", expected="a sound file", remedy="Record or copy it again"
         )
+    if block[:3] == b"ID3" and len(block) == FIRST_BYTES:
+        # Its length has 7 bits a byte.
+        tag = 10 + sum(value << shift for value, shift in zip(block[6:10], (21, 14, 7, 0), strict=True))
+        return tag if read_header(Source(file, tag)).kind else 0
     if block.strip(b"\0"):
         return 0
     while block and not block.strip(b"\0"):

@@ -171,6 +171,8 @@ class _Packets:
 
         for packet in self._demux():
             is_sound = packet.size > 0
+            if not is_sound and packet.dts is not None:
+                continue  # an empty sample of a container, which a decoder would take for the end
             if self.is_mp3 and is_sound:
                 is_sound = not self._take_promise(packet)
             try:

@@ -30,7 +30,7 @@ class Source:
 
     def __init__(self, file: BinaryIO, start: int = 0, end: int | None = None, patches: Sequence[tuple[int, bytes]] = ()):
         self.file, self.start, self.patches, self.position = file, start, patches, 0
-        self.size = (file.seek(0, 2) if end is None else end) - start
+        self.size = max(0, (file.seek(0, 2) if end is None else end) - start)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self.position = max(0, offset + (0, self.position, self.size)[whence])

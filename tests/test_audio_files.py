@@ -162,6 +162,22 @@ def test_appended_files_are_all_read(name, swapped):
     assert all(best_match(part, voice(), frame)[0] > 0.99 for part in alone)
 
 
+ID3 = b"ID3\3\0\0\0\0\0\x14TIT2" + (5).to_bytes(4, "big") + b"\0\0\0abcd" + bytes(5)
+APE = b"APETAGEX" + (2000).to_bytes(4, "little") + (32).to_bytes(4, "little") + bytes(16)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "rate"),
+    [("mp3", "libmp3lame", 16000), ("adts", "aac", 16000), ("flac", "flac", 16000), ("ogg", "libopus", 48000), ("wav", "pcm_s16le", 16000)],
+)
+def test_tags_before_and_after_are_no_damage(recwarn, container, codec, rate):
+    content = encoded(container, codec, rate=rate)
+    length = len(load_audio(io.BytesIO(content)))
+    for tagged in (ID3 + content, content + b"TAG" + bytes(125), content + APE, content + APE + b"TAG" + bytes(125), content + b"\r\n"):
+        assert len(load_audio(io.BytesIO(tagged))) == length
+    assert not recwarn.list
+
+
 def test_three_links_and_a_cut():
     """The last link says how it ends, and what comes before a damaged one is intact."""
     link = encoded("ogg", "libopus", rate=48000)
