@@ -60,7 +60,7 @@ class Transcriber:
         Args:
             audio: a file that `granite_speech.audio.load_audio` reads: a path, "-" for standard input, an open binary file, or its
                 content as bytes; or an array or tensor `(samples,)`, `(samples, channels)` or `(channels, samples)`.
-            prompt: what to ask of the speech; the release's own request for a transcript where left out.
+            prompt: what to ask of the speech; the release's own request for a transcript if omitted.
             max_new_tokens: the answer's length at most.
             sampling_rate: of an array, in Hz; None for the processor's. A file says its own.
 

@@ -55,12 +55,16 @@ def encoded(
         formats = stream.codec_context.codec.audio_formats
         stream.format = formats[0] if formats else "fltp"
         stream.codec_context.open()
-        frame = av.AudioFrame.from_ndarray(np.repeat(sound, channels)[None], format="flt", layout=stream.layout.name)
-        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         convert = av.AudioResampler(stream.format.name, stream.layout.name, rate, frame_size=stream.codec_context.frame_size or 1024)
-        for part in [*convert.resample(frame), *convert.resample(None), None]:
-            for packet in stream.encode(part):
-                output.mux(packet)
+        for begin in [*range(0, len(sound), 10 * rate), None]:
+            frame = None
+            if begin is not None:
+                part = np.repeat(sound[begin : begin + 10 * rate], channels)[None]
+                frame = av.AudioFrame.from_ndarray(part, format="flt", layout=stream.layout.name)
+                frame.sample_rate, frame.pts, frame.time_base = rate, begin, Fraction(1, rate)
+            for converted in [*convert.resample(frame), *([None] if frame is None else [])]:
+                for packet in stream.encode(converted):
+                    output.mux(packet)
     return file.getvalue() if path is None else path.read_bytes()
 
 
