@@ -31,9 +31,8 @@ def read(path: Path, short: Path) -> None:
     sum(map(len, read_blocks(short)))  # what is imported and allocated once
     before, started = memory("VmHWM"), time.perf_counter()
     samples = sum(map(len, read_blocks(path)))
-    print(
-        f"{samples / 16000:.1f} s in {time.perf_counter() - started:.1f} s, peak {(memory('VmHWM') - before) / 2**20:.1f} MiB above a short file's"
-    )
+    seconds, grown = time.perf_counter() - started, (memory("VmHWM") - before) / 2**20
+    print(f"{samples / 16000:.1f} s in {seconds:.1f} s, peak {grown:.1f} MiB above a short file's")
 
 
 def main(seconds: float) -> None:
