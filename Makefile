@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 AUDIO ?= granite_speech/assets/sample.flac
 
-.PHONY: transcribe test lint bench embedded clean
+.PHONY: transcribe test lint fuzz bench embedded clean
 
 # Text of a sound file: make transcribe AUDIO=speech.wav MODEL=ibm-granite/granite-speech-3.3-2b
 transcribe: .venv/installed
@@ -15,6 +15,10 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Five thousand damaged sound files; the tests read three hundred.
+fuzz: .venv/installed
+	$(BIN)/python -m tests.support.fuzz_audio 5000
 
 bench: .venv/installed
 	$(BIN)/python -m bench model

@@ -31,7 +31,8 @@ setup(
         "huggingface_hub>=0.30",
         "tokenizers>=0.21",
         "jinja2>=3.1",
-        "soundfile>=0.12",
+        "av>=18.1,<19",  # FFmpeg inside its wheels: decodes recordings
+        "soundfile>=0.12",  # reads and writes the clips of fine-tuning
         "tqdm>=4.60",
     ],
     extras_require={

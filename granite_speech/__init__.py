@@ -35,7 +35,7 @@ _HOMES = {
         "MissingDependencyError",
         "UnsupportedError",
     ),
-    "inputs.audio": ("load_audio",),
+    "inputs.audio": ("load_audio", "read_blocks"),
     "inputs.features": ("GraniteSpeechFeatureExtractor",),
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
     "inputs.processor": ("GraniteSpeechProcessor",),
@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.errors import MissingDependencyError as MissingDependencyError
     from granite_speech.errors import UnsupportedError as UnsupportedError
     from granite_speech.inputs.audio import load_audio as load_audio
+    from granite_speech.inputs.audio import read_blocks as read_blocks
     from granite_speech.inputs.features import GraniteSpeechFeatureExtractor as GraniteSpeechFeatureExtractor
     from granite_speech.inputs.processor import GraniteSpeechProcessor as GraniteSpeechProcessor
     from granite_speech.model import GraniteSpeechForConditionalGeneration as GraniteSpeechForConditionalGeneration

@@ -61,7 +61,7 @@ import sys, time
 begin = time.perf_counter()
 import granite_speech
 print(time.perf_counter() - begin)
-heavy = {"torch", "numpy", "triton", "safetensors", "tokenizers", "huggingface_hub", "importlib.metadata"} & set(sys.modules)
+heavy = {"torch", "numpy", "av", "triton", "safetensors", "tokenizers", "huggingface_hub", "importlib.metadata"} & set(sys.modules)
 assert not heavy, heavy
 granite_speech.ConfigError
 assert "torch" not in sys.modules
@@ -88,7 +88,7 @@ for name in names:
     import_module(name)
 for name in granite_speech.__all__:
     getattr(granite_speech, name)
-pulled_in = {"transformers", "peft", "torchaudio", "accelerate", "datasets"} & set(sys.modules)
+pulled_in = {"transformers", "peft", "torchaudio", "av", "accelerate", "datasets"} & set(sys.modules)
 assert not pulled_in, pulled_in
 print(len(names))
 """

@@ -1,4 +1,4 @@
-"""Clips as callers have them, and as the feature extractor wants them: float32, one dimension, finite."""
+"""Clips as callers have them, and as the feature extractor needs them: float32, one dimension, finite."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,12 @@ import numpy as np
 import torch
 
 from granite_speech.errors import AudioError, InputError
+from granite_speech.inputs.channels import mix
 
-__all__ = ["as_clips", "check_clips"]
+__all__ = ["as_clips", "check_clips", "clips_of_prompt"]
+
+# An axis of this length or less can be channels; samples and clips are told from it by being more.
+MOST_CHANNELS = 8
 
 # A sample beyond this would overflow the float32 power spectrum. Sound lies in [-1, 1].
 LARGEST_SAMPLE = 1e15
@@ -20,22 +24,74 @@ def as_clips(audios) -> list[torch.Tensor]:
         if audios.ndim not in (1, 2):
             raise _bad_clip(0, f"shape {tuple(audios.shape)}", "(samples,) or (batch, samples)")
         batch = _as_float32(audios, 0)
-        clips = list(batch) if batch.ndim == 2 else [batch]
-    elif isinstance(audios, Sequence) and not isinstance(audios, (str, bytes)):
-        clips = []
-        for index, audio in enumerate(audios):
-            if not isinstance(audio, (np.ndarray, torch.Tensor)):
-                raise _bad_clip(index, f"a {type(audio).__name__}", "a numpy array or a tensor")
-            if audio.ndim != 1 and not (audio.ndim == 2 and audio.shape[0] == 1):
-                raise _bad_clip(index, f"shape {tuple(audio.shape)}", "one channel: (samples,) or (1, samples)")
-            clips.append(_as_float32(audio, index).reshape(-1))
+        return list(batch) if batch.ndim == 2 else [batch]
+    clips = []
+    for index, audio in enumerate(_as_arrays(audios)):
+        if audio.ndim != 1 and not (audio.ndim == 2 and audio.shape[0] == 1):
+            raise _bad_clip(index, f"shape {tuple(audio.shape)}", "one channel: (samples,) or (1, samples)")
+        clips.append(_as_float32(audio, index).reshape(-1))
+    return clips
+
+
+def clips_of_prompt(audios, placeholders: int, audio_token: str) -> list[torch.Tensor]:
+    """The clips that belong to a prompt's placeholders, each as float32 `(samples,)`; several channels become one (`channels.mix`).
+
+    Shapes decide, and are all looked at before any sample is. One array of two dimensions is as many clips as it has rows, if there are
+    as many placeholders. Otherwise it is one clip with channels, along its axis of length 8 or less.
+
+    Args:
+        audios: an array or tensor `(samples,)`, `(clips, samples)`, `(samples, channels)` or `(channels, samples)`; or a list with an
+            array for each clip, each with or without channels.
+        placeholders: how many there are in the prompts.
+        audio_token: their text, for messages.
+
+    Raises:
+        AudioError: another layout, or another number of clips than of placeholders.
+        InputError: neither an array nor a list.
+    """
+    if not isinstance(audios, (np.ndarray, torch.Tensor)):
+        arrays = _as_arrays(audios)
+    elif audios.ndim == 2 and audios.shape[0] == placeholders:
+        arrays = list(audios)
     else:
+        arrays = [audios]
+    layouts = [_channel_axis(tuple(array.shape)) for array in arrays]
+    if len(arrays) != placeholders or None in layouts:
+        shapes = ", ".join(str(tuple(array.shape)) for array in arrays[:4]) + (", …" if len(arrays) > 4 else "")
+        raise AudioError(
+            got=f"{placeholders} placeholder(s) {audio_token} for {len(arrays)} clip(s) of shape {shapes or 'nothing'}",
+            expected="one placeholder for each clip. Clips are (clips, samples), or a list; one clip is (samples,), or with at most "
+            f"{MOST_CHANNELS} channels (samples, channels) or (channels, samples)",
+            remedy=f"Put {audio_token} into the prompt once where each clip belongs, and pass one of these layouts",
+        )
+    clips = []
+    for index, (array, axis) in enumerate(zip(arrays, layouts, strict=True)):
+        clip = _as_float32(array, index)
+        clips.append(clip if axis < 0 else mix(clip if axis == 0 else clip.T))
+    return clips
+
+
+def _channel_axis(shape: tuple[int, ...]) -> int | None:
+    """Which axis of a clip are its channels: -1 if there is no such axis, None if the shape is not a clip's."""
+    if len(shape) == 1:
+        return -1
+    if len(shape) != 2 or shape[0] == shape[1]:
+        return None
+    axis = int(shape[1] < shape[0])
+    return axis if 1 <= shape[axis] <= MOST_CHANNELS else None
+
+
+def _as_arrays(audios) -> list[np.ndarray | torch.Tensor]:
+    if not isinstance(audios, Sequence) or isinstance(audios, (str, bytes)):
         raise InputError(
             got=f"audio of type {type(audios).__name__}",
             expected="a numpy array, a tensor, or a list of them",
-            remedy="Read files with granite_speech.inputs.audio.load_audio first",
+            remedy="Read files with granite_speech.load_audio first",
         )
-    return clips
+    for index, audio in enumerate(audios):
+        if not isinstance(audio, (np.ndarray, torch.Tensor)):
+            raise _bad_clip(index, f"a {type(audio).__name__}", "a numpy array or a tensor")
+    return list(audios)
 
 
 def check_clips(clips: Sequence[torch.Tensor]) -> None:
@@ -78,5 +134,5 @@ def _bad_clip(index: int, got: str, expected: str) -> AudioError:
     return AudioError(
         got=f"clip {index} has {got}",
         expected=expected,
-        remedy="Load the recording again with granite_speech.inputs.audio.load_audio, or leave the clip out",
+        remedy="Load the recording again with granite_speech.load_audio, or leave the clip out",
     )

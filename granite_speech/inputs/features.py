@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from granite_speech.errors import ConfigError, InputError, UnsupportedError
+from granite_speech.errors import AudioError, ConfigError, InputError, UnsupportedError
 from granite_speech.inputs.clips import as_clips, check_clips
 
 __all__ = ["BatchFeature", "FrameCounts", "GraniteSpeechFeatureExtractor", "count_frames"]
@@ -79,8 +79,8 @@ class FrameCounts(NamedTuple):
 def count_frames(samples: int, *, hop_length: int = 160, window_size: int = 15, downsample_rate: int = 5) -> FrameCounts:
     """Lengths of a clip of `samples` samples: mel frames, encoder frames (pairs of mel frames), audio tokens.
 
-    The last projector window counts in full. A clip shorter than one hop has no pair of mel frames: no encoder frame
-    and no token.
+    The last projector window counts in full. A clip shorter than one hop has no pair of mel frames, so no encoder frame and no token;
+    the feature extractor refuses it.
     """
     mel = samples // hop_length + 1
     encoder = mel // 2
@@ -224,13 +224,21 @@ class GraniteSpeechFeatureExtractor:
             encoder frames of each clip. Both lists are plain integers.
 
         Raises:
-            AudioError: no clips, or a clip that is empty, not finite, complex, of another integer type or another rank.
+            AudioError: no clips, or a clip that is empty, too short for one audio token, not finite, complex, of another integer type
+                or another rank.
             InputError: what holds no clips at all, or no such device.
         """
         clips = as_clips(audios)
         counts = [self.count_frames(clip.numel()) for clip in clips]
         packed, lengths = self.extract_packed(clips, clips[0].device if device is None else device)
         tokens = [count.tokens for count in counts]
+        if 0 in tokens:
+            index, hop = tokens.index(0), self.melspec_kwargs["hop_length"]
+            raise AudioError(
+                got=f"clip {index} has {clips[index].numel()} samples, too few for one audio token",
+                expected=f"at least {hop} samples, {hop / self.sampling_rate:.3g} s",
+                remedy="Leave the clip out: nothing can be said in so short a time",
+            )
         mask = torch.arange(max(tokens), device="cpu").view(1, -1) < torch.tensor(tokens, device="cpu").view(-1, 1)
         return BatchFeature(
             input_features=torch.nn.utils.rnn.pad_sequence(packed.split(lengths), batch_first=True),
@@ -247,14 +255,14 @@ class GraniteSpeechFeatureExtractor:
         accelerator already cost one wait, to learn whether they are finite.
 
         Args:
-            audios: clips `(samples,)`, float32, at least one sample each, on any device.
+            audios: clips `(samples,)`, float32, at least one sample each, on any device. One under a hop has no frame.
             device: where to compute.
 
         Returns:
             `(total_frames, 2 * n_mels)` float32 on device, and each clip's number of encoder frames.
 
         Raises:
-            AudioError: as `__call__`.
+            AudioError: as `__call__`, except for clips that are too short.
             InputError: no such device.
         """
         device = _device(device)

@@ -13,7 +13,7 @@ import torch
 from granite_speech.checkpoints.folder import load_json, resolve
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedError
 from granite_speech.inputs.audio import resample
-from granite_speech.inputs.clips import as_clips, check_clips
+from granite_speech.inputs.clips import check_clips, clips_of_prompt
 from granite_speech.inputs.features import BatchFeature, GraniteSpeechFeatureExtractor
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer, write_chat_template
 
@@ -58,8 +58,10 @@ class GraniteSpeechProcessor:
 
         Args:
             text: one prompt or a list; each `<|audio|>` in it stands for one clip, in order, across all prompts.
-            audio: as `GraniteSpeechFeatureExtractor.__call__`; None where no prompt has a clip. An array of two dimensions is
-                several clips `(clips, samples)`, as in transformers, and never the channels of one: for those pass `audio.mean(0)`.
+            audio: None if no prompt has a placeholder. Else numpy arrays or tensors, floating point in [-1, 1] or int16: one clip
+                `(samples,)`; clips of one length `(clips, samples)`, as many rows as placeholders; one clip with at most 8 channels,
+                `(samples, channels)` as soundfile returns it or `(channels, samples)` as torchaudio does, for one placeholder; or a
+                list of clips. Channels are averaged; if they cancel out, the loudest is used.
             device: where features are computed and stay. Token ids stay on the CPU until `.to(device)`.
             sampling_rate: of the clips, in Hz, where the caller knows it; clips of another rate than the model's are resampled
                 (`granite_speech.inputs.audio.resample`, which needs torchaudio). None: they are at the model's.
@@ -69,11 +71,12 @@ class GraniteSpeechProcessor:
         Returns:
             input_ids and attention_mask `(prompts, tokens)` int64; with audio also input_features
             `(clips, max_frames, 2 * n_mels)` float32, input_features_mask `(clips, max_tokens)` bool and
-            input_features_lengths, encoder frames of each clip as a list. A clip under one hop has no token.
+            input_features_lengths, encoder frames of each clip as a list.
 
         Raises:
-            InputError: other options; placeholders and clips that differ in number.
-            AudioError: a clip that cannot be used; a rate that no recording has.
+            InputError: other options; placeholders without audio.
+            AudioError: another layout than these, or another number of clips than of placeholders, before anything is computed; a clip
+                that cannot be used or is too short for one audio token; a rate that no recording has.
             MissingDependencyError: another sampling rate, and torchaudio cannot be imported.
         """
         if kwargs:
@@ -85,29 +88,30 @@ class GraniteSpeechProcessor:
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
             raise InputError(got=f"text of type {type(text).__name__}", expected="a string or a list of strings", remedy="Pass those")
-        if audio is not None and sampling_rate is not None:
-            audio = self._at_own_rate(audio, sampling_rate)
-        features = BatchFeature() if audio is None else self.audio_processor(audio, device=device)
+        placeholders = sum(text.count(self.audio_token) for text in texts)
+        if audio is None and placeholders:
+            raise InputError(
+                got=f"{placeholders} placeholder(s) {self.audio_token} for 0 clip(s)",
+                expected="one clip for each placeholder",
+                remedy="Pass the clips as audio",
+            )
+        features = BatchFeature()
+        if audio is not None:
+            clips = clips_of_prompt(audio, placeholders, self.audio_token)
+            features = self.audio_processor(self._at_own_rate(clips, sampling_rate), device=device)
         texts = self._expand(texts, features.pop("audio_embed_sizes", []))
         return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **features})
 
-    def _at_own_rate(self, audio, sampling_rate: int) -> list[torch.Tensor]:
-        """The clips, resampled where they are at another rate. They are looked at first: a filter would spread a NaN."""
-        clips = as_clips(audio)
+    def _at_own_rate(self, clips: list[torch.Tensor], sampling_rate: int | None) -> list[torch.Tensor]:
+        """The clips, resampled if they are at another rate. They are checked first: a filter would spread a NaN."""
+        if sampling_rate is None:
+            return clips
         check_clips(clips)
         return [resample(clip, sampling_rate, self.audio_processor.sampling_rate) for clip in clips]
 
     def _expand(self, texts: Sequence[str], sizes: list[int]) -> list[str]:
         """Puts as many audio tokens in place of each placeholder as its clip has."""
         pieces = [text.split(self.audio_token) for text in texts]
-        placeholders = sum(len(piece) - 1 for piece in pieces)
-        if placeholders != len(sizes):
-            raise InputError(
-                got=f"{placeholders} placeholder(s) {self.audio_token} for {len(sizes)} clip(s)",
-                expected="one placeholder for each clip",
-                remedy=f"Put {self.audio_token} into the prompt once where each clip belongs; "
-                "of one clip with several channels pass the mean, audio.mean(0)",
-            )
         size = iter(sizes)
         return [piece[0] + "".join(self.audio_token * next(size) + rest for rest in piece[1:]) for piece in pieces]
 

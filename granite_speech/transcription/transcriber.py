@@ -1,10 +1,12 @@
 """The main job in one object: a recording in, its words out."""
 
+import io
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, Self
 from warnings import warn
 
+import numpy as np
 import torch
 from granite_kernels import OPERATIONS
 from torch import Tensor
@@ -60,14 +62,22 @@ class Transcriber:
             operation.resolve(None, model.device, model.dtype)  # refused now, not at every recording
         return cls(model, processor)
 
-    def transcribe(self, audio: str | PathLike | BinaryIO | Tensor, prompt: str | None = None, max_new_tokens: int = 400) -> str:
+    def transcribe(
+        self,
+        audio: str | PathLike | BinaryIO | bytes | np.ndarray | Tensor,
+        prompt: str | None = None,
+        max_new_tokens: int = 400,
+        *,
+        sampling_rate: int | None = None,
+    ) -> str:
         """The words of one recording.
 
         Args:
-            audio: a file of any format soundfile reads, at any rate, with any channels; "-" for standard input; or a tensor
-                `(samples,)` at the processor's sampling rate.
+            audio: a file that `granite_speech.load_audio` reads: a path, "-" for standard input, an open binary file, or its
+                content as bytes; or an array or tensor `(samples,)`, `(samples, channels)` or `(channels, samples)`.
             prompt: what to ask of the speech; the release's own request for a transcript if omitted.
             max_new_tokens: the answer's greatest length.
+            sampling_rate: of an array, in Hz; None for the processor's. A file says its own.
 
         Warns:
             TruncatedAnswerWarning: the answer reached max_new_tokens, or the end of the model's context, before it ended.
@@ -75,13 +85,14 @@ class Transcriber:
         Raises:
             AudioError: a recording that cannot be used, or one too long for the model's context.
         """
-        rate = self.processor.audio_processor.sampling_rate
-        samples = audio if isinstance(audio, Tensor) else load_audio(audio, rate)
-        inputs = self.processor(self._request(prompt), samples, device=self.model.device).to(self.model.device)
+        if not isinstance(audio, (np.ndarray, Tensor, list, tuple)):
+            file = io.BytesIO(audio) if isinstance(audio, (bytes, bytearray, memoryview)) else audio
+            audio, sampling_rate = load_audio(file, self.processor.audio_processor.sampling_rate), None
+        inputs = self.processor(self._request(prompt), audio, device=self.model.device, sampling_rate=sampling_rate).to(self.model.device)
         columns, context = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
         if columns >= context:
             raise AudioError(
-                got=f"a recording of {len(samples) / rate:.0f} s, whose prompt has {columns} tokens",
+                got=f"a recording whose prompt has {columns} tokens",
                 expected=f"fewer than the {context} tokens of the model's context",
                 remedy="Transcribe it in shorter pieces",
             )

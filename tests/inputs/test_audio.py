@@ -2,10 +2,12 @@
 
 import io
 import os
+import shutil
 import struct
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granite_speech.errors import AudioError, MissingDependencyError
-from granite_speech.inputs.audio import load_audio, resample
+from granite_speech.inputs.audio import load_audio, read_blocks, resample
 
 SAMPLES = 24000
 
@@ -112,9 +114,9 @@ def test_torchaudio_is_only_needed_to_resample(monkeypatch, failure):
         load_audio(io.BytesIO(written(wave(8000), 8000)))
 
 
-def test_missing_soundfile_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "soundfile", None)
-    with pytest.raises(MissingDependencyError, match="pip install soundfile"):
+def test_missing_pyav_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingDependencyError, match="pip install av"):
         load_audio(io.BytesIO(WAV))
 
 
@@ -188,15 +190,80 @@ def test_files_that_are_not_there(tmp_path):
         load_audio(tmp_path / "none.wav")
     with pytest.raises(AudioError, match="is a folder"):
         load_audio(tmp_path)
-    raw = tmp_path / "headerless.raw"
-    raw.write_bytes(WAV)
-    with pytest.raises(AudioError, match="does not decode"):
-        load_audio(raw)
+    misnamed = tmp_path / "headerless.raw"
+    misnamed.write_bytes(WAV)
+    assert load_audio(misnamed).shape == (SAMPLES,), "a file's content says what it is, not its name"
     for source in (None, 3, b"bytes"):
         with pytest.raises(AudioError, match="open binary file"):
             load_audio(source)
     with pytest.raises(AudioError, match="opened as text"):
         load_audio(io.StringIO("text"))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://example.com/a.wav",
+        "HTTP://x",
+        "s3://bucket/a.mp3",
+        "file:///tmp/a.wav",
+        "data:audio/wav;base64,UklGRg==",
+        "hf://datasets/x/a.flac",
+    ],
+)
+def test_an_address_is_not_a_file(address):
+    for file in (address, Path(address)):
+        with pytest.raises(AudioError, match=r"the URL .*expected a local file\. Download it first"):
+            load_audio(file)
+
+
+def test_names_in_other_encodings(tmp_path):
+    """Names that are not UTF-8 reach Python with surrogates in place of their bytes."""
+    folder = os.fsencode(tmp_path)
+    name = os.path.join(folder, b"caf\xe9.wav")
+    with open(name, "wb") as file:
+        file.write(WAV)
+    assert load_audio(os.fsdecode(name)).shape == (SAMPLES,)
+    (listed,) = os.listdir(tmp_path)
+    assert load_audio(tmp_path / listed).shape == (SAMPLES,)
+    for missing in (os.path.join(folder, b"th\xe9.wav"), b"\xff"):
+        with pytest.raises(AudioError, match=r"not valid UTF-8.*os\.listdir") as raised:
+            load_audio(os.fsdecode(missing))
+        str(raised.value).encode()  # can be printed anywhere
+    assert load_audio(shutil.copy(os.fsdecode(name), tmp_path / "café 声.wav")).shape == (SAMPLES,)
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "a.mp3").touch()
+    for file in (tmp_path / "a.mp3", io.BytesIO()):
+        with pytest.raises(AudioError, match=r"empty \(0 bytes\)"):
+            load_audio(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(WAV)
+    path.chmod(0)
+    with pytest.raises(AudioError, match="cannot be read"):
+        load_audio(path)
+
+
+def test_a_pipe_without_end_is_not_read_without_end():
+    with pytest.raises(AudioError, match="more than 1000000 bytes"):
+        load_audio("/dev/zero", max_bytes=10**6)
+
+
+def test_an_open_file_is_read_from_its_beginning_and_left_open(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(WAV)
+    with open(path, "rb") as file:
+        file.seek(100)
+        assert load_audio(file).shape == (SAMPLES,)
+        assert not file.closed
+        assert len(list(read_blocks(file, block_seconds=1))) == 2 and not file.closed
+    with open(path, "rb", buffering=0) as file:
+        assert load_audio(file).shape == (SAMPLES,)
 
 
 @settings(max_examples=40, deadline=None)

@@ -106,7 +106,7 @@ def test_unequal_clips_have_what_each_has_alone(ours, theirs):
 
 
 @settings(max_examples=20, deadline=None)
-@given(lengths=st.lists(st.integers(1, 12000), min_size=1, max_size=4), split=st.integers(0, 4))
+@given(lengths=st.lists(st.integers(160, 12000), min_size=1, max_size=4), split=st.integers(0, 4))
 def test_tokens_are_as_many_as_features(ours, lengths, split):
     texts = ["<|audio|>" * len(lengths[:split]) + "x", "y" + "<|audio|> and " * len(lengths[split:])]
     batch = ours(texts, [torch.zeros(n) for n in lengths])
@@ -159,8 +159,8 @@ def test_refusals(ours):
     for rate in (44, 10**7, 44100.5, "44100"):
         with pytest.raises(AudioError, match="sampling rate of"):
             ours(PROMPT, sound, sampling_rate=rate)
-    with pytest.raises(InputError, match=r"1 placeholder\(s\) <\|audio\|> for 2 clip.*mean\(0\)"):
-        ours(PROMPT, torch.zeros(2, 1000))
+    with pytest.raises(AudioError, match=r"1 placeholder\(s\) <\|audio\|> for 2 clip"):
+        ours(PROMPT, [sound, sound])
     with pytest.raises(InputError, match=r"\['audios', 'truncation'\].*named audio"):
         ours(PROMPT, audios=sound, truncation=True)
     with pytest.raises(InputError, match="text of type"):
