@@ -121,7 +121,7 @@ class Operation:
         the kernels support use Triton, and others PyTorch.
 
         Raises:
-            KernelError: `impl` or the variable is neither, or "triton" cannot run. Nothing falls back.
+            KernelError: `impl` or the variable has another value, or "triton" cannot run. Nothing falls back.
         """
         chosen = f"impl={impl!r}"
         if impl is None and (impl := _choice()) is not None:
