@@ -23,15 +23,15 @@ def main() -> None:
     speed.add_argument("--operation", action="append", metavar="NAME", help="measure this one alone (repeatable)")
     speed.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="on a GPU (default: bfloat16); a CPU measures float32")
     speed.add_argument("--no-compiled", action="store_true", help="on a GPU, do not time torch.compile of the references")
-    speed.add_argument("--predict", action="store_true", help="measure nothing: the least time on an H200, into kernels/README.md")
+    speed.add_argument("--predict", action="store_true", help="measure nothing: write the least times on an H200 to kernels/AUDIT.md")
     speed.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the result file (default: bench/results)")
     lent = commands.add_parser("gpu", help="all that a borrowed GPU should do: parity, kernels, model, sanitizer")
     lent.add_argument("out", type=Path, help="folder of the results and logs")
     lent.add_argument("--seconds", type=float, default=540, help="for all steps together (default: 540)")
-    inspect = commands.add_parser("audit", help="what every kernel compiles to, without a GPU: registers, spills, tensor cores")
-    inspect.add_argument("--check", action="store_true", help="write nothing; fail where the committed table is not what compiles")
-    inspect.add_argument("--all", action="store_true", help="compile also what the committed table has")
-    inspect.add_argument("--operation", action="append", metavar="NAME", help="look at this one alone, write nothing (repeatable)")
+    inspect = commands.add_parser("audit", help="compile every kernel, without a GPU, and check registers, spills and tensor cores")
+    inspect.add_argument("--check", action="store_true", help="write nothing; fail if the committed table is out of date")
+    inspect.add_argument("--all", action="store_true", help="also compile configurations that the committed table has")
+    inspect.add_argument("--operation", action="append", metavar="NAME", help="audit only this one, and write nothing (repeatable)")
     words = commands.add_parser("words", help="what the small checkpoint understands: unseen voices, real people, a word it is taught")
     words.add_argument("--model", default="embedded", help="a checkpoint's folder or id (default: embedded)")
     words.add_argument("--unseen", type=Path, default=Path("build/embedded/unseen/manifest.jsonl"), help="spoken where it is not there")
@@ -76,7 +76,7 @@ def _kernels(options: argparse.Namespace) -> str:
     from bench import kernels, kernels_cpu
 
     if options.predict:
-        results.replace_section(kernels.CATALOGUE, "kernels --predict", kernels.predict())
+        results.replace_section(kernels.PREDICTIONS, "kernels --predict", kernels.predict())
         return kernels.predict()
     if not torch.cuda.is_available():
         return kernels_cpu.run(operations=options.operation, out=options.out)

@@ -1,11 +1,11 @@
-"""What every kernel that ships compiles to, for three architectures, on a machine without a GPU.
+"""Compiles every kernel for three architectures, without a GPU, and checks the machine code.
 
-    python -m bench audit            compile what is new or changed, write the table, exit 1 on a fault
-    python -m bench audit --check    exit 1 where the table misses an entry, or a sample compiles to something else
+    python -m bench audit            compile new and changed kernels, write the table, exit 1 on a fault
+    python -m bench audit --check    exit 1 if the table lacks an entry, or a sample compiles to something else
 
-The operations' cases are called on meta tensors, their launches recorded (`granite_kernels.launch`) and each distinct one
-compiled as Triton would at its first call. The findings are committed in `kernels/audit.json`, keyed by a hash of source and
-configuration, so that a kernel that began to spill, or that was changed and not compiled again, fails a check.
+The audit calls the operations' cases on meta tensors, records their launches (`granite_kernels.launch`) and compiles each
+distinct one as Triton would at its first call. The findings are committed in `kernels/audit.json`, keyed by a hash of source and
+configuration. So the check fails for a kernel that spills, and for one that was changed without another audit.
 """
 
 import ast
@@ -38,9 +38,9 @@ from bench import results
 __all__ = ["Configuration", "Finding", "compile_all", "configurations", "faults", "markdown", "run", "specialization"]
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-TABLE, CATALOGUE = KERNELS / "audit.json", KERNELS / "README.md"
+TABLE, PAGE = KERNELS / "audit.json", KERNELS / "AUDIT.md"
 
-# Shared memory that one program may have. The tiles of 80 also serve chips that have the least of all, 99 KiB.
+# The most shared memory of one program. Other chips use the tiles of 80 too, and the smallest have 99 KiB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _POINTER = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 _POINTER |= {torch.float64: "fp64", torch.bool: "i1", torch.int8: "i8", torch.uint8: "u8"}
@@ -49,7 +49,7 @@ _SHORT = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 @dataclass(frozen=True)
 class Configuration:
-    """One compilation: a kernel with its constants and argument types, for one architecture."""
+    """One compilation: a kernel, its constants and argument types, and an architecture."""
 
     operation: str
     kernel: Any
@@ -60,7 +60,7 @@ class Configuration:
     aligned: tuple[str, ...]  # arguments that are multiples of 16, or pointers to such addresses
     num_warps: int
     num_stages: int
-    released: bool  # met in a case of a released checkpoint's shape
+    released: bool  # used by a case with a released checkpoint's shape
 
     @property
     def name(self) -> str:
@@ -68,28 +68,28 @@ class Configuration:
 
     @property
     def tile(self) -> str:
-        """The constants that make the tile, warps and stages, for people."""
+        """The tile's constants, warps and stages, as text."""
         blocks = " ".join(f"{name}={value}" for name, value in self.constants if name.isupper() and value is not None)
         return f"{blocks} warps={self.num_warps} stages={self.num_stages}".strip()
 
     @property
     def key(self) -> str:
-        """A hash of all that decides the machine code: source, constants, types, tile, architecture, compiler."""
+        """A hash of everything that determines the machine code: source, constants, types, tile, architecture, compiler."""
         parts = (_source(self.kernel), self.constants, self.signature, self.aligned, self.num_warps, self.num_stages)
         return hashlib.sha256(repr((*parts, self.architecture, triton.__version__)).encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one configuration compiled to.
+    """Properties of one compiled configuration.
 
     Attributes:
-        registers: a thread.
-        spilled: bytes of local memory a thread, which is where registers spill to.
-        shared: bytes a program.
-        products: tensor-core instructions by name.
-        plain_products: `tl.dot`s that became multiply-adds of the ordinary units.
-        loads: global loads by their width in bits; "bulk" are those of the copy engine.
+        registers: per thread.
+        spilled: bytes per thread of local memory, to which registers spill.
+        shared: bytes per program.
+        products: number of tensor-core instructions by name.
+        plain_products: number of `tl.dot`s that were compiled without tensor cores.
+        loads: number of global loads by width in bits; "bulk" are those of the copy engine.
     """
 
     operation: str
@@ -107,10 +107,10 @@ class Finding:
 
 
 def configurations(operations: Iterable[Operation] | None = None) -> list[Configuration]:
-    """Every distinct configuration that the operations' cases reach, forward and backward, in the dtypes Triton serves.
+    """Every distinct configuration of the operations' cases, forward and backward, in the dtypes that the kernels support.
 
-    Two calls that differ only in which strides happen to be multiples of 16 count once, as the first case has them: the
-    released shapes come first.
+    Configurations that differ only in which sizes and strides are multiples of 16 count once, as in the first case that has
+    them. Released shapes come first.
     """
     found: dict[tuple, Configuration] = {}
     for operation in operations or OPERATIONS.values():
@@ -126,7 +126,7 @@ def configurations(operations: Iterable[Operation] | None = None) -> list[Config
 
 
 def _launches(operation: Operation, case: Case, dtype: torch.dtype, architecture: int) -> list[Launch]:
-    """What a call launches: as in inference, and as in training with its backward."""
+    """The launches of a call in inference, and of a call in training with its backward."""
     inputs = case.inputs(dtype, "meta")
     with recorded_launches(architecture) as launches:
         with torch.no_grad():
@@ -144,7 +144,7 @@ def _configuration(operation: str, launch: Launch, dtype: str, architecture: int
 
 
 def specialization(launch: Launch) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """What Triton compiles a kernel for, given these arguments: constants, types, and the arguments that are multiples of 16."""
+    """What Triton specialises a kernel on, given these arguments: constants, types, and which arguments are multiples of 16."""
     given = {**launch.arguments, **launch.tile.blocks}
     constants, signature, aligned = {}, {}, []
     for parameter in launch.kernel.params:
@@ -168,7 +168,7 @@ def specialization(launch: Launch) -> tuple[tuple[tuple[str, Any], ...], tuple[t
 
 
 def _source(kernel: Any, seen: frozenset[str] = frozenset()) -> str:
-    """Text of a jit function and of all that it calls, with the constants it reads. No line numbers: moving code is no change."""
+    """Source of a jit function and of all that it calls, and the constants that it reads. Without line numbers, so code can move."""
     scope = kernel.fn.__globals__
     used = {node.id for node in ast.walk(ast.parse(kernel.src)) if isinstance(node, ast.Name)} - seen
     text = kernel.src
@@ -181,8 +181,8 @@ def _source(kernel: Any, seen: frozenset[str] = frozenset()) -> str:
 
 
 def compile_all(wanted: list[Configuration]) -> Iterator[tuple[Configuration, Finding]]:
-    """Compile on all cores; results come as they are ready."""
-    # Processes, for a compilation holds Python's lock; forked, for a jit function cannot be sent and is found in what they inherit.
+    """Compile on all cores, and yield results as they become ready."""
+    # Processes, because a compilation holds Python's lock. Forked, because a jit function cannot be pickled but can be inherited.
     _Inherited.wanted = wanted
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         running = {pool.submit(_compile_inherited, number): one for number, one in enumerate(wanted)}
@@ -199,14 +199,14 @@ def _compile_inherited(number: int) -> Finding:
 
 
 def compile_one(one: Configuration) -> Finding:
-    """Compile one configuration to machine code and read that."""
+    """Compile one configuration and read its machine code."""
     positions = {name: index for index, name in enumerate(one.kernel.arg_names)}
     attributes = {(positions[name],): [["tt.divisibility", 16]] for name in one.aligned}
     source = ASTSource(one.kernel, dict(one.signature), dict(one.constants), attributes)
     options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", one.architecture, 32), options=options)
     usage, code = _disassemble(compiled.asm["cubin"])
-    registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK", "LOCAL"))
     products = Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b", code))
     plain = len(re.findall(r"\btt\.dot .*dot_op<\{opIdx = 0, parent = #blocked", compiled.asm["ttgir"]))
     if not products:
@@ -232,12 +232,14 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        show = [subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True) for what in ("-res-usage", "-sass")]
-    return show[0].stdout + show[0].stderr, show[1].stdout
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True) for option in ("-res-usage", "-sass")
+        )
+    return usage.stdout + usage.stderr, code.stdout
 
 
 def _loads(code: str) -> dict[str, int]:
-    """Global loads by width: straight to registers, past them into shared memory, and by the copy engine."""
+    """Global loads by width: to registers, to shared memory, and by the copy engine."""
     widths: Counter[str] = Counter()
     for modifiers in re.findall(r"\b(?:LDG|LDGSTS)\.([\w.]+)", code):
         width = re.search(r"\b(128|64|U16|S16|U8|S8)\b", modifiers)
@@ -247,7 +249,7 @@ def _loads(code: str) -> dict[str, int]:
 
 
 def faults(finding: Finding) -> list[str]:
-    """What keeps a configuration from shipping."""
+    """Reasons why a configuration must not ship."""
     wrong = []
     if finding.spilled:
         wrong.append(f"spills {finding.spilled} bytes a thread")
@@ -256,7 +258,7 @@ def faults(finding: Finding) -> list[str]:
     if finding.plain_products:
         wrong.append(f"{finding.plain_products} products without tensor cores")
     if not finding.loads:
-        wrong.append("reads nothing: the compiler has emptied it")
+        wrong.append("loads nothing: the compiler removed its body")
     return wrong
 
 
@@ -272,15 +274,15 @@ def write_table(file: Path, table: dict[str, Finding]) -> None:
 
 
 def run(*, check: bool, everything: bool, operations: list[str] | None, sample: int = 6) -> int:
-    """The command: prints what it finds, returns the exit status.
+    """Run the audit, print the findings, and return the exit status.
 
     Args:
-        check: write nothing; compile what the table misses, which is a failure, and `sample` entries that it has.
-        everything: compile also what the table has.
-        operations: names to look at alone, writing nothing; None: all.
+        check: write nothing. Compile missing entries, which are faults, and `sample` of the others.
+        everything: also compile configurations that the table already has.
+        operations: names of the operations to audit, without writing anything; None for all.
     """
     if triton.knobs.runtime.interpret:
-        raise SystemExit("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled. Run the audit without it.")
+        raise SystemExit("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled. Run the audit without it.")
     wanted = {one.key: one for one in configurations([OPERATIONS[name] for name in operations or OPERATIONS])}
     known = {} if everything else read_table(TABLE)
     missing = [one for key, one in wanted.items() if key not in known]
@@ -290,14 +292,14 @@ def run(*, check: bool, everything: bool, operations: list[str] | None, sample: 
     for one, finding in compile_all(missing + again):
         print(_line(finding), flush=True)
         if one.key in table and table[one.key] != dataclasses.replace(finding, released=table[one.key].released):
-            wrong.append(f"{_line(table[one.key])} is committed, but now it is {_line(finding)}")
+            wrong.append(f"{_line(table[one.key])} is committed, but the kernel now compiles to {_line(finding)}")
         table[one.key] = finding
     wrong += [f"{_line(finding)}: {fault}" for finding in table.values() for fault in faults(finding)]
     if check and missing:
         wrong.append(f"{len(missing)} configurations are not in {TABLE.name}: run python -m bench audit and commit what it writes")
     if not check and operations is None:
         write_table(TABLE, table)
-        results.replace_section(CATALOGUE, "audit", markdown(table))
+        results.replace_section(PAGE, "audit", markdown(table))
     print(f"{len(wanted)} configurations, {len(missing) + len(again)} compiled now, {len(wrong)} faults", *wrong, sep="\n")
     return 1 if wrong else 0
 
@@ -312,7 +314,7 @@ def _line(finding: Finding) -> str:
 
 
 def markdown(table: dict[str, Finding]) -> str:
-    """What the released shapes run: one row a kernel, dtype and tile of an architecture."""
+    """A table of the released shapes' configurations: one row per kernel, dtype, tile and architecture."""
     rows = [
         "| kernel | dtype | sm | tile | registers | spilled, B | shared, KiB | tensor cores | loads by width in bits |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -326,6 +328,6 @@ def markdown(table: dict[str, Finding]) -> str:
     spilled = sum(finding.spilled > 0 for finding in table.values())
     head = (
         f"{len(table)} configurations compiled with Triton {triton.__version__}, {spilled} of them spill. "
-        f"The {len(released)} that the released checkpoints' shapes run (registers a thread, shared memory a program):"
+        f"Released checkpoints use these {len(released)} (registers per thread, shared memory per program):"
     )
     return "\n".join([head, "", *rows])

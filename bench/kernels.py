@@ -22,7 +22,7 @@ from bench.worker import Outcome, Worker
 
 __all__ = ["predict", "run"]
 
-CATALOGUE = Path(__file__).parents[1] / "kernels/README.md"
+PREDICTIONS = Path(__file__).parents[1] / "kernels/AUDIT.md"
 DEVICE = "cuda"
 # A prediction's ceilings: an H200's copy and bfloat16 matrix rates. Stated, not measured by this program.
 PREDICTED = {"machine": "NVIDIA H200", "bytes_a_second": 4.3e12, "flops_a_second": 790e12}

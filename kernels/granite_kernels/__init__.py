@@ -1,9 +1,9 @@
-"""Kernels of Granite Speech inference: tensors in, tensors out.
+"""The kernels of Granite Speech: tensors in, tensors out.
 
-`OPERATIONS` is the table that tests, benchmarks and the compile audit loop over. A name in it is the public function; the file
-of the same name holds everything about that operation: `from granite_kernels.block_attention import CASES`.
+Tests, benchmarks and the compile audit loop over the table `OPERATIONS`. Each name in it is a public function of this package
+and the file that holds the operation: `from granite_kernels.block_attention import CASES`.
 
-torch is imported with the first operation that is used, so that the errors alone cost nothing.
+torch is imported when an operation is first used, so importing only the errors is fast.
 """
 
 import sys
@@ -28,7 +28,7 @@ _OPERATIONS = ("block_attention", "depthwise_conv", "lora_linear", "paged_attent
 
 
 class _Package(ModuleType):
-    """Keeps an operation's name for its function: importing the submodule of that name would otherwise replace it."""
+    """Keeps each operation's name bound to its function, which importing the submodule of that name would replace."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_operation = name in _OPERATIONS and isinstance(value, ModuleType)

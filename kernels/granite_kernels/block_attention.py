@@ -3,12 +3,24 @@
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes, triton_backend
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, called_with, join, nbytes, triton_backend
+
+
+class BlockAttentionInputs(NamedTuple):
+    """The arguments of `block_attention` except `impl`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rel_pos_emb: torch.Tensor
+    cu_seqlens: torch.Tensor
+    context_size: int
+    scale: float | None = None
 
 
 def block_attention(
@@ -22,17 +34,17 @@ def block_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Attention inside blocks of `context_size` frames, each clip cut from its own first frame.
+    """Attention inside blocks of `context_size` frames. Each clip is cut into blocks from its own first frame.
 
     ::
 
         out_i = Σ_j softmax_j( scale · (q_i·k_j + q_i·rel_pos_emb[i − j + max_pos_emb]) ) v_j
 
-    for the frames j of i's block that exist: a clip's last block is as short as the clip leaves it.
+    over the frames j of i's block. A clip's last block may be shorter than the others.
 
     | argument | shape | stride | dtype |
     |---|---|---|---|
-    | q, k, v | (total_frames, num_heads, dim_head) | last 1, others free | any float, one for all |
+    | q, k, v | (total_frames, num_heads, dim_head) | last 1, others free | any float, the same for all |
     | rel_pos_emb | (2 · max_pos_emb + 1, dim_head) | last 1 | as q |
     | cu_seqlens | (clips + 1,) | 1 | int32 |
     | returns | (total_frames, num_heads, dim_head) | contiguous | as q |
@@ -41,62 +53,59 @@ def block_attention(
     Scores, softmax and sums are float32 (float64 for float64), and the result is rounded once.
 
     Args:
-        context_size: frames a block, 1 to max_pos_emb.
+        context_size: frames per block, 1 to max_pos_emb.
         scale: factor on both terms of the score; dim_head ** -0.5 by default.
-        impl: "triton", "torch", or None for the fastest that the device has.
+        impl: "triton", "torch", or None for the fastest available.
 
     Raises:
-        KernelError: shapes, dtypes, devices or strides other than the table's, or a context_size out of range.
+        KernelError: wrong shapes, dtypes, devices or strides, or context_size out of range.
 
-    Relative positions are those of Shaw et al. (arXiv 1803.02155), as `GraniteSpeechConformerAttention` in transformers
-    applies them; there, unlike here, frames that pad a batch are attended to.
+    The relative positions are those of Shaw et al. (arXiv 1803.02155), as in `GraniteSpeechConformerAttention` of transformers,
+    which, unlike this function, also attends to the frames that pad a batch.
     """
+    inputs = BlockAttentionInputs(q, k, v, rel_pos_emb, cu_seqlens, context_size, scale)
+    _check(inputs)
+    return OPERATION.select(impl, q)(*inputs)
+
+
+def _check(inputs: BlockAttentionInputs) -> None:
     arguments = Arguments("block_attention")
-    arguments.tensor("q", q, "total_frames num_heads dim_head")
-    arguments.tensor("k", k, "total_frames num_heads dim_head")
-    arguments.tensor("v", v, "total_frames num_heads dim_head")
-    arguments.tensor("rel_pos_emb", rel_pos_emb, "2·max_pos_emb+1 dim_head")
-    arguments.index("cu_seqlens", cu_seqlens, "clips+1")
-    positions = rel_pos_emb.shape[0]
+    arguments.tensor("q", inputs.q, "total_frames num_heads dim_head")
+    arguments.tensor("k", inputs.k, "total_frames num_heads dim_head")
+    arguments.tensor("v", inputs.v, "total_frames num_heads dim_head")
+    arguments.tensor("rel_pos_emb", inputs.rel_pos_emb, "2·max_pos_emb+1 dim_head")
+    arguments.index("cu_seqlens", inputs.cu_seqlens, "clips+1")
+    positions = inputs.rel_pos_emb.shape[0]
     if positions % 2 == 0:
         arguments.refuse(f"rel_pos_emb has {positions} rows", "an odd number, 2 · max_pos_emb + 1", "Pass the whole embedding table")
-    if not 1 <= context_size <= positions // 2:
+    if not 1 <= inputs.context_size <= positions // 2:
         arguments.refuse(
-            f"context_size={context_size}",
-            f"1 to max_pos_emb = {positions // 2}, by the rows of rel_pos_emb",
+            f"context_size={inputs.context_size}",
+            f"1 to max_pos_emb = {positions // 2}, from the rows of rel_pos_emb",
             "Use the context_size of the checkpoint's encoder_config",
         )
-    if cu_seqlens.shape[0] == 0:
+    if inputs.cu_seqlens.shape[0] == 0:
         arguments.refuse("cu_seqlens is empty", "clips + 1 offsets", "Pass [0] for a batch without clips")
-    attend = OPERATION.select(impl, q)
-    return attend(q, k, v, rel_pos_emb, cu_seqlens, context_size=context_size, scale=scale)
 
 
-def block_attention_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_pos_emb: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    context_size: int,
-    scale: float | None = None,
-) -> torch.Tensor:
+@called_with(BlockAttentionInputs)
+def block_attention_reference(inputs: BlockAttentionInputs) -> torch.Tensor:
     """`block_attention` in PyTorch, clip by clip: a clip's bits do not depend on its neighbours.
 
-    Where a gradient is wanted, blocks of like length of all clips go together: training sees many short clips at a time.
+    With gradients, blocks of similar length from all clips are computed together: training sees many short clips at a time.
     """
-    dtype, frames = q.dtype, q.shape[0]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v, rel_pos_emb = (tensor.to(accumulator(dtype)) for tensor in (q, k, v, rel_pos_emb))
-    clips = bounds(cu_seqlens, frames)
+    dtype, frames = inputs.q.dtype, inputs.q.shape[0]
+    scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
+    q, k, v, rel_pos_emb = (tensor.to(accumulator(dtype)) for tensor in (inputs.q, inputs.k, inputs.v, inputs.rel_pos_emb))
+    clips = bounds(inputs.cu_seqlens, frames)
     total = clips[-1][1] if clips else 0
     together = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rel_pos_emb))
+    groups = chain.from_iterable(_groups(some, inputs.context_size) for some in ([clips] if together else zip(clips)))
     pieces, order = [], []
-    for firsts, lengths in chain.from_iterable(_groups(some, context_size) for some in ([clips] if together else zip(clips))):
+    for firsts, lengths in groups:
         longest, end = lengths[0], firsts[-1] + lengths[-1]
         if lengths[-1] == longest and end - firsts[0] == len(firsts) * longest:
-            # (blocks, num_heads, length, dim_head): views, for the frames of these blocks are neighbours.
+            # (blocks, num_heads, length, dim_head): views, because these blocks are adjacent.
             blocks = (tensor[firsts[0] : end].unflatten(0, (-1, longest)).transpose(1, 2) for tensor in (q, k, v))
             pieces.append(_attend(*blocks, rel_pos_emb, scale, None).transpose(1, 2).flatten(0, 1))
             order.append(torch.arange(firsts[0], end))
@@ -104,7 +113,7 @@ def block_attention_reference(
         first, length = torch.tensor(firsts)[:, None], torch.tensor(lengths)[:, None]
         place = torch.arange(longest)
         exists = place < length
-        # Beyond a block's end its last frame again: what is there counts for nothing, but must not be another block's NaN.
+        # Past a block's end, repeat its last frame: it is masked, but must not be another block's NaN.
         rows = (first + torch.minimum(place, length - 1)).to(q.device)
         blocks = (tensor[rows].transpose(1, 2) for tensor in (q, k, v))
         attended = _attend(*blocks, rel_pos_emb, scale, exists.to(q.device)).transpose(1, 2)
@@ -118,7 +127,7 @@ def block_attention_reference(
 
 
 def _groups(clips: Iterable[tuple[int, int]], context_size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """First frames and lengths of the blocks that are computed together, the longest first; none shorter than 3/4 of it."""
+    """First frames and lengths of the blocks to compute together, longest first. None is shorter than 3/4 of the longest."""
     blocks = [(min(context_size, end - first), first) for begin, end in clips for first in range(begin, end, context_size)]
     blocks.sort(key=lambda block: (-block[0], block[1]))
     group: list[tuple[int, int]] = []
@@ -134,10 +143,10 @@ def _groups(clips: Iterable[tuple[int, int]], context_size: int) -> Iterator[tup
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_pos_emb: torch.Tensor, scale: float, exists: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention over blocks (blocks, num_heads, length, dim_head); `exists` (blocks, length): which frames, None for all."""
+    """Attention over blocks (blocks, num_heads, length, dim_head). `exists` (blocks, length) masks frames; None keeps all."""
     length, max_pos_emb = q.shape[2], rel_pos_emb.shape[0] // 2
-    # Frame i needs the rows of distances i - j. In the order of falling j they are a window that starts at i in the band
-    # of distances that occur: no gathered (length, length, dim_head) table. A softmax does not mind the order of keys.
+    # Frame i needs the rows for the distances i - j. With the keys in reverse order, these rows are a window of rel_pos_emb that
+    # starts at i, so no (length, length, dim_head) table has to be gathered. Softmax does not depend on the order of keys.
     k, v = k.flip(2), v.flip(2)
     band = rel_pos_emb[max_pos_emb - length + 1 : max_pos_emb + length]
     windows = band.unfold(0, length, 1)  # (length, dim_head, length): frame i, feature, key from last to first
@@ -148,54 +157,38 @@ def _attend(
     return torch.softmax(scores, dim=-1) @ v
 
 
-def block_attention_cost(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_pos_emb: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    context_size: int,
-    scale: float | None = None,
-) -> Cost:
-    """FLOPs of three products (q·k, q·rel_pos_emb, weights·v) over the pairs of frames that share a block; softmax is not
-    counted. Bytes: q, k and v of the clips' frames, the result, cu_seqlens, and the rows of rel_pos_emb that occur."""
-    frames, num_heads, dim_head = q.shape
-    lengths = [length for _, lengths in _groups(bounds(cu_seqlens, frames), context_size) for length in lengths]
+@called_with(BlockAttentionInputs)
+def block_attention_cost(inputs: BlockAttentionInputs) -> Cost:
+    """FLOPs: three products (q·k, q·rel_pos_emb, weights·v) for each pair of frames in a block, without the softmax. Bytes: q, k
+    and v of the clips' frames, the result, cu_seqlens, and the rows of rel_pos_emb whose distances occur."""
+    frames, num_heads, dim_head = inputs.q.shape
+    lengths = [length for _, lengths in _groups(bounds(inputs.cu_seqlens, frames), inputs.context_size) for length in lengths]
     pairs, read = sum(length * length for length in lengths), sum(lengths)
     band = 2 * max(lengths) - 1 if lengths else 0
     moved = (3 * read + frames) * num_heads * dim_head + band * dim_head
-    return Cost(flops=6 * pairs * num_heads * dim_head, bytes=moved * q.element_size() + nbytes(cu_seqlens))
+    return Cost(flops=6 * pairs * num_heads * dim_head, bytes=moved * inputs.q.element_size() + nbytes(inputs.cu_seqlens))
 
 
-def block_attention_library(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_pos_emb: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    context_size: int,
-    scale: float | None = None,
-) -> Callable[[], torch.Tensor]:
-    """SDPA over blocks that are already cut and padded, with the relative term already in its mask: the rest of the work."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    blocks = sum(-(-(end - first) // context_size) for first, end in bounds(cu_seqlens, q.shape[0]))
-    padded = [one.new_empty(blocks, context_size, *one.shape[1:]).normal_().transpose(1, 2).contiguous() for one in (q, k, v)]
+@called_with(BlockAttentionInputs)
+def block_attention_library(inputs: BlockAttentionInputs) -> Callable[[], torch.Tensor]:
+    """SDPA over blocks that are already cut and padded, with the position bias already in the mask."""
+    q, context_size = inputs.q, inputs.context_size
+    blocks = sum(-(-(end - first) // context_size) for first, end in bounds(inputs.cu_seqlens, q.shape[0]))
+    padded = [one.new_empty(blocks, context_size, *one.shape[1:]).normal_().transpose(1, 2).contiguous() for one in (q, inputs.k, inputs.v)]
     bias = q.new_empty(blocks, q.shape[1], context_size, context_size).normal_()
-    return partial(F.scaled_dot_product_attention, *padded, attn_mask=bias, scale=scale)
+    return partial(F.scaled_dot_product_attention, *padded, attn_mask=bias, scale=inputs.scale)
 
 
 def _make(
     draw: Draw, *, clips: tuple[int, ...], num_heads: int, dim_head: int, context_size: int, max_pos_emb: int, padding: int = 0
 ) -> dict[str, Any]:
     total = sum(clips)
-    # One projection and its three parts, as a module would pass them.
+    # Three parts of one projection, as the model passes them.
     projected = draw.normal(total + padding, 3 * num_heads * dim_head)
     projected[total:] = torch.nan
     q, k, v = (part.unflatten(1, (num_heads, dim_head)) for part in projected.chunk(3, dim=1))
     rel_pos_emb = draw.normal(2 * max_pos_emb + 1, dim_head, std=0.5)
-    # Distances that no block has: an offset that is wrong by one meets NaN.
+    # NaN for distances that do not occur, to catch offsets that are wrong by one.
     rel_pos_emb[: max_pos_emb - context_size + 1] = torch.nan
     rel_pos_emb[max_pos_emb + context_size :] = torch.nan
     return {"q": q, "k": k, "v": v, "rel_pos_emb": rel_pos_emb, "cu_seqlens": draw.cu_seqlens(clips), "context_size": context_size}
@@ -220,7 +213,7 @@ CASES = (
     _case("blocks of one frame", (3, 4), 2, 16, 1, 4),
     _case("released head dim, short clips", (51, 3), 1, 128, 50, 512),
     _case("empty clips", (0, 9, 0, 0, 20, 0), 2, 16, 8, 12),
-    _case("lengths alike, one apart", (8, 7, 4, 7, 6), 2, 16, 16, 16),
+    _case("equal lengths and one close to them", (8, 7, 4, 7, 6), 2, 16, 16, 16),
     _case("padding rows", (11, 21), 2, 32, 16, 16, padding=5),
     _case("only empty clips", (0, 0), 2, 16, 8, 8),
     _case("no clips, padding rows", (), 2, 16, 8, 8, padding=3),

@@ -1,11 +1,11 @@
-"""The kernels of block attention: the forward, and a backward of three without atomics.
+"""The kernels of block attention: the forward, and three kernels without atomics for the backward.
 
-The relative bias never exists in memory. Queries and keys of a block are cut into tiles of B frames, so the distances of a
-query tile m and a key tile n begin at (m − n)·B; cut into bands of B distances, d = δ·B + r, a pair of tiles with
-δ = m − n touches the bands δ (where the key's place b in its tile is at most the query's place a) and δ − 1 (where it is
-beyond), and of each place r = (a − b) mod B in a band a query needs exactly one of the two. So q · bandᵀ for the two bands,
-one value chosen for each (a, r), and `_mirror` along the rows give the bias of the tile; the gradient goes the same way
-back, for the mirror is its own inverse. A query tile that walks along its keys meets each band twice and computes it once.
+The relative bias is never in memory. The queries and keys of a block are cut into tiles of B frames, and the distances between
+frames into bands of B: distance d = δ·B + r is at place r of band δ. A query tile m and a key tile n, with δ = m − n, need the
+bands δ and δ − 1. Query place a and key place b have r = (a − b) mod B, in band δ if b ≤ a and in band δ − 1 otherwise, so
+each (a, r) belongs to one of the two bands. The bias of a tile is therefore q · bandᵀ for both bands, one of the two values
+selected for each (a, r), and `_mirror` along the rows, which moves it from place r to place b. `_mirror` is its own inverse, so
+the gradient goes back the same way. A query tile meets each band twice on its way along the keys, and computes it once.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 from granite_kernels.primitives import INTERPRETED, dot, locate, rounded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Sizes that a batch, not a model, decides, and what never steers an address.
+# Sizes that depend on the batch and not on the model, and arguments that no address depends on.
 VARYING = ["total_frames", "num_clips", "num_slots", "slots_per_chunk", "context_size", "max_pos_emb", "scale"]
 
 
@@ -23,7 +23,7 @@ def _swap_bit(bits, BIT: tl.constexpr):
     """One step of `_swap_mirror`."""
     B: tl.constexpr = bits.shape[0]
     bits = tl.reshape(bits, (B, B // (2 * BIT), 2, BIT))
-    # The sum of a pair without one of the two is the other; it compiles to an exchange.
+    # The xor of a pair with one of the two is the other. It compiles to an exchange.
     partner = bits ^ tl.xor_sum(bits, 2, keep_dims=True)
     a = tl.arange(0, B)[:, None]
     differs = ((a & BIT) != 0) ^ ((a & (BIT - 1)) < tl.arange(0, BIT)[None, :])
@@ -34,9 +34,9 @@ def _swap_bit(bits, BIT: tl.constexpr):
 def _swap_mirror(x):
     """x[a, (a − b) mod B] at (a, b) of a float32 (B, B) tile, in registers.
 
-    Bit by bit from the highest: bit k of a − r is bit k of a, of r, and the borrow from the bits below. Each step chooses
-    between an element and the one whose column differs in that bit, which is another register or a neighbouring lane;
-    `tl.gather` would take the tile through shared memory, or one shuffle for every source register.
+    One bit at a time, from the highest: bit k of a − r is the xor of bit k of a, bit k of r, and the borrow from the lower bits.
+    Each step selects an element or the one whose column differs in that bit, which is in another register or a neighbouring
+    lane. `tl.gather` would send the tile through shared memory, or need one shuffle per source register.
     """
     B: tl.constexpr = x.shape[0]
     bits = x.to(tl.int32, bitcast=True)
@@ -49,7 +49,7 @@ def _swap_mirror(x):
 @triton.jit
 def _mirror(x):
     """x[a, (a − b) mod B] at (a, b) of a (B, B) tile: from place in a band to place of the key, and back."""
-    if INTERPRETED:  # which walks through an xor sum element by element
+    if INTERPRETED:  # the interpreter computes xor_sum one element at a time
         B: tl.constexpr = x.shape[0]
         a = tl.arange(0, B)
         return tl.gather(x, (a[:, None] - a[None, :]) & (B - 1), 1)
@@ -58,14 +58,14 @@ def _mirror(x):
 
 @triton.jit
 def _in_upper_band(BLOCK: tl.constexpr):
-    """(query's place, place in the band): whether a pair of tiles with difference δ needs band δ there; else it is δ − 1."""
+    """(place of the query, place in the band): True where a pair of tiles with difference δ needs band δ, False for δ − 1."""
     a = tl.arange(0, BLOCK)
     return a[None, :] <= a[:, None]
 
 
 @triton.jit
 def _find_block(slot, cu_seqlens_ptr, num_clips, total_frames, context_size):
-    """(first frame, rows to write, frames that exist) of a block: no frame of a padding block exists, an idle slot has no row."""
+    """(first frame, rows to write, existing frames) of a block. A padding block has no frames, an idle slot no rows."""
     clip, start, end, number = locate(slot, cu_seqlens_ptr, num_clips, total_frames, context_size)
     first = start + number * context_size
     rows = tl.minimum(end - first, context_size)
@@ -74,33 +74,33 @@ def _find_block(slot, cu_seqlens_ptr, num_clips, total_frames, context_size):
 
 @triton.jit
 def _origin(ptr, head, stride_head, first, stride):
-    """The first frame of a block and head. From here on 32 bits reach every row, and spare the registers of wider addresses."""
+    """The first frame of a block and head. From here, 32-bit offsets reach every row and save registers."""
     return ptr + head.to(tl.int64) * stride_head + first.to(tl.int64) * stride
 
 
 @triton.jit
 def _load_rows(ptr, rows, stride, exists, dim_head, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D) of a matrix (…, dim_head) whose row stride is given; zeros in rows that do not exist and past dim_head."""
+    """(rows, BLOCK_D) of a matrix (…, dim_head) with row stride `stride`; zeros in rows that do not exist and past dim_head."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(ptr + rows[:, None] * stride + d[None, :], mask=exists[:, None] & (d < dim_head)[None, :], other=0.0)
 
 
 @triton.jit
 def _band(band, max_pos_emb, frames, BLOCK: tl.constexpr):
-    """The rows of rel_pos_emb of one band, and which of their distances `frames` frames have."""
+    """The rows of rel_pos_emb of one band, and whether their distances occur among `frames` frames."""
     distance = band * BLOCK + tl.arange(0, BLOCK)
     return distance + max_pos_emb, (distance < frames) & (distance > -frames)
 
 
 @triton.jit
 def _products(a_ptr, a_rows, a_stride, a_exists, b_ptr, b_rows, b_stride, b_exists, dim_head, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """a · bᵀ of two tiles of rows, read STEP features at a time, for registers do not hold operands of them all."""
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    """a · bᵀ of two tiles of rows, read STEP features at a time because the registers cannot hold all of them."""
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, dim_head, STEP):
         a = _load_rows(a_ptr + start, a_rows, a_stride, a_exists, dim_head - start, STEP)
         b = _load_rows(b_ptr + start, b_rows, b_stride, b_exists, dim_head - start, STEP)
-        total = dot(a, tl.trans(b), total)
-    return total
+        acc = dot(a, tl.trans(b), acc)
+    return acc
 
 
 @triton.jit
@@ -110,8 +110,8 @@ def _score_gradient(
 ):  # fmt: skip
     """(softmax weights, d loss / d scaled score) of one tile; both exactly zero for pairs that do not exist.
 
-    Pointers are a block's and head's, i and j its frames, queries and keys say which of them exist. upper and lower are
-    q · bandᵀ; lse is in base 2; delta is Σ_d grad_out · out.
+    The pointers are at one block and head. i and j are frames of the block; queries and keys say which of them exist. upper and
+    lower are q · bandᵀ; lse is in base 2; delta is Σ_d grad_out · out.
     """
     exists = queries[:, None] & keys[None, :]
     bias = _mirror(tl.where(_in_upper_band(BLOCK), upper, lower))
@@ -128,13 +128,13 @@ def _block_attention_fwd_kernel(
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_e,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The result of BLOCK queries of one block and head, by online softmax over tiles of BLOCK keys.
+    """The result for BLOCK queries of one block and head, by online softmax over tiles of BLOCK keys.
 
-    Grid: slots · num_heads · query tiles of a block, the last fastest, so that programs with the same keys run together.
-    q, k, v (total_frames, num_heads, dim_head), strides given; e = rel_pos_emb (2 · max_pos_emb + 1, dim_head);
-    cu_seqlens (num_clips + 1,); out (total_frames, num_heads, dim_head), contiguous. scale is in base 2. For a backward also rest,
-    as out, what its rounding cut off (None in float32), and lse (num_heads, total_frames) float32, the base-2 logarithm of each
-    softmax's denominator; else both None.
+    Grid: slots · num_heads · query tiles of a block, query tiles fastest, so that programs with the same keys run together.
+    q, k, v (total_frames, num_heads, dim_head), strides given; e = rel_pos_emb (2 · max_pos_emb + 1, dim_head), stride_e;
+    cu_seqlens (num_clips + 1,); out (total_frames, num_heads, dim_head), contiguous. scale includes log2(e). If a backward
+    follows: rest, like out, for the rounding error of out (None in float32), and lse (num_heads, total_frames) float32, the
+    base-2 log-sum-exp of each row of scores. Otherwise both are None.
     """
     tiles = tl.cdiv(context_size, BLOCK)
     m = tl.program_id(0) % tiles
@@ -150,13 +150,13 @@ def _block_attention_fwd_kernel(
             q = _load_rows(q_ptr, i, stride_q, i < frames, dim_head, BLOCK_D)
         e, has_e = _band(m, max_pos_emb, frames, BLOCK)
         upper = _products(q_ptr, i, stride_q, i < frames, e_ptr, e, stride_e, has_e, dim_head, BLOCK, STEP)
-        out = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        top = tl.full((BLOCK,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
+        acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        m_i = tl.full((BLOCK,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK,), tl.float32)
         for n in range(0, tl.cdiv(frames, BLOCK)):
             j = n * BLOCK + place
             e, has_e = _band(m - n - 1, max_pos_emb, frames, BLOCK)
-            if STEP == BLOCK_D:  # q stays where it is
+            if STEP == BLOCK_D:  # q stays in registers
                 lower = dot(q, tl.trans(_load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D)), None)
                 scores = dot(q, tl.trans(_load_rows(k_ptr, j, stride_k, j < frames, dim_head, BLOCK_D)), None)
             else:
@@ -165,15 +165,15 @@ def _block_attention_fwd_kernel(
             bias = _mirror(tl.where(_in_upper_band(BLOCK), upper, lower))
             upper = lower
             scores = tl.where((j < frames)[None, :], (scores + bias) * scale, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))  # finite from the first tile on: a tile has at least one key
-            weights = tl.exp2(scores - higher[:, None])
-            fade = tl.exp2(top - higher)
-            total = total * fade + tl.sum(weights, 1)
+            m_new = tl.maximum(m_i, tl.max(scores, 1))  # finite: every tile has at least one key
+            weights = tl.exp2(scores - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(weights, 1)
             v = _load_rows(v_ptr, j, stride_v, j < frames, dim_head, BLOCK_D)
-            out = dot(rounded(weights, v.dtype), v, out * fade[:, None])
-            top = higher
-        total = tl.where(total == 0, 1.0, total)  # padding has no keys, and zeros as its result
-        out = out / total[:, None]
+            acc = dot(rounded(weights, v.dtype), v, acc * alpha[:, None])
+            m_i = m_new
+        l_i = tl.where(l_i == 0, 1.0, l_i)  # padding has no keys, and its result is zero
+        out = acc / l_i[:, None]
         row = num_heads * dim_head
         narrow = rounded(out, out_ptr.dtype.element_ty)
         d = tl.arange(0, BLOCK_D)
@@ -187,7 +187,7 @@ def _block_attention_fwd_kernel(
                 mask=mask,
             )
         if lse_ptr is not None:
-            tl.store(lse_ptr + head.to(tl.int64) * total_frames + first + i, top + tl.log2(total), mask=i < to_write)
+            tl.store(lse_ptr + head.to(tl.int64) * total_frames + first + i, m_i + tl.log2(l_i), mask=i < to_write)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -197,9 +197,9 @@ def _block_attention_bwd_q_kernel(
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_e,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK queries of one block and head; and their delta, which the other two kernels read.
+    """The gradient of BLOCK queries of one block and head, and their delta, which the other two kernels read.
 
-    Grid, inputs: as the forward's. out, rest, grad_out, grad_q (total_frames, num_heads, dim_head), contiguous; delta
+    Grid and inputs as in the forward kernel. out, rest, grad_out, grad_q (total_frames, num_heads, dim_head), contiguous; delta
     (num_heads, total_frames) float32.
     """
     tiles = tl.cdiv(context_size, BLOCK)
@@ -218,7 +218,7 @@ def _block_attention_bwd_q_kernel(
         grad_out = _load_rows(grad_out_ptr, i, row, i < frames, dim_head, BLOCK_D)
         out = _load_rows(_origin(out_ptr, head, dim_head, first, row), i, row, i < frames, dim_head, BLOCK_D)
         exact = out.to(tl.float32)
-        if rest_ptr is not None:  # a gradient is a difference from delta: the rounding of out would show in it
+        if rest_ptr is not None:  # delta is subtracted from gradients, where the rounding error of out would show
             exact += _load_rows(_origin(rest_ptr, head, dim_head, first, row), i, row, i < frames, dim_head, BLOCK_D).to(tl.float32)
         delta = tl.sum(grad_out.to(tl.float32) * exact, 1)
         of_head = head.to(tl.int64) * total_frames + first + i
@@ -227,8 +227,8 @@ def _block_attention_bwd_q_kernel(
         e, has_e = _band(m, max_pos_emb, frames, BLOCK)
         upper = _products(q_ptr, i, stride_q, i < frames, e_ptr, e, stride_e, has_e, dim_head, BLOCK, STEP)
         grad_q = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        # Of the band that the last tile began: gradients by place in the band.
-        begun = tl.zeros((BLOCK, BLOCK), dtype)
+        # Gradients of the band shared with the previous key tile, by place in the band.
+        pending = tl.zeros((BLOCK, BLOCK), dtype)
         for n in range(0, tl.cdiv(frames, BLOCK)):
             j = n * BLOCK + place
             e, has_e = _band(m - n - 1, max_pos_emb, frames, BLOCK)
@@ -243,11 +243,11 @@ def _block_attention_bwd_q_kernel(
             by_place = rounded(_mirror(grad), dtype)
             e, has_e = _band(m - n, max_pos_emb, frames, BLOCK)
             band = _load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D)
-            grad_q = dot(tl.where(_in_upper_band(BLOCK), by_place, begun), band, grad_q)
-            begun = by_place
+            grad_q = dot(tl.where(_in_upper_band(BLOCK), by_place, pending), band, grad_q)
+            pending = by_place
         e, has_e = _band(m - tl.cdiv(frames, BLOCK), max_pos_emb, frames, BLOCK)
         band = _load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D)
-        grad_q = dot(tl.where(_in_upper_band(BLOCK), 0.0, begun), band, grad_q)
+        grad_q = dot(tl.where(_in_upper_band(BLOCK), 0.0, pending), band, grad_q)
         d = tl.arange(0, BLOCK_D)
         target = _origin(grad_q_ptr, head, dim_head, first, row) + i[:, None] * row + d[None, :]
         tl.store(target, rounded(grad_q * scale, dtype), mask=(i < to_write)[:, None] & (d < dim_head)[None, :])
@@ -262,7 +262,7 @@ def _block_attention_bwd_kv_kernel(
 ):  # fmt: skip
     """The gradients of BLOCK keys and values of one block and head.
 
-    Grid: slots · num_heads · key tiles of a block, the last fastest. Inputs: as the other kernels'. grad_k, grad_v
+    Grid: slots · num_heads · key tiles of a block, key tiles fastest. Inputs as in the other kernels. grad_k, grad_v
     (total_frames, num_heads, dim_head), contiguous.
     """
     tiles = tl.cdiv(context_size, BLOCK)
@@ -311,10 +311,10 @@ def _block_attention_bwd_e_kernel(
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_e,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """What the pairs of tiles with one difference, of one head and a chunk of blocks, give to the two bands that they touch.
+    """One partial gradient of rel_pos_emb: from all pairs of tiles with difference δ, in one head and chunk of blocks.
 
-    Grid: (chunks, num_heads, 2 · tiles of a block − 1). Inputs: as the other kernels'. partial (chunks, num_heads,
-    2 · tiles − 1, 2, BLOCK, dim_head) float32, contiguous: bands δ and δ − 1 for δ from 1 − tiles on.
+    Grid: (chunks, num_heads, 2 · tiles of a block − 1), where the last is δ + tiles − 1. Inputs as in the other kernels. partial
+    (chunks, num_heads, 2 · tiles − 1, 2, BLOCK, dim_head) float32, contiguous: bands δ and δ − 1 for each δ.
     """
     tiles = tl.cdiv(context_size, BLOCK)
     chunk, head = tl.program_id(0), tl.program_id(1)

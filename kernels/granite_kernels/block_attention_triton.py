@@ -1,4 +1,4 @@
-"""Block attention on Triton: tiles, launches and registration of the kernels in `block_attention_kernels`."""
+"""Tiles, launches and registration of the kernels in `block_attention_kernels`."""
 
 import torch
 import triton
@@ -14,22 +14,22 @@ from granite_kernels.block_attention_kernels import (
 from granite_kernels.errors import KernelError
 from granite_kernels.launch import Tile, architecture, launch, launching, register
 
-# Predicted from what the compiler makes of them, 2026-11-22; not yet measured. By architecture and bytes an element, the forward's
-# tile and the backward's. Two programs of the 90 forward share a processor: registers and shared memory (112 KiB with a
-# pipeline of two stages) just allow it. The backward has two accumulators: twice the warps, at the price of scores that both
-# halves of them compute. On 80 operands go through registers, and three TF32 products need three times as many.
+# By architecture and bytes per element: the forward's tile and the backward's. Chosen from the compiled code, 2026-11-22, not by
+# measurement. Two programs of the forward on 90 share a multiprocessor: registers and shared memory (112 KiB with two pipeline
+# stages) just allow it. The backward has two accumulators, hence twice the warps, although both halves then compute the same
+# scores. On 80 operands pass through registers, and three TF32 products need three times as many.
 _NARROW = Tile({"BLOCK": 16, "STEP": 32}, 2), Tile({"BLOCK": 16, "STEP": 32}, 4)
 _TILES = {
     80: {2: (Tile({"BLOCK": 32, "STEP": 32}, 2), Tile({"BLOCK": 32, "STEP": 32}, 4)), 4: _NARROW},
     90: {2: (Tile({"BLOCK": 64, "STEP": 128}, 4, 2), Tile({"BLOCK": 64, "STEP": 64}, 8)), 4: _NARROW},
     100: {2: (Tile({"BLOCK": 64, "STEP": 128}, 4), Tile({"BLOCK": 64, "STEP": 64}, 8)), 4: _NARROW},
 }
-# The sum over blocks in the gradient of rel_pos_emb is cut into at most so many partial sums, of at least so many slots.
-_CHUNKS, _SLOTS = 8, 4
+# The gradient of rel_pos_emb is a sum over all blocks, in at most _MAX_CHUNKS partial sums of at least _MIN_SLOTS slots each.
+_MAX_CHUNKS, _MIN_SLOTS = 8, 4
 
 
 def _tile(q: Tensor, backward: bool) -> Tile:
-    """Nothing about the batch: the same clip gets the same bits in every one. Few widths of a head, for few compilations."""
+    """The tile, independent of the batch, so that a clip gets the same bits in every batch. Two head widths keep compilations few."""
     tile = _TILES[architecture(q.device)][q.element_size()][backward]
     width = 64 if q.shape[2] <= 64 and q.element_size() == 2 else 128
     blocks = {"BLOCK": tile.blocks["BLOCK"], "BLOCK_D": width, "STEP": min(tile.blocks["STEP"], width)}
@@ -37,12 +37,12 @@ def _tile(q: Tensor, backward: bool) -> Tile:
 
 
 def _slots(q: Tensor, cu_seqlens: Tensor, context_size: int) -> int:
-    """A bound on the slots in which `locate` finds every block, padding included."""
+    """The number of slots in which `locate` finds every block, including padding."""
     return q.shape[0] // context_size + cu_seqlens.shape[0]
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, rel_pos_emb: Tensor, cu_seqlens: Tensor, context_size: int) -> dict[str, object]:
-    """What all kernels take."""
+    """The arguments that all kernels share."""
     sizes = {"total_frames": q.shape[0], "num_clips": cu_seqlens.shape[0] - 1, "num_heads": q.shape[1], "dim_head": q.shape[2]}
     positions = {"context_size": context_size, "max_pos_emb": rel_pos_emb.shape[0] // 2, "stride_e": rel_pos_emb.stride(0)}
     strides = {"stride_q": q.stride(0), "stride_k": k.stride(0), "stride_v": v.stride(0)}
@@ -54,7 +54,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, rel_pos_emb: Tensor, cu_seqlens:
 def _block_attention(
     q: Tensor, k: Tensor, v: Tensor, rel_pos_emb: Tensor, cu_seqlens: Tensor, context_size: int, scale: float, for_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result; for a backward also what its rounding cut off, and the (num_heads, total_frames) base-2 log-sum-exp."""
+    """The result; for a backward also its rounding error and the (num_heads, total_frames) base-2 log-sum-exp, else empty."""
     frames, heads = q.shape[:2]
     with_rest = for_backward and q.dtype != torch.float32
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -82,28 +82,21 @@ def _block_attention_backward(
     context_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and rel_pos_emb. grad_out and out are contiguous. The same bits each time: no sum has a free order."""
+    """Gradients of q, k, v and rel_pos_emb. grad_out and out are contiguous. Every sum has a fixed order, so the bits are too."""
     heads, dim, max_pos_emb = q.shape[1], q.shape[2], rel_pos_emb.shape[0] // 2
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
     tile = _tile(q, backward=True)
     block = tile.blocks["BLOCK"]
     tiles, slots = triton.cdiv(context_size, block), _slots(q, cu_seqlens, context_size)
-    chunks = min(_CHUNKS, triton.cdiv(slots, _SLOTS))
+    chunks = min(_MAX_CHUNKS, triton.cdiv(slots, _MIN_SLOTS))
     partial = torch.empty((chunks, heads, 2 * tiles - 1, 2, block, dim), dtype=torch.float32, device=q.device)
     if launching(q):
         given = _arguments(q, k, v, rel_pos_emb, cu_seqlens, context_size) | {"scale": scale, "grad_out_ptr": grad_out, "lse_ptr": lse}
         given["delta_ptr"] = delta
         grid = (slots * heads * tiles,)
-        launch(
-            _block_attention_bwd_q_kernel,
-            grid,
-            tile,
-            **given,
-            out_ptr=out,
-            rest_ptr=rest if q.dtype != torch.float32 else None,
-            grad_q_ptr=grad_q,
-        )
+        forward = {"out_ptr": out, "rest_ptr": rest if q.dtype != torch.float32 else None}
+        launch(_block_attention_bwd_q_kernel, grid, tile, **given, **forward, grad_q_ptr=grad_q)
         launch(_block_attention_bwd_kv_kernel, grid, tile, **given, grad_k_ptr=grad_k, grad_v_ptr=grad_v)
         chunk = {"num_slots": slots, "slots_per_chunk": triton.cdiv(slots, chunks)}
         launch(_block_attention_bwd_e_kernel, (chunks, heads, 2 * tiles - 1), tile, **given, **chunk, partial_ptr=partial)
@@ -126,7 +119,7 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
 
 
 def _backward(ctx, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = (tensor.detach() for tensor in ctx.saved_tensors)  # a second derivative there is not
+    saved = (tensor.detach() for tensor in ctx.saved_tensors)  # there is no second derivative
     gradients = _backward_op(grad_out.detach().contiguous(), *saved, ctx.context_size, ctx.scale)
     return *gradients, None, None, None, None
 
@@ -135,17 +128,17 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def block_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, rel_pos_emb: Tensor, cu_seqlens: Tensor, *, context_size: int, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, rel_pos_emb: Tensor, cu_seqlens: Tensor, context_size: int, scale: float | None = None
 ) -> Tensor:
-    """`block_attention` through the registered operation; heads of up to 128 features.
+    """`block_attention` by the Triton kernels.
 
     Raises:
-        KernelError: a wider head.
+        KernelError: dim_head is above 128.
     """
     dim = q.shape[2]
     if dim > 128:
         raise KernelError(
-            got=f"block_attention: dim_head = {dim} for the Triton kernels",
+            got=f"block_attention: dim_head = {dim}",
             expected="at most 128",
             remedy="Use impl='torch' or GRANITE_SPEECH_KERNELS=torch to run the PyTorch reference",
         )

@@ -1,13 +1,23 @@
-"""Gated depthwise convolution: the middle of the conformer's convolution module, between its two projections."""
+"""Gated depthwise convolution: the part of the conformer's convolution module between its two projections."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, join, nbytes, triton_backend
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, called_with, join, nbytes, triton_backend
+
+
+class DepthwiseConvInputs(NamedTuple):
+    """The arguments of `depthwise_conv` except `impl`."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    cu_seqlens: torch.Tensor
 
 
 def depthwise_conv(
@@ -19,13 +29,13 @@ def depthwise_conv(
     *,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """GLU, a convolution over time for each channel alone, folded BatchNorm, SiLU.
+    """GLU, a convolution over time of each channel separately, folded BatchNorm, SiLU.
 
     ::
 
         h    = value · sigmoid(gate)                                   x = [value | gate]
         y_t  = Σ_i weight[:, i] · h_{t + i − kernel_size // 2}         h is zero outside the clip
-        out  = SiLU(scale · y + shift)                                 out = y where scale and shift are None
+        out  = SiLU(scale · y + shift)                                 out = y if scale and shift are None
 
     | argument | shape | stride | dtype |
     |---|---|---|---|
@@ -35,21 +45,28 @@ def depthwise_conv(
     | cu_seqlens | (clips + 1,) | 1 | int32 |
     | returns | (total_frames, channels) | any | as x |
 
-    A clip is padded by (kernel_size // 2, kernel_size // 2 − (kernel_size + 1) % 2) zeros, so that it keeps its length for
-    odd and even kernels, and never sees a neighbour. Rows from `cu_seqlens[-1]` on are padding: never read, zero in the
-    result. Everything is computed in float32 (float64 for float64) and rounded once.
+    A clip is padded with kernel_size // 2 zeros before and kernel_size // 2 − (kernel_size + 1) % 2 after it, so that its length
+    does not change for odd and even kernels. It never reads a neighbour's frames. Rows from `cu_seqlens[-1]` on are padding:
+    never read, zero in the result. Everything is computed in float32 (float64 for float64) and rounded once.
 
     Args:
-        scale, shift: BatchNorm as one multiply-add, weight / √(var + eps) and bias − mean · scale. None for a BatchNorm that
-            is training and needs y itself.
-        impl: "triton", "torch", or None for the fastest that the device has.
+        scale, shift: BatchNorm as one multiply-add, weight / √(var + eps) and bias − mean · scale. None for a BatchNorm in
+            training mode, which needs y itself.
+        impl: "triton", "torch", or None for the fastest available.
 
     Raises:
-        KernelError: shapes, dtypes, devices or strides other than the table's, or scale without shift.
+        KernelError: wrong shapes, dtypes, devices or strides, or scale without shift.
 
-    The module is the Conformer's (Gulati et al., arXiv 2005.08100), the gate of Dauphin et al. (arXiv 1612.08083), the
+    The module is the Conformer's (Gulati et al., arXiv 2005.08100), the gate that of Dauphin et al. (arXiv 1612.08083), the
     padding that of `GraniteSpeechConformerDepthWiseConv1d` in transformers.
     """
+    inputs = DepthwiseConvInputs(x, weight, scale, shift, cu_seqlens)
+    _check(inputs)
+    return OPERATION.select(impl, x)(*inputs)
+
+
+def _check(inputs: DepthwiseConvInputs) -> None:
+    x, weight, scale, shift, cu_seqlens = inputs
     arguments = Arguments("depthwise_conv")
     arguments.tensor("x", x, "total_frames 2·channels")
     arguments.tensor("weight", weight, "channels kernel_size")
@@ -57,7 +74,7 @@ def depthwise_conv(
         arguments.refuse(
             f"x has {x.shape[1]} columns for {weight.shape[0]} channels of weight",
             f"{2 * weight.shape[0]}, the value half and the gate half",
-            "Pass the output of the up projection whole",
+            "Pass the whole output of the up projection",
         )
     if weight.shape[1] == 0:
         arguments.refuse("weight has kernel_size 0", "at least 1", "Check how weight was made")
@@ -73,27 +90,26 @@ def depthwise_conv(
     arguments.index("cu_seqlens", cu_seqlens, "clips+1")
     if cu_seqlens.shape[0] == 0:
         arguments.refuse("cu_seqlens is empty", "clips + 1 offsets", "Pass [0] for a batch without clips")
-    return OPERATION.select(impl, x)(x, weight, scale, shift, cu_seqlens)
 
 
-def depthwise_conv_reference(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
-) -> torch.Tensor:
+@called_with(DepthwiseConvInputs)
+def depthwise_conv_reference(inputs: DepthwiseConvInputs) -> torch.Tensor:
     """`depthwise_conv` in PyTorch, clip by clip: a clip's bits do not depend on its neighbours.
 
-    Where a gradient is wanted, all clips go in one convolution, with the zeros that they are padded by between them.
+    With gradients, one convolution computes all clips, separated by the zeros that pad them.
     """
+    x, weight, scale, shift, cu_seqlens = inputs
     frames, (channels, kernel_size) = x.shape[0], weight.shape
     dtype = accumulator(x.dtype)
-    # Two dimensions, one of them of size 1: a channels-last image is a view of (frames, channels), with no transposed copy.
-    # The normalisation is linear, so it goes into the taps and the bias.
+    # conv2d with a dimension of size 1: a channels-last image is a view of (frames, channels), so nothing is transposed.
+    # The normalisation is linear, so it is folded into the taps and a bias.
     taps, bias = weight.to(dtype), None
     if scale is not None:
         taps, bias = taps * scale.to(dtype)[:, None], shift.to(dtype)
     taps = taps[:, None, :, None]
 
     def convolved(gated: torch.Tensor) -> torch.Tensor:
-        # Padded alike on both sides; an even kernel then has one frame too many at the end.
+        # Both sides have the same padding, which gives an even kernel one frame too many at the end.
         image = F.conv2d(gated.T[None, :, :, None], taps, bias, padding=(kernel_size // 2, 0), groups=channels)
         return image[0, :, : gated.shape[0], 0].T
 
@@ -113,24 +129,23 @@ def depthwise_conv_reference(
     return join(pieces, x[total:, :channels].to(dtype)).to(x.dtype)
 
 
-def depthwise_conv_cost(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
-) -> Cost:
-    """FLOPs of the convolution alone, kernel_size multiply-adds for each frame and channel (edges counted as whole); the
-    gate, the normalisation and SiLU are not counted. Bytes: x of the clips' frames, the parameters, cu_seqlens, the result."""
+@called_with(DepthwiseConvInputs)
+def depthwise_conv_cost(inputs: DepthwiseConvInputs) -> Cost:
+    """FLOPs: kernel_size multiply-adds per frame and channel (at edges too), without the gate, the normalisation and SiLU. Bytes: x
+    of the clips' frames, the parameters, cu_seqlens and the result."""
+    x, weight, scale, shift, cu_seqlens = inputs
     frames, (channels, kernel_size) = x.shape[0], weight.shape
     read = sum(end - first for first, end in bounds(cu_seqlens, frames))
     moved = (2 * read + frames) * channels * x.element_size()
     return Cost(flops=2 * read * channels * kernel_size, bytes=moved + nbytes(weight, scale, shift, cu_seqlens))
 
 
-def depthwise_conv_library(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
-) -> Callable[[], torch.Tensor]:
-    """The library's grouped convolution alone, channels first, over all clips as if they were one: the rest of the work is left out."""
-    channels, kernel_size = weight.shape
-    gated = F.glu(x, dim=1).T.contiguous()[None]
-    return partial(F.conv1d, gated, weight[:, None].contiguous(), padding=kernel_size // 2, groups=channels)
+@called_with(DepthwiseConvInputs)
+def depthwise_conv_library(inputs: DepthwiseConvInputs) -> Callable[[], torch.Tensor]:
+    """The grouped convolution alone, on gated frames, channels first, over all clips as if they were one."""
+    channels, kernel_size = inputs.weight.shape
+    gated = F.glu(inputs.x, dim=1).T.contiguous()[None]
+    return partial(F.conv1d, gated, inputs.weight[:, None].contiguous(), padding=kernel_size // 2, groups=channels)
 
 
 def _make(
@@ -139,7 +154,7 @@ def _make(
     total = sum(clips)
     x = draw.normal(total + padding, 2 * channels)
     x[total:] = torch.nan
-    # Scale and shift are of the accumulator's dtype: float32, and float64 where a case is drawn in float64.
+    # float32, or float64 for a case in float64.
     wide = accumulator(draw.dtype)
     return {
         "x": x,

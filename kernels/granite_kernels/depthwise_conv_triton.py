@@ -1,12 +1,12 @@
 """The gated depthwise convolution in Triton: a walk over time with the last kernel_size gated frames in registers.
 
-A program owns BLOCK_C channels of BLOCK_T frames of one clip. Frame by frame it loads a row, gates it (so each element costs
-one sigmoid, where a gather of taps would cost kernel_size reads of shared memory), and slides it into a window that it shares
-with the taps' products. Nothing crosses threads; the frames of the next step are on their way while a step is computed.
-A frame's sum has one order, that of the taps, and does not depend on the tile it fell into.
+A program computes BLOCK_C channels of BLOCK_T frames of one clip. It loads one row at a time, gates it and appends it to a window
+in registers, which is multiplied by the taps. So each element costs one sigmoid, where gathering the taps would cost kernel_size
+reads of shared memory. Threads exchange nothing, and the frames of the next step are loaded while one step is computed. A frame's
+sum is always in the order of the taps, whichever tile the frame is in.
 
-The backward pass is the same walk twice. First the convolution is recomputed, for the gradient dz at the input of SiLU. Then
-a window over dz gives at each frame both its own gradient (the taps reversed) and, times its gated value, the taps'.
+The backward makes the same walk twice. First it recomputes the convolution, for the gradient dz at the input of SiLU. Then a
+window over dz gives each frame's gradient (with the taps reversed) and, multiplied by its gated value, the gradients of the taps.
 """
 
 from typing import Any
@@ -21,29 +21,29 @@ from granite_kernels.launch import Tile, architecture, launch, launching, regist
 from granite_kernels.op import CHOICE
 from granite_kernels.primitives import INTERPRETED, locate, rounded
 
-# Windows are compiled for these lengths; a kernel of another size takes the next one, with taps of zero around its own (so a
-# frame that is not finite spoils its neighbours in the clip as far as the window reaches).
+# The compiled window lengths. A kernel of another size uses the next longer one, with zero taps around its own. (So a frame that is
+# not finite spoils all frames of its clip that the window reaches.)
 _WINDOWS = (7, 15, 31)
 
-# 2026-11-22, predicted from machine code and rooflines, not yet measured: (BLOCK_T, channels a thread, frames a step) by window.
-# BLOCK_T: the frames that a tile shares with its neighbours are read again from L2, and gated again; but one clip of 10 s
-# (500 × 2048) shall have a program for each of 132 multiprocessors. The others: the loads of one step are under way while the
-# step before is computed, so wide and long steps hide the memory's latency and share the cost of addresses, and what they
-# take in registers is missing in warps. For 15 taps 2 × 8 comes to 16 warps with 32 KiB under way, 4 × 4 to 8 warps.
+# By architecture and window: (BLOCK_T, channels per thread, frames per step). Chosen 2026-11-22 from machine code and rooflines, not
+# by measurement. BLOCK_T: the frames that a tile shares with its neighbours are read again from L2 and gated again, so a tile
+# should be long, but one 10 s clip (500 × 2048) should still give each of 132 multiprocessors a program. The others: the next
+# step is loaded while this one is computed, so wide and long steps hide latency and share the cost of addresses, but take
+# registers and so leave fewer warps. For 15 taps, 2 × 8 allows 16 warps with 32 KiB in flight, and 4 × 4 only 8 warps.
 _TILES = {
     80: {7: (32, 4, 4), 15: (64, 2, 8), 31: (64, 2, 2)},
     90: {7: (32, 4, 4), 15: (64, 2, 8), 31: (64, 2, 2)},
     100: {7: (32, 4, 4), 15: (64, 2, 8), 31: (64, 2, 2)},
 }
-# The second walk of the backward pass, which keeps a sum for each tap besides the tap and its frame: (channels a thread,
-# frames a step). A batch is cut into this many tiles, each of which leaves kernel_size + 1 sums a channel.
+# The backward's second walk also keeps a sum per tap: (channels per thread, frames per step). A batch is cut into about
+# _GRADIENT_PARTS tiles, each of which writes kernel_size + 1 sums per channel.
 _GRADIENT_TILES = {7: (2, 4), 15: (2, 4), 31: (1, 2)}
 _GRADIENT_PARTS = 64
 
 
 @triton.jit
 def _divide(a, b):
-    """a / b for b ≥ 1, within 2 ulp and in two instructions; the interpreter has no libdevice."""
+    """a / b for b ≥ 1, within 2 ulp, in two instructions. The interpreter has no libdevice."""
     if INTERPRETED:
         return a / b
     else:
@@ -52,7 +52,7 @@ def _divide(a, b):
 
 @triton.jit
 def _exp2(x):
-    """2 ** x with results below the normal numbers flushed to 0, in one instruction."""
+    """2 ** x in one instruction, which flushes subnormal results to 0."""
     if INTERPRETED:
         return tl.exp2(x)
     else:
@@ -67,8 +67,8 @@ def _gated(value, gate):
 
 @triton.jit
 def _load_taps(weight_ptr, stride_weight, scale, cols, exists, kernel_size, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The taps of BLOCK_C channels times their scale: TAPS vectors, the centre (tap kernel_size // 2) at TAPS // 2."""
-    # Read along the rows of weight and transposed on chip: a tap's column alone would touch a cache line for each channel.
+    """The taps of BLOCK_C channels times their scale, as TAPS vectors. Tap kernel_size // 2 is vector TAPS // 2."""
+    # Rows of weight are read and transposed on chip, because a column would touch one cache line per channel.
     tap = tl.arange(0, TAPS + 1) - (TAPS // 2 - kernel_size // 2)
     there = exists[:, None] & ((tap >= 0) & (tap < kernel_size))[None, :]
     columns = (tl.load(weight_ptr + cols.to(tl.int64)[:, None] * stride_weight + tap[None, :], mask=there, other=0.0),)
@@ -89,7 +89,7 @@ def _load_taps(weight_ptr, stride_weight, scale, cols, exists, kernel_size, TAPS
 
 @triton.jit
 def _load_rows(ptr, stride, row, start, end, exists, ROWS: tl.constexpr):
-    """The frames `row`, row + 1, … of a tensor, whose first one `ptr` points to: zeros but for those of [start, end)."""
+    """ROWS frames from `row` on, to which `ptr` points; zeros for frames outside of [start, end)."""
     rows = ()
     for r in tl.static_range(ROWS):
         rows += (tl.load(ptr + r * stride, mask=exists & (row + r >= start) & (row + r < end), other=0.0),)
@@ -114,28 +114,14 @@ def _gate_rows(values, gates, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_clips", "total_rows", "kernel_size"])
 def _depthwise_conv_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    shift_ptr,
-    cu_seqlens_ptr,
-    dout_ptr,
-    out_ptr,
-    num_clips,
-    total_rows,
-    channels,
-    kernel_size,
-    stride_x,
-    stride_weight,
-    TAPS: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """BLOCK_T frames of one clip, or of the padding behind the last, and BLOCK_C channels of z = scale · conv + shift.
+    x_ptr, weight_ptr, scale_ptr, shift_ptr, cu_seqlens_ptr, dout_ptr, out_ptr, num_clips, total_rows, channels, kernel_size,
+    stride_x, stride_weight,
+    TAPS: tl.constexpr, STEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """z = scale · conv + shift for BLOCK_C channels and BLOCK_T frames of one clip, or of the padding after the last clip.
 
-    Writes SiLU(z); z itself where scale is None; and where dout is given, its product with the derivative of SiLU at z.
-    Grid: ((total_rows // BLOCK_T + num_clips + 1) · (channels / BLOCK_C),), channels first, so that neighbours read whole rows.
+    Writes SiLU(z); if scale is None, z; if dout is given, dout times the derivative of SiLU at z.
+    Grid: ((total_rows // BLOCK_T + num_clips + 1) · (channels / BLOCK_C),), channels fastest, so that neighbours read whole rows.
 
     x: (total_rows, 2 · channels), stride (stride_x, 1). weight: (channels, kernel_size), stride (stride_weight, 1).
     scale, shift: (channels,) float32, or None. cu_seqlens: (num_clips + 1,) int32. dout (or None), out: (total_rows, channels).
@@ -145,7 +131,7 @@ def _depthwise_conv_fwd_kernel(
     first = start + tile * BLOCK_T
     last = tl.minimum(first + BLOCK_T, end)
     if first < last:
-        # Padding is a clip whose frames, taps and shift all read as zero, which makes its results zero.
+        # Padding is computed as a clip whose frames, taps and shift are all zero, and so is its result.
         live = clip < num_clips
         cols = tl.program_id(0) % groups * BLOCK_C + tl.arange(0, BLOCK_C)
         exists = cols < channels
@@ -191,27 +177,13 @@ def _depthwise_conv_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_clips", "total_rows", "kernel_size", "tile_rows"])
 def _depthwise_conv_bwd_kernel(
-    x_ptr,
-    dz_ptr,
-    weight_ptr,
-    scale_ptr,
-    cu_seqlens_ptr,
-    dx_ptr,
-    partial_ptr,
-    num_clips,
-    total_rows,
-    channels,
-    kernel_size,
-    tile_rows,
-    stride_x,
-    stride_weight,
-    TAPS: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Gradients for tile_rows frames of one clip, or of the padding behind the last, and BLOCK_C channels.
+    x_ptr, dz_ptr, weight_ptr, scale_ptr, cu_seqlens_ptr, dx_ptr, partial_ptr, num_clips, total_rows, channels, kernel_size,
+    tile_rows, stride_x, stride_weight,
+    TAPS: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients for BLOCK_C channels and tile_rows frames of one clip, or of the padding after the last clip.
 
-    Writes dx, and this tile's part of Σ_t dz_t · h_{t + i − TAPS // 2} for each tap i, and of Σ_t dz_t behind these.
+    Writes dx, and this tile's part of Σ_t dz_t · h_{t + i − TAPS // 2} for each tap i, followed by its part of Σ_t dz_t.
     Grid: (slots · (channels / BLOCK_C),) with slots = total_rows // tile_rows + num_clips + 1; an idle slot's sums are zero.
 
     x: (total_rows, 2 · channels), stride (stride_x, 1). weight: (channels, kernel_size), stride (stride_weight, 1).
@@ -265,7 +237,7 @@ def _depthwise_conv_bwd_kernel(
                 dz = window[r + TAPS - 1 - i]
                 dh += taps[i] * dz
                 products += (sums[i] + dz * h,)
-            # STEP divides tile_rows: frames behind `last` are behind the clip, and have neither dz nor h.
+            # STEP divides tile_rows, so frames after `last` are after the clip too, where dz and h are zero.
             products += (sums[TAPS] + window[r + TAPS // 2],)
             sums = products
             there = exists & (t + r < last)
@@ -281,7 +253,7 @@ def _depthwise_conv_bwd_kernel(
 
 
 def _window(kernel_size: int) -> int:
-    """The number of taps that a kernel of this size is compiled with."""
+    """The window length for a kernel of this size."""
     for taps in _WINDOWS:
         if kernel_size <= taps:
             return taps
@@ -300,38 +272,32 @@ def _convolve(
     cu_seqlens: torch.Tensor,
     dout: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The result, or where its gradient `dout` is given that of SiLU's input."""
+    """The result; or, given its gradient `dout`, the gradient of SiLU's input."""
     frames, (channels, kernel_size), clips = x.shape[0], weight.shape, cu_seqlens.shape[0] - 1
     taps = _window(kernel_size)
-    # dz is summed over the whole batch, for scale and shift: rounded to a narrower dtype, it would show there.
+    # float32, because dz is summed over the whole batch for scale and shift, where rounding errors would show.
     out = x.new_empty(frames, channels, dtype=x.dtype if dout is None else torch.float32)
     if launching(x):
         block_t, wide, step = _TILES[architecture(x.device)][taps]
-        step = step if dout is None else max(step // 2, 2)  # rows of dout have to fit into the registers too
+        step = step if dout is None else max(step // 2, 2)  # dout's rows need registers too
+        tile = Tile({"TAPS": taps, "STEP": step, "BLOCK_T": block_t, "BLOCK_C": 32 * wide}, num_warps=1)
+        grid = ((frames // block_t + clips + 1) * triton.cdiv(channels, 32 * wide),)
         launch(
-            _depthwise_conv_fwd_kernel,
-            ((frames // block_t + clips + 1) * triton.cdiv(channels, 32 * wide),),
-            Tile({"TAPS": taps, "STEP": step, "BLOCK_T": block_t, "BLOCK_C": 32 * wide}, num_warps=1),
-            x_ptr=x,
-            weight_ptr=weight,
-            scale_ptr=scale,
-            shift_ptr=shift,
-            cu_seqlens_ptr=cu_seqlens,
-            dout_ptr=dout,
-            out_ptr=out,
-            num_clips=clips,
-            total_rows=frames,
-            channels=channels,
-            kernel_size=kernel_size,
-            stride_x=x.stride(0),
-            stride_weight=weight.stride(0),
-        )
+            _depthwise_conv_fwd_kernel, grid, tile, x_ptr=x, weight_ptr=weight, scale_ptr=scale, shift_ptr=shift,
+            cu_seqlens_ptr=cu_seqlens, dout_ptr=dout, out_ptr=out, num_clips=clips, total_rows=frames, channels=channels,
+            kernel_size=kernel_size, stride_x=x.stride(0), stride_weight=weight.stride(0),
+        )  # fmt: skip
     return out
 
 
 def _depthwise_conv(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
+    """`depthwise_conv` by the Triton kernels.
+
+    Raises:
+        KernelError: kernel_size is above 31.
+    """
     return _convolve(x, weight, scale, shift, cu_seqlens)
 
 
@@ -343,7 +309,7 @@ def _depthwise_conv_backward(
     shift: torch.Tensor | None,
     cu_seqlens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight, scale and shift; of the last two also where there are none."""
+    """Gradients of x, weight, scale and shift, the last two even if scale and shift are None."""
     frames, (channels, kernel_size), clips = x.shape[0], weight.shape, cu_seqlens.shape[0] - 1
     taps = _window(kernel_size)
     dz = dout if scale is None else _convolve(x, weight, scale, shift, cu_seqlens, dout)
@@ -354,34 +320,21 @@ def _depthwise_conv_backward(
     dx = x.new_empty(frames, 2 * channels)
     partial = x.new_empty(slots, taps + 1, channels, dtype=torch.float32)
     if launching(x):
+        tile = Tile({"TAPS": taps, "STEP": step, "BLOCK_C": 32 * wide}, num_warps=1)
         launch(
-            _depthwise_conv_bwd_kernel,
-            (slots * triton.cdiv(channels, 32 * wide),),
-            Tile({"TAPS": taps, "STEP": step, "BLOCK_C": 32 * wide}, num_warps=1),
-            x_ptr=x,
-            dz_ptr=dz,
-            weight_ptr=weight,
-            scale_ptr=scale,
-            cu_seqlens_ptr=cu_seqlens,
-            dx_ptr=dx,
-            partial_ptr=partial,
-            num_clips=clips,
-            total_rows=frames,
-            channels=channels,
-            kernel_size=kernel_size,
-            tile_rows=tile_rows,
-            stride_x=x.stride(0),
-            stride_weight=weight.stride(0),
-        )
+            _depthwise_conv_bwd_kernel, (slots * triton.cdiv(channels, 32 * wide),), tile, x_ptr=x, dz_ptr=dz, weight_ptr=weight,
+            scale_ptr=scale, cu_seqlens_ptr=cu_seqlens, dx_ptr=dx, partial_ptr=partial, num_clips=clips, total_rows=frames,
+            channels=channels, kernel_size=kernel_size, tile_rows=tile_rows, stride_x=x.stride(0), stride_weight=weight.stride(0),
+        )  # fmt: skip
     sums = partial.sum(0)
-    # Σ_t dz_t · h of each tap: of weight the gradient but for the scale, of scale the gradient but for the tap.
+    # Σ_t dz_t · h for each tap: times the scale it is the gradient of weight; times the tap, summed over taps, that of scale.
     products = sums[taps // 2 - kernel_size // 2 :][:kernel_size].t()
     dweight = (products * scale[:, None]).to(weight.dtype, memory_format=torch.contiguous_format)
     return dx, dweight, (products * weight).sum(1), sums[taps].clone()
 
 
-_operation = register(_depthwise_conv)
-_gradients = register(_depthwise_conv_backward)
+depthwise_conv_triton = register(_depthwise_conv)
+_backward_op = register(_depthwise_conv_backward)
 
 
 def _save(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -389,21 +342,10 @@ def _save(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    # Detached: there is no second derivative, and asking for one shall say so.
+    # Detached, so that asking for a second derivative, which does not exist, raises.
     saved = [None if tensor is None else tensor.detach() for tensor in ctx.saved_tensors]
-    dx, dweight, dscale, dshift = _gradients(dout.detach().contiguous(), *saved)
+    dx, dweight, dscale, dshift = _backward_op(dout.detach().contiguous(), *saved)
     return (dx, dweight, None, None, None) if saved[2] is None else (dx, dweight, dscale, dshift, None)
 
 
-_operation.register_autograd(_backward, setup_context=_save)
-
-
-def depthwise_conv_triton(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, cu_seqlens: torch.Tensor
-) -> torch.Tensor:
-    """`depthwise_conv` through the operation `granite_kernels::depthwise_conv`.
-
-    Raises:
-        KernelError: a kernel_size above 31.
-    """
-    return _operation(x, weight, scale, shift, cu_seqlens)
+depthwise_conv_triton.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""The base of every error that this project raises on purpose, and the kernels' own."""
+"""The base class of the project's errors, and the kernels' own error."""
 
 __all__ = ["GraniteSpeechError", "KernelError"]
 
@@ -7,9 +7,9 @@ class GraniteSpeechError(Exception):
     """Base of all errors of this project.
 
     Args:
-        got: what was given, with its value, shape or path. A sentence without its full stop.
-        expected: what would have been right, read after the word "expected".
-        remedy: what the reader can do now. A sentence without its full stop.
+        got: what was given, with its value, shape or path. No full stop at the end.
+        expected: what would have been right, to be read after the word "expected".
+        remedy: what the reader can do now. No full stop at the end.
     """
 
     def __init__(self, *, got: str, expected: str, remedy: str):
@@ -17,7 +17,7 @@ class GraniteSpeechError(Exception):
         self.got, self.expected, self.remedy = got, expected, remedy
 
     def __reduce__(self):
-        # Keyword-only arguments are not in Exception.args: without this the error could not leave a worker process.
+        # Exception.args lacks keyword-only arguments; without this the error cannot be pickled out of a worker process.
         return _rebuild, (type(self), self.got, self.expected, self.remedy)
 
 
@@ -26,4 +26,4 @@ def _rebuild(cls: type[GraniteSpeechError], got: str, expected: str, remedy: str
 
 
 class KernelError(GraniteSpeechError, ValueError):
-    """A call that an operation cannot serve."""
+    """Arguments that an operation does not support."""

@@ -1,8 +1,8 @@
-"""What the Triton backends share on the host: tiles, launches that can be recorded, and the registration with torch.library.
+"""Host code that the Triton backends share: tiles, launches that can be recorded, registration with torch.library.
 
-A launcher allocates its results and, if `launching` says so, launches. The same function is the operation's fake: given
-tensors without memory it allocates and launches nothing. Under `recorded_launches` it notes what it would launch, which is
-all that the compile audit needs to know about an operation.
+A launcher allocates its results and, if `launching` is true, launches its kernels. It is also the operation's fake: given
+tensors without memory it only allocates. Under `recorded_launches` it records what it would launch, which is all that the
+compile audit needs.
 """
 
 import functools
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-# The architectures that have tiles of their own. Every other chip gets those of 80, which therefore fit into 99 KiB of
-# shared memory, the least that a block can have from compute capability 8.0 on.
+# The architectures that have their own tiles. Every other chip gets the tiles of 80, which therefore fit in 99 KiB of shared
+# memory, the least that a block can have from compute capability 8.0 on.
 ARCHITECTURES = (80, 90, 100)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: its upper-case constants, the warps of a program, the depth of its software pipeline."""
+    """A kernel's upper-case constants, the warps of a program, and the stages of its software pipeline."""
 
     blocks: Mapping[str, int]
     num_warps: int
@@ -33,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that was recorded instead of made: everything that its compilation depends on."""
+    """A recorded launch: everything that its compilation depends on."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -42,7 +42,7 @@ class Launch:
 
 
 class _Recording(threading.local):
-    """The recording of this thread. Another thread may be running the model for real."""
+    """This thread's recording. Another thread may be running the model at the same time."""
 
     launches: list[Launch] | None = None
     architecture: int | None = None
@@ -53,7 +53,7 @@ _recording = _Recording()
 
 @contextmanager
 def recorded_launches(architecture: int) -> Iterator[list[Launch]]:
-    """In this block and thread, calls on meta or fake tensors record their launches, with the tiles of `architecture`."""
+    """In this block and thread, calls on meta or fake tensors record their launches, using the tiles of `architecture`."""
     before = _recording.launches, _recording.architecture
     _recording.launches, _recording.architecture = [], architecture
     try:
@@ -63,24 +63,24 @@ def recorded_launches(architecture: int) -> Iterator[list[Launch]]:
 
 
 def recording() -> bool:
-    """Whether this thread records launches: tensors without memory then stand for those of a GPU."""
+    """Whether this thread records launches. Tensors without memory are then treated as a GPU's."""
     return _recording.launches is not None
 
 
 def launching(tensor: torch.Tensor) -> bool:
-    """Whether a launcher that was given `tensor` should launch after allocating its results, or record what it would launch."""
+    """Whether a launcher given `tensor` should call `launch` after allocating its results."""
     return _has_memory(tensor) or recording()
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    """False for what torch.compile and FakeTensorMode pass to a fake, and for meta tensors."""
+    """False for meta tensors, and for the fake tensors of torch.compile and FakeTensorMode."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def precompile(launches: Iterable[Launch], device: torch.device) -> None:
-    """Compile the kernels of recorded launches for `device`, several at a time. Later calls find them compiled.
+    """Compile the kernels of recorded launches for `device` in parallel, so that later calls find them compiled.
 
-    Left to themselves, kernels are compiled one after another, each at its first launch.
+    Otherwise each kernel is compiled at its first launch, one after another.
     """
     by_kernel = defaultdict(list)
     for one in launches:
@@ -88,7 +88,7 @@ def precompile(launches: Iterable[Launch], device: torch.device) -> None:
 
     def compile_kernel(launches: list[Launch]) -> None:
         with _current(device):
-            for one in launches:  # Triton compiles each specialisation once, and keeps it
+            for one in launches:  # Triton caches each specialisation
                 arguments = {**one.arguments, **one.tile.blocks}
                 one.kernel.warmup(grid=one.grid, **arguments, num_warps=one.tile.num_warps, num_stages=one.tile.num_stages)
 
@@ -97,7 +97,7 @@ def precompile(launches: Iterable[Launch], device: torch.device) -> None:
 
 
 def architecture(device: torch.device) -> int:
-    """The entry of ARCHITECTURES whose tiles a device gets; 80 under the interpreter, which takes any tile."""
+    """The entry of ARCHITECTURES whose tiles a device uses; 80 for a CPU, whose interpreter runs any tile."""
     if _recording.architecture is not None:
         return _recording.architecture
     if device.type != "cuda":
@@ -112,7 +112,7 @@ def _architecture_of(index: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
-    """Run `kernel` over `grid` on the device of its first tensor. `arguments` are all of the kernel's except the tile's."""
+    """Run `kernel` over `grid` on the device of its first tensor. `arguments` are all but the constants in `tile`."""
     first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     if not _has_memory(first):
         _recording.launches.append(Launch(kernel, grid, tile, arguments))
@@ -122,15 +122,15 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
 
 
 def _current(device: torch.device) -> AbstractContextManager:
-    """Makes `device` the current one of this thread: that is where Triton compiles and launches."""
+    """Makes `device` this thread's current device, for which Triton compiles and launches."""
     other = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     return torch.cuda.device(device) if other else nullcontext()
 
 
 def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:
-    """The torch.library operation `granite_kernels::<name of the launcher>`, opaque to torch.compile; the launcher is its own fake.
+    """Registers `launcher` and its fake as the torch.library operation `granite_kernels::<its name>`, opaque to torch.compile.
 
-    The schema is read from the annotations. Gradients are the caller's to add, with `register_autograd`.
+    The schema comes from the launcher's annotations. The caller adds gradients with `register_autograd`.
     """
     operation = torch.library.custom_op(f"granite_kernels::{launcher.__name__.strip('_')}", launcher, mutates_args=())
     operation.register_fake(launcher)

@@ -1,13 +1,25 @@
-"""A linear layer with low-rank adapters that each row switches for itself."""
+"""A linear layer with low-rank adapters, chosen row by row."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, nbytes, triton_backend
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes, triton_backend
+
+
+class LoraLinearInputs(NamedTuple):
+    """The arguments of `lora_linear` except `impl`."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: torch.Tensor
+    adapter_index: torch.Tensor | None
 
 
 def lora_linear(
@@ -21,7 +33,7 @@ def lora_linear(
     *,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """x·Wᵀ + bias + scaling[n] · (x·A[n]ᵀ)·B[n]ᵀ, where n is the row's own adapter, or none.
+    """x·Wᵀ + bias + scaling[n] · (x·A[n]ᵀ)·B[n]ᵀ, where n is the row's adapter. Rows without an adapter have only x·Wᵀ + bias.
 
     | argument | shape | stride | dtype |
     |---|---|---|---|
@@ -34,53 +46,52 @@ def lora_linear(
     | adapter_index | (rows,), or None for adapter 0 everywhere | 1 | int32 |
     | returns | (rows, out) | contiguous | as x |
 
-    An adapter_index of −1 means none; the values are not checked, for that would wait for the device. x·Aᵀ is rounded to x's
-    dtype before ·B, as eager code rounds it; every sum is float32 (float64 for float64). A row's result does not depend on
-    adapters that it does not use, even where these are not finite.
+    An adapter_index of −1 means no adapter. Its values are not checked, because that would wait for the device. x·Aᵀ is rounded
+    to x's dtype before ·B, as in eager code; every sum is float32 (float64 for float64). A row's result does not depend on
+    adapters that the row does not use, even if they hold NaN or infinity.
 
     Args:
-        impl: "triton", "torch", or None for the fastest that the device has.
+        impl: "triton", "torch", or None for the fastest available.
 
     Raises:
-        KernelError: shapes, dtypes, devices or strides other than the table's, or no adapter where adapter_index is None.
+        KernelError: wrong shapes, dtypes, devices or strides, or adapter_index is None and there is no adapter 0.
 
-    The adapter is LoRA (Hu et al., arXiv 2106.09685) as peft applies it, without dropout. peft keeps adapters in float32 over
-    a bfloat16 base: convert them when they are loaded, for one call has one dtype.
+    The adapter is LoRA (Hu et al., arXiv 2106.09685) as peft applies it, without dropout. peft keeps float32 adapters with a
+    bfloat16 base: convert them when they are loaded, because one call has one dtype.
     """
+    inputs = LoraLinearInputs(x, weight, bias, lora_a, lora_b, scaling, adapter_index)
+    _check(inputs)
+    return OPERATION.select(impl, x)(*inputs)
+
+
+def _check(inputs: LoraLinearInputs) -> None:
     arguments = Arguments("lora_linear")
-    arguments.tensor("x", x, "rows in")
-    arguments.tensor("weight", weight, "out in")
-    if bias is not None:
-        arguments.tensor("bias", bias, "out")
-    arguments.tensor("lora_a", lora_a, "adapters rank in")
-    arguments.tensor("lora_b", lora_b, "adapters out rank")
-    arguments.tensor("scaling", scaling, "adapters", (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,))
-    if adapter_index is not None:
-        arguments.index("adapter_index", adapter_index, "rows")
-    elif lora_a.shape[0] == 0:
+    arguments.tensor("x", inputs.x, "rows in")
+    arguments.tensor("weight", inputs.weight, "out in")
+    if inputs.bias is not None:
+        arguments.tensor("bias", inputs.bias, "out")
+    arguments.tensor("lora_a", inputs.lora_a, "adapters rank in")
+    arguments.tensor("lora_b", inputs.lora_b, "adapters out rank")
+    wide = (torch.float32, torch.float64) if inputs.x.dtype == torch.float64 else (torch.float32,)
+    arguments.tensor("scaling", inputs.scaling, "adapters", wide)
+    if inputs.adapter_index is not None:
+        arguments.index("adapter_index", inputs.adapter_index, "rows")
+    elif inputs.lora_a.shape[0] == 0:
         arguments.refuse(
             "adapter_index is None and there are no adapters",
-            "at least one adapter, the one that None stands for",
+            "at least one adapter, because None means adapter 0",
             "Use a plain linear layer, or an adapter_index of -1 in every row",
         )
-    multiply = OPERATION.select(impl, x)
-    return multiply(x, weight, bias, lora_a, lora_b, scaling, adapter_index)
 
 
-def lora_linear_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    adapter_index: torch.Tensor | None,
-) -> torch.Tensor:
-    """`lora_linear` in PyTorch: every adapter for every row, then each row's choice, so that no device is waited for.
+@called_with(LoraLinearInputs)
+def lora_linear_reference(inputs: LoraLinearInputs) -> torch.Tensor:
+    """`lora_linear` in PyTorch: applies every adapter to every row, then selects, so that it never waits for a device.
 
-    The products are the library's, in x's dtype: they accumulate in float32 and round once, and no call copies a bfloat16
-    weight to float32. Each is rounded before they are added in float32, as in eager code around peft.
+    The products are PyTorch's in x's dtype, which accumulate in float32 and round once, so no bfloat16 weight is copied to
+    float32. Each product is rounded, and then they are added in float32, as in eager code with peft.
     """
+    x, weight, bias, lora_a, lora_b, scaling, adapter_index = inputs
     wide = accumulator(x.dtype)
     out = F.linear(x, weight, bias)
     for adapter in range(1 if adapter_index is None else lora_a.shape[0]):
@@ -90,37 +101,23 @@ def lora_linear_reference(
     return out
 
 
-def lora_linear_cost(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    adapter_index: torch.Tensor | None,
-) -> Cost:
-    """FLOPs of the base product and of both thin products for the rows that have an adapter. Bytes: x, weight, bias, the
-    result, adapter_index and scaling, and A and B of the adapters that some row uses; x·Aᵀ stays on the chip."""
-    rows, inputs = x.shape
-    outputs, rank = lora_b.shape[1:]
-    used = {0: rows} if adapter_index is None else {n: adapter_index.tolist().count(n) for n in range(lora_a.shape[0])}
+@called_with(LoraLinearInputs)
+def lora_linear_cost(inputs: LoraLinearInputs) -> Cost:
+    """FLOPs: the base product, and both low-rank products for the rows with an adapter. Bytes: x, weight, bias, the result,
+    adapter_index and scaling, and A and B of the adapters that some row uses; x·Aᵀ stays on the chip."""
+    (rows, in_features), (_, out_features, rank) = inputs.x.shape, inputs.lora_b.shape
+    index, itemsize = inputs.adapter_index, inputs.x.element_size()
+    used = {0: rows} if index is None else {n: index.tolist().count(n) for n in range(inputs.lora_a.shape[0])}
     used = {adapter: count for adapter, count in used.items() if count}
-    flops = 2 * rows * inputs * outputs + 2 * sum(used.values()) * rank * (inputs + outputs)
-    moved = nbytes(x, weight, bias, scaling, adapter_index) + rows * outputs * x.element_size()
-    return Cost(flops=flops, bytes=moved + len(used) * rank * (inputs + outputs) * x.element_size())
+    flops = 2 * rows * in_features * out_features + 2 * sum(used.values()) * rank * (in_features + out_features)
+    moved = nbytes(inputs.x, inputs.weight, inputs.bias, inputs.scaling, index) + rows * out_features * itemsize
+    return Cost(flops=flops, bytes=moved + len(used) * rank * (in_features + out_features) * itemsize)
 
 
-def lora_linear_library(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    adapter_index: torch.Tensor | None,
-) -> Callable[[], torch.Tensor]:
-    """The base product alone: what the layer would cost without adapters."""
-    return partial(F.linear, x, weight, bias)
+@called_with(LoraLinearInputs)
+def lora_linear_library(inputs: LoraLinearInputs) -> Callable[[], torch.Tensor]:
+    """The base product alone: the cost of the layer without adapters."""
+    return partial(F.linear, inputs.x, inputs.weight, inputs.bias)
 
 
 def _make(
@@ -149,7 +146,7 @@ def _make(
 def _case(
     name: str, choice: tuple[int, ...] | None, rows: int, inputs: int, outputs: int, rank: int, *, released: bool = False, **options
 ) -> Case:
-    """`choice` is repeated over the rows; None leaves adapter_index out."""
+    """`choice` is repeated over the rows; None passes adapter_index=None."""
     return Case(name, _make, {"choice": choice, "rows": rows, "inputs": inputs, "outputs": outputs, "rank": rank, **options}, released)
 
 
@@ -163,10 +160,10 @@ CASES = (
     _case("3.3-8b q_proj, prompts of 8 clips", (0,), 8 * 180, 4096, 4096, 64, released=True),
     _case("adapter 0 everywhere", None, 5, 64, 48, 16),
     _case("one row", (0,), 1, 64, 64, 8),
-    _case("no row has one", (-1,), 6, 64, 32, 16),
+    _case("no row has an adapter", (-1,), 6, 64, 32, 16),
     _case("every other row", (0, -1), 33, 64, 48, 16),
     _case("three adapters", (0, 2, -1, 1, 2), 37, 64, 48, 16, adapters=3, bias=True),
-    _case("adapters that nobody uses", (1, -1), 10, 32, 48, 8, adapters=4),
+    _case("unused adapters", (1, -1), 10, 32, 48, 8, adapters=4),
     _case("bias", None, 17, 48, 80, 4, bias=True),
     _case("odd sizes", (0, -1, 1), 19, 37, 53, 5, adapters=2, bias=True),
     _case("rank 1", (0,), 7, 40, 24, 1),

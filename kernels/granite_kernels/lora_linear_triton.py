@@ -1,16 +1,15 @@
-"""`lora_linear` in Triton: weight-bound for few rows, tensor-core-bound for many.
+"""`lora_linear` in Triton: one pair of kernels for few rows, where reading the weight takes the time, and one for many.
 
-Up to SPLIT_ROWS rows, a decode step, the time is that of reading the weight once. The split kernel's grid covers the output
-columns and behind them the columns of x·Aᵀ, so that both products share one pass over x, times slices of the inner dimension,
-so that every multiprocessor has work; the combine kernel adds the slices in their order and applies B, scaling and bias.
+Up to SPLIT_ROWS rows, as in a decode step, the split kernel reads the weight once. Its grid covers the columns of the output and
+those of x·Aᵀ, so that both products share one pass over x, times slices of the inner dimension, so that every multiprocessor has
+work. The combine kernel adds the slices in order and applies B, scaling and bias.
 
-Beyond, a thin kernel computes x·A[n]ᵀ once for every row, and the tiled kernel adds its product with B[n] to the base product.
-To compute x·Aᵀ anew in every column tile would save that launch and cost rank / BLOCK_N more FLOPs: a half of all, for a rank
-of 64 and tiles of 128 columns.
+For more rows, a thin kernel computes x·A[n]ᵀ once per row, and the tiled kernel adds its product with B[n] to the base product.
+Computing x·Aᵀ again in every column tile would save that launch, but cost rank / BLOCK_N more FLOPs: half as many again for a
+rank of 64 and tiles of 128 columns.
 
-The gradient of x has the same form, with Wᵀ for W, B[n]ᵀ for A[n] and A[n]ᵀ for B[n], and runs in the same two kernels, which
-take a matrix either way round (TRANSPOSED). What precedes the product on a tile of x has its place in `_load_x`, what follows
-on the accumulator in `_finish`.
+The gradient of x has the same form, with Wᵀ for W, B[n]ᵀ for A[n] and A[n]ᵀ for B[n], and runs in the last two kernels, which
+accept transposed matrices (TRANSPOSED). An operation before the product belongs in `_load_x`, one after it in `_finish`.
 """
 
 import dataclasses
@@ -22,16 +21,16 @@ from torch import Tensor
 
 from granite_kernels.errors import KernelError
 from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.op import CHOICE
 from granite_kernels.primitives import dot, rounded
 
 MAX_RANK = 128
-# The host picks the regime by the number of rows, which it knows: up to FEW_ROWS the split kernel in tiles of 16 rows, up to
-# SPLIT_ROWS in tiles of 128 (512 rows give the tiled kernel 64 programs for 2048 columns, and it overtakes), then the tiled one.
+# The number of rows, which the host knows, selects the kernels: up to FEW_ROWS the split kernel in tiles of 16 rows, up to
+# SPLIT_ROWS in tiles of 128, and then the tiled kernel. (512 rows and 2048 columns give it 64 programs, enough to be faster.)
 FEW_ROWS, SPLIT_ROWS = 16, 256
-# At most so many slices, for the combine kernel reads them all: _ADDED at once, so that it waits for memory once or twice.
-MAX_SLICES = 8
-_ADDED = tl.constexpr(4)
-# Programs of the split kernel that run at once, one a multiprocessor: A100, H100 and H200, B200.
+# The combine kernel reads all slices, _ADDED at a time, so that it waits for memory once or twice.
+MAX_SLICES, _ADDED = 8, tl.constexpr(4)
+# Programs of the split kernel that run at once, one per multiprocessor: A100, H100 and H200, B200.
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
@@ -47,9 +46,9 @@ def _thin(block_m: int, block_k: int, num_stages: int) -> Tile:
     return Tile({"BLOCK_M": block_m, "BLOCK_R": 64, "BLOCK_K": block_k}, 4, num_stages)
 
 
-# By architecture and bytes an element. 2026-11: predicted from the roofline of an H200 and from what the compiler makes of
-# them, not yet measured. The split tiles keep at least 48 KiB of the weight in flight, about twice what hides the latency of
-# HBM; the tiled ones hold two accumulators, the base product's and the low-rank product's, which rules out 128 × 256.
+# By architecture and bytes per element. Chosen 2026-11 from the roofline of an H200 and from the compiled code, not by
+# measurement. The split tiles keep at least 48 KiB of the weight in flight, about twice what hides the latency of HBM. The tiled
+# kernel's tiles hold two accumulators, for the base and the low-rank product, which rules out 128 × 256.
 _TILES = {
     "few": {
         80: {2: _split(16, 128, 4, 4), 4: _split(16, 64, 4, 4)},
@@ -77,20 +76,20 @@ _COMBINE = Tile({"BLOCK_M": 16, "BLOCK_N": 64}, 4)
 
 @triton.jit
 def _own_adapter(adapter_index_ptr, m, rows, indexed, adapters):
-    """The adapter of each row m: −1 for none and behind the last row, 0 where adapter_index was left out (`indexed` is 0 then)."""
+    """The adapter of each row m: −1 for none and past the last row; 0 if adapter_index is None, in which case `indexed` is 0."""
     own = tl.load(adapter_index_ptr + m, mask=m < indexed, other=0)
     return tl.where((m < rows) & (own >= 0) & (own < adapters), own, -1)
 
 
 @triton.jit
 def _load_x(x_ptr, stride_x, m, k, rows, inputs):
-    """The tile x[m, k], zeros outside."""
+    """The tile x[m, k]; zeros outside of x."""
     return tl.load(x_ptr + m.to(tl.int64)[:, None] * stride_x + k[None, :], mask=(m < rows)[:, None] & (k < inputs)[None, :], other=0.0)
 
 
 @triton.jit
 def _load_matrix(matrix_ptr, stride, n, k, columns, inputs, TRANSPOSED: tl.constexpr):
-    """The tile (k, n) of a (columns, inputs) matrix, zeros outside; TRANSPOSED: of one that lies in memory as (inputs, columns)."""
+    """The tile (k, n) of a (columns, inputs) matrix, or if TRANSPOSED of an (inputs, columns) one; zeros outside of it."""
     if TRANSPOSED:
         pointers = matrix_ptr + k.to(tl.int64)[:, None] * stride + n[None, :]
     else:
@@ -103,7 +102,7 @@ def _product(
     x_ptr, stride_x, matrix_ptr, stride, m, n, rows, columns, first, end, inputs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Σ x[m, k] · matrix[n, k] over first ≤ k < end, in float32. Where `end` is before `inputs`, BLOCK_K divides the distance."""
+    """Σ x[m, k] · matrix[n, k] over first ≤ k < end, in float32. If end < inputs, BLOCK_K must divide end − first."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -116,7 +115,7 @@ def _product(
 def _add_low_rank(
     acc, low, own, b_ptr, stride_b_adapter, stride_b, scaling_ptr, n, r, columns, rank, adapters, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
-    """acc + scaling · low[m, r]·B[n, r]ᵀ, for each row of its own adapter. Selected, not multiplied by zero: one may hold NaN."""
+    """acc + scaling · low[m, r]·B[n, r]ᵀ with each row's own adapter. Selects rather than multiply by zero: adapters may hold NaN."""
     for adapter in range(adapters):
         mine = own == adapter
         if tl.max(mine.to(tl.int32), axis=0) > 0:
@@ -129,7 +128,7 @@ def _add_low_rank(
 
 @triton.jit
 def _finish(acc, bias_ptr, out_ptr, m, n, rows, columns):
-    """Adds the bias, rounds once and stores the tile of out (rows, columns)."""
+    """Add the bias, round once and store the tile of out (rows, columns)."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
     mask = (m < rows)[:, None] & (n < columns)[None, :]
@@ -142,11 +141,11 @@ def _lora_linear_split_kernel(
     stride_x, stride_weight, stride_a_adapter, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows × one tile of columns over one slice of the inner dimension: a partial sum, in float32.
+    """A float32 partial sum: one tile of rows and columns over one slice of the inner dimension.
 
     Grid: (column tiles of the weight, then those of each adapter's A; slices; row tiles). x (rows, inputs), weight
     (outputs, inputs), a (adapters, rank, inputs), adapter_index (indexed,), partial (slices, rows, width), width ≥ outputs +
-    rank: behind the base product a row's product with its own adapter's A, unwritten where it has none.
+    rank: the base product, then the row's product with its adapter's A, which is not written if the row has no adapter.
     """
     tile = tl.program_id(0)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -177,7 +176,7 @@ def _lora_linear_combine_kernel(
 ):  # fmt: skip
     """One tile of the result from its partial sums, added in the order of the slices.
 
-    Grid: (column tiles, row tiles). partial (slices, rows, width) as the split kernel left it, bias (outputs,) or None, b
+    Grid: (column tiles, row tiles). partial (slices, rows, width) as the split kernel wrote it, bias (outputs,) or None, b
     (adapters, outputs, rank), scaling (adapters,), adapter_index (indexed,), out (rows, outputs).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -202,7 +201,7 @@ def _lora_linear_thin_kernel(
     x_ptr, a_ptr, adapter_index_ptr, low_ptr, rows, indexed, adapters, inputs, rank, stride_x, stride_a_adapter, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """x·A[n]ᵀ for those rows of one tile whose adapter is n, rounded to x's dtype; the first adapter's program clears rows without.
+    """x·A[n]ᵀ for the rows of one tile whose adapter is n, rounded to x's dtype. The program of adapter 0 zeros rows without one.
 
     Grid: (row tiles, tiles of the rank, adapters or 1). x (rows, inputs), a (adapters, rank, inputs) or TRANSPOSED (adapters,
     inputs, rank), adapter_index (indexed,), low (rows, rank).
@@ -228,9 +227,9 @@ def _lora_linear_tiled_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result: the base product, the low-rank product, bias.
+    """One tile of the result: base product, low-rank product and bias.
 
-    Grid: row tiles × column tiles, in groups of GROUP_M row tiles that share their weight in L2. x (rows, inputs), low
+    Grid: row tiles × column tiles, in groups of GROUP_M row tiles that share weights in L2. x (rows, inputs), low
     (rows, rank), weight (outputs, inputs), bias (outputs,) or None, b (adapters, outputs, rank), scaling (adapters,),
     adapter_index (indexed,), out (rows, outputs). TRANSPOSED: weight (inputs, outputs), b (adapters, rank, outputs).
     """
@@ -254,15 +253,23 @@ def _lora_linear_tiled_kernel(
 def _lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, adapter_index: Tensor | None
 ) -> Tensor:
+    """`lora_linear` by the Triton kernels.
+
+    Raises:
+        KernelError: the rank is above MAX_RANK.
+    """
+    if lora_a.shape[1] > MAX_RANK:
+        remedy = f"Use impl='torch' or {CHOICE}=torch to run the PyTorch reference"
+        raise KernelError(got=f"lora_linear: lora_a has rank {lora_a.shape[1]}", expected=f"at most {MAX_RANK}", remedy=remedy)
     rows, (outputs, inputs), (adapters, rank, _) = x.shape[0], weight.shape, lora_a.shape
-    if launching(x) and rows > SPLIT_ROWS:  # in this order: a traced graph must not be bound to a range of rows
+    if launching(x) and rows > SPLIT_ROWS:  # launching first: tracing must not add a guard on rows
         low = _lora_linear_thin(x, lora_a, adapter_index, False)
         return _lora_linear_tiled(x, low, weight, bias, lora_b, scaling, adapter_index, False)
     out = x.new_empty(rows, outputs)
     if launching(x):
         tile, slices, slice_width = _split_plan(x, outputs, rank)
         index = _index(x, adapter_index)
-        # A rank of 8 would leave the rows of an exact width unaligned, and every load of them narrow.
+        # Rounded up to 16 columns: with a rank of 8, rows of the exact width would be unaligned and their loads narrow.
         width = outputs + triton.cdiv(rank, 16) * 16
         partial = x.new_empty(slices, rows, width, dtype=torch.float32)
         column_tiles, rank_tiles = (triton.cdiv(size, tile.blocks["BLOCK_N"]) for size in (outputs, rank))
@@ -272,7 +279,7 @@ def _lora_linear(
             slice_width=slice_width, stride_x=x.stride(0), stride_weight=weight.stride(0), stride_a_adapter=lora_a.stride(0),
             stride_a=lora_a.stride(1), **index, adapters=adapters,
         )  # fmt: skip
-        # Two widths only, for each is compiled: a smaller rank multiplies zeros in a product that hides behind the loads.
+        # Only two widths, to compile few kernels: multiplying zeros takes less time than the loads anyway.
         launch(
             _lora_linear_combine_kernel,
             (triton.cdiv(outputs, _COMBINE.blocks["BLOCK_N"]), triton.cdiv(rows, _COMBINE.blocks["BLOCK_M"])),
@@ -284,7 +291,7 @@ def _lora_linear(
 
 
 def _lora_linear_thin(x: Tensor, lora_a: Tensor, adapter_index: Tensor | None, transposed: bool) -> Tensor:
-    """x·A[n]ᵀ of each row's own adapter, (rows, rank), zeros for rows without; transposed: lora_a is (adapters, in, rank)."""
+    """x·A[n]ᵀ with each row's adapter, (rows, rank); zeros for rows without one. transposed: lora_a is (adapters, in, rank)."""
     adapters, rank = lora_a.shape[0], lora_a.shape[2 if transposed else 1]
     low = x.new_empty(x.shape[0], rank)
     if launching(x):
@@ -302,7 +309,7 @@ def _lora_linear_tiled(
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor, scaling: Tensor, adapter_index: Tensor | None,
     transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """x·Wᵀ + bias + scaling[n] · low·B[n]ᵀ; transposed: weight is (in, out), lora_b (adapters, rank, out)."""
+    """x·Wᵀ + bias + scaling[n] · low·B[n]ᵀ. transposed: weight is (in, out) and lora_b (adapters, rank, out)."""
     (rows, inputs), outputs = x.shape, weight.shape[1 if transposed else 0]
     out = x.new_empty(rows, outputs)
     if launching(x):
@@ -326,7 +333,7 @@ def _with(tile: Tile, **constants: int) -> Tile:
 
 
 def _split_plan(x: Tensor, outputs: int, rank: int) -> tuple[Tile, int, int]:
-    """The split kernel's tile, the number of slices and their width, which only depend on the layer and on FEW_ROWS."""
+    """The split kernel's tile, the number of slices and their width. They depend on the layer, and on rows only by FEW_ROWS."""
     tile = _tile("few" if x.shape[0] <= FEW_ROWS else "split", x)
     tiles = triton.cdiv(outputs, tile.blocks["BLOCK_N"]) + triton.cdiv(rank, tile.blocks["BLOCK_N"])
     steps = triton.cdiv(x.shape[1], tile.blocks["BLOCK_K"])
@@ -336,16 +343,15 @@ def _split_plan(x: Tensor, outputs: int, rank: int) -> tuple[Tile, int, int]:
 
 
 def _index(x: Tensor, adapter_index: Tensor | None) -> dict:
-    """The arguments that say which row has which adapter. None is an index without entries, not a kernel of its own."""
-    given = adapter_index is not None
+    """The kernels' arguments for each row's adapter. None becomes an empty index, so that it needs no kernel of its own."""
     return {
-        "adapter_index_ptr": adapter_index if given else x.new_empty(0, dtype=torch.int32),
-        "indexed": x.shape[0] if given else 0,
+        "adapter_index_ptr": x.new_empty(0, dtype=torch.int32) if adapter_index is None else adapter_index,
+        "indexed": 0 if adapter_index is None else x.shape[0],
         "rows": x.shape[0],
     }
 
 
-_forward_op = register(_lora_linear)
+lora_linear_triton = register(_lora_linear)
 _thin_op = register(_lora_linear_thin)
 _tiled_op = register(_lora_linear_tiled)
 
@@ -353,7 +359,7 @@ _tiled_op = register(_lora_linear_tiled)
 def _setup_context(ctx, inputs, output):
     x, weight, _, lora_a, lora_b, scaling, adapter_index = inputs
     _, for_weight, _, for_a, for_b = ctx.needs_input_grad[:5]
-    # Frozen layers below a trained one only pass a gradient on: they keep no activation.
+    # A frozen layer that only passes a gradient on keeps no activation.
     ctx.save_for_backward(x if for_weight or for_a or for_b else None, weight, lora_a, lora_b, scaling, adapter_index)
 
 
@@ -372,7 +378,7 @@ def _backward(ctx, grad):
         low = _by_adapter(_thin_op(x, lora_a, adapter_index, False), adapter_index, scaling)
         adapters, outputs, rank = lora_b.shape
         grad_b = _scaled((grad.t() @ low).view(outputs, adapters, rank).transpose(0, 1), scaling)
-    # Large plain products are the library's.
+    # PyTorch computes the large plain products.
     if for_weight:
         grad_weight = grad.t() @ x
     if for_bias:
@@ -381,7 +387,7 @@ def _backward(ctx, grad):
 
 
 def _by_adapter(low: Tensor, adapter_index: Tensor | None, scaling: Tensor) -> Tensor:
-    """low in its own adapter's columns of (rows, adapters * rank), zeros in the others': one product then serves all adapters."""
+    """(rows, adapters * rank): low in the columns of the row's adapter, zeros elsewhere. One product then serves all adapters."""
     number = torch.arange(scaling.shape[0], dtype=torch.int32, device=low.device)
     own = number == (0 if adapter_index is None else adapter_index[:, None])
     return torch.where(own[..., None], low[:, None, :], 0).flatten(1)
@@ -391,21 +397,4 @@ def _scaled(grad: Tensor, scaling: Tensor) -> Tensor:
     return (grad * scaling[:, None, None]).to(grad.dtype)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def lora_linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, adapter_index: Tensor | None
-) -> Tensor:
-    """`lora_linear` by the kernels of this file.
-
-    Raises:
-        KernelError: a rank above MAX_RANK.
-    """
-    if lora_a.shape[1] > MAX_RANK:
-        raise KernelError(
-            got=f"lora_linear: lora_a has rank {lora_a.shape[1]}",
-            expected=f"at most {MAX_RANK}, which the Triton kernels hold on the chip",
-            remedy="Use impl='torch' or GRANITE_SPEECH_KERNELS=torch to run the PyTorch reference",
-        )
-    return _forward_op(x, weight, bias, lora_a, lora_b, scaling, adapter_index)
+lora_linear_triton.register_autograd(_backward, setup_context=_setup_context)

@@ -1,9 +1,10 @@
-"""What one kernel file declares, and what all of them share: the choice of backend, argument checks, the cases.
+"""What a kernel file declares, and what all of them share: the choice of backend, argument checks, test cases.
 
-A file `<op>.py` answers four questions about one operation (what it computes, how fast, at what cost, on which shapes) and
-gathers the answers in one `Operation`. Tests, benchmarks and the compile audit are loops over those.
+A file `<op>.py` says what an operation computes, how it is computed fast, what it must cost and which shapes matter, in one
+`Operation`. Tests, benchmarks and the compile audit loop over those.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call cannot avoid: FLOPs (2 per multiply-add) and bytes (every tensor that takes part moved once)."""
+    """The least work of a call: FLOPs (2 per multiply-add), and bytes with every tensor moved once."""
 
     flops: int
     bytes: int
@@ -32,12 +33,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Draw:
-    """Where a case takes its tensors from: one seed gives the same numbers on every device.
+    """Makes a case's tensors: one seed gives the same numbers on every device.
 
-    Without `values`, and on the meta device, floating-point tensors have none: the largest cases would take seconds to draw.
+    Without `values`, and on the meta device, floating-point tensors are meta tensors: random values for the largest cases would
+    take seconds.
     """
 
-    generator: torch.Generator
+    rng: torch.Generator
     dtype: torch.dtype
     device: torch.device
     values: bool = True
@@ -45,13 +47,13 @@ class Draw:
     def normal(self, *size: int, std: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
         if not self.values or self.device.type == "meta":
             return torch.empty(size, device="meta", dtype=dtype or self.dtype)
-        return (torch.randn(size, generator=self.generator) * std).to(self.device, dtype or self.dtype)
+        return (torch.randn(size, generator=self.rng) * std).to(self.device, dtype or self.dtype)
 
     def int32(self, values: list) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def permutation(self, n: int) -> list[int]:
-        return torch.randperm(n, generator=self.generator).tolist()
+        return torch.randperm(n, generator=self.rng).tolist()
 
     def cu_seqlens(self, lengths: tuple[int, ...]) -> torch.Tensor:
         return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
@@ -63,10 +65,10 @@ class Case:
 
     Args:
         name: unique among the operation's cases; a test id.
-        make: `make(draw, **shape)` builds the arguments of the call as a dict. Views of larger tensors where products
-            would pass views, and NaN in every element that the operation must not read.
+        make: `make(draw, **shape)` builds the arguments of the call as a dict. Views of larger tensors where a model
+            passes views, and NaN in every element that the operation must not read.
         shape: the sizes, by name.
-        released: a released checkpoint's shape: meant for benchmarks and GPUs, too large for a CPU test.
+        released: a released checkpoint's shape, for benchmarks and GPUs: too large for a CPU test.
     """
 
     name: str
@@ -75,32 +77,31 @@ class Case:
     released: bool = False
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
-        """The arguments of one call, keyword by keyword."""
+        """The arguments of one call, by name."""
         draw = Draw(torch.Generator().manual_seed(seed), dtype, torch.device(device))
         return self.make(draw, **self.shape)
 
     def sizes(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The same without floating-point values, which is all that a cost asks for; index tensors are on the CPU."""
+        """`inputs` with meta tensors for the floating-point ones; index tensors are on the CPU. Enough for a cost."""
         draw = Draw(torch.Generator(), dtype, torch.device("cpu"), values=False)
         return self.make(draw, **self.shape)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation and its four answers.
+    """One operation. All its functions take the same arguments, in the same order; only `call` has `impl` as well.
 
     Args:
-        name: the stem of its file, its public function, its test and its row in the catalogue.
-        call: the public function, which checks its arguments and takes `impl`.
-        reference: the same arguments without `impl`; plain PyTorch, and the whole of `impl="torch"`.
-        cost: the same arguments as the reference; returns a `Cost`. Reads index tensors on the host.
+        name: the name of its file, its public function, its tests and its row in the catalogue.
+        call: the public function, which checks its arguments.
+        reference: plain PyTorch, and all that `impl="torch"` runs.
+        cost: returns a `Cost`. Reads index tensors on the host.
         cases: the shapes that matter.
-        differentiable: the arguments that a gradient flows to, in the order of the call; empty for inference only.
-        packed: the arguments whose rows beyond `cu_seqlens[-1]` are padding; empty where every row counts.
-        triton: the same arguments as the reference, through the torch.library operation that launches the Triton kernels;
-            None where the package triton is not installed.
-        library: the same arguments; prepares the best single call of a library's that does a part of the work, and returns a
-            function of no arguments that makes it: what benchmarks hold a kernel against.
+        differentiable: the arguments that have gradients, in the order of the call; empty for inference only.
+        packed: the arguments whose rows from `cu_seqlens[-1]` on are padding; empty if every row counts.
+        triton: the torch.library operation that launches the Triton kernels; None if triton is not installed.
+        library: prepares the best single library call for part of the work, and returns a function of no arguments that makes
+            it. Benchmarks compare the kernels with it.
     """
 
     name: str
@@ -116,45 +117,44 @@ class Operation:
     def resolve(self, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """The backend that a call uses: "triton" or "torch".
 
-        None asks the environment variable GRANITE_SPEECH_KERNELS, and where that is not set for the fastest there is: Triton
-        for CUDA tensors in a dtype that it serves, PyTorch for others.
+        None means the environment variable GRANITE_SPEECH_KERNELS. If that is not set either, CUDA tensors in a dtype that
+        the kernels support use Triton, and others PyTorch.
 
         Raises:
-            KernelError: an `impl` or a value of the variable that does not exist, or "triton" where it cannot run. Nothing
-                falls back.
+            KernelError: `impl` or the variable has another value, or "triton" cannot run. Nothing falls back.
         """
-        said = f"impl={impl!r}"
+        chosen = f"impl={impl!r}"
         if impl is None and (impl := _choice()) is not None:
-            said = f"{CHOICE}={impl}"
+            chosen = f"{CHOICE}={impl}"
         if impl is None:
             on_gpu = device.type == "cuda" or (device.type == "meta" and recording())
             return "triton" if on_gpu and dtype in TRITON_DTYPES and self.triton is not None else "torch"
         if impl not in IMPLS:
-            remedy = "Leave it out to let the device decide"
-            raise KernelError(got=f"{self.name}: {said}", expected=f"one of {', '.join(map(repr, IMPLS))}, or nothing", remedy=remedy)
+            remedy = "Omit it to let the device decide"
+            raise KernelError(got=f"{self.name}: {chosen}", expected=f"one of {', '.join(map(repr, IMPLS))}, or nothing", remedy=remedy)
         if impl == "triton":
-            self._check_triton(said, device, dtype)
+            self._check_triton(chosen, device, dtype)
         return impl
 
-    def _check_triton(self, said: str, device: torch.device, dtype: torch.dtype) -> None:
+    def _check_triton(self, chosen: str, device: torch.device, dtype: torch.dtype) -> None:
         torch_instead = f"Use impl='torch' or {CHOICE}=torch to run the PyTorch reference"
         if self.triton is None:
-            raise KernelError(got=f"{self.name}: {said} without the package triton", expected="it installed", remedy=torch_instead)
+            raise KernelError(got=f"{self.name}: {chosen} without triton installed", expected="the package triton", remedy=torch_instead)
         if dtype not in TRITON_DTYPES:
-            served = ", ".join(map(str, TRITON_DTYPES))
-            raise KernelError(got=f"{self.name}: {said} for {dtype}", expected=f"one of {served}", remedy=torch_instead)
+            supported = ", ".join(map(str, TRITON_DTYPES))
+            raise KernelError(got=f"{self.name}: {chosen} for {dtype}", expected=f"one of {supported}", remedy=torch_instead)
         if device.type == "cpu" and not _interpreted():
             remedy = f"{torch_instead}, or set TRITON_INTERPRET=1 before Python starts"
-            raise KernelError(got=f"{self.name}: {said} for CPU tensors", expected="CUDA tensors, or Triton's interpreter", remedy=remedy)
+            raise KernelError(got=f"{self.name}: {chosen} for CPU tensors", expected="CUDA tensors, or Triton's interpreter", remedy=remedy)
 
     def select(self, impl: str | None, tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
-        """The function behind `resolve`'s answer for calls on tensors like this one."""
+        """The function of the backend that a call with this tensor uses."""
         return self.triton if self.resolve(impl, tensor.device, tensor.dtype) == "triton" else self.reference
 
     def backend(self, tensor: torch.Tensor) -> str:
-        """Which backend a call on tensors like this one uses, such as "block_attention=triton": for a module's `extra_repr`.
+        """The backend that a call with this tensor uses, such as "block_attention=triton", for a module's `extra_repr`.
 
-        Printing a model never raises: a backend that was chosen and cannot run is "unavailable".
+        "unavailable" if the chosen backend cannot run: printing a model never raises.
         """
         try:
             return f"{self.name}={self.resolve(None, tensor.device, tensor.dtype)}"
@@ -162,7 +162,7 @@ class Operation:
             return f"{self.name}=unavailable"
 
 
-# Both are settled outside a traced function: torch.compile takes what they say as constants.
+# torch.compile treats the results of these two as constants.
 @torch.compiler.assume_constant_result
 def _choice() -> str | None:
     return os.environ.get(CHOICE) or None
@@ -176,7 +176,7 @@ def _interpreted() -> bool:
 
 
 def triton_backend(name: str) -> Callable[..., torch.Tensor] | None:
-    """The function `<name>_triton` of the file of that name, or None where the package triton is not installed."""
+    """The function `<name>_triton` of the file of that name, or None if triton is not installed."""
     try:
         importlib.import_module("triton")
     except ModuleNotFoundError:
@@ -184,17 +184,30 @@ def triton_backend(name: str) -> Callable[..., torch.Tensor] | None:
     return getattr(importlib.import_module(f"granite_kernels.{name}_triton"), f"{name}_triton")
 
 
-class Arguments:
-    """Compares the tensors of one call with the stated layout and with each other; reads no value, so never waits for a device.
+def called_with(inputs: type[tuple]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+    """Decorates a function of one `inputs` named tuple. It is then called with the tuple's fields, by position or by name."""
 
-    A layout is the names of the dimensions. A name means one size in the whole call: the first tensor that uses it says
-    which, and `size[name]` keeps it. Dtype and device are the first tensor's unless a call to `tensor` says otherwise.
+    def decorate(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def with_arguments(*args: Any, **kwargs: Any) -> Any:
+            return function(inputs(*args, **kwargs))
+
+        return with_arguments
+
+    return decorate
+
+
+class Arguments:
+    """Checks the tensors of one call against their layouts and each other. Reads no value, so it never waits for a device.
+
+    A layout is the names of the dimensions. A name means one size in the whole call, set by the first tensor that uses it and
+    kept in `size[name]`. Dtype and device are the first tensor's unless a call to `tensor` names others.
     """
 
     def __init__(self, operation: str):
         self.operation = operation
         self.size: dict[str, int] = {}
-        self._said_by: dict[str, str] = {}
+        self._set_by: dict[str, str] = {}
         self._first: tuple[str, torch.Tensor] | None = None
 
     def tensor(self, name: str, value: torch.Tensor, layout: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
@@ -226,15 +239,16 @@ class Arguments:
         raise KernelError(got=f"{self.operation}: {got}", expected=expected, remedy=remedy)
 
     def _check_shape(self, name: str, value: torch.Tensor, dims: list[str]) -> None:
-        wanted = f"({', '.join(dims)})"
-        shape = tuple(value.shape)
-        if len(shape) != len(dims):
-            self.refuse(f"{name} has shape {shape}", f"{len(dims)} dimensions {wanted}", f"Reshape {name}")
-        for dim, size in zip(dims, shape, strict=True):
+        if value.ndim != len(dims):
+            self.refuse(f"{name} has shape {tuple(value.shape)}", f"{len(dims)} dimensions ({', '.join(dims)})", f"Reshape {name}")
+        for dim, size in zip(dims, value.shape, strict=True):
             if self.size.setdefault(dim, size) != size:
-                said = f"{dim} = {self.size[dim]} as in {self._said_by[dim]}"
-                self.refuse(f"{name} has shape {shape}", f"{wanted} with {said}", f"Check how {name} and {self._said_by[dim]} were made")
-            self._said_by.setdefault(dim, name)
+                self.refuse(
+                    f"{name} has shape {tuple(value.shape)}",
+                    f"({', '.join(dims)}) with {dim} = {self.size[dim]} as in {self._set_by[dim]}",
+                    f"Check how {name} and {self._set_by[dim]} were made",
+                )
+            self._set_by.setdefault(dim, name)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -243,26 +257,26 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def bounds(cu_seqlens: torch.Tensor, rows: int) -> list[tuple[int, int]]:
-    """First row and end of every packed sequence, read once. For references and costs: a CUDA tensor is waited for.
+    """First row and end of every packed sequence. For references and costs, because it waits for a CUDA tensor.
 
     Raises:
-        KernelError: offsets that do not start at 0, fall, or pass the last row.
+        KernelError: the offsets do not start at 0, decrease, or exceed the number of rows.
     """
     offsets = cu_seqlens.tolist()
     pairs = list(pairwise(offsets))
     if offsets[0] != 0 or offsets[-1] > rows or any(end < start for start, end in pairs):
         raise KernelError(
             got=f"cu_seqlens {offsets if len(offsets) <= 8 else [*offsets[:4], '…', *offsets[-3:]]} for {rows} rows",
-            expected=f"offsets that start at 0, never fall, and end at {rows} or before",
+            expected=f"offsets that start at 0, never decrease, and end at {rows} or before",
             remedy="Build them as the cumulative sum of the lengths, with a leading 0",
         )
     return pairs
 
 
 def join(pieces: list[torch.Tensor], padding: torch.Tensor) -> torch.Tensor:
-    """Pieces of a packed result one behind the other, and zeros for the rows that are padding, whatever these hold.
+    """The pieces of a packed result, followed by zeros for the padding rows, whatever those hold.
 
-    The zeros are made from those rows, so that a batch without a frame has a backward; a lone piece is not copied.
+    The zeros are computed from those rows, so that a batch without frames has a backward. A single piece is not copied.
     """
     if len(pieces) == 1 and padding.shape[0] == 0:
         return pieces[0]

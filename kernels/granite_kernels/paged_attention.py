@@ -1,14 +1,28 @@
-"""Attention of a few queries a sequence to keys and values that live in pages: the language model's decode step and prefill."""
+"""Attention to keys and values in pages: the language model's decode step and prefill."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from granite_kernels.errors import KernelError
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, nbytes, triton_backend
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, called_with, nbytes, triton_backend
+
+
+class PagedAttentionInputs(NamedTuple):
+    """The arguments of `paged_attention` except `impl`."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_table: torch.Tensor
+    kv_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    max_query_len: int
+    scale: float
+    causal: bool = True
 
 
 def paged_attention(
@@ -24,13 +38,13 @@ def paged_attention(
     causal: bool = True,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Softmax attention where key j of a sequence is row j % page_size of page block_table[sequence, j // page_size].
+    """Softmax attention to paged keys: key j of a sequence is row j % page_size of page block_table[sequence, j // page_size].
 
     ::
 
         out_t = Σ_j softmax_j(scale · q_t·k_j) v_j     over j < kv_len, and with causal over j ≤ kv_len − n + t
 
-    for query t of a sequence's n: the queries are its last n tokens, whose keys are in the cache already.
+    for query t of n. A sequence's queries are its last n tokens, whose keys are already in the cache.
 
     | argument | shape | stride | dtype |
     |---|---|---|---|
@@ -41,164 +55,134 @@ def paged_attention(
     | cu_seqlens_q | (sequences + 1,) | 1 | int32 |
     | returns | (total_queries, num_heads, head_dim) | contiguous | as q |
 
-    Head h reads key head h // (num_heads // num_kv_heads). Entries of block_table past a sequence's keys are not followed, and
-    rows of a page past them not read. A query that sees no key, and every query where kv_len is 0, gives zeros. Rows from
-    `cu_seqlens_q[-1]` on are padding: never read, zero in the result. Scores, softmax and sums are float32 (float64 for
-    float64), and the result is rounded once.
+    Head h reads key head h // (num_heads // num_kv_heads). Entries of block_table and rows of a page past a sequence's keys are
+    not read. The result is zero for a query that sees no key, as when kv_len is 0. Rows from `cu_seqlens_q[-1]` on are padding:
+    never read, zero in the result. Scores, softmax and sums are float32 (float64 for float64), and the result is rounded once.
 
     Args:
-        max_query_len: a bound on the queries of one sequence, known to the host; 1 is decode.
-        scale: factor on the scores, attention_multiplier in Granite.
-        impl: "triton", "torch", or None for the fastest that the device has.
+        max_query_len: a bound on the queries of one sequence, known to the host; 1 for decode.
+        scale: factor on the scores; attention_multiplier in Granite.
+        impl: "triton", "torch", or None for the fastest available.
 
     Raises:
-        KernelError: shapes, dtypes, devices or strides other than the table's, or a tensor that would need a gradient:
-            training and cacheless forward use scaled_dot_product_attention. "torch" also refuses offsets that fall, a sequence
-            longer than max_query_len, and a kv_len that its row of block_table cannot hold; "triton" cannot see them.
+        KernelError: wrong shapes, dtypes, devices or strides, or a tensor that needs a gradient: training and a forward without
+            a cache use scaled_dot_product_attention. "torch" also refuses decreasing offsets, a sequence with more queries than
+            max_query_len, and a kv_len beyond its row of block_table. "triton" cannot check these.
 
-    Pages are those of PagedAttention (Kwon et al., arXiv 2309.06180), grouped heads of Ainslie et al. (arXiv 2305.13245).
+    Pages are those of PagedAttention (Kwon et al., arXiv 2309.06180), grouped heads those of Ainslie et al. (arXiv 2305.13245).
     """
+    inputs = PagedAttentionInputs(q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, max_query_len, scale, causal)
+    _check(inputs)
+    return OPERATION.select(impl, q)(*inputs)
+
+
+def _check(inputs: PagedAttentionInputs) -> None:
     arguments = Arguments("paged_attention")
-    arguments.tensor("q", q, "total_queries num_heads head_dim")
-    arguments.tensor("k_cache", k_cache, "num_pages page_size num_kv_heads head_dim")
-    arguments.tensor("v_cache", v_cache, "num_pages page_size num_kv_heads head_dim")
-    arguments.index("block_table", block_table, "sequences max_pages")
-    arguments.index("kv_lens", kv_lens, "sequences")
-    arguments.index("cu_seqlens_q", cu_seqlens_q, "sequences+1")
-    if cu_seqlens_q.shape[0] != kv_lens.shape[0] + 1:
+    arguments.tensor("q", inputs.q, "total_queries num_heads head_dim")
+    arguments.tensor("k_cache", inputs.k_cache, "num_pages page_size num_kv_heads head_dim")
+    arguments.tensor("v_cache", inputs.v_cache, "num_pages page_size num_kv_heads head_dim")
+    arguments.index("block_table", inputs.block_table, "sequences max_pages")
+    arguments.index("kv_lens", inputs.kv_lens, "sequences")
+    arguments.index("cu_seqlens_q", inputs.cu_seqlens_q, "sequences+1")
+    sequences, num_heads, num_kv_heads = inputs.kv_lens.shape[0], inputs.q.shape[1], inputs.k_cache.shape[2]
+    if inputs.cu_seqlens_q.shape[0] != sequences + 1:
         arguments.refuse(
-            f"cu_seqlens_q has {cu_seqlens_q.shape[0]} entries for {kv_lens.shape[0]} sequences of kv_lens",
+            f"cu_seqlens_q has {inputs.cu_seqlens_q.shape[0]} entries for {sequences} sequences of kv_lens",
             "one entry more than sequences",
             "Start it with 0 and end it with the number of queries",
         )
-    num_heads, num_kv_heads = q.shape[1], k_cache.shape[2]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         arguments.refuse(
-            f"q has {num_heads} heads over {num_kv_heads} of k_cache", "a multiple", "Use the model's num_heads and num_kv_heads"
+            f"q has {num_heads} heads for {num_kv_heads} of k_cache", "a multiple", "Use the model's num_heads and num_kv_heads"
         )
-    if k_cache.shape[1] == 0:
-        arguments.refuse("k_cache has pages of 0 rows", "page_size of at least 1", "Allocate the cache with rows in its pages")
-    if max_query_len < 0:
-        arguments.refuse(f"max_query_len={max_query_len}", "0 or more", "Pass the longest sequence's number of queries")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k_cache, v_cache)):
+    if inputs.k_cache.shape[1] == 0:
+        arguments.refuse("k_cache has page_size 0", "at least 1", "Allocate the cache with rows in its pages")
+    if inputs.max_query_len < 0:
+        arguments.refuse(f"max_query_len={inputs.max_query_len}", "0 or more", "Pass the largest number of queries of any sequence")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs.q, inputs.k_cache, inputs.v_cache)):
         arguments.refuse(
             "a tensor that requires a gradient",
-            "inference, for pages are overwritten before a backward could read them",
+            "inference, because pages are overwritten before a backward could read them",
             "Call it under torch.no_grad(), or train with scaled_dot_product_attention",
         )
-    attend = OPERATION.select(impl, q)
-    return attend(q, k_cache, v_cache, block_table, kv_lens, cu_seqlens_q, max_query_len=max_query_len, scale=scale, causal=causal)
 
 
-def paged_attention_reference(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    max_query_len: int,
-    scale: float,
-    causal: bool = True,
-) -> torch.Tensor:
-    """`paged_attention` in PyTorch, sequence by sequence: gathering a rectangle of all sequences costs more than the loop saves."""
-    page_size, num_kv_heads = k_cache.shape[1:3]
-    dtype = accumulator(q.dtype)
+@called_with(PagedAttentionInputs)
+def paged_attention_reference(inputs: PagedAttentionInputs) -> torch.Tensor:
+    """`paged_attention` in PyTorch, one sequence at a time: padding all sequences to one length costs more than the loop."""
+    q, dtype = inputs.q, accumulator(inputs.q.dtype)
+    page_size, num_kv_heads = inputs.k_cache.shape[1:3]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for sequence, (first, end, kv_len) in enumerate(_spans(q, k_cache, block_table, kv_lens, cu_seqlens_q, max_query_len)):
+    for sequence, (first, end, kv_len) in enumerate(_spans(inputs)):
         if first == end or kv_len == 0:
             continue
-        pages = block_table[sequence, : -(-kv_len // page_size)]
+        pages = inputs.block_table[sequence, : -(-kv_len // page_size)]
         # Cut before any arithmetic: the last page's free rows may hold NaN, and 0 · NaN is NaN.
-        keys, values = (cache[pages].flatten(0, 1)[:kv_len].to(dtype) for cache in (k_cache, v_cache))
+        keys, values = (cache[pages].flatten(0, 1)[:kv_len].to(dtype) for cache in (inputs.k_cache, inputs.v_cache))
         queries = q[first:end].to(dtype).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # (kv heads, group, n, head_dim)
-        scores = queries.flatten(1, 2) @ keys.permute(1, 2, 0) * scale  # (kv heads, group · n, kv_len)
+        scores = queries.flatten(1, 2) @ keys.permute(1, 2, 0) * inputs.scale  # (kv heads, group · n, kv_len)
         scores = scores.unflatten(1, queries.shape[1:3])
         positions = torch.arange(kv_len - (end - first), kv_len, device=q.device)[:, None]
-        if causal and end - first > 1:
+        if inputs.causal and end - first > 1:
             scores = scores.masked_fill(torch.arange(kv_len, device=q.device) > positions, -torch.inf)
         weights = torch.softmax(scores, dim=-1).flatten(1, 2)
         attended = (weights @ values.transpose(0, 1)).unflatten(1, queries.shape[1:3])
-        if causal and end - first > kv_len:
+        if inputs.causal and end - first > kv_len:
             attended = attended.masked_fill(positions < 0, 0)
         out[first:end] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return out
 
 
-def _spans(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    max_query_len: int,
-) -> list[tuple[int, int, int]]:
-    """First query, end and kv_len of every sequence, read once, and checked because they are on the host now."""
-    capacity = block_table.shape[1] * k_cache.shape[1]
-    spans = [(first, end, kv_len) for (first, end), kv_len in zip(bounds(cu_seqlens_q, q.shape[0]), kv_lens.tolist(), strict=True)]
+def _spans(inputs: PagedAttentionInputs) -> list[tuple[int, int, int]]:
+    """First query, end and kv_len of every sequence, checked, since the host now knows them."""
+    capacity = inputs.block_table.shape[1] * inputs.k_cache.shape[1]
+    queries = bounds(inputs.cu_seqlens_q, inputs.q.shape[0])
+    spans = [(first, end, kv_len) for (first, end), kv_len in zip(queries, inputs.kv_lens.tolist(), strict=True)]
     for sequence, (first, end, kv_len) in enumerate(spans):
-        if end - first > max_query_len:
+        if end - first > inputs.max_query_len:
             raise KernelError(
                 got=f"paged_attention: {end - first} queries in sequence {sequence}",
-                expected=f"at most max_query_len = {max_query_len}",
-                remedy="Pass the longest sequence's number of queries as max_query_len",
+                expected=f"at most max_query_len = {inputs.max_query_len}",
+                remedy="Pass the largest number of queries of any sequence as max_query_len",
             )
         if not 0 <= kv_len <= capacity:
             raise KernelError(
                 got=f"paged_attention: kv_lens[{sequence}] = {kv_len}",
-                expected=f"0 to {capacity}, what a row of block_table can hold",
+                expected=f"0 to {capacity}, the capacity of a row of block_table",
                 remedy="Give the sequence more pages before its keys are written",
             )
     return spans
 
 
-def paged_attention_cost(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    max_query_len: int,
-    scale: float,
-    causal: bool = True,
-) -> Cost:
-    """FLOPs of both products over the pairs of query and key that see each other; softmax is not counted. Bytes: the queries,
-    the result, the keys and values of every sequence that has a query, each once a sequence, and the index entries they need."""
-    rows, num_heads, head_dim = q.shape
-    page_size, num_kv_heads = k_cache.shape[1:3]
+@called_with(PagedAttentionInputs)
+def paged_attention_cost(inputs: PagedAttentionInputs) -> Cost:
+    """FLOPs: two products for each pair of a query and a key that it sees, without the softmax. Bytes: the queries, the result,
+    the keys and values of every sequence with a query, once per sequence, and the index entries that are needed."""
+    rows, num_heads, head_dim = inputs.q.shape
+    page_size, num_kv_heads = inputs.k_cache.shape[1:3]
     pairs = keys = queries = pages = 0
-    for first, end, kv_len in _spans(q, k_cache, block_table, kv_lens, cu_seqlens_q, max_query_len):
+    for first, end, kv_len in _spans(inputs):
         n = end - first
         if n:
-            pairs += sum(max(0, kv_len - n + t + 1) for t in range(n)) if causal else n * kv_len
+            pairs += sum(max(0, kv_len - n + t + 1) for t in range(n)) if inputs.causal else n * kv_len
             keys += kv_len
             queries += n
             pages += -(-kv_len // page_size)
     moved = (queries + rows) * num_heads * head_dim + 2 * keys * num_kv_heads * head_dim
-    index = pages * block_table.element_size() + nbytes(kv_lens, cu_seqlens_q)
-    return Cost(flops=4 * pairs * num_heads * head_dim, bytes=moved * q.element_size() + index)
+    index = pages * inputs.block_table.element_size() + nbytes(inputs.kv_lens, inputs.cu_seqlens_q)
+    return Cost(flops=4 * pairs * num_heads * head_dim, bytes=moved * inputs.q.element_size() + index)
 
 
-def paged_attention_library(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    max_query_len: int,
-    scale: float,
-    causal: bool = True,
-) -> Callable[[], torch.Tensor]:
-    """SDPA over keys that are already gathered and padded to the longest sequence, without a mask: no page is looked up."""
+@called_with(PagedAttentionInputs)
+def paged_attention_library(inputs: PagedAttentionInputs) -> Callable[[], torch.Tensor]:
+    """SDPA without a mask over keys that are already gathered and padded to the longest sequence."""
+    q, kv_lens = inputs.q, inputs.kv_lens
     sequences, longest = kv_lens.shape[0], int(kv_lens.max()) if kv_lens.numel() else 0
-    queries = q.new_empty(sequences, q.shape[1], max_query_len, q.shape[2]).normal_()
-    keys, values = (cache.new_empty(sequences, cache.shape[2], longest, cache.shape[3]).normal_() for cache in (k_cache, v_cache))
-    return partial(F.scaled_dot_product_attention, queries, keys, values, scale=scale, enable_gqa=True)
+    queries = q.new_empty(sequences, q.shape[1], inputs.max_query_len, q.shape[2]).normal_()
+    keys, values = (
+        cache.new_empty(sequences, cache.shape[2], longest, cache.shape[3]).normal_() for cache in (inputs.k_cache, inputs.v_cache)
+    )
+    return partial(F.scaled_dot_product_attention, queries, keys, values, scale=inputs.scale, enable_gqa=True)
 
 
 def _make(
@@ -218,7 +202,7 @@ def _make(
     q = q.unflatten(1, (num_heads, head_dim))
     q[total:] = torch.nan
     counts = [-(-kv_len // page_size) for _, kv_len in sequences]
-    # Page 0 is nobody's, and free entries of the table name it. Pages are dealt in no order; keys and values interleave.
+    # Page 0 holds NaN, and unused entries of the table refer to it. Pages are in random order; keys and values interleave.
     pages = [1 + page for page in draw.permutation(sum(counts))]
     cache = draw.normal(1 + len(pages), page_size, 2, num_kv_heads, head_dim)
     cache[0] = torch.nan
@@ -256,7 +240,7 @@ def _case(
     return Case(name, _make, {**shape, **options}, released)
 
 
-# The page size of the model's cache (`granite_speech.modules.cache.PagedCache`), and so of the released cases.
+# The page size of the model's cache, `granite_speech.modules.cache.PagedCache`.
 PAGE_SIZE = 64
 
 CASES = (
@@ -269,7 +253,7 @@ CASES = (
     _case("4.1-2b drafts of 40, 32 sequences", ((40, 200),) * 32, (16, 4), 128, PAGE_SIZE, released=True),
     _case("4.1-2b prefill, 32 prompts", ((150, 150),) * 32, (16, 4), 128, PAGE_SIZE, released=True),
     _case("decode", ((1, 54), (1, 97), (1, 1), (1, 16)), (8, 2), 64, 16),
-    _case("drafts behind a context", ((5, 23), (1, 9), (7, 64)), (4, 2), 32, 16),
+    _case("drafts after a context", ((5, 23), (1, 9), (7, 64)), (4, 2), 32, 16),
     _case("prefill", ((13, 13), (33, 33)), (4, 4), 32, 8),
     _case("page 1", ((1, 5), (3, 11)), (4, 2), 32, 1),
     _case("page 256", ((1, 300), (2, 256)), (4, 1), 32, 256),

@@ -3,16 +3,16 @@
 import triton
 import triton.language as tl
 
-# Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1), which is settled when they are decorated.
+# Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1). Triton decides this when it decorates them.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a·b, summed in float32; acc None starts from zero.
+    """acc + a·b, summed in float32; if acc is None, from zero.
 
-    float32 operands go through the tensor cores as three TF32 products, which keeps float32's accuracy. The interpreter
-    returns garbage for bfloat16 operands; widened to float32 they are exact there, and so are their products.
+    float32 operands are multiplied as three TF32 products on tensor cores, which keeps float32's accuracy. The interpreter
+    returns garbage for bfloat16 operands, so there they are first converted to float32, which is exact.
     """
     if INTERPRETED:
         a = a.to(tl.float32)
@@ -22,7 +22,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 in a narrower dtype, to nearest. The interpreter would cut bfloat16 off, so there its bits are rounded first."""
+    """float32 rounded to the nearest value of a narrower dtype. The interpreter truncates bfloat16, so there we round the bits."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -31,13 +31,13 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def locate(slot, cu_seqlens_ptr, num_segments, total_rows, tile, CHUNK: tl.constexpr = 128):
-    """The tile of rows that program `slot` works on, where each segment is cut into tiles from its own first row.
+    """Find the tile of rows that program `slot` computes. Each segment is cut into tiles from its own first row.
 
-    Segment s begins at slot cu_seqlens[s] // tile + s: as many slots as it has tiles, or one more, which stays idle. So a
-    program finds its segment without summing the tiles before it, and `total_rows // tile + num_segments + 1` slots always
-    suffice, which the host knows without waiting. The rows behind the last segment, padding, are segment `num_segments`.
+    Segment s begins at slot cu_seqlens[s] // tile + s. That gives it as many slots as it has tiles, or one more, which stays
+    idle. So a program finds its segment without counting the tiles before it, and `total_rows // tile + num_segments + 1`
+    slots are always enough, a bound that the host knows. The padding after the last segment is segment `num_segments`.
 
-    Returns (segment, its first row, its end, the tile's number in it); the slot is idle where number * tile reaches the end.
+    Returns (segment, its first row, its end, number of the tile in it). The slot is idle if start + number * tile >= end.
     """
     segment = -1
     for first in range(0, num_segments + 1, CHUNK):

@@ -1,7 +1,7 @@
-"""How a result is judged, and inputs that catch what random contiguous ones do not. Shared by the tests and the benchmarks.
+"""Tolerances, and inputs that catch errors which random contiguous ones hide. Shared by tests and benchmarks.
 
-Truth is the reference run in float64 on the same rounded inputs. A kernel may be as wrong as eager PyTorch in the same dtype
-is, times a small factor, plus a floor; nothing else decides whether it is right.
+The truth is the reference in float64 on the same rounded inputs. A kernel's error may be a small factor times that of eager
+PyTorch in the same dtype, plus a floor. There is no other criterion.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from granite_kernels.op import Operation
 
 @dataclass(frozen=True)
 class Error:
-    """Distance from the truth: `rms` over the truth's RMS, `max` over the truth's largest magnitude (absolute where that is 0)."""
+    """Distance from the truth: `rms` relative to its RMS, `max` relative to its largest magnitude (absolute if those are 0)."""
 
     rms: float
     max: float
@@ -33,10 +33,9 @@ class Tolerance:
     max_floor: float
 
 
-# The one table. float32 has an absolute bound, which 3xTF32 products hold and plain TF32 products miss. The floors of the
-# narrow types are a quarter (RMS) and half (max) of their epsilon: one or two more roundings of an operand, such as softmax
-# weights and their gradients on their way into a product, where the references round only what they return. float64 is there
-# for tests of the references against independent code.
+# float32 has a fixed bound, which 3xTF32 products meet and plain TF32 products miss. The floors of the 16-bit types are a
+# quarter (RMS) and half (max) of their epsilon: kernels round operands of a product, such as softmax weights and their
+# gradients, where the references round only what they return. float64 is for tests of references against independent code.
 TOLERANCES = {
     torch.float64: Tolerance(0.0, 1e-12, 0.0, 1e-12),
     torch.float32: Tolerance(0.0, 1e-5, 0.0, 1e-5),
@@ -46,9 +45,9 @@ TOLERANCES = {
 
 
 def error(actual: torch.Tensor, truth: torch.Tensor) -> Error:
-    """The distance of `actual` from `truth`, in float64. NaN in either is an error of NaN, which no tolerance allows."""
+    """The distance of `actual` from `truth`, in float64. NaN in either makes the error NaN, which no tolerance allows."""
     if actual.shape != truth.shape:
-        raise ValueError(f"actual has shape {tuple(actual.shape)}, the truth {tuple(truth.shape)}")
+        raise ValueError(f"actual has shape {tuple(actual.shape)}, the truth has {tuple(truth.shape)}")
     if truth.numel() == 0:
         return Error(0.0, 0.0)
     truth = truth.detach().to(torch.float64)
@@ -61,10 +60,10 @@ def error(actual: torch.Tensor, truth: torch.Tensor) -> Error:
 def assert_accurate(
     actual: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, name: str = "result", dtype: torch.dtype | None = None
 ) -> None:
-    """Fails unless `actual` is within tolerance of `truth`, given what `eager` reaches in the same dtype.
+    """Fails unless `actual` is within tolerance of `truth`, given the error of `eager` in the same dtype.
 
-    `dtype` is the dtype the call computed in, where that is not the result's own: the float32 gradient of a float32 parameter
-    in a bfloat16 call is judged as bfloat16.
+    `dtype` is the dtype that the call computed in, if that is not the result's: in a bfloat16 call the float32 gradient of a
+    float32 parameter is held to bfloat16's tolerance.
     """
     if actual.dtype != eager.dtype:
         raise AssertionError(f"{name} is {actual.dtype}, eager PyTorch gives {eager.dtype}")
@@ -72,16 +71,16 @@ def assert_accurate(
     ours, theirs = error(actual, truth), error(eager, truth)
     rms_limit = tolerance.rms_factor * theirs.rms + tolerance.rms_floor
     max_limit = tolerance.max_factor * theirs.max + tolerance.max_floor
-    # Written so that NaN fails.
+    # "not … <=" so that NaN fails.
     if not (ours.rms <= rms_limit and ours.max <= max_limit):
         raise AssertionError(
-            f"{name} in {dtype or actual.dtype}: RMS error {ours.rms:.3g} of at most {rms_limit:.3g}, "
-            f"max error {ours.max:.3g} of at most {max_limit:.3g} (eager PyTorch: {theirs.rms:.3g}, {theirs.max:.3g})"
+            f"{name} in {dtype or actual.dtype}: RMS error {ours.rms:.3g}, limit {rms_limit:.3g}; "
+            f"max error {ours.max:.3g}, limit {max_limit:.3g} (eager PyTorch: {theirs.rms:.3g}, {theirs.max:.3g})"
         )
 
 
 def assert_operation_accurate(operation: Operation, inputs: dict[str, Any], impl: str | None = None) -> None:
-    """Result and gradients of one call, against the truth and against the reference in the call's own dtype."""
+    """Fails unless the result and gradients of one call are within tolerance."""
     dtype = working_dtype(inputs)
     wrt = operation.differentiable
     actual = outcome(partial(operation.call, impl=impl), inputs, wrt)
@@ -92,17 +91,17 @@ def assert_operation_accurate(operation: Operation, inputs: dict[str, Any], impl
 
 
 def assert_same_bits(operation: Operation, inputs: dict[str, Any], impl: str | None = None) -> None:
-    """Every sequence alone, and all in the batch as it is, in that batch turned round, and twice over: always the same bits."""
+    """Fails unless each sequence gets the same bits alone, in this batch, in the batch reversed, and in it twice over."""
     name = next(name for name in inputs if name.startswith("cu_seqlens"))
     lengths = inputs[name].diff().tolist()
-    everyone = list(range(len(lengths)))
+    everything = list(range(len(lengths)))
     with torch.no_grad():
         expected = operation.call(**inputs, impl=impl)[: sum(lengths)].split(lengths)
-        for order in [*([one] for one in everyone), everyone[::-1], everyone * 2] if everyone else []:
+        for order in [*([one] for one in everything), everything[::-1], everything * 2] if everything else []:
             out = operation.call(**with_sequences(operation, inputs, order), impl=impl)
             for place, (sequence, rows) in enumerate(zip(order, out.split([lengths[one] for one in order]), strict=True)):
                 if not torch.equal(rows, expected[sequence]):
-                    raise AssertionError(f"{operation.name}: sequence {sequence} is another at place {place} of the batch {order}")
+                    raise AssertionError(f"{operation.name}: sequence {sequence} gets other bits at position {place} of the batch {order}")
 
 
 def outcome(
@@ -113,11 +112,11 @@ def outcome(
     rounding: torch.dtype | None = None,
     seed: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """The result of `function(**inputs)` as "out", and for each name in `wrt` that is a tensor its gradient as "grad <name>".
+    """The result of `function(**inputs)` as "out", and the gradient of each tensor named in `wrt` as "grad <name>".
 
-    The gradient that comes in is random, and the same in every dtype and on every device but for its rounding: to the result's
-    dtype, or to `rounding`, by which a float64 truth gets the very gradient that a narrower call got. An argument that the
-    result does not depend on has a gradient of zeros.
+    The incoming gradient is random, and the same in every dtype and on every device except for rounding: to the result's
+    dtype, or to `rounding`, so that a float64 truth gets the same gradient as the narrower call. An argument that the result
+    does not depend on has a gradient of zeros.
     """
     leaves = {name: inputs[name].detach().requires_grad_() for name in wrt if inputs[name] is not None}
     with torch.set_grad_enabled(bool(leaves)):
@@ -131,19 +130,19 @@ def outcome(
 
 
 def working_dtype(inputs: dict[str, Any]) -> torch.dtype:
-    """The dtype of a call: its first floating-point argument's."""
+    """The dtype of the first floating-point argument."""
     return next(value.dtype for value in inputs.values() if _is_float(value))
 
 
 def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same values in float64: what the truth is computed from."""
+    """The same values in float64, from which the truth is computed."""
     return {name: value.double() if _is_float(value) else value for name, value in inputs.items()}
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as a view into the middle of a larger tensor, with poison (NaN, or the lowest integer) all around.
+    """The same values as a view into the middle of a larger tensor filled with poison (NaN, or the lowest integer).
 
-    Only the last stride stays 1: code that takes a tensor for contiguous reads the poison.
+    Only the last stride is still 1, so code that assumes a contiguous tensor reads poison.
     """
     poison = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
     view = tensor.new_full([size + 3 for size in tensor.shape], poison)
@@ -153,28 +152,28 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def strided_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """`strided` for every tensor of a call."""
+    """`strided` applied to every tensor of a call."""
     return {name: strided(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
 def with_sequences(operation: Operation, inputs: dict[str, Any], order: list[int]) -> dict[str, Any]:
-    """The same call on these of its sequences, in this order, one as often as it is named, without padding rows."""
+    """The same call on the sequences of `order`, which may repeat them, without padding rows."""
     name = next(name for name in inputs if name.startswith("cu_seqlens"))
     offsets = inputs[name].tolist()
     spans = [slice(offsets[sequence], offsets[sequence + 1]) for sequence in order]
     changed = {packed: torch.cat([inputs[packed][span] for span in spans]) for packed in operation.packed}
     lengths = torch.tensor([0, *(span.stop - span.start for span in spans)]).cumsum(0).to(inputs[name])
-    # What else is of whole numbers has an entry for each sequence.
+    # Every other index tensor has one entry per sequence.
     each = {other: value[order] for other, value in inputs.items() if other != name and _is_index(value)}
     return {**inputs, **changed, **each, name: lengths}
 
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Within it `torch.empty` gives NaN (the highest value, for integers): an output element that nothing wrote shows."""
+    """Makes `torch.empty` return NaN (for integers the highest value), which exposes output that was never written."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory
-    # PyTorch fills fresh memory only in its deterministic mode; an operation without such a mode runs all the same.
+    # PyTorch fills new memory only in deterministic mode. warn_only, because some operations have no such mode.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:

@@ -100,7 +100,7 @@ def section(file: Path, command: str) -> str:
 
 
 def test_the_catalogue_shows_what_the_costs_predict():
-    assert section(kernels.CATALOGUE, "kernels --predict") == kernels.predict()
+    assert section(kernels.PREDICTIONS, "kernels --predict") == kernels.predict()
     assert "Predicted, not measured" in kernels.predict()
 
 

@@ -1,4 +1,4 @@
-"""Block attention against loops over single frames, and against the module in transformers that it stands for."""
+"""Block attention compared with loops over single frames, and with the attention module of transformers."""
 
 import importlib
 
@@ -9,9 +9,9 @@ from granite_kernels.block_attention import block_attention_cost
 
 
 def draw(frames: int, heads: int = 2, dim: int = 8, max_pos: int = 8, dtype=torch.float64, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = torch.randn(3, frames, heads, dim, generator=generator).to(dtype)
-    return q, k, v, torch.randn(2 * max_pos + 1, dim, generator=generator).to(dtype)
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, frames, heads, dim, generator=rng).to(dtype)
+    return q, k, v, torch.randn(2 * max_pos + 1, dim, generator=rng).to(dtype)
 
 
 def offsets(*lengths: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def by_frames(q, k, v, rel_pos_emb, lengths, context_size, scale):
     ("lengths", "context_size"), [((11,), 4), ((8,), 8), ((8,), 1), ((7, 0, 1, 4, 13), 5), ((3, 2), 8)], ids=lambda value: str(value)
 )
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_it_is_the_formula(lengths: tuple[int, ...], context_size: int, scale: float | None):
+def test_the_result_matches_the_formula(lengths: tuple[int, ...], context_size: int, scale: float | None):
     q, k, v, rel_pos_emb = draw(sum(lengths))
     out = block_attention(q, k, v, rel_pos_emb, offsets(*lengths), context_size=context_size, scale=scale)
     expected = by_frames(q, k, v, rel_pos_emb, lengths, context_size, 8**-0.5 if scale is None else scale)
@@ -45,7 +45,7 @@ def test_it_is_the_formula(lengths: tuple[int, ...], context_size: int, scale: f
 
 
 @pytest.mark.parametrize("frames", [1, 13, 16, 45])
-def test_it_is_transformers_module_between_its_projections(frames: int):
+def test_the_result_matches_the_module_of_transformers(frames: int):
     transformers = importlib.import_module("transformers.models.granite_speech.modeling_granite_speech")
     config = transformers.GraniteSpeechEncoderConfig(hidden_dim=32, num_heads=2, dim_head=16, context_size=16, max_pos_emb=24, dropout=0.0)
     torch.manual_seed(0)
@@ -72,12 +72,12 @@ def test_a_clip_gets_the_same_bits_in_every_batch(dtype: torch.dtype):
         assert torch.equal(together[clip], alone)
 
 
-def test_gradients_are_those_of_the_function():
+def test_gradients_match_finite_differences():
     inputs = [tensor.requires_grad_() for tensor in draw(9, heads=2, dim=3, max_pos=4)]
     assert torch.autograd.gradcheck(lambda *given: block_attention(*given, offsets(3, 0, 6), context_size=4), inputs)
 
 
-def test_rows_of_distances_that_do_not_occur_are_not_read_and_get_no_gradient():
+def test_position_rows_for_absent_distances_are_not_read_and_get_no_gradient():
     q, k, v, rel_pos_emb = draw(9, max_pos=8)
     rel_pos_emb[:6], rel_pos_emb[11:] = torch.nan, torch.nan
     rel_pos_emb.requires_grad_()
@@ -87,7 +87,7 @@ def test_rows_of_distances_that_do_not_occur_are_not_read_and_get_no_gradient():
     assert rel_pos_emb.grad[6:11].abs().min() > 0
 
 
-def test_a_batch_without_a_frame_has_a_backward():
+def test_a_batch_without_frames_has_a_backward():
     q, k, v, rel_pos_emb = (tensor.requires_grad_() for tensor in draw(3))
     block_attention(q, k, v, rel_pos_emb, offsets(0), context_size=4).sum().backward()
     assert not q.grad.any()
@@ -116,9 +116,9 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
         block_attention(**{**right, **change})
 
 
-def test_cost_is_what_a_count_by_hand_gives():
+def test_cost_matches_a_count_by_hand():
     q, k, v, rel_pos_emb = draw(8, heads=2, dim=8, dtype=torch.float32)
-    # Blocks of 4, 1 and 2 frames: 16 + 1 + 4 pairs, 8 heads · dim pairs of three products; one row of padding.
+    # Blocks of 4, 1 and 2 frames: 16 + 1 + 4 pairs, three products for each of 2 · 8 features; one row of padding.
     cost = block_attention_cost(q, k, v, rel_pos_emb, offsets(5, 2), context_size=4)
     assert cost.flops == 21 * 3 * 2 * 2 * 8
     assert cost.bytes == 4 * (3 * 7 * 16 + 8 * 16 + 7 * 8) + 3 * 4

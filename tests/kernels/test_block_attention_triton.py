@@ -1,4 +1,4 @@
-"""The Triton half of block attention where it could go wrong on its own: tiles, bands of distances, batches, the backward's sums."""
+"""The kernels of block attention: tile edges, bands of distances, batches, and the sums of the backward."""
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ WRT = OPERATION.differentiable
 def draw(
     *clips: int, heads: int = 1, dim: int = 16, context: int = 20, max_pos: int = 24, padding: int = 0, dtype=torch.float32, seed: int = 0
 ):
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     shape = {"clips": clips, "num_heads": heads, "dim_head": dim, "context_size": context, "max_pos_emb": max_pos, "padding": padding}
-    return _make(Draw(generator, dtype, torch.device("cpu")), **shape)
+    return _make(Draw(rng, dtype, torch.device("cpu")), **shape)
 
 
 def run(inputs: dict, **more) -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def _mirror_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("block", [16, 32])
-def test_the_mirror_that_compiles_is_the_gather_that_is_interpreted(block: int):
+def test_swap_mirror_gives_the_same_as_gather(block: int):
     x, out = torch.randn(block, block), torch.empty(block, block)
     x[0, 1], x[2, 3] = torch.inf, -0.0
     _mirror_kernel[(1,)](x, out, BLOCK=block)
@@ -50,13 +50,13 @@ def test_the_mirror_that_compiles_is_the_gather_that_is_interpreted(block: int):
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 33])
-def test_lengths_around_a_tile(length: int):
+def test_lengths_around_a_tile_edge(length: int):
     with poisoned_allocations():
         assert_operation_accurate(OPERATION, draw(length, context=40, max_pos=40), impl="triton")
 
 
 @pytest.mark.parametrize("context", [1, 31, 33])
-def test_contexts_around_a_tile(context: int):
+def test_context_sizes_around_a_tile_edge(context: int):
     with poisoned_allocations():
         assert_operation_accurate(OPERATION, draw(2 * context + 1, context=context, max_pos=context, dtype=torch.bfloat16), impl="triton")
 
@@ -64,11 +64,11 @@ def test_contexts_around_a_tile(context: int):
 @pytest.mark.parametrize(
     ("dim", "dtype"), [(1, torch.float32), (17, torch.bfloat16), (63, torch.float16), (65, torch.float32), (127, torch.bfloat16)]
 )
-def test_head_dims_around_the_widths_of_a_tile(dim: int, dtype: torch.dtype):
+def test_head_dims_around_a_tile_width(dim: int, dtype: torch.dtype):
     assert_operation_accurate(OPERATION, strided_inputs(draw(11, 5, heads=2, dim=dim, context=18, dtype=dtype)), impl="triton")
 
 
-def test_each_tensor_has_strides_of_its_own():
+def test_q_k_and_v_may_have_different_strides():
     inputs = draw(9, heads=2, dtype=torch.float16)
     own = {
         **inputs,
@@ -103,7 +103,7 @@ def test_a_clip_gets_the_same_bits_in_every_batch(dtype: torch.dtype):
         batch = draw(*lengths, padding=3, dtype=dtype, seed=5)
         here = slice(sum(lengths[:place]), sum(lengths[:place]) + 45)
         for name in ("q", "k", "v"):
-            # Neighbours hold what would spoil everything that it met.
+            # NaN in the neighbours.
             batch[name] = torch.full_like(batch[name].contiguous(), torch.nan)
             batch[name][here] = clip[name]
         together = outcome(block_attention_triton, {**batch, "rel_pos_emb": clip["rel_pos_emb"]})  # inference
@@ -129,14 +129,14 @@ def gradients(inputs: dict, incoming: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(out, list(leaves.values()), incoming))
 
 
-def test_the_backward_gives_the_same_bits_again():
-    inputs = draw(21, 8, 13, dtype=torch.bfloat16)  # more slots than one chunk of the sum over blocks
+def test_repeated_backwards_give_the_same_bits():
+    inputs = draw(21, 8, 13, dtype=torch.bfloat16)  # more slots than one partial sum has
     once, again = run(inputs), run(inputs)
     assert all(torch.equal(once[name], again[name]) for name in once)
     assert_operation_accurate(OPERATION, inputs, impl="triton")
 
 
-def test_an_incoming_gradient_of_any_stride():
+def test_incoming_gradients_may_have_any_strides():
     inputs = draw(12, heads=2)
     ones = torch.ones(12, 2, 16)
     expected = gradients(inputs, ones)
@@ -144,7 +144,7 @@ def test_an_incoming_gradient_of_any_stride():
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients(inputs, incoming), expected, strict=True))
 
 
-def test_only_the_gradients_that_are_wanted():
+def test_a_gradient_of_rel_pos_emb_alone():
     inputs = draw(25)
     leaf = inputs["rel_pos_emb"].detach().requires_grad_()
     block_attention(**{**inputs, "rel_pos_emb": leaf}, impl="triton").sum().backward()
@@ -155,14 +155,14 @@ def test_only_the_gradients_that_are_wanted():
     assert leaf.grad[24 - reach : 24 + reach + 1].any(1).all()
 
 
-def test_distances_that_no_clip_has_may_hold_nan():
+def test_position_rows_for_absent_distances_may_hold_nan():
     inputs = draw(5, 9, 3)
     inputs["rel_pos_emb"][: 24 - 8], inputs["rel_pos_emb"][24 + 9 :] = torch.nan, torch.nan
     assert all(result.isfinite().all() for result in run(inputs).values())
 
 
 @pytest.mark.parametrize("needs", [False, True])
-def test_what_a_backward_reads_is_written_only_for_one(needs: bool):
+def test_lse_and_rest_are_written_only_if_a_backward_needs_them(needs: bool):
     inputs = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in draw(30, dtype=torch.float16).items()}
     inputs["v"].requires_grad_(needs)
     for inference in (True, False):
@@ -173,10 +173,8 @@ def test_what_a_backward_reads_is_written_only_for_one(needs: bool):
         assert (launch.arguments["lse_ptr"] is not None) == (launch.arguments["rest_ptr"] is not None) == saved
 
 
-def test_a_head_that_is_too_wide_is_refused():
+def test_a_head_dim_above_128_is_refused():
     inputs = draw(4, dim=129)
-    with pytest.raises(
-        KernelError, match=r"dim_head = 129 for the Triton kernels; expected at most 128\. Use impl='torch' or GRANITE_SPEECH"
-    ):
+    with pytest.raises(KernelError, match=r"^block_attention: dim_head = 129; expected at most 128\. Use impl='torch' or GRANITE_SPEECH"):
         block_attention(**inputs, impl="triton")
     assert block_attention(**inputs, impl="torch").shape == (4, 1, 129)

@@ -1,4 +1,4 @@
-"""The gated depthwise convolution against loops, torch's own layers, and transformers' padding."""
+"""The gated depthwise convolution compared with loops, PyTorch's layers and the padding of transformers."""
 
 import importlib
 
@@ -10,10 +10,10 @@ from granite_kernels.depthwise_conv import depthwise_conv_cost
 
 
 def draw(frames: int, channels: int = 6, kernel_size: int = 5, dtype=torch.float64, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(frames, 2 * channels, generator=generator).to(dtype)
-    weight = torch.randn(channels, kernel_size, generator=generator).to(dtype)
-    scale, shift = torch.randn(2, channels, generator=generator).to(torch.promote_types(dtype, torch.float32))
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(frames, 2 * channels, generator=rng).to(dtype)
+    weight = torch.randn(channels, kernel_size, generator=rng).to(dtype)
+    scale, shift = torch.randn(2, channels, generator=rng).to(torch.promote_types(dtype, torch.float32))
     return x, weight, scale, shift
 
 
@@ -22,7 +22,7 @@ def offsets(*lengths: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 15])
-def test_it_is_the_formula(kernel_size: int):
+def test_the_result_matches_the_formula(kernel_size: int):
     x, weight, scale, shift = draw(7, 3, kernel_size)
     value, gate = x[:, :3], x[:, 3:]
     hidden = value / (1 + torch.exp(-gate))
@@ -40,13 +40,13 @@ def test_it_is_the_formula(kernel_size: int):
 
 @pytest.mark.parametrize("kernel_size", [4, 15, 31])
 @pytest.mark.parametrize("frames", [1, 14, 40])
-def test_it_is_torchs_layers_on_one_clip(frames: int, kernel_size: int):
+def test_one_clip_matches_the_layers_of_pytorch(frames: int, kernel_size: int):
     x, weight, _, _ = draw(frames, 6, kernel_size)
     norm = torch.nn.BatchNorm1d(6).double().eval()
-    generator = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
-        tensor.copy_(torch.randn(6, generator=generator))
-    norm.running_var.copy_(torch.rand(6, generator=generator) + 0.5)
+        tensor.copy_(torch.randn(6, generator=rng))
+    norm.running_var.copy_(torch.rand(6, generator=rng) + 0.5)
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
     channels_first = F.pad(F.glu(x.T[None], dim=1), (kernel_size // 2, kernel_size // 2 - (kernel_size + 1) % 2))
@@ -55,7 +55,7 @@ def test_it_is_torchs_layers_on_one_clip(frames: int, kernel_size: int):
 
 
 @pytest.mark.parametrize("kernel_size", [4, 7])
-def test_it_pads_as_transformers_does(kernel_size: int):
+def test_padding_matches_transformers(kernel_size: int):
     transformers = importlib.import_module("transformers.models.granite_speech.modeling_granite_speech")
     x, weight, _, _ = draw(12, 6, kernel_size)
     module = transformers.GraniteSpeechConformerDepthWiseConv1d(6, 6, kernel_size).double()
@@ -77,13 +77,13 @@ def test_a_clip_gets_the_same_bits_in_every_batch(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("kernel_size", [3, 4])
-def test_gradients_are_those_of_the_function(kernel_size: int):
+def test_gradients_match_finite_differences(kernel_size: int):
     inputs = [tensor.requires_grad_() for tensor in draw(7, 3, kernel_size)]
     assert torch.autograd.gradcheck(lambda *given: depthwise_conv(*given, offsets(2, 0, 4)), inputs)
     assert torch.autograd.gradcheck(lambda x, weight: depthwise_conv(x, weight, None, None, offsets(2, 0, 4)), inputs[:2])
 
 
-def test_poisoned_padding_reaches_no_gradient():
+def test_nan_in_padding_reaches_no_gradient():
     x, weight, scale, shift = (tensor.requires_grad_() for tensor in draw(9))
     with torch.no_grad():
         x[5:] = torch.nan
@@ -92,7 +92,7 @@ def test_poisoned_padding_reaches_no_gradient():
     assert not x.grad[5:].any()
 
 
-def test_a_batch_without_a_frame_has_a_backward():
+def test_a_batch_without_frames_has_a_backward():
     x, weight, scale, shift = (tensor.requires_grad_() for tensor in draw(3))
     depthwise_conv(x, weight, scale, shift, offsets(0)).sum().backward()
     assert not x.grad.any()
@@ -118,7 +118,7 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
         depthwise_conv(**{**right, **change})
 
 
-def test_cost_is_what_a_count_by_hand_gives():
+def test_cost_matches_a_count_by_hand():
     x, weight, scale, shift = draw(8, 6, 5, torch.bfloat16)
     cost = depthwise_conv_cost(x, weight, scale, shift, offsets(3, 4))
     assert cost.flops == 7 * 6 * 5 * 2

@@ -1,4 +1,4 @@
-"""The Triton half of the gated depthwise convolution: tile edges, windows, strides, and bits that no neighbour changes."""
+"""The kernels of the gated depthwise convolution: tile edges, windows, strides, and independence of neighbours."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ OPERATION = OPERATIONS["depthwise_conv"]
 
 
 def draw(lengths: tuple[int, ...], channels: int, kernel_size: int, dtype=torch.float32, normalised: bool = True, padding: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(kernel_size)
-    # The parameters come first: they do not depend on the lengths.
-    weight = (torch.randn(channels, kernel_size, generator=generator) * kernel_size**-0.5).to(dtype)
-    scale, shift = torch.randn(2, channels, generator=generator)
-    x = torch.randn(sum(lengths) + padding, 2 * channels, generator=generator).to(dtype)
+    rng = torch.Generator().manual_seed(kernel_size)
+    # The parameters first, so that they do not depend on the lengths.
+    weight = (torch.randn(channels, kernel_size, generator=rng) * kernel_size**-0.5).to(dtype)
+    scale, shift = torch.randn(2, channels, generator=rng)
+    x = torch.randn(sum(lengths) + padding, 2 * channels, generator=rng).to(dtype)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     affine = {"scale": scale, "shift": shift} if normalised else {"scale": None, "shift": None}
     return {"x": x, "weight": weight, **affine, "cu_seqlens": cu_seqlens}
@@ -27,15 +27,15 @@ def triton(**inputs) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("lengths", "channels", "kernel_size"),
     [
-        ((31, 33, 32, 36), 3, 7),  # around the 32 of a tile of the shortest window, by one frame and by more than its half
-        ((65, 63), 2, 15),  # one frame around the 64 of the next
+        ((31, 33, 32, 36), 3, 7),  # around a tile of 32 of the shortest window: by one frame, and by more than half a window
+        ((65, 63), 2, 15),  # one frame around a tile of 64 of the next window
         ((4,), 127, 1),  # one channel around the 128 of a program
         ((2,), 129, 2),
-        ((3,), 65, 8),  # and around 64
-        ((2,), 33, 16),  # and 32
+        ((3,), 65, 8),  # around 64
+        ((2,), 33, 16),  # around 32
     ],
 )
-def test_tiles_meet_without_a_seam(lengths: tuple[int, ...], channels: int, kernel_size: int):
+def test_lengths_and_channels_around_a_tile_edge(lengths: tuple[int, ...], channels: int, kernel_size: int):
     with poisoned_allocations():
         assert_operation_accurate(OPERATION, draw(lengths, channels, kernel_size), impl="triton")
 
@@ -47,7 +47,7 @@ def test_kernels_shorter_than_their_window(kernel_size: int):
         assert_operation_accurate(OPERATION, inputs, impl="triton")
 
 
-def test_a_longer_kernel_is_refused_and_left_to_the_reference():
+def test_a_kernel_size_above_31_needs_the_reference():
     inputs = draw((3,), 2, 32)
     with pytest.raises(KernelError, match=r"kernel_size 32; expected at most 31 with impl='triton'\. Use impl='torch'"):
         triton(**inputs)
@@ -55,7 +55,7 @@ def test_a_longer_kernel_is_refused_and_left_to_the_reference():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_clip_gets_the_same_bits_between_poisoned_neighbours(dtype: torch.dtype):
+def test_a_clip_gets_the_same_bits_between_neighbours_of_nan(dtype: torch.dtype):
     inputs = draw((35,), 3, 5, dtype)
     alone = outcome(triton, inputs, ("x",))
     x = torch.full((33 + 35 + 3 + 2, 6), torch.nan, dtype=dtype)
@@ -66,7 +66,7 @@ def test_a_clip_gets_the_same_bits_between_poisoned_neighbours(dtype: torch.dtyp
         together = triton(**{**inputs, "x": x, "cu_seqlens": torch.tensor([0, 33, 68, 68, 71], dtype=torch.int32)})
     assert torch.equal(together[clip], alone["out"])
     assert not together[-2:].any()
-    # The gradient that came in alone comes in for the clip, and NaN for all others.
+    # The same incoming gradient for the clip, and NaN for all others.
     incoming = torch.full_like(together, torch.nan)
     incoming[clip] = torch.randn(35, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
     (gradient,) = torch.autograd.grad(together, x, incoming)
@@ -75,7 +75,7 @@ def test_a_clip_gets_the_same_bits_between_poisoned_neighbours(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_poisoned_padding_and_its_gradient_reach_no_gradient(normalised: bool):
+def test_nan_in_padding_and_its_incoming_gradient_reaches_no_gradient(normalised: bool):
     inputs = draw((9, 6), 3, 4, normalised=normalised)
     expected = outcome(triton, inputs, OPERATION.differentiable)
     padded = draw((9, 6), 3, 4, normalised=normalised, padding=20)
@@ -91,15 +91,15 @@ def test_poisoned_padding_and_its_gradient_reach_no_gradient(normalised: bool):
         torch.testing.assert_close(gradients[name], expected[f"grad {name}"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_with_stride_0_is_read_as_its_values():
+def test_an_incoming_gradient_may_have_stride_0():
     inputs = draw((9,), 3, 3)
     leaves = [inputs[name].requires_grad_() for name in OPERATION.differentiable]
     dense, expanded = (torch.autograd.grad(triton(**inputs), leaves, one) for one in (torch.ones(9, 3), torch.ones(()).expand(9, 3)))
     assert all(torch.equal(*pair) for pair in zip(dense, expanded, strict=True))
 
 
-def test_a_program_writes_nothing_behind_its_clip(monkeypatch: pytest.MonkeyPatch):
-    # Programs that run one after another would hide it: the next one writes those rows anew.
+def test_a_program_writes_only_to_its_own_clip(monkeypatch: pytest.MonkeyPatch):
+    # Only one program runs: a later one would overwrite what this one wrote past its clip.
     monkeypatch.setattr(depthwise_conv_triton, "launch", lambda kernel, grid, *args, **named: launch(kernel, (1,), *args, **named))
     with poisoned_allocations():
         results = outcome(triton, draw((5, 9), 3, 3), ("x",))
@@ -108,15 +108,15 @@ def test_a_program_writes_nothing_behind_its_clip(monkeypatch: pytest.MonkeyPatc
         assert tensor[5:].isnan().all()
 
 
-def test_frames_may_share_their_memory():
+def test_frames_may_share_memory():
     inputs = draw((6,), 3, 3)
     inputs["x"] = inputs["x"][:1].expand(6, 6)
     assert_operation_accurate(OPERATION, inputs, impl="triton")
 
 
-def test_a_frame_may_lie_more_than_2_to_the_31_elements_away():
+def test_frames_may_be_more_than_2_to_the_31_elements_apart():
     inputs = draw((5,), 2, 3, torch.bfloat16)
-    # Only the pages of five frames are ever touched of these 4 GiB.
+    # Of these 4 GiB, only the memory pages of five frames are used.
     far = torch.empty(2**31 + 128, dtype=torch.bfloat16).as_strided((5, 4), (2**29 + 16, 1))
     far.copy_(inputs["x"])
     near = outcome(triton, inputs, ("x",))

@@ -1,4 +1,4 @@
-"""What only a GPU can prove: compiled kernels, in every dtype, on the released shapes too. Nothing here runs on a CPU."""
+"""Tests of the compiled kernels in every dtype, including the released shapes. They need a GPU."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def _compiled():
     import triton
 
     if triton.knobs.runtime.interpret:
-        pytest.fail("TRITON_INTERPRET is set: interpreted kernels prove nothing about a GPU. Set TRITON_INTERPRET=0.")
+        pytest.fail("TRITON_INTERPRET is set, so the kernels would not run on the GPU. Set TRITON_INTERPRET=0.")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,12 +39,12 @@ def test_every_case_is_accurate(op: Operation, case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize(("op", "case"), PACKED)
 def test_a_sequence_gets_the_same_bits_in_every_batch(op: Operation, case: Case, dtype: torch.dtype):
     if case.released and len(case.shape.get("clips", case.shape.get("sequences"))) > 8:
-        pytest.skip("a hundred sequences, each in three batches, would take minutes and show what eight do")
+        pytest.skip("128 sequences in three batches each take minutes, and show no more than 8")
     assert_same_bits(op, case.inputs(dtype, "cuda"), impl="triton")
 
 
 @pytest.mark.parametrize(("op", "case"), [pair for pair in CASES if not pair.values[1].released])
-def test_views_into_poison_give_the_same(op: Operation, case: Case):
+def test_strided_views_give_the_same_results(op: Operation, case: Case):
     inputs = case.inputs(torch.float32, "cuda")
 
     def call(**given):
@@ -56,8 +56,8 @@ def test_views_into_poison_give_the_same(op: Operation, case: Case):
 
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPERATIONS.values()])
-def test_it_can_be_captured_in_a_graph(op: Operation):
-    """No call waits for the host: what does cannot be captured."""
+def test_a_call_can_be_captured_in_a_cuda_graph(op: Operation):
+    """A call that waits for the host cannot be captured."""
     inputs = next(case for case in op.cases if case.released).inputs(torch.bfloat16, "cuda")
     with torch.no_grad():
         expected = op.call(**inputs, impl="triton")
@@ -68,7 +68,7 @@ def test_it_can_be_captured_in_a_graph(op: Operation):
     assert torch.equal(out, expected)
 
 
-def test_the_whole_model_is_the_cpus():
+def test_the_whole_model_gives_the_same_as_on_the_cpu():
     model = small_model()
     inputs = batch(model)
     with torch.no_grad():
@@ -85,5 +85,5 @@ def test_the_whole_model_is_the_cpus():
 
 
 def test_the_bundled_checkpoint_is_verified():
-    """Stage by stage beside transformers. Compilation is most of the time; it is made in parallel."""
+    """Compares every stage with transformers. Most of the time is compilation, which runs in parallel."""
     assert all(one.first_miss is None for one in verify("embedded", device="cuda"))

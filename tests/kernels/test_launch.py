@@ -1,4 +1,4 @@
-"""Launches are real or recorded by what a call is given, and a kernel is compiled once for all batches."""
+"""Launches happen or are recorded depending on a call's tensors, and each kernel is compiled once for all batches."""
 
 import json
 import threading
@@ -27,7 +27,7 @@ pause = register(_pause_while_traced)
 
 
 def smallest_call(op: Operation) -> tuple[dict, torch.Tensor]:
-    """Inputs of one small case, and the reference's result."""
+    """Inputs of the smallest case, and the reference's result."""
     case = min((case for case in op.cases if not case.released), key=lambda case: op.cost(**case.inputs(torch.float32)).flops or 1e18)
     inputs = case.inputs(torch.float32)
     return inputs, op.reference(**inputs)
@@ -49,7 +49,7 @@ def test_a_call_launches_while_another_thread_traces(op: Operation):
 
 @pytest.mark.parametrize("op", EACH)
 def test_a_call_launches_while_launches_are_recorded(op: Operation):
-    """In another thread, and in the recording one: only tensors without memory are recorded."""
+    """In another thread and in the recording thread: only calls on tensors without memory are recorded."""
     inputs, expected = smallest_call(op)
 
     @torch.no_grad()

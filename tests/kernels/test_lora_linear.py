@@ -1,4 +1,4 @@
-"""The linear layer with adapters against one row at a time."""
+"""The linear layer with adapters compared with loops over single rows."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from granite_kernels.lora_linear import lora_linear_cost
 
 
 def draw(rows: int, inputs: int = 6, outputs: int = 5, rank: int = 3, adapters: int = 2, dtype=torch.float64, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     shapes = ((rows, inputs), (outputs, inputs), (outputs,), (adapters, rank, inputs), (adapters, outputs, rank), (adapters,))
-    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    tensors = [torch.randn(shape, generator=rng).to(dtype) for shape in shapes]
     tensors[-1] = tensors[-1].to(torch.promote_types(dtype, torch.float32))
     return dict(zip(("x", "weight", "bias", "lora_a", "lora_b", "scaling"), tensors, strict=True))
 
@@ -21,7 +21,7 @@ def indices(*values: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("choice", [None, (1, -1, 0, 0, 1, -1, -1), (-1,) * 7, (1,) * 7], ids=str)
-def test_it_is_the_formula_row_by_row(choice: tuple[int, ...] | None, bias: bool):
+def test_the_result_matches_the_formula(choice: tuple[int, ...] | None, bias: bool):
     given = draw(7)
     if not bias:
         given["bias"] = None
@@ -36,21 +36,21 @@ def test_it_is_the_formula_row_by_row(choice: tuple[int, ...] | None, bias: bool
             torch.testing.assert_close(out[row, column], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_it_is_the_merged_weight_for_one_adapter():
+def test_one_adapter_gives_the_same_as_its_merged_weight():
     given = draw(9, 16, 24, 4)
     merged = given["weight"] + given["scaling"][0] * given["lora_b"][0] @ given["lora_a"][0]
     expected = F.linear(given["x"], merged, given["bias"])
     torch.testing.assert_close(lora_linear(**given, adapter_index=None), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_rows_without_adapter_are_the_plain_layer_bit_for_bit():
+def test_rows_without_an_adapter_get_the_bits_of_the_plain_layer():
     given = draw(8, 32, 24, 4, dtype=torch.bfloat16)
     out = lora_linear(**given, adapter_index=indices(-1, 0, -1, 1, -1, 0, -1, 1))
     assert torch.equal(out[::2], F.linear(given["x"], given["weight"], given["bias"])[::2])
     assert not torch.equal(out[1::2], F.linear(given["x"], given["weight"], given["bias"])[1::2])
 
 
-def test_an_adapter_that_a_row_does_not_use_cannot_spoil_it():
+def test_nan_in_an_adapter_reaches_only_rows_that_use_it():
     given = draw(4, adapters=3)
     expected = lora_linear(**given, adapter_index=indices(1, -1, 1, -1))
     for unused in (0, 2):
@@ -59,7 +59,7 @@ def test_an_adapter_that_a_row_does_not_use_cannot_spoil_it():
 
 
 def test_the_low_rank_product_is_rounded_to_the_dtype_of_x():
-    # 1 + 2⁻⁹ is no bfloat16: rounded between the products it is 1, and the small part never reaches B.
+    # 1 + 2⁻⁹ is not a bfloat16 number. Rounded between the products, it is 1.
     given = {
         "x": torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16),
         "weight": torch.zeros(1, 2, dtype=torch.bfloat16),
@@ -72,7 +72,7 @@ def test_the_low_rank_product_is_rounded_to_the_dtype_of_x():
     assert lora_linear(**given, adapter_index=None).item() == 0
 
 
-def test_gradients_are_those_of_the_function():
+def test_gradients_match_finite_differences():
     given = draw(5, 4, 3, 2)
     names = [name for name in given if name != "scaling"]
     leaves = [given[name].requires_grad_() for name in names]
@@ -109,7 +109,7 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
         lora_linear(**{**right, **change})
 
 
-def test_cost_counts_the_adapters_that_some_row_uses():
+def test_cost_counts_only_the_adapters_in_use():
     given = draw(4, dtype=torch.bfloat16)
     base = 2 * 4 * 6 * 5
     fixed = 2 * (4 * 6 + 5 * 6 + 5 + 4 * 5) + 2 * 4

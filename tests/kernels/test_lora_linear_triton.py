@@ -1,4 +1,4 @@
-"""The Triton kernels of lora_linear: both regimes, the edges of their tiles, rows that must not see one another's adapters."""
+"""The kernels of lora_linear: every range of rows, tile edges, and adapters that must not reach other rows."""
 
 import importlib
 
@@ -18,7 +18,7 @@ DIFFERENTIABLE = OP.differentiable
 
 @pytest.fixture(params=["few rows", "more rows", "many rows"])
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """The kernels and tiles of that many rows, for however few: hundreds of rows would take the interpreter minutes."""
+    """Uses the kernels and tiles for that many rows on any number: the interpreter would take minutes for hundreds of rows."""
     monkeypatch.setattr(FILE, "FEW_ROWS", FEW_ROWS if request.param == "few rows" else 0)
     monkeypatch.setattr(FILE, "SPLIT_ROWS", 0 if request.param == "many rows" else SPLIT_ROWS)
 
@@ -35,7 +35,7 @@ def triton(**inputs):
     return lora_linear(**inputs, impl="triton")
 
 
-def judge(inputs: dict) -> None:
+def check(inputs: dict) -> None:
     with poisoned_allocations():
         assert_operation_accurate(OP, inputs, impl="triton")
 
@@ -47,37 +47,37 @@ def names_of_launches(inputs: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 127, 128, 129, SPLIT_ROWS, SPLIT_ROWS + 1])
-def test_every_regime_of_rows_and_its_neighbours(rows: int):
+def test_numbers_of_rows_around_every_limit(rows: int):
     inputs = draw(rows, 40, 24, 4, (0, -1, 1), adapters=2, bias=True)
     assert names_of_launches(inputs) == (["split", "combine"] if rows <= SPLIT_ROWS else ["thin", "tiled"])
-    judge(inputs)
+    check(inputs)
 
 
 @in_every_regime
 @pytest.mark.parametrize("outputs", [1, 63, 65, 129])
-def test_columns_around_a_tile(outputs: int):
-    judge(draw(6, 24, outputs, 3))
+def test_columns_around_a_tile_edge(outputs: int):
+    check(draw(6, 24, outputs, 3))
 
 
 @in_every_regime
 @pytest.mark.parametrize("inputs", [1, 31, 33, 129])
-def test_inner_dimensions_around_a_tile(inputs: int):
-    judge(draw(6, inputs, 20, 3))
+def test_inner_dimensions_around_a_tile_edge(inputs: int):
+    check(draw(6, inputs, 20, 3))
 
 
 @in_every_regime
 @pytest.mark.parametrize("rank", [15, 63, 64, 65, 127, MAX_RANK])
-def test_ranks_around_a_tile(rank: int):
-    judge(draw(6, 24, 20, rank, (1, -1, 0), adapters=2))
+def test_ranks_around_a_tile_edge(rank: int):
+    check(draw(6, 24, 20, rank, (1, -1, 0), adapters=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "inputs"), [(2, 64 * 7 + 5), (20, 32 * 9 - 3), (2, 128 * MAX_SLICES * 2 + 1)])
 def test_slices_that_do_not_divide_the_inner_dimension(rows: int, inputs: int, dtype: torch.dtype):
-    judge(draw(rows, inputs, 20, 8, (0,), dtype=dtype))
+    check(draw(rows, inputs, 20, 8, (0,), dtype=dtype))
 
 
-def test_slices_depend_on_the_layer_alone():
+def test_slices_depend_only_on_the_layer_and_the_range_of_rows():
     def slices(rows: int) -> int:
         inputs = draw(rows, 2048, 512, 64, None)
         with recorded_launches(90) as launches, torch.no_grad():
@@ -89,14 +89,14 @@ def test_slices_depend_on_the_layer_alone():
 
 
 @in_every_regime
-def test_an_adapter_that_a_row_does_not_use_cannot_spoil_it():
-    # Adapter 1 stands in the same tile as the others, for a row of its own. 2 is nobody's.
+def test_nan_in_an_adapter_reaches_only_rows_that_use_it():
+    # Only one row uses adapter 1, in the same tile as the others. No row uses adapter 2.
     choice = (0, -1, 3, -1, 0)
     inputs = draw(6, 24, 20, 5, choice, adapters=4)
     expected = outcome(triton, inputs, ("x",))
     inputs["adapter_index"][4] = 1
-    for spoilt in (1, 2):
-        inputs["lora_a"][spoilt], inputs["lora_b"][spoilt], inputs["scaling"][spoilt] = torch.nan, torch.inf, torch.nan
+    for poisoned in (1, 2):
+        inputs["lora_a"][poisoned], inputs["lora_b"][poisoned], inputs["scaling"][poisoned] = torch.nan, torch.inf, torch.nan
     others = torch.arange(6) != 4
     actual = outcome(triton, inputs, DIFFERENTIABLE)
     for name in expected:
@@ -108,7 +108,7 @@ def test_an_adapter_that_a_row_does_not_use_cannot_spoil_it():
 
 
 @in_every_regime
-def test_adapters_that_do_not_exist_are_none():
+def test_an_index_out_of_range_means_no_adapter():
     inputs = draw(6, 24, 20, 5, (-1, 0), adapters=2)
     expected = outcome(triton, inputs, DIFFERENTIABLE)
     inputs["adapter_index"][::4] = 2
@@ -118,7 +118,7 @@ def test_adapters_that_do_not_exist_are_none():
 
 
 @in_every_regime
-def test_a_missing_index_is_adapter_0_though_there_are_more():
+def test_without_an_index_every_row_uses_adapter_0():
     inputs = draw(6, 24, 20, 5, None, adapters=3)
     actual = outcome(triton, inputs, DIFFERENTIABLE)
     expected = outcome(triton, {**inputs, "adapter_index": torch.zeros(6, dtype=torch.int32)}, DIFFERENTIABLE)
@@ -127,7 +127,7 @@ def test_a_missing_index_is_adapter_0_though_there_are_more():
 
 @in_every_regime
 def test_the_low_rank_product_is_rounded_to_the_dtype_of_x():
-    # 1 + 2⁻⁹ is no bfloat16: rounded between the products it is 1, and the small part never reaches B.
+    # 1 + 2⁻⁹ is not a bfloat16 number. Rounded between the products, it is 1.
     inputs = draw(6, 16, 16, 1, None, dtype=torch.bfloat16)
     for name in ("x", "weight", "lora_a", "lora_b"):
         inputs[name].zero_()
@@ -138,13 +138,13 @@ def test_the_low_rank_product_is_rounded_to_the_dtype_of_x():
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("lora_a",), ("lora_b",), ("weight", "bias"), ("lora_a", "lora_b")], ids=str)
-def test_each_gradient_comes_alone_as_with_the_others(wanted: tuple[str, ...]):
+def test_a_gradient_is_the_same_alone_and_with_the_others(wanted: tuple[str, ...]):
     inputs = draw(6, 24, 20, 5, (0, -1, 1), adapters=2, bias=True)
     together, alone = outcome(triton, inputs, DIFFERENTIABLE), outcome(triton, inputs, wanted)
     assert all(torch.equal(alone[name], together[name]) for name in alone)
 
 
-def test_frozen_layers_keep_no_activation_and_train_no_weight():
+def test_a_frozen_layer_saves_no_activation_and_gets_no_weight_gradient():
     inputs = draw(6, 24, 20, 5)
     out = triton(**{**inputs, "x": inputs["x"].requires_grad_()})
     assert all(saved is None or saved.shape != inputs["x"].shape for saved in saved_tensors(out))
@@ -162,7 +162,7 @@ def saved_tensors(out: torch.Tensor) -> list:
     return [*kept, *node.saved_tensors]
 
 
-def test_an_incoming_gradient_without_strides():
+def test_an_incoming_gradient_may_have_stride_0():
     inputs = draw(6, 24, 20, 5, (0, -1, 1), adapters=2, bias=True)
 
     def gradients(incoming: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -176,14 +176,14 @@ def test_an_incoming_gradient_without_strides():
 
 
 @in_every_regime
-def test_the_same_bits_again():
+def test_repeated_calls_give_the_same_bits():
     inputs = draw(20, 130, 70, 8, (0, 1, -1), adapters=2, bias=True)
     once, again = outcome(triton, inputs, DIFFERENTIABLE), outcome(triton, inputs, DIFFERENTIABLE)
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 @in_every_regime
-def test_rows_without_adapter_are_the_plain_layer_and_read_no_adapter():
+def test_rows_without_an_adapter_match_the_plain_layer_and_read_no_adapter():
     inputs = draw(6, 24, 20, 5, (-1,), adapters=2, bias=True)
     without = triton(**{**inputs, "lora_a": inputs["lora_a"][:0], "lora_b": inputs["lora_b"][:0], "scaling": inputs["scaling"][:0]})
     for name in ("lora_a", "lora_b", "scaling"):
@@ -195,7 +195,7 @@ def test_rows_without_adapter_are_the_plain_layer_and_read_no_adapter():
 
 
 @pytest.mark.parametrize("adapters", [0, 2])
-def test_the_thin_product_of_a_row_without_adapter_is_zero(adapters: int):
+def test_the_thin_product_of_a_row_without_an_adapter_is_zero(adapters: int):
     inputs = draw(6, 24, 20, 5, (-1, 2, 0), adapters=adapters)
     with poisoned_allocations():
         low = FILE._lora_linear_thin(inputs["x"], inputs["lora_a"], inputs["adapter_index"], False)
@@ -204,7 +204,7 @@ def test_the_thin_product_of_a_row_without_adapter_is_zero(adapters: int):
     assert bool(low[2::3].all()) == (adapters > 0)
 
 
-def test_one_compiled_graph_serves_both_regimes():
+def test_one_compiled_graph_serves_few_and_many_rows():
     counter = CompileCounter()
     torch.compiler.reset()
     compiled = torch.compile(triton, backend=counter, fullgraph=True)
@@ -216,8 +216,10 @@ def test_one_compiled_graph_serves_both_regimes():
     assert counter.frame_count == 1
 
 
-def test_a_rank_beyond_the_limit_is_refused_by_name():
+def test_a_rank_above_128_is_refused():
     inputs = draw(2, 16, 16, MAX_RANK + 1)
-    with pytest.raises(KernelError, match=r"lora_a has rank 129; expected at most 128.*impl='torch' or GRANITE_SPEECH_KERNELS=torch"):
+    with pytest.raises(
+        KernelError, match=r"^lora_linear: lora_a has rank 129; expected at most 128\. Use impl='torch' or GRANITE_SPEECH_KERNELS=torch"
+    ):
         triton(**inputs)
     lora_linear(**inputs, impl="torch")

@@ -1,4 +1,4 @@
-"""What holds for every operation in the table, whatever it computes."""
+"""Tests of every operation, on the CPU by its PyTorch reference."""
 
 import dataclasses
 import importlib
@@ -33,7 +33,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    # The tensors are too small to share out, and threads that wait for one another on a busy machine take four times as long.
+    # The tensors are too small to split, and on a busy machine threads that wait for each other take four times as long.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def test_every_case_is_accurate(op: Operation, case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(("op", "case"), SMALL)
-def test_views_into_poison_give_the_same(op: Operation, case: Case):
+def test_strided_views_give_the_same_results(op: Operation, case: Case):
     inputs = case.inputs(torch.float32)
     with poisoned_allocations():
         plain = outcome(op.call, inputs, op.differentiable)
@@ -61,7 +61,7 @@ def test_views_into_poison_give_the_same(op: Operation, case: Case):
 
 
 @pytest.mark.parametrize(("op", "case"), SMALL)
-def test_the_result_is_finite_of_the_inputs_dtype_and_zero_on_padding(op: Operation, case: Case):
+def test_the_result_is_finite_has_the_inputs_dtype_and_is_zero_in_padding(op: Operation, case: Case):
     inputs = case.inputs(torch.bfloat16)
     results = outcome(op.call, inputs, op.differentiable)
     assert results["out"].dtype == torch.bfloat16
@@ -84,14 +84,14 @@ def test_packed_operations_have_cases_with_padding_and_without_sequences(op: Ope
 
 
 @pytest.mark.parametrize("op", ALL)
-def test_cases_are_named_once_and_cover_the_released_shapes(op: Operation):
+def test_case_names_are_unique_and_some_cases_have_released_shapes(op: Operation):
     names = [case.name for case in op.cases]
     assert len(set(names)) == len(names)
     assert {case.released for case in op.cases} == {True, False}
 
 
 @pytest.mark.parametrize(("op", "case"), SMALL)
-def test_a_case_is_the_same_for_one_seed_and_another_for_another(op: Operation, case: Case):
+def test_a_seed_determines_the_values_of_a_case(op: Operation, case: Case):
     once, again, other = case.inputs(torch.float32), case.inputs(torch.float32), case.inputs(torch.float32, seed=1)
     tensors = [name for name, value in once.items() if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()]
     assert all(bits(once[name]) == bits(again[name]) for name in tensors)
@@ -100,7 +100,7 @@ def test_a_case_is_the_same_for_one_seed_and_another_for_another(op: Operation, 
 
 
 @pytest.mark.parametrize(("op", "case"), SMALL)
-def test_cost_counts_at_least_the_result_and_halves_with_the_dtype(op: Operation, case: Case):
+def test_cost_includes_the_result_and_shrinks_with_the_dtype(op: Operation, case: Case):
     wide, narrow = op.cost(**case.inputs(torch.float32)), op.cost(**case.inputs(torch.bfloat16))
     out = op.call(**case.inputs(torch.float32))
     assert wide.flops == narrow.flops >= 0
@@ -109,7 +109,7 @@ def test_cost_counts_at_least_the_result_and_halves_with_the_dtype(op: Operation
 
 
 @pytest.mark.parametrize("op", ALL)
-def test_impl_resolves_by_device_dtype_and_by_what_there_is(op: Operation, monkeypatch: pytest.MonkeyPatch):
+def test_impl_depends_on_device_dtype_and_whether_triton_is_installed(op: Operation, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(CHOICE, raising=False)
     assert op.resolve(None, CUDA) == op.resolve("triton", CUDA) == op.resolve("triton", CPU) == "triton"
     assert op.resolve(None, CPU) == op.resolve("torch", CUDA) == op.resolve(None, CUDA, torch.float64) == "torch"
@@ -121,12 +121,12 @@ def test_impl_resolves_by_device_dtype_and_by_what_there_is(op: Operation, monke
         op.resolve("cuda", CPU)
     without = dataclasses.replace(op, triton=None)
     assert without.resolve(None, CUDA) == "torch"
-    with pytest.raises(KernelError, match=r"impl='triton' without the package triton; expected it installed\. Use impl='torch'"):
+    with pytest.raises(KernelError, match=r"impl='triton' without triton installed; expected the package triton\. Use impl='torch'"):
         without.resolve("triton", CUDA)
 
 
 @pytest.mark.parametrize("op", ALL)
-def test_the_environment_overrides_the_default_and_nothing_else(op: Operation, monkeypatch: pytest.MonkeyPatch):
+def test_the_environment_variable_overrides_only_the_default(op: Operation, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(CHOICE, "triton")
     assert op.resolve(None, CPU) == op.resolve(None, CUDA) == "triton"
     assert op.resolve("torch", CPU) == "torch"
@@ -142,7 +142,7 @@ def test_the_environment_overrides_the_default_and_nothing_else(op: Operation, m
         op.call(**next(case for case in op.cases if not case.released).inputs(torch.float32))
 
 
-def test_cpu_tensors_need_the_interpreter():
+def test_triton_on_cpu_tensors_needs_the_interpreter():
     program = (
         "import sys; sys.path.insert(0, 'kernels')\n"
         "import granite_kernels, torch\n"
@@ -157,13 +157,13 @@ def test_cpu_tensors_need_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=60, capture_output=True, text=True
     )
-    said = done.stdout.splitlines()
-    assert len(said) == len(OPERATIONS)
-    assert all("impl='triton' for CPU tensors; expected CUDA tensors, or Triton's interpreter. Use impl='torch'" in line for line in said)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(OPERATIONS)
+    assert all("impl='triton' for CPU tensors; expected CUDA tensors, or Triton's interpreter. Use impl='torch'" in line for line in lines)
 
 
 @pytest.mark.parametrize("op", ALL)
-def test_the_public_function_passes_impl_on(op: Operation):
+def test_the_public_function_uses_impl(op: Operation):
     inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
     assert torch.equal(op.call(**inputs, impl="torch"), op.reference(**inputs))
     with pytest.raises(KernelError, match=op.name):
@@ -171,8 +171,8 @@ def test_the_public_function_passes_impl_on(op: Operation):
 
 
 @pytest.mark.parametrize("op", ALL)
-def test_checking_the_arguments_reads_no_value(op: Operation, monkeypatch: pytest.MonkeyPatch):
-    # A meta tensor has no values: a check that read one, and so waited for a CUDA device, would raise here.
+def test_argument_checks_read_no_values(op: Operation, monkeypatch: pytest.MonkeyPatch):
+    # A check that reads a value, for which it would wait for a GPU, raises on meta tensors.
     file = importlib.import_module(f"granite_kernels.{op.name}")
     monkeypatch.setattr(file, "OPERATION", dataclasses.replace(op, reference=lambda *args, **kwargs: "reached"))
     inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
@@ -196,20 +196,20 @@ def wrong_arguments():
                 others["other float"] = value.half()
             if value.ndim > 1:
                 others["last stride"] = value.transpose(-1, -2).contiguous().transpose(-1, -2)
-            for what, other in others.items():
-                # The first tensor's dtype and device are what the others are compared with: any is right.
-                if name == next(iter(inputs)) and what in ("device", "other float"):
+            for kind, other in others.items():
+                # The first tensor may have any dtype and device: the others are compared with it.
+                if name == next(iter(inputs)) and kind in ("device", "other float"):
                     continue
-                yield pytest.param(op, {**inputs, name: other}, name, id=f"{op.name}: {what} of {name}")
+                yield pytest.param(op, {**inputs, name: other}, name, id=f"{op.name}: {kind} of {name}")
 
 
 @pytest.mark.parametrize(("op", "inputs", "name"), list(wrong_arguments()))
-def test_a_wrong_argument_is_named(op: Operation, inputs: dict, name: str):
+def test_the_error_names_the_wrong_argument(op: Operation, inputs: dict, name: str):
     with pytest.raises(KernelError, match=rf"^{op.name}: {name} .*; expected .+\. .+\.$"):
         op.call(**inputs)
 
 
-def test_an_error_has_three_parts_and_travels():
+def test_an_error_has_three_parts_and_can_be_pickled():
     raised = KernelError(got="a", expected="b", remedy="c")
     assert str(raised) == "a; expected b. c."
     again = pickle.loads(pickle.dumps(raised))
@@ -218,7 +218,7 @@ def test_an_error_has_three_parts_and_travels():
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
-def test_the_judge_lets_rounding_pass_and_nothing_else(dtype: torch.dtype):
+def test_assert_accurate_allows_rounding_errors_only(dtype: torch.dtype):
     truth = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).double()
     eager = truth.to(dtype)
     assert_accurate(eager, eager, truth)
@@ -237,7 +237,7 @@ def test_the_judge_lets_rounding_pass_and_nothing_else(dtype: torch.dtype):
         error(eager[1:], truth)
 
 
-def test_poison_surrounds_every_view_and_fills_fresh_memory():
+def test_strided_views_and_new_memory_are_poisoned():
     values = torch.arange(12.0).reshape(3, 4)
     view = strided(values)
     assert torch.equal(view, values)
@@ -250,7 +250,7 @@ def test_poison_surrounds_every_view_and_fills_fresh_memory():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_same_gradient_comes_in_whatever_the_dtype():
+def test_outcome_uses_the_same_incoming_gradient_for_every_dtype():
     given = {"x": torch.ones(5, 3, dtype=torch.bfloat16)}
     narrow = outcome(lambda x: x * 1, given, ("x",))["grad x"]
     truth = outcome(lambda x: x * 1, in_float64(given), ("x",), rounding=torch.bfloat16)["grad x"]
@@ -261,7 +261,7 @@ def test_the_same_gradient_comes_in_whatever_the_dtype():
     )
 
 
-def test_references_work_where_triton_is_absent():
+def test_references_work_without_triton():
     program = (
         "import sys; sys.modules['triton'] = None; sys.path.insert(0, 'kernels')\n"
         "import granite_kernels, torch\n"
@@ -273,7 +273,7 @@ def test_references_work_where_triton_is_absent():
 
 
 @pytest.mark.parametrize(("op", "case"), SMALL)
-def test_the_library_call_that_benchmarks_compare_with_runs(op: Operation, case: Case):
+def test_the_library_call_for_benchmarks_runs(op: Operation, case: Case):
     inputs = case.inputs(torch.float32)
     if op.cost(**inputs).flops:
         assert op.library(**inputs)().numel()

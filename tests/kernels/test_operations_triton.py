@@ -1,4 +1,4 @@
-"""What holds for the Triton half of every operation, run by Triton's interpreter on CPU tensors."""
+"""Tests of every operation's Triton kernels, in Triton's interpreter on CPU tensors."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ ALL = [pytest.param(op, id=op.name) for op in OPERATIONS.values()]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("op", "case"), SMALL)
 def test_every_case_is_accurate(op: Operation, case: Case, dtype: torch.dtype):
-    # Poison in what torch.empty returns: an element that no program writes is NaN, and no error of NaN is allowed.
+    # torch.empty returns NaN, so an element that no program writes fails.
     with poisoned_allocations():
         assert_operation_accurate(op, case.inputs(dtype), impl="triton")
 
 
 @pytest.mark.parametrize(("op", "case"), SMALL)
-def test_views_into_poison_give_the_same_bits(op: Operation, case: Case):
+def test_strided_views_give_the_same_bits(op: Operation, case: Case):
     inputs = case.inputs(torch.float32)
     plain = outcome(call(op), inputs, op.differentiable)
     views = outcome(call(op), strided_inputs(inputs), op.differentiable)
@@ -42,14 +42,14 @@ def test_padding_is_zero_in_results_and_gradients(op: Operation, case: Case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", [pair for pair in ALL if pair.values[0].packed])
 def test_a_sequence_gets_the_same_bits_alone_and_in_three_batches(op: Operation, dtype: torch.dtype):
-    # Each operation's own tests take this further, and on a GPU it is asked of every case.
+    # Each operation's own tests go further, and the GPU tests check every case.
     several = [case for case in op.cases if not case.released and len(case.shape.get("clips", case.shape.get("sequences"))) >= 3]
     case = min(several, key=lambda case: (op.cost(**case.sizes(dtype)).flops < 1000, op.cost(**case.sizes(dtype)).flops))
     assert_same_bits(op, case.inputs(dtype), impl="triton")
 
 
 @pytest.mark.parametrize("op", ALL)
-def test_the_same_call_gives_the_same_bits_again(op: Operation):
+def test_repeated_calls_give_the_same_bits(op: Operation):
     inputs = largest(op).inputs(torch.bfloat16)
     once, again = (outcome(call(op), inputs, op.differentiable) for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
@@ -63,7 +63,7 @@ def test_every_registered_operation_passes_opcheck(op: Operation):
 
 
 @pytest.mark.parametrize("op", ALL)
-def test_it_is_one_node_of_a_compiled_graph(op: Operation):
+def test_a_call_is_one_node_of_a_compiled_graph(op: Operation):
     inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
     first = next(iter(inputs))
     backend = EagerAndRecordGraphs()
@@ -91,7 +91,7 @@ def largest(op: Operation) -> Case:
 
 
 def registered_calls(op: Operation, case: Case) -> list[tuple]:
-    """The calls of torch.library operations that one call and its backward make, those of the forward wanting gradients."""
+    """The torch.library calls of one call and its backward. The inputs of the forward require gradients."""
     calls = []
 
     class Recorder(TorchDispatchMode):
@@ -104,17 +104,17 @@ def registered_calls(op: Operation, case: Case) -> list[tuple]:
         outcome(call(op), case.inputs(torch.float32), op.differentiable)
     assert calls
     forward, *backward = calls
-    return [again(forward, bool(op.differentiable)), *(again(one, False) for one in backward)]
+    return [detached(forward, bool(op.differentiable)), *(detached(one, False) for one in backward)]
 
 
-def again(recorded: tuple, wants_gradient: bool) -> tuple:
+def detached(recorded: tuple, requires_grad: bool) -> tuple:
+    """The recorded call with copies of its arguments that are not part of a graph."""
     function, args, kwargs = recorded
-    return function, tuple(fresh(one, wants_gradient) for one in args), kwargs
+    return function, tuple(detached_copy(one, requires_grad) for one in args), kwargs
 
 
-def fresh(argument, wants_gradient: bool):
-    """An argument out of the graph that it was recorded in."""
+def detached_copy(argument, requires_grad: bool):
     if not isinstance(argument, torch.Tensor):
         return argument
     copy = argument.detach().clone()
-    return copy.requires_grad_() if wants_gradient and copy.is_floating_point() else copy
+    return copy.requires_grad_() if requires_grad and copy.is_floating_point() else copy

@@ -1,4 +1,4 @@
-"""Paged attention against torch's attention over the unpaged keys, one sequence at a time."""
+"""Paged attention compared with PyTorch's attention over the unpaged keys, one sequence at a time."""
 
 import pytest
 import torch
@@ -10,17 +10,14 @@ SCALE = 0.2
 
 
 def draw(sequences, num_heads=4, num_kv_heads=2, head_dim=8, page_size=4, dtype=torch.float64, seed=0):
-    """The call's arguments, and each sequence's own queries, keys and values. Whatever is nobody's is NaN."""
-    generator = torch.Generator().manual_seed(seed)
+    """The arguments of a call, and each sequence's queries, keys and values. Unused rows of the cache are NaN."""
+    rng = torch.Generator().manual_seed(seed)
     parts = [
-        [
-            torch.randn(n, heads, head_dim, generator=generator).to(dtype)
-            for n, heads in ((n, num_heads), (kv, num_kv_heads), (kv, num_kv_heads))
-        ]
+        [torch.randn(n, heads, head_dim, generator=rng).to(dtype) for n, heads in ((n, num_heads), (kv, num_kv_heads), (kv, num_kv_heads))]
         for n, kv in sequences
     ]
     counts = [-(-kv // page_size) for _, kv in sequences]
-    free = torch.randperm(sum(counts) + 3, generator=generator).tolist()
+    free = torch.randperm(sum(counts) + 3, generator=rng).tolist()
     k_cache, v_cache = torch.full((2, len(free), page_size, num_kv_heads, head_dim), torch.nan, dtype=dtype)
     table = torch.full((len(sequences), max(counts, default=0) + 1), free.pop(), dtype=torch.int32)
     for sequence, (_, keys, values) in enumerate(parts):
@@ -53,13 +50,13 @@ def unpaged(queries, keys, values, causal):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("page_size", [1, 4, 256])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=str)
-def test_it_is_attention_over_the_unpaged_keys(causal: bool, page_size: int, heads: tuple[int, int]):
+def test_the_result_is_attention_over_the_unpaged_keys(causal: bool, page_size: int, heads: tuple[int, int]):
     given, parts = draw([(1, 1), (1, 9), (3, 3), (2, 8), (5, 14)], *heads, page_size=page_size)
     out = paged_attention(**given, causal=causal)
     torch.testing.assert_close(out, torch.cat([unpaged(*part, causal) for part in parts]), rtol=1e-12, atol=1e-12)
 
 
-def test_one_query_by_hand():
+def test_two_queries_match_a_loop_over_their_keys():
     given, [(queries, keys, values)] = draw([(2, 5)])
     out = paged_attention(**given)
     for t, last in ((0, 3), (1, 4)):
@@ -70,7 +67,7 @@ def test_one_query_by_hand():
             torch.testing.assert_close(out[t, head], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_drafts_give_what_single_steps_give():
+def test_several_queries_give_the_same_as_single_steps():
     given, [(queries, _, _)] = draw([(4, 11)])
     together = paged_attention(**given)
     for t in range(4):
@@ -104,7 +101,7 @@ def test_a_sequence_gets_the_same_bits_in_every_batch(dtype: torch.dtype):
     assert torch.equal(together[1:3], alone)
 
 
-def test_entries_past_the_keys_are_not_followed():
+def test_block_table_entries_past_the_keys_are_not_read():
     given, _ = draw([(1, 5), (1, 0), (0, 3)])
     expected = paged_attention(**given)
     given["block_table"][0, 2:], given["block_table"][1] = 10**6, -5
@@ -125,7 +122,7 @@ def test_queries_that_see_no_key_give_zeros(causal: bool):
 
 
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
-def test_it_refuses_where_a_gradient_would_be_needed(name: str):
+def test_tensors_that_require_gradients_are_refused(name: str):
     given, _ = draw([(1, 5)])
     given[name].requires_grad_()
     with pytest.raises(KernelError, match="requires a gradient; expected inference"):
@@ -138,10 +135,10 @@ def test_it_refuses_where_a_gradient_would_be_needed(name: str):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(3, 5, 8)}, r"q has 5 heads over 2 of k_cache; expected a multiple"),
+        ({"q": torch.zeros(3, 5, 8)}, r"q has 5 heads for 2 of k_cache; expected a multiple"),
         ({"q": torch.zeros(3, 4, 16)}, r"k_cache has shape .* with head_dim = 16 as in q"),
         ({"v_cache": torch.zeros(1, 4, 2, 8)}, r"v_cache has shape .* with num_pages = 6 as in k_cache"),
-        ({"k_cache": torch.zeros(6, 0, 2, 8), "v_cache": torch.zeros(6, 0, 2, 8)}, r"pages of 0 rows"),
+        ({"k_cache": torch.zeros(6, 0, 2, 8), "v_cache": torch.zeros(6, 0, 2, 8)}, r"k_cache has page_size 0; expected at least 1"),
         ({"kv_lens": torch.zeros(3, dtype=torch.int32)}, r"kv_lens has shape \(3,\); expected .* with sequences = 2 as in block_table"),
         ({"kv_lens": torch.tensor([5, 13], dtype=torch.int32)}, r"kv_lens\[1\] = 13; expected 0 to 12"),
         ({"cu_seqlens_q": torch.tensor([0, 3], dtype=torch.int32)}, r"cu_seqlens_q has 2 entries for 2 sequences"),
@@ -157,10 +154,10 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
         paged_attention(**{**right, **change})
 
 
-def test_cost_is_what_a_count_by_hand_gives():
+def test_cost_matches_a_count_by_hand():
     given, _ = draw([(1, 5), (2, 4), (0, 7)], dtype=torch.bfloat16)
     cost = paged_attention_cost(**given)
-    # 5 pairs of the first sequence, 3 + 4 of the second; keys of a sequence without a query are not read.
+    # 5 pairs in the first sequence, 3 + 4 in the second. Keys of a sequence without a query are not read.
     assert cost.flops == 4 * (5 + 7) * 4 * 8
     assert cost.bytes == 2 * (2 * 3 * 4 * 8 + 2 * 9 * 2 * 8) + 4 * (2 + 1 + 3 + 4)
     assert paged_attention_cost(**given, causal=False).flops == 4 * (5 + 8) * 4 * 8

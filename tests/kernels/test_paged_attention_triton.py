@@ -1,4 +1,4 @@
-"""The Triton half of paged attention: its two forms, their borders, and the ways that a sequence's keys can be shared out."""
+"""The kernels of paged attention: tile edges, and ways to share a sequence's keys between programs."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ from granite_kernels.launch import recorded_launches
 from granite_kernels.paged_attention import OPERATION
 from granite_kernels.testing import assert_operation_accurate, poisoned_allocations
 
-# Two query heads share the KV head in most of these: up to 8 queries of a sequence are the decode form's.
+# In most of these tests two query heads share a KV head, so that the decode kernel computes sequences of up to 8 queries.
 MIXED = ((1, 290), (9, 40), (8, 130), (1, 1), (20, 70), (0, 5), (2, 0))
 
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch):
-    """The interpreter takes its time: with a quarter of the keys in a piece, a quarter of the keys show the same."""
+    """Pieces a quarter as long, so that the slow interpreter needs a quarter of the keys."""
     monkeypatch.setattr(paged_attention_triton, "PIECE", 64)
 
 
@@ -30,7 +30,7 @@ def attend(given, **changed):
 
 
 def some(given, order):
-    """The call on these of its sequences: with a table as wide as they need, and their own longest number of queries."""
+    """The same call on the sequences in `order`, with the block table and max_query_len that these need."""
     offsets = given["cu_seqlens_q"].tolist()
     lengths = [offsets[sequence + 1] - offsets[sequence] for sequence in order]
     kv_lens = given["kv_lens"][order]
@@ -50,7 +50,7 @@ def pieces_of(out, given):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sequence_has_the_same_bits_alone_and_in_unlike_batches(dtype: torch.dtype):
+def test_a_sequence_gets_the_same_bits_alone_and_in_different_batches(dtype: torch.dtype):
     given = draw(MIXED, dtype=dtype)
     whole = pieces_of(attend(given), given)
     for sequence, expected in enumerate(whole):
@@ -63,7 +63,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_unlike_batches(dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("slots", [1, 2])
-def test_sharing_the_pieces_out_changes_no_bit(slots: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+def test_the_number_of_programs_per_sequence_changes_no_bits(slots: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     given = draw(((1, 330), (8, 129), (3, 64), (2, 1), (1, 0), (12, 80), (5, 3)), dtype=dtype, padding=11)
     monkeypatch.setattr(paged_attention_triton, "_slots", lambda chip, programs, pieces: pieces)
     expected = attend(given)
@@ -72,8 +72,8 @@ def test_sharing_the_pieces_out_changes_no_bit(slots: int, dtype: torch.dtype, m
 
 
 @pytest.mark.parametrize(("dtype", "causal"), [(torch.float32, True), (torch.float16, False)], ids=str)
-def test_lengths_around_every_border(dtype: torch.dtype, causal: bool):
-    # Tiles of 32 and 64 keys, pieces of 64; 8 queries a tile of the decode form, 16 (float32) and 32 of the other.
+def test_lengths_around_every_tile_edge(dtype: torch.dtype, causal: bool):
+    # Tiles of 32 and 64 keys, pieces of 64; 8 queries per tile of the decode kernel, 16 (float32) or 32 of the prefill kernel.
     keys = [one + more for one in (32, 64, 128) for more in (-1, 0, 1)]
     queries = [one + more for one in (8, 16, 32) for more in (-1, 0, 1)]
     sequences = [(1 + index % 4, kv_len) for index, kv_len in enumerate(keys)] + [(n, 66) for n in queries]
@@ -90,8 +90,8 @@ def test_head_dims_and_page_sizes(head_dim: int, page_size: int):
     assert_operation_accurate(OPERATION, draw(((1, 150), (10, 33), (3, 70)), (2, 1), head_dim, page_size), impl="triton")
 
 
-def test_sums_hold_where_every_tile_has_a_larger_score():
-    # Scores that rise by 4 from tile to tile: what is not rescaled is e^4 too large.
+def test_sums_are_rescaled_when_every_tile_has_a_larger_score():
+    # Scores rise by 4 per tile: a sum that is not rescaled is e^4 times too large.
     given = draw(((1, 300), (12, 100)), page_size=16)
     given["q"][..., 0] = 1.0
     rising = torch.zeros_like(given["k_cache"])
@@ -103,7 +103,7 @@ def test_sums_hold_where_every_tile_has_a_larger_score():
     assert_operation_accurate(OPERATION, {**given, "scale": -0.3}, impl="triton")
 
 
-def test_no_scale_takes_the_mean_of_the_values():
+def test_scale_0_gives_the_mean_of_the_values():
     given = draw(((1, 3),), (1, 1), page_size=4)
     mean = given["v_cache"][given["block_table"][0, 0], :3, 0].mean(0)
     torch.testing.assert_close(attend(given, scale=0.0)[0, 0], mean)
@@ -117,15 +117,15 @@ def test_sequences_may_share_pages():
 
 
 @pytest.mark.parametrize("n", [1, 12])
-def test_the_table_is_not_read_past_a_row(n: int):
-    # The next row's pages would be read as this one's.
+def test_the_block_table_is_not_read_past_the_end_of_a_row(n: int):
+    # Otherwise the next row's pages would be used.
     given = draw(((n, 16), (n, 40)), page_size=8)
     narrow = {**given, "block_table": given["block_table"][:, :2].contiguous()}
     too_long = torch.tensor([32, 16], dtype=torch.int32)
     assert torch.equal(attend(narrow, kv_lens=too_long), attend(narrow, kv_lens=too_long.clamp(max=16)))
 
 
-def test_entries_past_the_keys_are_not_followed():
+def test_block_table_entries_past_the_keys_are_not_read():
     given = draw(((1, 9), (12, 17), (1, 0)))
     expected = attend(given)
     table = given["block_table"].clone()
@@ -140,7 +140,7 @@ def launches(sequences, **options):
     return [launch.kernel.__name__.removeprefix("_paged_attention_").removesuffix("_kernel") for launch in recorded]
 
 
-def test_what_is_launched_follows_from_what_the_host_knows():
+def test_shapes_and_max_query_len_decide_which_kernels_are_launched():
     assert launches(((1, 90), (8, 90))) == ["decode"]
     assert launches(((1, 90), (9, 90))) == ["decode", "prefill"]
     assert launches(((1, 2000),)) == ["decode", "merge"]
@@ -150,7 +150,7 @@ def test_what_is_launched_follows_from_what_the_host_knows():
     assert launches((), padding=3) == ["decode"]
 
 
-def test_a_head_that_is_too_wide_is_refused():
+def test_a_head_dim_above_128_is_refused():
     given = draw(((1, 5),), (1, 1), 129)
     with pytest.raises(
         KernelError, match=r"^paged_attention: head_dim 129; expected at most 128\. Use impl='torch' or GRANITE_SPEECH_KERNELS"
@@ -158,22 +158,22 @@ def test_a_head_that_is_too_wide_is_refused():
         attend(given)
 
 
-def test_keys_and_values_may_lie_apart():
+def test_keys_and_values_may_have_different_strides():
     given = draw(((1, 100), (10, 33)), (4, 2))
     apart = given["v_cache"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
     assert apart.stride() != given["k_cache"].stride()
     assert torch.equal(attend(given, v_cache=apart), attend(given))
 
 
-def test_a_sequence_longer_than_was_promised_reaches_no_other(monkeypatch: pytest.MonkeyPatch):
-    # 6 queries where 2 were promised: its own rows are anyone's guess, its neighbours' are not.
+def test_more_queries_than_max_query_len_do_not_change_other_sequences(monkeypatch: pytest.MonkeyPatch):
+    # 6 queries with max_query_len 2: their own results are undefined, but their neighbours' are not.
     given = draw(((1, 200), (6, 200), (1, 250)))
     expected = attend(given)
-    held, launch = {}, paged_attention_triton.launch
-    monkeypatch.setattr(paged_attention_triton, "launch", lambda *where, **arguments: (held.update(arguments), launch(*where, **arguments)))
+    seen, launch = {}, paged_attention_triton.launch
+    monkeypatch.setattr(paged_attention_triton, "launch", lambda *where, **arguments: (seen.update(arguments), launch(*where, **arguments)))
     out = attend(given, max_query_len=2)
     assert torch.equal(out[:1], expected[:1])
     assert torch.equal(out[7:], expected[7:])
-    # Its keys make four pieces: behind their states nothing is written.
-    assert (held["pieces"], held["rows"]) == (5, 4)
-    assert held["values_ptr"].view(3, 5, 4, 16)[1, 4].isnan().all()
+    # Its keys make four pieces. Nothing is written after their states.
+    assert (seen["pieces"], seen["rows"]) == (5, 4)
+    assert seen["acc_ptr"].view(3, 5, 4, 16)[1, 4].isnan().all()

@@ -1,4 +1,4 @@
-"""The released models' parameters, built without memory: the names and shapes that transformers builds."""
+"""The released models, built on the meta device, have the parameter names and shapes of transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How often each kernel of an operation is compiled for batches of every size. Run where nothing is interpreted.
+"""Counts how often each kernel of an operation is compiled for batches of all sizes. Run it without TRITON_INTERPRET.
 
 python -m tests.support.compilations paged_attention
 """
@@ -17,7 +17,7 @@ from bench.audit import specialization
 
 
 def compilations(op: Operation, calls: Iterable[dict]) -> dict[str, int]:
-    """How often Triton would compile each kernel, with each of its tiles, for these calls on meta tensors."""
+    """The number of times that Triton would compile each kernel and tile for these calls on meta tensors."""
     found = defaultdict(set)
     with recorded_launches(90) as launches, torch.no_grad():
         for inputs in calls:
@@ -28,13 +28,13 @@ def compilations(op: Operation, calls: Iterable[dict]) -> dict[str, int]:
 
 
 def released(op: Operation, name: str, **changes) -> dict:
-    """The inputs of a released case with another shape."""
+    """The inputs of a released case with changes to its shape."""
     case = next(case for case in op.cases if case.name == name)
     return case.make(Draw(torch.Generator(), torch.bfloat16, torch.device("meta")), **{**case.shape, **changes})
 
 
 def changing_calls(name: str) -> Iterator[dict]:
-    """Calls of one operation in which everything changes that changes from one call of a model to the next."""
+    """Calls of one operation that vary everything that varies between calls of a model."""
     op = OPERATIONS[name]
     sizes = (*range(1, 65), 100, 128, 300)
     if name == "paged_attention":

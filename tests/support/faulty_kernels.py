@@ -1,4 +1,4 @@
-"""Kernels that must not ship, each for its own reason, and what the audit says of them. Run where nothing is interpreted.
+"""Checks that the audit finds each kind of fault in kernels made for that. Run it without TRITON_INTERPRET.
 
 python -m tests.support.faulty_kernels
 """
@@ -20,11 +20,11 @@ from bench import audit
 def product_kernel(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """out = Σ x·y over `steps` square tiles."""
     offsets = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for step in range(steps):
         moved = offsets + step * BLOCK * BLOCK
-        total += tl.dot(tl.load(x_ptr + moved), tl.load(y_ptr + moved), input_precision=PRECISION)
-    tl.store(out_ptr + offsets, total)
+        acc += tl.dot(tl.load(x_ptr + moved), tl.load(y_ptr + moved), input_precision=PRECISION)
+    tl.store(out_ptr + offsets, acc)
 
 
 def operation(block: int, num_warps: int, num_stages: int = 1, precision: str = "tf32") -> Operation:
@@ -36,8 +36,8 @@ def operation(block: int, num_warps: int, num_stages: int = 1, precision: str = 
     return Operation("faulty", call, call, None, (Case("only", lambda draw: {"x": draw.normal(4096)}),))
 
 
-def faults(what: Operation) -> list[str]:
-    one = next(one for one in audit.configurations([what]) if one.dtype == "float32" and one.architecture == 80)
+def faults(op: Operation) -> list[str]:
+    one = next(one for one in audit.configurations([op]) if one.dtype == "float32" and one.architecture == 80)
     return audit.faults(audit.compile_one(one))
 
 
@@ -50,16 +50,16 @@ def main() -> None:
     OPERATIONS.clear()
     OPERATIONS["faulty"] = operation(32, 4)
     with tempfile.TemporaryDirectory() as folder:
-        audit.TABLE, audit.CATALOGUE = Path(folder) / "audit.json", Path(folder) / "README.md"
-        audit.CATALOGUE.write_text("<!-- python -m bench audit -->\n<!-- end of audit -->\n")
+        audit.TABLE, audit.PAGE = Path(folder) / "audit.json", Path(folder) / "AUDIT.md"
+        audit.PAGE.write_text("<!-- python -m bench audit -->\n<!-- end of audit -->\n")
         arguments = {"everything": False, "operations": None}
         assert audit.run(check=True, **arguments) == 1, "nothing is committed"
         assert not audit.TABLE.exists()
         assert audit.run(check=False, **arguments) == 0
-        assert "product_kernel" not in audit.CATALOGUE.read_text(), "no released shape runs it"
+        assert "product_kernel" not in audit.PAGE.read_text(), "no released shape uses it"
         assert audit.run(check=True, **arguments) == 0
         audit.TABLE.write_text(audit.TABLE.read_text().replace('"registers": ', '"registers": 1'))
-        assert audit.run(check=True, **arguments) == 1, "it compiles to something else"
+        assert audit.run(check=True, **arguments) == 1, "the kernel compiles to something else"
         OPERATIONS["faulty"] = operation(64, 4)
         assert audit.run(check=True, **arguments) == 1, "another tile is not in the table"
     print("every fault was found")
