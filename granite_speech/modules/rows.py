@@ -43,8 +43,8 @@ class Rows:
     def _is_full(self) -> bool:
         return self.segments.total == len(self.segments.lengths) * self.width
 
-    def pass_columns(self, cache: PagedCache) -> None:
-        """Advance the cache's count of columns. Call this when nothing in the call can fail any more."""
+    def advance(self, cache: PagedCache) -> None:
+        """Add these columns to the cache's count. Call this when nothing in the call can fail any more."""
         cache.columns += self.width
         cache.next_positions = self.next_positions
 

@@ -26,7 +26,7 @@ def new_cache(rows, page_size=64, layers=1, dtype=torch.float32):
 def remember(shape, mask, cache):
     """One call of the model, as far as its rows and the cache's book-keeping go."""
     rows = pack_rows(shape, CPU, mask, None, cache)
-    rows.pass_columns(cache)
+    rows.advance(cache)
     cache.begin(rows.segments)
     return rows
 
@@ -90,7 +90,7 @@ def test_position_ids_are_continued():
     cache = new_cache(2)
     positions = torch.tensor([[0, 1, 2], [5, 6, 9]])  # the 9 stands where nothing is kept: filling
     rows = pack([[1, 1, 1], [1, 1, 0]], position_ids=positions, cache=cache)
-    rows.pass_columns(cache)
+    rows.advance(cache)
     cache.begin(rows.segments)
     assert positions_by_row(pack(None, batch=2, width=2, cache=cache)) == [[3, 4], [7, 8]]
 
