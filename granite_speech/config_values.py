@@ -33,8 +33,9 @@ def integer(low: int | None = None, high: int | None = None) -> Check:
 
 def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> Check:
     """A finite number from low to high, which are excluded if open."""
-    bounds = "" if low == -math.inf else f" {'above' if open_low else 'from'} {low:g}"
-    bounds += "" if high == math.inf else f" {'and below' if open_high else 'and at most' if open_low else 'to'} {high:g}"
+    lower = "above" if open_low else "at least" if open_high else "from"
+    upper = "and below" if open_high else "and at most" if open_low else "to"
+    bounds = ("" if low == -math.inf else f" {lower} {low:g}") + ("" if high == math.inf else f" {upper} {high:g}")
 
     def check(value: Any) -> str | None:
         # Comparisons exclude NaN and infinities; math.isfinite would overflow on a very large integer.

@@ -106,9 +106,9 @@ def test_transformers_gives_the_same_words(embedded):
 
 def test_the_command_uses_the_embedded_checkpoint_and_says_so(capfd):
     assert main(["transcribe", str(SAMPLE)]) == 0
-    said = capfd.readouterr()
-    assert said.out == SAMPLE_WORDS + "\n"
-    assert "inside the package" in said.err and f"{len(VOCABULARY)} English words" in said.err
+    printed = capfd.readouterr()
+    assert printed.out == SAMPLE_WORDS + "\n"
+    assert "inside the package" in printed.err and f"{len(VOCABULARY)} English words" in printed.err
 
 
 def test_the_auto_classes_load_the_embedded_checkpoint():

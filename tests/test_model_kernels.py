@@ -70,9 +70,9 @@ def test_a_module_says_which_backend_it_uses(use_backend):
     model = small_model()
     for backend in ("torch", "triton"):
         use_backend(backend)
-        said = repr(model)
+        text = repr(model)
         for name in OPERATIONS:
-            assert f"{name}={backend}" in said
+            assert f"{name}={backend}" in text
 
 
 @pytest.mark.parametrize("chosen, dtype", [("triton", torch.float32), ("triton", torch.float64), ("tritn", torch.float32)], ids=str)
@@ -81,9 +81,9 @@ def test_a_model_that_cannot_run_can_be_printed(use_backend, monkeypatch, chosen
     model = small_model().to(dtype)
     use_backend(chosen)
     monkeypatch.setattr("granite_kernels.op._interpreted", lambda: False)
-    said = repr(model)
+    text = repr(model)
     for name in OPERATIONS:
-        assert f"{name}=unavailable" in said
+        assert f"{name}=unavailable" in text
     with pytest.raises(KernelError) as refused:
         model(**batch(model))
     assert isinstance(refused.value, GraniteSpeechError) and f"GRANITE_SPEECH_KERNELS={chosen}" in str(refused.value)

@@ -146,10 +146,10 @@ def installed(folder, name, version):
 
 def test_ibms_package_is_warned_about(tmp_path):
     installed(tmp_path, "granite-speech", "0.0.3")
-    said = python(WARNINGS, path=(ROOT, ROOT / "kernels", tmp_path), cwd=tmp_path).stdout.splitlines()
-    assert len(said) == 1 and said[0].startswith("RuntimeWarning <string>"), said
+    warned = python(WARNINGS, path=(ROOT, ROOT / "kernels", tmp_path), cwd=tmp_path).stdout.splitlines()
+    assert len(warned) == 1 and warned[0].startswith("RuntimeWarning <string>"), warned
     for part in ("granite-speech 0.0.3", "granite-speech-triton", "granite_speech", "pip uninstall"):
-        assert part in said[0]
+        assert part in warned[0]
 
 
 def test_this_package_alone_gives_no_warning(tmp_path):

@@ -272,7 +272,7 @@ def _check_cache_position(cache_position: Tensor | None, cache: PagedCache | Non
         raise InputError(
             got=f"cache_position {cache_position.tolist()!r:.100}",
             expected=f"{start} to {start + width - 1}, which follow from past_key_values",
-            remedy="Leave it out",
+            remedy="Omit it",
         )
 
 
