@@ -1,9 +1,9 @@
-"""The fastest and most pleasant way to run IBM's Granite Speech: speech in, text out.
+"""IBM's Granite Speech with hand-written Triton kernels: speech in, text out.
 
     from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 
-The names and arguments are transformers'; neither transformers nor peft is needed. Everything is imported when it is first
-used, so that importing the package costs next to nothing.
+Names and arguments are those of transformers; neither transformers nor peft is needed. Each name is imported when it is first
+used, so that importing the package itself is fast.
 """
 
 import os
@@ -23,7 +23,6 @@ _HOMES = {
         "GraniteSpeechPlusConfig",
         "GraniteSpeechPlusEncoderConfig",
     ),
-    "modules.encoder": ("GraniteSpeechCTCEncoder",),
     "errors": (
         "AudioError",
         "CheckpointError",
@@ -37,14 +36,16 @@ _HOMES = {
     ),
     "inputs.audio": ("load_audio", "read_blocks"),
     "inputs.features": ("GraniteSpeechFeatureExtractor",),
-    "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
     "inputs.processor": ("GraniteSpeechProcessor",),
+    "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
+    "modules.encoder": ("GraniteSpeechCTCEncoder",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
-if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does this
+# Type checkers and editors understand only import statements, and these would import torch at run time.
+if TYPE_CHECKING:
     from granite_speech.auto import AutoConfig as AutoConfig
     from granite_speech.auto import AutoFeatureExtractor as AutoFeatureExtractor
     from granite_speech.auto import AutoModelForSpeechSeq2Seq as AutoModelForSpeechSeq2Seq
@@ -76,14 +77,14 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
 
 
 def _warn_of_ibms_package() -> None:
-    """Say so where IBM's own distribution `granite-speech`, which installs this import name too, is in the environment.
+    """Warn if IBM's own distribution `granite-speech`, which has the same import name, is installed too.
 
-    The folders are listed before importlib.metadata is asked: importing that takes longer than all the rest of this file.
+    The folders are listed first, because importing importlib.metadata takes longer than the rest of this file.
     """
     for folder in sys.path:
         try:
             names = os.listdir(folder or os.curdir)
-        except OSError:  # a zip file, or a folder that is not there
+        except OSError:  # a zip file, or a missing folder
             continue
         if any(name.lower().startswith(("granite_speech-", "granite-speech-")) for name in names):
             break
@@ -97,9 +98,9 @@ def _warn_of_ibms_package() -> None:
     except PackageNotFoundError:
         return
     warn(
-        f"IBM's distribution granite-speech {theirs} is installed beside granite-speech-triton, and both install the import package "
-        f"granite_speech: whichever came last has overwritten files of the other, and removing one breaks the other. Uninstall both "
-        "(pip uninstall granite-speech granite-speech-triton) and install the one you want again.",
+        f"IBM's distribution granite-speech {theirs} and granite-speech-triton are both installed, and both have the import package "
+        "granite_speech. The one installed last has overwritten files of the other, and removing either breaks the other. Uninstall "
+        "both (pip uninstall granite-speech granite-speech-triton), then install the one you want.",
         RuntimeWarning,
         stacklevel=3,
     )

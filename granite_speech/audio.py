@@ -1,4 +1,4 @@
-"""Where `load_audio` was before the package had folders. `from granite_speech import load_audio` is the name to use."""
+"""The earlier import path of `load_audio`. New code uses `from granite_speech import load_audio`."""
 
 from granite_speech.inputs.audio import AudioWarning, load_audio, read_blocks, resample
 

@@ -1,6 +1,6 @@
-"""transformers' `Auto` classes for the one model family that is here: a folder's `model_type` decides, another is refused by name.
+"""transformers' `Auto` classes for this one model family; any other `model_type` is refused by name.
 
-With these a model card's snippet runs with one changed import:
+With these, a model card's snippet runs with one changed import:
 
     from granite_speech import AutoModelForSpeechSeq2Seq, AutoProcessor
 """
@@ -27,15 +27,15 @@ class AutoConfig:
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **hub: Any) -> GraniteSpeechConfig:
-        """Reads config.json.
+        """Read config.json.
 
         Args:
             pretrained_model_name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`).
             hub: revision, cache_dir, local_files_only and token.
 
         Raises:
-            UnsupportedError: another model_type, named.
-            CheckpointNotFoundError, CheckpointError, ConfigError, InputError: as
+            UnsupportedError: another model_type.
+            CheckpointNotFoundError, CheckpointError, ConfigError, InputError: as in
                 `GraniteSpeechForConditionalGeneration.from_pretrained`.
         """
         return _config(_folder(pretrained_model_name_or_path, hub))
@@ -46,7 +46,7 @@ class AutoModelForSpeechSeq2Seq:
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **options: Any) -> GraniteSpeechForConditionalGeneration:
-        """Loads a checkpoint; options and errors as `GraniteSpeechForConditionalGeneration.from_pretrained`."""
+        """As `GraniteSpeechForConditionalGeneration.from_pretrained`."""
         return GraniteSpeechForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, **options)
 
     @staticmethod
@@ -60,7 +60,7 @@ class AutoProcessor:
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **hub: Any) -> GraniteSpeechProcessor:
-        """As `GraniteSpeechProcessor.from_pretrained`; where the folder has a config.json, its model_type must be of this family."""
+        """As `GraniteSpeechProcessor.from_pretrained`; a config.json, if present, must be of this model family."""
         return GraniteSpeechProcessor.from_pretrained(_processing_folder(pretrained_model_name_or_path, hub))
 
 
@@ -69,7 +69,7 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **hub: Any) -> GraniteSpeechTokenizer:
-        """As `GraniteSpeechTokenizer.from_folder`, after `AutoProcessor`'s check."""
+        """As `GraniteSpeechTokenizer.from_folder`, with the same check as `AutoProcessor`."""
         return GraniteSpeechTokenizer.from_folder(_processing_folder(pretrained_model_name_or_path, hub))
 
 
@@ -78,7 +78,7 @@ class AutoFeatureExtractor:
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **hub: Any) -> GraniteSpeechFeatureExtractor:
-        """The one that `AutoProcessor` would use."""
+        """The feature extractor of `AutoProcessor`."""
         return AutoProcessor.from_pretrained(pretrained_model_name_or_path, **hub).audio_processor
 
 
@@ -87,7 +87,7 @@ def _folder(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
         raise InputError(
             got=f"unknown options {', '.join(sorted(unknown))} for from_pretrained",
             expected=", ".join(sorted(_HUB_OPTIONS)),
-            remedy="Leave them out; code from a checkpoint is never run",
+            remedy="Remove them; code from a checkpoint is never run",
         )
     return resolve(name_or_path, **hub)
 
@@ -96,15 +96,15 @@ def _config(folder: Path) -> GraniteSpeechConfig:
     config = config_from_dict(load_json(folder / "config.json"))
     if not isinstance(config, GraniteSpeechConfig):
         raise UnsupportedError(
-            got=f"model_type {config.model_type!r}, a part of a model",
+            got=f"model_type {config.model_type!r}, which is part of a model",
             expected="'granite_speech' or 'granite_speech_plus'",
-            remedy="Name the whole checkpoint's folder",
+            remedy="Pass the folder of the whole checkpoint",
         )
     return config
 
 
 def _processing_folder(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
-    """The folder; it may be one that holds a processor alone."""
+    """The folder, which may hold only a processor."""
     folder = _folder(name_or_path, hub)
     if (folder / "config.json").is_file():
         _config(folder)

@@ -1,9 +1,9 @@
-"""Configurations under transformers' names, with its parameters and defaults, validated when they are built.
+"""Configurations with transformers' names, parameters and defaults, validated when they are built.
 
-Sources: the transformers 4.56.2 page of Granite Speech; transformers 5.17 for what came later (`granite_speech_plus`,
-`rope_parameters`, a top-level `tie_word_embeddings`, `dim_head` that follows from `hidden_dim`). A key that is not known
-here is kept as an attribute and written back, so that a file survives a round trip; a known key with a value that no
-model can be built from raises `ConfigError` before anything is allocated.
+Sources: the transformers 4.56.2 page of Granite Speech; transformers 5.17 for later additions (`granite_speech_plus`,
+`rope_parameters`, a top-level `tie_word_embeddings`, `dim_head` derived from `hidden_dim`). An unknown key is kept as an
+attribute and written back, so that a file survives a round trip. A known key with a value that no model can be built from
+raises `ConfigError` before anything is allocated.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ __all__ = [
     "GraniteSpeechPlusEncoderConfig",
 ]
 
-# Generous limits: several times what any released or announced model uses, and far below what exhausts a machine by accident.
+# Generous limits: several times those of any released or announced model, and far too small to exhaust a machine by accident.
 _WIDTH, _LAYERS, _HEADS = integer(1, 1 << 17), integer(1, 1024), integer(1, 1024)
 _RATE = number(0.0, 1.0, open_high=True)
 _SCALAR, _POSITIVE = number(-1e6, 1e6), number(0.0, 1e6, open_low=True)
@@ -33,14 +33,14 @@ class GraniteSpeechEncoderConfig(Config):
     """The conformer CTC encoder.
 
     Args:
-        input_dim: features of a frame (two stacked log-mel frames of 80).
+        input_dim: features per frame (two stacked log-mel frames of 80).
         num_layers: conformer blocks; after block `num_layers // 2` the CTC head's softmax is fed back.
         hidden_dim: width of the blocks.
         feedforward_mult: inner width of the feed-forwards, as a multiple of `hidden_dim`.
         num_heads: attention heads.
-        dim_head: width of a head; `hidden_dim // num_heads` where None.
+        dim_head: width of a head; `hidden_dim // num_heads` if None.
         output_dim: size of the CTC vocabulary.
-        context_size: frames of an attention block.
+        context_size: frames per attention block.
         max_pos_emb: largest relative distance that has an embedding; at least `context_size`.
         dropout: of feed-forwards, attention output and convolution module, while training.
         conv_kernel_size: taps of the depthwise convolution.
@@ -54,7 +54,7 @@ class GraniteSpeechEncoderConfig(Config):
         "num_attention_heads": "num_heads",
         "num_mel_bins": "input_dim",
     }
-    cat_hidden_layers: ClassVar[None] = None  # of `granite_speech_plus` alone; a key of this name in another file means nothing
+    cat_hidden_layers: ClassVar[None] = None  # used only by `granite_speech_plus`; in other files a key of this name has no effect
 
     input_dim: int = checked(160, _WIDTH)
     num_layers: int = checked(10, _LAYERS)
@@ -79,13 +79,13 @@ class GraniteSpeechEncoderConfig(Config):
 
     @property
     def output_width(self) -> int:
-        """Features of a frame that the projector sees."""
+        """Features per frame of the projector's input."""
         return self.hidden_dim * (1 + len(self.cat_hidden_layers or ()))
 
 
 @dataclass(init=False, eq=False)
 class GraniteSpeechPlusEncoderConfig(GraniteSpeechEncoderConfig):
-    """`GraniteSpeechEncoderConfig` and the layers whose outputs stand before the last one's in what the projector sees.
+    """`GraniteSpeechEncoderConfig`, and the layers whose outputs are concatenated before the last one's for the projector.
 
     Args:
         cat_hidden_layers: block numbers counted from 1; 0 is the input projection's output.
@@ -113,11 +113,11 @@ class Blip2QFormerConfig(Config):
     Args:
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps: of the layers.
         hidden_dropout_prob, attention_probs_dropout_prob: while training.
-        cross_attention_frequency: layers 0, f, 2 f … look at the audio.
-        encoder_hidden_size: width of the audio frames. At its default of 1408, which fits no speech encoder of this family, it is
-            taken as not set: such a model can be built, as in transformers, and refuses audio.
-        use_qformer_text_input: text in the Q-Former is no part of Granite Speech; True is refused.
-        vocab_size, max_position_embeddings, initializer_range, pad_token_id: carried along.
+        cross_attention_frequency: layers 0, f, 2 f … attend to the audio.
+        encoder_hidden_size: width of the audio frames. Its default of 1408, which fits no speech encoder of this family, counts
+            as not set: such a model can be built, as in transformers, and refuses audio.
+        use_qformer_text_input: Granite Speech has no text in its Q-Former; True is refused.
+        vocab_size, max_position_embeddings, initializer_range, pad_token_id: kept and not used.
     """
 
     model_type: ClassVar[str] = "blip_2_qformer"
@@ -143,7 +143,7 @@ class Blip2QFormerConfig(Config):
         if self.hidden_size % self.num_attention_heads:
             self.refuse("hidden_size", f"a multiple of num_attention_heads = {self.num_attention_heads}")
         if self.use_qformer_text_input:
-            self.refuse("use_qformer_text_input", "false", "Granite Speech's projector reads audio alone; a text Q-Former is another model")
+            self.refuse("use_qformer_text_input", "false", "Granite Speech's projector takes only audio; a text Q-Former is another model")
 
 
 @dataclass(init=False, eq=False)
@@ -151,14 +151,14 @@ class GraniteConfig(Config):
     """The Granite language model: Llama with four multipliers.
 
     Args:
-        num_key_value_heads: `num_attention_heads` where None.
-        head_dim: `hidden_size // num_attention_heads` where None.
-        rope_parameters: {"rope_type": "default" or "linear", "rope_theta": base, "factor": for "linear"}; 4.x files have
-            `rope_theta` and `rope_scaling` instead, which are taken over.
-        embedding_multiplier: embeddings are multiplied by it.
+        num_key_value_heads: `num_attention_heads` if None.
+        head_dim: `hidden_size // num_attention_heads` if None.
+        rope_parameters: {"rope_type": "default" or "linear", "rope_theta": base, "factor": for "linear"}; `rope_theta` and
+            `rope_scaling` of 4.x files are converted.
+        embedding_multiplier: factor of the embeddings.
         attention_multiplier: scale of the attention scores, in place of 1/sqrt(head_dim).
-        residual_multiplier: every residual branch is multiplied by it.
-        logits_scaling: logits are divided by it.
+        residual_multiplier: factor of every residual branch.
+        logits_scaling: divisor of the logits.
     """
 
     model_type: ClassVar[str] = "granite"
@@ -188,7 +188,7 @@ class GraniteConfig(Config):
     attention_multiplier: float = checked(1.0, _SCALAR)
 
     def __init__(self, /, *args: Any, **kwargs: Any):
-        # 4.x files: rope_theta beside an optional rope_scaling. One form from here on: rope_parameters.
+        # 4.x files have rope_theta and an optional rope_scaling.
         theta = kwargs.pop("rope_theta", 10000.0)
         given = {name: kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
         for name, value in given.items():
@@ -213,7 +213,7 @@ class GraniteConfig(Config):
             self.refuse("hidden_size", f"a multiple of num_attention_heads = {self.num_attention_heads}, or a head_dim")
         if self.attention_head_dim % 2:
             name = "hidden_size" if given is None else "head_dim"
-            self.refuse(name, f"an even width for a head (here {self.attention_head_dim}): rotary embeddings turn pairs")
+            self.refuse(name, f"an even head width (here {self.attention_head_dim}): rotary embeddings rotate pairs")
         self._validate_rope()
         tokens = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         if any(optional(integer(-1, 1 << 40))(token) for token in tokens):
@@ -226,18 +226,18 @@ class GraniteConfig(Config):
         if rope["rope_type"] not in ("default", "linear"):
             raise UnsupportedError(
                 got=f"rope_type {shown(rope['rope_type'])}",
-                expected="'default' or 'linear', which are what Granite Speech uses",
-                remedy="Use transformers for this checkpoint, or ask for this kind of rotary scaling",
+                expected="'default' or 'linear', which Granite Speech uses",
+                remedy="Use transformers for this checkpoint, or request support for this kind of rotary scaling",
             )
         if number(0.0, 1e15, open_low=True)(rope["rope_theta"]):
             self.refuse("rope_parameters", "a positive rope_theta")
         if rope["rope_type"] == "linear" and number(0.0, 1e6, open_low=True)(rope.get("factor")):
-            self.refuse("rope_parameters", "a positive factor beside rope_type 'linear'")
+            self.refuse("rope_parameters", "a positive factor with rope_type 'linear'")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            self.refuse("rope_parameters", "partial_rotary_factor 1.0: Granite turns whole heads")
+            self.refuse("rope_parameters", "partial_rotary_factor 1.0: Granite rotates whole heads")
 
     def to_dict(self) -> dict[str, Any]:
-        # Both forms: transformers 4.x reads rope_theta and rope_scaling, and would take 10,000 for a missing base.
+        # Both forms: transformers 4.x reads rope_theta and rope_scaling, and assumes 10,000 if rope_theta is missing.
         rope = self.rope_parameters
         scaling = None if rope["rope_type"] == "default" else {"rope_type": rope["rope_type"], "factor": rope["factor"]}
         return super().to_dict() | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
@@ -258,16 +258,16 @@ class GraniteSpeechConfig(Config):
     """The whole model.
 
     Args:
-        text_config: `GraniteConfig`, or its dictionary; defaults where None.
-        encoder_config: `GraniteSpeechEncoderConfig`, or its dictionary; defaults where None.
-        projector_config: `Blip2QFormerConfig`, or its dictionary; defaults where None.
-        audio_token_index: the token id that stands for an audio vector; it may lie outside the vocabulary.
-        initializer_range: carried along.
+        text_config: `GraniteConfig`, or its dictionary; defaults if None.
+        encoder_config: `GraniteSpeechEncoderConfig`, or its dictionary; defaults if None.
+        projector_config: `Blip2QFormerConfig`, or its dictionary; defaults if None.
+        audio_token_index: the token id that marks the place of an audio vector; it may lie outside the vocabulary.
+        initializer_range: standard deviation of random weights.
         has_lora_adapter: the checkpoint has an adapter for requests with audio.
-        downsample_rate, window_size: the projector makes `window_size // downsample_rate` vectors of `window_size` frames;
-            the first must divide the second.
-        tie_word_embeddings: the head's weight is the embedding's. 4.x files say so in `text_config`; in a checkpoint the
-            weights that are there decide.
+        downsample_rate, window_size: the projector turns `window_size` frames into `window_size // downsample_rate` vectors;
+            the rate must divide the size.
+        tie_word_embeddings: the head's weight is the embedding's. 4.x files have this in `text_config`; when a checkpoint is
+            loaded, its weights decide.
     """
 
     model_type: ClassVar[str] = "granite_speech"
@@ -309,7 +309,7 @@ class GraniteSpeechConfig(Config):
 
 @dataclass(init=False, eq=False)
 class GraniteSpeechPlusConfig(GraniteSpeechConfig):
-    """`GraniteSpeechConfig` of a model whose projector also sees earlier layers of the encoder (4.1-2b-plus)."""
+    """`GraniteSpeechConfig` of a model whose projector also gets earlier layers of the encoder (4.1-2b-plus)."""
 
     model_type: ClassVar[str] = "granite_speech_plus"
     encoder_class: ClassVar[type[GraniteSpeechEncoderConfig]] = GraniteSpeechPlusEncoderConfig

@@ -1,6 +1,10 @@
-"""What every configuration is made of: values with checks, unknown keys that are kept, dictionaries and files."""
+"""The base of the configurations, and the checks of values that options share.
+
+A check takes a value and returns what was expected in its place, or None if the value is right.
+"""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,23 +16,32 @@ __all__ = ["ACTIVATIONS", "Config", "activation_name", "boolean", "checked", "co
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 
+Check = Callable[[Any], str | None]
 
-def integer(low: int, high: int) -> Callable[[Any], str | None]:
-    """A check that says what was expected, or None where the value is right. bool is no integer here."""
+
+def integer(low: int | None = None, high: int | None = None) -> Check:
+    """From low to high, both included; a bool is not an integer here."""
+    bounds = ("" if low is None else f" from {low}") + ("" if high is None else f" to {high}")
 
     def check(value: Any) -> str | None:
-        right = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        return None if right else f"an integer from {low} to {high}"
+        right = isinstance(value, int) and not isinstance(value, bool)
+        right = right and (low is None or low <= value) and (high is None or value <= high)
+        return None if right else f"an integer{bounds}"
 
     return check
 
 
-def number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[Any], str | None]:
+def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> Check:
+    """A finite number from low to high, which are excluded if open."""
+    lower = "above" if open_low else "at least" if open_high else "from"
+    upper = "and below" if open_high else "and at most" if open_low else "to"
+    bounds = ("" if low == -math.inf else f" {lower} {low:g}") + ("" if high == math.inf else f" {upper} {high:g}")
+
     def check(value: Any) -> str | None:
-        # Infinities and NaN fall outside any limits; math.isfinite would overflow on a very large integer.
-        right = isinstance(value, int | float) and not isinstance(value, bool)
+        # Comparisons exclude NaN and infinities; math.isfinite would overflow on a very large integer.
+        right = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
         right = right and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-        return None if right else f"a finite number {'above' if open_low else 'from'} {low:g} {'below' if open_high else 'to'} {high:g}"
+        return None if right else f"a finite number{bounds}"
 
     return check
 
@@ -42,18 +55,19 @@ def activation_name(value: Any) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value as an error quotes it: cut short, and by its type where Python does not print it (integers of thousands of digits)."""
+    """A value as errors quote it: shortened, or its type if Python refuses to print it (an integer of thousands of digits)."""
     try:
         return f"{value!r:.100}"
     except ValueError:
         return f"a very long {type(value).__name__}"
 
 
-def optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+def optional(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
 
-def checked(default: Any, check: Callable[[Any], str | None]) -> Any:
+def checked(default: Any, check: Check) -> Any:
+    """A dataclass field with a check in its metadata."""
     return field(default=default, metadata={"check": check})
 
 
@@ -61,15 +75,15 @@ _OTHER_FAMILIES = {
     "granite_speech_nar": "a non-autoregressive checkpoint (granite-speech-4.1-2b-nar)",
     "granite_speech5_ctc": "a TurboCTC checkpoint (granite-speech-5.0-470m-turboctc)",
 }
-_KINDS: dict[str, type["Config"]] = {}  # by model_type; a configuration class enters itself
+_KINDS: dict[str, type["Config"]] = {}  # by model_type; each configuration class registers itself
 
 
 @dataclass(init=False, eq=False)
 class Config:
-    """What the configurations share: keyword construction, checks, unknown keys, dictionaries and files."""
+    """Base of the configurations: keyword construction, checks, unknown keys, dictionaries and files."""
 
     model_type: ClassVar[str]
-    earlier_model_types: ClassVar[tuple[str, ...]] = ()  # read, and never written
+    earlier_model_types: ClassVar[tuple[str, ...]] = ()  # read but never written
     attribute_map: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -90,12 +104,12 @@ class Config:
             )
         for one in fields(self):
             setattr(self, one.name, given.pop(one.name, one.default))
-        self._extra = given  # apart from the attributes, so that a key named like a method cannot take its place
+        self._extra = given  # not among the attributes, where a key named like a method would replace it
         self._derive()
         self.validate()
 
     def _derive(self) -> None:
-        """Fill values that follow from others."""
+        """Set values that follow from others."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that no model can be built from."""
@@ -107,7 +121,7 @@ class Config:
         self._validate_together()
 
     def _validate_together(self) -> None:
-        """Checks that look at several values."""
+        """Check values that depend on each other."""
 
     def refuse(self, name: str, expected: str, remedy: str = "") -> None:
         raise ConfigError(
@@ -117,7 +131,7 @@ class Config:
         )
 
     def __getattr__(self, name: str) -> Any:
-        # Called only for what is no attribute: another model's name for a field, or an unknown key.
+        # Called only if normal lookup fails: for another model's name of a field, or an unknown key.
         if name in type(self).attribute_map:
             return getattr(self, type(self).attribute_map[name])
         extra = self.__dict__.get("_extra", {})
@@ -137,7 +151,7 @@ class Config:
     __hash__ = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values, unknown keys included."""
+        """The values for JSON, unknown keys included."""
         values = {one.name: getattr(self, one.name) for one in fields(self)} | self._extra
         plain = {name: value.to_dict() if isinstance(value, Config) else value for name, value in values.items()}
         return plain | {"model_type": self.model_type}
@@ -170,33 +184,33 @@ class Config:
         return config
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `config.json` into a folder, which is made if it is not there."""
+        """Write `config.json` into a folder, which is created if missing."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(self.to_json_string())
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
-    """The configuration that a config.json stands for, by its `model_type`.
+    """The configuration in a config.json, of the class that its `model_type` names.
 
     Raises:
-        UnsupportedError: another model family, named; or a folder that asks for code of its own.
+        UnsupportedError: another model family, or a checkpoint that asks to run its own code.
         ConfigError: no `model_type`, or a value that no model can be built from.
     """
     model_type = values.get("model_type")
     name = model_type if isinstance(model_type, str) else ""
     other = _OTHER_FAMILIES.get("granite_speech_nar" if "nar" in name.split("_") else name)
-    # Another family is named before its auto_map is refused: taking that out of the file would not help.
+    # Another family is reported first: removing its auto_map would not help.
     if "auto_map" in values and other is None:
         raise UnsupportedError(
             got=f"a config.json with auto_map, which asks to run code from the checkpoint ({shown(values['auto_map'])})",
             expected="a plain granite_speech checkpoint",
-            remedy="Remove auto_map from config.json if the folder holds one; code from a checkpoint is never run",
+            remedy="Remove auto_map from config.json if the folder holds such a checkpoint; code from a checkpoint is never run",
         )
     if name in _KINDS:
         return _KINDS[name].from_dict(values)
     if model_type is None:
-        raise ConfigError(got="a config.json without model_type", expected="'granite_speech'", remedy="Check that the folder is a model's")
+        raise ConfigError(got="a config.json without model_type", expected="'granite_speech'", remedy="Check that the folder holds a model")
     raise UnsupportedError(
         got=f"model_type {shown(model_type)}" + (f", {other}" if other else ""),
         expected="'granite_speech' or 'granite_speech_plus'",

@@ -1,19 +1,19 @@
-"""Every error this package raises on purpose: one small tree, one message shape.
+"""Every error that this package raises on purpose.
 
-A message always has three parts: what came, what was expected, and what to do about it. The constructor asks for the
-three by name, so no error can be raised without them.
+A message always has three parts: what was given, what was expected, and what to do about it. The constructor requires all
+three by name.
 
     GraniteSpeechError
     ├── ConfigError               a configuration value that no model can be built from
     ├── CheckpointError           a folder or file that is not the checkpoint it claims to be
     │   └── CheckpointNotFoundError   nothing at that path or under that hub id
     ├── InputError                a tensor, text or option given to a call
-    │   └── AudioError            sound that cannot be used
-    ├── KernelError               a call that a kernel cannot serve, or a backend that cannot run here (granite_kernels raises it)
-    ├── UnsupportedError          valid elsewhere, and deliberately not done here
-    └── MissingDependencyError    a package that this one call needs is not installed
+    │   └── AudioError            audio that cannot be used
+    ├── KernelError               a call that a kernel cannot serve, or a backend that cannot run here (from granite_kernels)
+    ├── UnsupportedError          valid elsewhere, deliberately not supported here
+    └── MissingDependencyError    a package that this call needs is not installed
 
-Each class is also the built-in exception that a caller would have caught before (ValueError, FileNotFoundError, …).
+Each class is also a built-in exception that callers may already catch (ValueError, FileNotFoundError, …).
 """
 
 from granite_kernels.errors import GraniteSpeechError, KernelError
@@ -48,12 +48,12 @@ class InputError(GraniteSpeechError, ValueError):
 
 
 class AudioError(InputError):
-    """Sound that cannot be used: empty, not finite, of the wrong rank or type, or in a file that does not decode."""
+    """Audio that cannot be used: empty, not finite, of the wrong rank or type, or in a file that cannot be decoded."""
 
 
 class UnsupportedError(GraniteSpeechError, NotImplementedError):
-    """Something that is valid elsewhere and deliberately not done here."""
+    """Something that is valid elsewhere and deliberately not supported here."""
 
 
 class MissingDependencyError(GraniteSpeechError, ImportError):
-    """A package that this one call needs is not installed."""
+    """A package that this call needs is not installed."""

@@ -1,8 +1,8 @@
 """Granite Speech: audio encoder, projector and language model, under transformers' names.
 
-`forward` takes the padded batches that transformers' classes take. They are packed at once, run packed from end to end, and
-padded again when a padded output is read; rows of a batch share nothing but the weights. The adapter is on for the rows that
-have audio.
+`forward` takes the same padded batches as transformers' classes. They are packed at once, run packed from end to end, and
+padded again when a padded output is read. Rows of a batch share nothing but the weights. The adapter is on for rows that have
+audio.
 """
 
 from dataclasses import replace
@@ -24,9 +24,9 @@ from granite_speech.modules.forward import SpeechToStates
 from granite_speech.modules.language_model import GraniteForCausalLM, GraniteModel
 from granite_speech.modules.outputs import GraniteSpeechCausalLMOutputWithPast, GraniteSpeechModelOutputWithPast, Lazy
 from granite_speech.modules.projector import GraniteSpeechEncoderProjector
-from granite_speech.modules.prompts import HostInputs
+from granite_speech.modules.prompts import ModelInputs
 from granite_speech.modules.rows import Rows
-from granite_speech.modules.transfers import on_device
+from granite_speech.modules.transfers import on_device, on_host
 from granite_speech.pretrained import Pretrained
 
 __all__ = ["GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"]
@@ -39,7 +39,7 @@ def _refuse_unknown(unknown: dict) -> None:
         raise InputError(
             got=f"unknown arguments {', '.join(sorted(unknown))}",
             expected="the arguments of transformers' GraniteSpeechForConditionalGeneration.forward",
-            remedy="Leave them out",
+            remedy="Remove them",
         )
 
 
@@ -60,7 +60,7 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
         self.initialize_weights()
 
     def _follow(self, whole: "GraniteSpeechForConditionalGeneration") -> Self:
-        """Take over the modules and settings of `whole`, which stays their owner; no weight is copied."""
+        """Share the modules and settings of `whole`, which owns them; no weight is copied."""
         self.config, self.generation_config, self.adapter_config = whole.config, whole.generation_config, whole.adapter_config
         self.training = whole.training
         self.encoder, self.projector, self.language_model = whole.encoder, whole.projector, whole.language_model.model
@@ -68,7 +68,7 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
 
     @classmethod
     def _load(cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, **target) -> "GraniteSpeechModel":
-        # The files hold the whole model's names, mostly with a head: load that, leaving the head's bytes where they are.
+        # Files have the names of the whole model, and most have a head: load the whole model without reading the head.
         headless = replace(checkpoint, entries={name: entry for name, entry in checkpoint.entries.items() if name != HEAD})
         return GraniteSpeechForConditionalGeneration._load(config, headless, **target | {"values": {}}).model
 
@@ -100,28 +100,29 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
     ) -> GraniteSpeechModelOutputWithPast | tuple:
         """As `GraniteSpeechForConditionalGeneration.forward`, without labels and logits."""
         _refuse_unknown(unknown)
-        output = self.states(
-            input_ids,
-            input_features,
-            input_features_mask,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            cache_position,
-            input_features_lengths,
+        inputs = ModelInputs(
+            input_ids=input_ids,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+            input_features_lengths=input_features_lengths,
         )
+        output = self.states(inputs)
         return output.to_tuple() if return_dict is False else output
 
 
 class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStates):
     """Speech and text in, text out: a drop-in for transformers' class of this name.
 
-    Modules have the released checkpoints' names: `encoder`, `projector`, `language_model.model`, `language_model.lm_head`. The
-    paths of transformers from 5.10 on, `model.encoder`, `model.language_model`, `lm_head`, lead to the same modules.
+    Modules have the released checkpoints' names: `encoder`, `projector`, `language_model.model`, `language_model.lm_head`.
+    transformers 5.10 and later name them `model.encoder`, `model.language_model` and `lm_head`; those paths work too.
 
     Args:
         config: of the whole model. Weights are random; `from_pretrained` loads a checkpoint's.
@@ -142,12 +143,12 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
 
     @property
     def model(self) -> GraniteSpeechModel:
-        """The model without its head: always the same object, sharing every module with this one. `forward` runs it."""
+        """The model without its head. Always the same object, which shares every module with this one; `forward` runs it."""
         headless = self.__dict__.get("_headless")
         if headless is None:
             headless = GraniteSpeechModel.__new__(GraniteSpeechModel)
             nn.Module.__init__(headless)
-            # Not as an attribute: it would be a submodule, and every parameter would have two names.
+            # Set as an attribute it would be a submodule, and every parameter would have two names.
             self.__dict__["_headless"] = headless
         return headless._follow(self)
 
@@ -164,7 +165,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         return self.lm_head
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
-        """As `torch.nn.Module.load_state_dict`; also takes the names that transformers and peft use in memory."""
+        """As `torch.nn.Module.load_state_dict`, and also accepts the names that transformers and peft use in memory."""
         names = canonical_keys(state_dict)
         renamed = {names[key]: value for key, value in state_dict.items() if key in names}
         if self.lm_head.weight is self.decoder.embed_tokens.weight:
@@ -194,36 +195,36 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
     ) -> Output | tuple:
         """Logits of every position, and the loss if labels are given.
 
-        The head runs on the tokens that the attention mask keeps. `logits` and the other padded fields are padded when they
+        The head runs only on tokens that the attention mask keeps. `logits` and the other padded fields are padded when they
         are read.
 
         Args:
-            input_ids: `(batch, sequence)`; `audio_token_index` stands where an audio vector goes.
-            input_features: `(clips, frames, input_dim)` log-mel features, the clips in the order of their places in `input_ids`.
+            input_ids: `(batch, sequence)`, with `audio_token_index` where an audio vector goes.
+            input_features: `(clips, frames, input_dim)` log-mel features, clips in the order of their audio tokens.
             input_features_mask: `(clips, audio tokens)` bool, the audio vectors to use; all if omitted.
             attention_mask: `(batch, sequence)` of 0 and 1, or wider by the columns in `past_key_values`.
             position_ids: `(batch, sequence)`; counted along each row if omitted.
-            past_key_values: the cache that an earlier call returned; `input_ids` are then the new tokens alone.
+            past_key_values: the cache that an earlier call returned; `input_ids` then has the new tokens only.
             inputs_embeds: `(batch, sequence, hidden)` in place of `input_ids`; the adapter is on for all rows.
-            labels: `(batch, sequence)` token ids, −100 to leave a position out.
-            use_cache: return `past_key_values`; if omitted, the text configuration's `use_cache`, and not while training.
+            labels: `(batch, sequence)` token ids, −100 to ignore a position.
+            use_cache: return `past_key_values`; if omitted, as the text configuration says, and False while training.
             output_attentions: return the softmax weights of the language model's layers.
             output_hidden_states: return the states of the language model's layers.
-            return_dict: False returns a tuple of what is not None.
+            return_dict: False returns a tuple of the fields that are not None.
             cache_position: checked, never needed.
-            logits_to_keep: logits of the last so many positions (0: of all), or of the positions in a 1-D tensor.
-            input_features_lengths: each clip's true number of frames, as the processor returns it. Then nothing is computed for
-                padding, and a clip's result does not depend on its neighbours. If omitted, every clip counts at its padded
-                length, which is what transformers computes.
+            logits_to_keep: how many last positions to return logits for (0: all), or a 1-D tensor of positions.
+            input_features_lengths: each clip's true number of frames, as the processor returns it. With it nothing is computed
+                for padding, and a clip's result does not depend on its neighbours. Without it every clip has its padded length,
+                as in transformers.
 
         Raises:
             InputError: arguments that do not fit together or to the model.
         """
         _refuse_unknown(unknown)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise InputError(got="labels with logits_to_keep", expected="one of them", remedy="Leave logits_to_keep out to get a loss")
-        # Through the headless model, so that hooks registered on `model.model` run.
-        rest = self.model(
+            raise InputError(got="labels with logits_to_keep", expected="one of them", remedy="Omit logits_to_keep to get a loss")
+        # Called as a module, so that hooks registered on `model.model` run.
+        headless = self.model(
             input_ids=input_ids,
             input_features=input_features,
             input_features_mask=input_features_mask,
@@ -237,28 +238,28 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
             cache_position=cache_position,
             input_features_lengths=input_features_lengths,
         )
-        rows, states = rest.rows, rest.states_to_project()
+        rows, states = headless.rows, headless.states_to_project()
         places = rows.places(_kept_columns(logits_to_keep, rows.width))
-        chosen = places[places >= 0]
-        if not torch.equal(chosen, torch.arange(len(states))):
-            states = states.index_select(0, on_device(chosen, states.device))
+        kept = places[places >= 0]
+        if not torch.equal(kept, torch.arange(len(states))):
+            states = states.index_select(0, on_device(kept, states.device))
         logits = self.language_model.logits(states)
         output = Output(
             loss=None if labels is None else _next_token_loss(logits, labels, rows),
             logits=Lazy(lambda: _padded_logits(logits, places)),
-            past_key_values=rest.past_key_values,
-            hidden_states=vars(rest)["hidden_states"],
-            attentions=vars(rest)["attentions"],
-            audio_hidden_states=vars(rest)["audio_hidden_states"],
+            past_key_values=headless.past_key_values,
+            hidden_states=vars(headless)["hidden_states"],
+            attentions=vars(headless)["attentions"],
+            audio_hidden_states=vars(headless)["audio_hidden_states"],
         )
         return output.to_tuple() if return_dict is False else output
 
 
 def _kept_columns(logits_to_keep: int | Tensor, width: int) -> range | Tensor:
-    """The columns that logits are wanted of, as numbers."""
+    """Numbers of the columns to return logits for."""
     if not isinstance(logits_to_keep, Tensor):
         return range(width)[-logits_to_keep:]
-    columns = HostInputs.read(input_ids=logits_to_keep).input_ids
+    (columns,) = on_host(logits_to_keep)
     return columns.nonzero().squeeze(1) if columns.dtype == torch.bool else columns
 
 
@@ -273,12 +274,12 @@ def _padded_logits(logits: Tensor, places: Tensor) -> Tensor:
 def _next_token_loss(logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
     """Mean cross entropy of each label given the tokens before it in its row. Labels of −100 do not count.
 
-    A label counts if the attention mask keeps its own column and the one before: after left padding a row's first token is
-    predicted from nothing, as it is in the row alone.
+    A label counts if the attention mask keeps its own column and the one before. After left padding, a row's first token thus
+    has no prediction, as in the unpadded row.
     """
     shape = (len(rows.segments.lengths), rows.width)
     if labels.shape != shape:
-        raise InputError(got=f"labels of shape {tuple(labels.shape)}", expected=f"{shape}, as input_ids", remedy="Pad both alike")
+        raise InputError(got=f"labels of shape {tuple(labels.shape)}", expected=f"{shape}, as input_ids", remedy="Pad both in the same way")
     columns = rows.kept[1:]
     follows = (columns == rows.kept[:-1] + 1) & (columns % max(rows.width, 1) != 0)
     answers = labels.flatten().index_select(0, on_device(columns[follows], labels.device))
@@ -286,5 +287,5 @@ def _next_token_loss(logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
     return F.cross_entropy(logits.to(accumulator(logits.dtype)), on_device(answers, logits.device), ignore_index=-100)
 
 
-# transformers has a class of its own for `granite_speech_plus`; here the configuration is the whole difference.
+# transformers has its own class for `granite_speech_plus`; here only the configuration differs.
 GraniteSpeechPlusForConditionalGeneration = GraniteSpeechForConditionalGeneration

@@ -19,7 +19,7 @@ __all__ = ["Pretrained", "choose_device", "choose_dtype"]
 
 
 class Pretrained(nn.Module):
-    """Random weights, weights from a folder, weights to a folder; for the two public models."""
+    """Initialising, loading and saving weights, for the two public models."""
 
     config: GraniteSpeechConfig
     generation_config: dict[str, Any] | None = None
@@ -27,11 +27,11 @@ class Pretrained(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Random weights as transformers draws them: normal with `initializer_range`, zero biases, unit norms."""
-        spread = self.config.initializer_range
+        """Random weights distributed as transformers' are: normal with `initializer_range`, zero biases, norms of one."""
+        deviation = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
-                module.weight.normal_(std=spread)
+                module.weight.normal_(std=deviation)
             if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
                 module.bias.zero_()
 
@@ -52,27 +52,27 @@ class Pretrained(nn.Module):
     ) -> Self:
         """Load a checkpoint, adapter included, in evaluation mode.
 
-        Weights go straight to their device and dtype, one tensor at a time; names and shapes are compared before anything is
-        allocated, and every weight is the file's or an error.
+        Weights go straight to their device and dtype, one tensor at a time. Names and shapes are compared before anything is
+        allocated; a weight that is not in the files is an error.
 
         Args:
             name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`).
             revision, cache_dir, local_files_only, token: of the hub.
-            dtype: of the weights; "auto" and None take the configuration's, or else the file's.
+            dtype: of the weights; "auto" and None take the configuration's, or if it has none the file's.
             torch_dtype: the earlier name of `dtype`.
-            device: where the weights go; the CPU where left out.
-            device_map: one device under transformers' name: a device, {"": device}, or "auto" (CUDA where there is one).
+            device: where the weights go; the CPU if omitted.
+            device_map: transformers' name for the same: a device, {"": device}, or "auto" (CUDA if available).
 
         Raises:
             CheckpointNotFoundError: no such folder or hub id.
-            CheckpointError: damaged files, or weights that are not those of the configuration.
+            CheckpointError: damaged files, or weights that do not match the configuration.
             ConfigError, UnsupportedError: another kind of model, or a value that no model can be built from.
         """
         if unknown:
             raise InputError(
                 got=f"unknown options {', '.join(sorted(unknown))} for from_pretrained",
                 expected="revision, cache_dir, local_files_only, token, dtype or torch_dtype, device or device_map",
-                remedy="Leave them out; code from a checkpoint is never run",
+                remedy="Remove them; code from a checkpoint is never run",
             )
         target = choose_device(device, device_map)
         folder = resolve(name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
@@ -80,7 +80,9 @@ class Pretrained(nn.Module):
         config = config_from_dict(values)
         if not isinstance(config, GraniteSpeechConfig):
             raise ConfigError(
-                got=f"a config.json of {config.model_type!r}, a part of a model", expected="'granite_speech'", remedy="Load the whole model"
+                got=f"a config.json of {config.model_type!r}, which is part of a model",
+                expected="'granite_speech'",
+                remedy="Load the whole model",
             )
         wanted = choose_dtype(dtype if dtype is not None else torch_dtype, values)
         checkpoint = Checkpoint.open(folder)
@@ -96,8 +98,8 @@ class Pretrained(nn.Module):
         model = cls.without_weights(config, checkpoint, values)
         if checkpoint.adapter_config is None and config.has_lora_adapter:
             warn(
-                f"{checkpoint.folder} says has_lora_adapter and has no adapter; the model runs without one. "
-                "Put adapter_config.json and adapter_model.safetensors there if this is the released 3.x model.",
+                f"{checkpoint.folder} has no adapter, although its configuration has has_lora_adapter; the model runs without one. "
+                "If this is a released 3.x model, add adapter_config.json and adapter_model.safetensors.",
                 stacklevel=4,
             )
         load_into(model, checkpoint, dtype=dtype, device=device)
@@ -108,12 +110,12 @@ class Pretrained(nn.Module):
         """The checkpoint's model on the meta device, its adapter attached.
 
         Args:
-            config: of the model; its ties are set to what the checkpoint has.
+            config: of the model; its `tie_word_embeddings` are set to match the checkpoint.
             checkpoint: the opened files.
             values: the contents of config.json.
         """
-        # The weights that are there decide whether the head is the embedding's: the two generations of files say it in two
-        # places, and contradict themselves. Only a file that says plainly "not tied" and has no head is missing one.
+        # The weights decide whether the head is tied: the two generations of config.json say so in two places and contradict
+        # themselves. A head counts as missing only if both places say "not tied".
         says_untied = values.get("tie_word_embeddings") is False and not config.text_config.tie_word_embeddings
         tied = checkpoint.head_is_tied() and (HEAD in checkpoint.entries or not says_untied)
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
@@ -126,12 +128,12 @@ class Pretrained(nn.Module):
         return model
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str = "50GB") -> None:
-        """Write config.json, model.safetensors (or shards and index), and the adapter's two files where there is one.
+        """Write config.json, model.safetensors (or shards and an index), and an adapter's two files if there is one.
 
-        The layout is the released folders', which every version of transformers reads.
+        The layout is that of the released folders, which every version of transformers reads.
 
         Args:
-            save_directory: made if it is not there; nothing in it is replaced before everything is written.
+            save_directory: created if missing; nothing in it is replaced before everything is written.
             max_shard_size: bytes, or a number with KB, MB or GB.
         """
         tensors = self.canonical_state_dict()
@@ -140,21 +142,21 @@ class Pretrained(nn.Module):
         config = self.config.to_dict() | {
             "architectures": [type(self).__name__],
             "has_lora_adapter": bool(lora),
-            # The name that transformers 4.x and 5.x both read.
+            # The only name that both transformers 4.x and 5.x read.
             "torch_dtype": str(next(iter(base.values())).dtype).removeprefix("torch."),
         }
         config.pop("dtype", None)
-        adapter = self._described_adapter() if lora else None
+        adapter = self._adapter_json() if lora else None
         save(save_directory, base, config=config, adapter_tensors=lora or None, adapter_config=adapter, max_shard_size=max_shard_size)
         if self.generation_config is not None:
             (Path(save_directory) / "generation_config.json").write_text(json.dumps(self.generation_config, indent=2) + "\n")
 
     def canonical_state_dict(self) -> dict[str, torch.Tensor]:
-        """The state dict under the released files' names, whichever of the two models this is."""
+        """The state dict with the names of the released files, for either model."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
-    def _described_adapter(self) -> dict[str, Any]:
-        """The adapter_config.json of the attached adapters: the one that was loaded, or one in its format."""
+    def _adapter_json(self) -> dict[str, Any]:
+        """The contents of adapter_config.json: as loaded, or made from the attached adapters."""
         if self.adapter_config is not None:
             return self.adapter_config.raw
         modules = {name: module for name, module in self.named_modules() if isinstance(module, LoraLinear) and module.lora_A is not None}
@@ -176,7 +178,7 @@ class Pretrained(nn.Module):
 
 
 def choose_device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
-    """The one device that `device` or transformers' `device_map` stands for."""
+    """The device that `device` or transformers' `device_map` names."""
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
     if device is not None and device_map is not None:
@@ -186,7 +188,7 @@ def choose_device(device: torch.device | str | int | None, device_map: Any) -> t
     chosen = device_map if device is None else device
     try:
         target = torch.device("cpu" if chosen is None else chosen)
-        torch.empty(0, device=target)  # a name may be right and the device not there
+        torch.empty(0, device=target)  # a valid name of a device that this machine may not have
     except (AssertionError, RuntimeError, TypeError, NotImplementedError) as error:
         raise InputError(
             got=f"device {chosen!r:.100}, which gives: {str(error).splitlines()[0]:.200}",
@@ -197,14 +199,14 @@ def choose_device(device: torch.device | str | int | None, device_map: Any) -> t
 
 
 def choose_dtype(dtype: torch.dtype | str | None, values: dict[str, Any]) -> torch.dtype | None:
-    """The dtype of floating-point weights: what was asked for, or the configuration's; None keeps the file's."""
-    asked = (values.get("dtype") or values.get("torch_dtype")) if dtype in (None, "auto") else dtype
-    if asked is None:
+    """The dtype of floating-point weights: the requested one or the configuration's; None keeps the file's."""
+    requested = (values.get("dtype") or values.get("torch_dtype")) if dtype in (None, "auto") else dtype
+    if requested is None:
         return None
-    chosen = asked if isinstance(asked, torch.dtype) else getattr(torch, str(asked).removeprefix("torch."), None)
+    chosen = requested if isinstance(requested, torch.dtype) else getattr(torch, str(requested).removeprefix("torch."), None)
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point or chosen.itemsize < 2:
         raise InputError(
-            got=f"dtype {asked!r:.100}",
+            got=f"dtype {requested!r:.100}",
             expected="torch.float32, torch.bfloat16, torch.float16 or torch.float64, or their names, or 'auto'",
             remedy="Pass dtype=torch.bfloat16",
         )

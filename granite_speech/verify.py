@@ -1,12 +1,12 @@
-"""Does this package compute what transformers computes, on these weights and this machine? Stage by stage, on one recording.
+"""A stage-by-stage comparison with transformers on one recording, with the user's own weights and machine.
 
-Both run the bundled recording from end to end, each on its own intermediate results, in float32 and in the checkpoint's dtype.
-A stage that is wrong misses, and so may all behind it: the first to miss is where to look. Only one model is in memory at a
-time: transformers' runs first, what it computed is kept on the CPU, and it is freed before ours is loaded. A checkpoint of n
-parameters thus needs 4 n bytes, for the float32 run, and some hundred MB.
+Both models run the bundled recording from end to end, each on its own intermediate results, in float32 and in the checkpoint's
+dtype. If a stage is wrong, it misses and so may all later ones, so look at the first miss. Only one model is in memory at a
+time: transformers' runs first, its results are kept on the CPU, and it is freed before ours is loaded. A checkpoint of n
+parameters thus needs 4 n bytes, for the float32 run, and a few hundred MB.
 
-An error is the RMS of the difference over the RMS of transformers' float32 values. float32 may differ by the order of its sums.
-In a shorter dtype transformers' own distance from its float32 values is the measure: ours may be little larger.
+An error is the RMS of the difference, divided by the RMS of transformers' float32 values. float32 results may differ by the
+order of summation. In a shorter dtype our error may be only slightly larger than transformers' own error in that dtype.
 """
 
 import gc
@@ -40,16 +40,16 @@ __all__ = ["Comparison", "Stage", "report", "verify"]
 RECORDING = Path(__file__).parent / "assets" / "jfk.flac"
 WORDS = "And so, my fellow Americans: ask not what your country can do for you, ask what you can do for your country."
 FLOAT32_ALLOWED = 1e-4
-# Of transformers' own error in a shorter dtype; the floor is for stages where that happens to be next to nothing.
+# Factor of transformers' own error in a shorter dtype; the floor is for stages where that error happens to be very small.
 SHORT_RATIO, SHORT_FLOOR = 1.5, 1e-3
-# Logits that lie closer than this are a tie, and either token is right; in a shorter dtype its errors of logits decide.
+# Logits closer than this are a tie, and either token is right. A shorter dtype adds a multiple of its largest logit error.
 TIE, TIE_IN_ERRORS = 1e-4, 4.0
 IDS = "greedy ids"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the comparison: the error, and the one that is allowed."""
+    """One line of the comparison: the error and the largest one allowed."""
 
     name: str
     error: float
@@ -62,10 +62,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All stages in one dtype, in the order in which they are computed.
+    """All stages in one dtype, in order of computation.
 
     Attributes:
-        seconds: of generating the answer, by side; features and prompt included, loading not.
+        seconds: time to generate the answer, by side, including features and prompt but not loading.
         words: the answer, by side.
     """
 
@@ -81,14 +81,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Side:
-    """A loaded model and how it is used.
+    """A loaded model and how to use it.
 
     Attributes:
         parts: encoder, projector, decoder (the language model without its head) and head.
-        prepare: makes the model's inputs of the recording.
-        decode: makes words of token ids.
-        scaling: divides what the head puts out, in place of the model's own logits: transformers divides them, as the models
-            were trained, up to 5.9 and no more from 5.10 on.
+        prepare: makes the model's inputs from the recording.
+        decode: turns token ids into words.
+        scaling: divisor of the head's output, used in place of the model's own logits: the models were trained with this
+            division, which transformers 5.10 and later omit.
     """
 
     model: nn.Module
@@ -100,12 +100,14 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one model computed, on the CPU.
+    """The results of one model, on the CPU.
 
     Attributes:
-        values: `(rows, width)` float32 by stage, in the order of computation.
+        values: `(rows, width)` float32 by stage, in order of computation.
         ids: `(tokens,)` of the answer.
-        step_logits: `(vocabulary,)` of each of them.
+        step_logits: `(vocabulary,)` for each of these tokens.
+        seconds: time to generate the answer.
+        words: the answer.
     """
 
     values: dict[str, Tensor]
@@ -115,6 +117,43 @@ class _Run:
     words: str
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One checkpoint and recording, for both models."""
+
+    folder: Path
+    device: torch.device
+    config: GraniteSpeechConfig
+    weights: Checkpoint
+    processor: GraniteSpeechProcessor
+    samples: Tensor
+    prompt: str
+    max_new_tokens: int
+
+    def precompile(self, dtype: torch.dtype) -> None:
+        """Compile our kernels in parallel. During our run they would be compiled one after another, which takes most of its time."""
+        values = load_json(self.folder / "config.json")
+        config = GraniteSpeechConfig.from_pretrained(self.folder)
+        model = GraniteSpeechForConditionalGeneration.without_weights(config, self.weights, values).to(dtype).eval()
+        inputs = self.processor(self.prompt, self.samples)
+        precompile_launches(launches_of_generate(model, inputs, architecture(self.device), self.max_new_tokens), self.device)
+
+    def ours(self, dtype: torch.dtype) -> _Side:
+        model = GraniteSpeechForConditionalGeneration.from_pretrained(self.folder, device=self.device, dtype=dtype)
+        parts = {"encoder": model.encoder, "projector": model.projector, "decoder": model.decoder, "head": model.lm_head}
+        prepare = partial(self.processor, self.prompt, self.samples, device=self.device)
+        return _Side(model, parts, prepare, self.processor.decode)
+
+    def theirs(self, load: Callable[[torch.dtype, torch.device], tuple], dtype: torch.dtype) -> _Side:
+        model, processor = load(dtype, self.device)
+        inner = getattr(model, "model", model)  # up to transformers 5.9 the model itself has the parts
+        decoder = inner.language_model
+        parts = {"encoder": inner.encoder, "projector": inner.projector, "decoder": getattr(decoder, "model", decoder)}
+        parts["head"] = model.get_output_embeddings()
+        prepare = partial(processor, self.prompt, self.samples[None], device=str(self.device), return_tensors="pt")
+        return _Side(model, parts, prepare, processor.tokenizer.decode, scaling=self.config.text_config.logits_scaling)
+
+
 def verify(
     name_or_path: str | Path, *, device: str | torch.device | None = None, max_new_tokens: int = 100, revision: str | None = None
 ) -> list[Comparison]:
@@ -122,67 +161,50 @@ def verify(
 
     Args:
         name_or_path: a folder or hub id.
-        device: where both run; CUDA where there is one and nothing is said.
+        device: where both models run; if omitted, CUDA if available, else the CPU.
         max_new_tokens: of the greedy answer.
         revision: on the hub.
 
     Returns:
-        One comparison in float32 and, where the checkpoint's dtype is another, one in that.
+        One comparison in float32, and if the checkpoint has another dtype one in that.
 
     Raises:
-        MissingDependencyError: no transformers, one without this model, or no peft for a checkpoint with an adapter.
+        MissingDependencyError: no transformers, a version without this model, or no peft for a checkpoint with an adapter.
         CheckpointError, ConfigError, UnsupportedError: a checkpoint that either side cannot load as it is.
-        InputError: a device that does not exist, or whose memory is too small.
+        InputError: a device that does not exist or has too little memory.
     """
     folder = resolve(name_or_path, revision=revision)
-    where = choose_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu", None)
-    config = GraniteSpeechConfig.from_pretrained(folder)
-    weights = Checkpoint.open(folder)
-    kept = choose_dtype(None, load_json(folder / "config.json")) or weights.entries[EMBEDDING].dtype
+    target = choose_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu", None)
+    config, weights = GraniteSpeechConfig.from_pretrained(folder), Checkpoint.open(folder)
+    stored = choose_dtype(None, load_json(folder / "config.json")) or weights.entries[EMBEDDING].dtype
     load_theirs = _their_loader(folder, config, has_adapter=weights.adapter_config is not None)
     processor = GraniteSpeechProcessor.from_pretrained(folder)
     samples, prompt = load_audio(RECORDING, processor.audio_processor.sampling_rate), transcript_request(processor)
-
-    def precompile(dtype: torch.dtype) -> None:
-        """Compile our kernels. Left to our run, they would be compiled one after another, which takes most of its time."""
-        values = load_json(folder / "config.json")
-        model = GraniteSpeechForConditionalGeneration.without_weights(GraniteSpeechConfig.from_pretrained(folder), weights, values)
-        launches = launches_of_generate(model.to(dtype).eval(), processor(prompt, samples), architecture(where), max_new_tokens)
-        precompile_launches(launches, where)
-
-    def ours(dtype: torch.dtype) -> _Side:
-        model = GraniteSpeechForConditionalGeneration.from_pretrained(folder, device=where, dtype=dtype)
-        parts = {"encoder": model.encoder, "projector": model.projector, "decoder": model.decoder, "head": model.lm_head}
-        return _Side(model, parts, lambda: processor(prompt, samples, device=where), processor.decode)
-
-    def theirs(dtype: torch.dtype) -> _Side:
-        model, their_processor = load_theirs(dtype, where)
-        inner = getattr(model, "model", model)  # transformers up to 5.9 has the parts in the model itself
-        decoder = inner.language_model
-        parts = {"encoder": inner.encoder, "projector": inner.projector, "decoder": getattr(decoder, "model", decoder)}
-        parts["head"] = model.get_output_embeddings()
-        prepare = partial(their_processor, prompt, samples[None], device=str(where), return_tensors="pt")
-        return _Side(model, parts, prepare, their_processor.tokenizer.decode, scaling=config.text_config.logits_scaling)
+    task = _Task(folder, target, config, weights, processor, samples, prompt, max_new_tokens)
 
     comparisons, truth = [], None
-    for dtype in dict.fromkeys((torch.float32, kept)):
+    for dtype in dict.fromkeys((torch.float32, stored)):
         with ThreadPoolExecutor(1) as background:
-            compiled = background.submit(precompile, dtype) if where.type == "cuda" else None
-            try:
-                reference = _run(theirs, dtype, where, max_new_tokens)
-            except GraniteSpeechError:
-                raise
-            except Exception as error:  # an open set, none of which is a result of the comparison
-                raise UnsupportedError(
-                    got=f"transformers failing on {str(folder)!r} in {dtype} ({type(error).__name__}: {error})",
-                    expected="an answer to compare with",
-                    remedy="Try another version of transformers",
-                ) from error
+            compiled = background.submit(task.precompile, dtype) if target.type == "cuda" else None
+            reference = _run_theirs(task, load_theirs, dtype)
             if compiled is not None:
                 compiled.result()
         truth = truth or reference
-        comparisons.append(_compare(dtype, _run(ours, dtype, where, max_new_tokens), reference, truth))
+        comparisons.append(_compare(dtype, _run(task.ours, dtype, target, max_new_tokens), reference, truth))
     return comparisons
+
+
+def _run_theirs(task: _Task, load: Callable[[torch.dtype, torch.device], tuple], dtype: torch.dtype) -> _Run:
+    try:
+        return _run(partial(task.theirs, load), dtype, task.device, task.max_new_tokens)
+    except GraniteSpeechError:
+        raise
+    except Exception as error:  # transformers may raise anything, and no error of its own is a result of the comparison
+        raise UnsupportedError(
+            got=f"transformers failing on {str(task.folder)!r} in {dtype} ({type(error).__name__}: {error})",
+            expected="an answer to compare with",
+            remedy="Try another version of transformers",
+        ) from error
 
 
 def report(comparisons: list[Comparison]) -> str:
@@ -194,46 +216,46 @@ def report(comparisons: list[Comparison]) -> str:
         lines += [f"{stage.name:{width}}  {stage.error:9.2e}  {stage.allowed:9.2e}{'  MISS' * stage.missed}" for stage in one.stages]
         lines += [f"{side}: {one.seconds[side]:.2f} s, {one.words[side]!r}" for side in one.seconds]
         miss = one.first_miss
-        lines.append("all stages within what is allowed" if miss is None else f"the first stage that misses: {miss.name}")
+        lines.append("all stages within the allowed error" if miss is None else f"first stage that misses: {miss.name}")
     return "\n".join(lines)
 
 
 def _their_loader(folder: Path, config: GraniteSpeechConfig, *, has_adapter: bool) -> Callable[[torch.dtype, torch.device], tuple]:
-    """transformers' classes for this folder, as a function that loads model and processor."""
+    """A function that loads this folder's model and processor with transformers."""
     kind = f"{'GraniteSpeechPlus' if isinstance(config, GraniteSpeechPlusConfig) else 'GraniteSpeech'}ForConditionalGeneration"
     try:
         import transformers
 
         model_class, processor_class = getattr(transformers, kind), transformers.AutoProcessor
         if has_adapter:
-            import peft  # noqa: F401 (transformers would load the model without its adapter)
-    except (ImportError, AttributeError, RuntimeError) as error:  # RuntimeError: transformers', where a part of it fails to import
+            import peft  # noqa: F401 (without it transformers loads the model without its adapter)
+    except (ImportError, AttributeError, RuntimeError) as error:  # RuntimeError: from transformers, if part of it fails to import
         raise MissingDependencyError(
             got=f"no {kind} to compare with ({error})",
-            expected="transformers with Granite Speech, and peft where the checkpoint has an adapter",
+            expected="transformers with Granite Speech, and peft if the checkpoint has an adapter",
             remedy='Install them for this comparison: pip install "transformers>=4.56" peft torchaudio',
         ) from error
 
     def load(dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
         try:
-            # By its older name, which every version knows.
+            # torch_dtype is the older name of dtype, which every version accepts.
             model, info = model_class.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True)
             processor = processor_class.from_pretrained(str(folder))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # an open set: transformers', peft's, safetensors', by version of each
+        except Exception as error:  # transformers, peft and safetensors may raise anything, depending on their versions
             raise CheckpointError(
-                got=f"{str(folder)!r}, which transformers {transformers.__version__} does not load ({type(error).__name__}: {error})",
-                expected="a checkpoint that transformers loads",
-                remedy="Try another version of transformers; this package may load it nevertheless",
+                got=f"{str(folder)!r}, which transformers {transformers.__version__} cannot load ({type(error).__name__}: {error})",
+                expected="a checkpoint that transformers can load",
+                remedy="Try another version of transformers; this package may still be able to load it",
             ) from error
         invented = {name for name in info["missing_keys"] if "lm_head" not in name and "attention_dists" not in name}
         if has_adapter and not any("lora_A" in name for name, _ in model.named_parameters()):
             invented.add("the adapter")
         if invented:
             raise CheckpointError(
-                got=f"{str(folder)!r}, of which transformers {transformers.__version__} did not load {sorted(invented)!r:.200}",
-                expected="a checkpoint that it loads whole",
+                got=f"{str(folder)!r}, from which transformers {transformers.__version__} did not load {sorted(invented)!r:.200}",
+                expected="a checkpoint that it loads completely",
                 remedy="Load it here, save it with save_pretrained and compare that folder, or try another version of transformers",
             )
         return model.to(device).eval(), processor
@@ -242,9 +264,9 @@ def _their_loader(folder: Path, config: GraniteSpeechConfig, *, has_adapter: boo
 
 
 def _run(load: Callable[[torch.dtype], _Side], dtype: torch.dtype, device: torch.device, max_new_tokens: int) -> _Run:
-    """One model from loading to its answer. It is gone afterwards."""
+    """Load one model, run it and free it."""
     tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False  # on by default, and then transformers' convolutions are no float32
+    torch.backends.cudnn.allow_tf32 = False  # on by default, which makes transformers' convolutions less accurate than float32
     try:
         side = load(dtype)
         values = _stage_values(side, device)
@@ -253,7 +275,7 @@ def _run(load: Callable[[torch.dtype], _Side], dtype: torch.dtype, device: torch
         raise InputError(
             got=f"a model in {dtype} that does not fit on {device} ({error})",
             expected="memory for the weights in float32",
-            remedy="Run it on a larger device, or on the CPU",
+            remedy="Use a device with more memory, or the CPU",
         ) from error
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
@@ -265,35 +287,35 @@ def _run(load: Callable[[torch.dtype], _Side], dtype: torch.dtype, device: torch
 
 @torch.no_grad()
 def _stage_values(side: _Side, device: torch.device) -> dict[str, Tensor]:
-    """One forward pass with a listener at every stage; what they heard is in the order of computation."""
+    """The output of every stage in one forward pass, in order of computation."""
     inputs = side.prepare()
     values = {"input ids": _rows(inputs["input_ids"][..., None]), "features": _rows(inputs["input_features"])}
     parts, hooks = side.parts, []
 
-    # The listeners return None: what a hook returns would take the place of what it heard.
-    def listen(name: str, module: nn.Module) -> None:
-        def hear(module: nn.Module, given: tuple, output: Any) -> None:
+    # Hooks must return None; anything else would replace the module's input or output.
+    def record_output(name: str, module: nn.Module) -> None:
+        def hook(module: nn.Module, given: tuple, output: Any) -> None:
             values.setdefault(name, _rows(output))
 
-        hooks.append(module.register_forward_hook(hear))
+        hooks.append(module.register_forward_hook(hook))
 
-    def listen_before(name: str, module: nn.Module) -> None:
-        def hear(module: nn.Module, given: tuple) -> None:
+    def record_input(name: str, module: nn.Module) -> None:
+        def hook(module: nn.Module, given: tuple) -> None:
             values.setdefault(name, _rows(given[0]))
 
-        hooks.append(module.register_forward_pre_hook(hear))
+        hooks.append(module.register_forward_pre_hook(hook))
 
-    listen("encoder.input_linear", parts["encoder"].input_linear)
-    listen("encoder.out_mid", parts["encoder"].out_mid)
+    record_output("encoder.input_linear", parts["encoder"].input_linear)
+    record_output("encoder.out_mid", parts["encoder"].out_mid)
     for number, layer in enumerate(parts["encoder"].layers):
-        listen(f"encoder.layers.{number}", layer)
-    listen_before("encoder", parts["projector"])  # which sees several layers' outputs, in some models
-    listen("projector", parts["projector"])
-    listen_before("embeddings", parts["decoder"].layers[0])
+        record_output(f"encoder.layers.{number}", layer)
+    record_input("encoder", parts["projector"])  # in some models the outputs of several layers
+    record_output("projector", parts["projector"])
+    record_input("embeddings", parts["decoder"].layers[0])
     for number, layer in enumerate(parts["decoder"].layers):
-        listen(f"language_model.model.layers.{number}", layer)
-    listen("language_model.model.norm", parts["decoder"].norm)
-    listen("logits", parts["head"])
+        record_output(f"language_model.model.layers.{number}", layer)
+    record_output("language_model.model.norm", parts["decoder"].norm)
+    record_output("logits", parts["head"])
     try:
         output = side.model(**inputs.to(device))
     finally:
@@ -304,7 +326,7 @@ def _stage_values(side: _Side, device: torch.device) -> dict[str, Tensor]:
 
 
 def _answer(side: _Side, device: torch.device, max_new_tokens: int) -> tuple[Tensor, list[Tensor], float, str]:
-    """Ids, the logits of each, seconds and words of a greedy answer."""
+    """Ids, logits of each id, seconds and words of a greedy answer."""
     logits = []
     hook = side.parts["head"].register_forward_hook(lambda module, given, output: logits.append(_rows(output)[-1]))
     try:
@@ -320,9 +342,9 @@ def _answer(side: _Side, device: torch.device, max_new_tokens: int) -> tuple[Ten
 
 
 def _rows(output: Any) -> Tensor:
-    """`(rows, width)` float32 on the CPU of a module's output: a tensor, padded or packed, or what holds one first.
+    """A module's output as `(rows, width)` float32 on the CPU: a tensor, padded or packed, or a tuple or output that starts with one.
 
-    Always a copy: a model may write into the tensor later.
+    Always a copy, because the model may write into the tensor later.
     """
     tensor = getattr(output, "last_hidden_state", output)
     tensor = tensor[0] if isinstance(tensor, tuple | list) else tensor
@@ -335,7 +357,7 @@ def _compare(dtype: torch.dtype, ours: _Run, theirs: _Run, truth: _Run) -> Compa
         error = _relative_rms(ours.values.get(name), expected)
         if name == "input ids":
             allowed = 0.0
-        elif dtype == torch.float32 or name == "features":  # which are float32 whatever the model's dtype
+        elif dtype == torch.float32 or name == "features":  # features are float32 for any dtype of the model
             allowed = FLOAT32_ALLOWED
         else:
             allowed = SHORT_RATIO * _relative_rms(theirs.values[name], expected) + SHORT_FLOOR
@@ -347,7 +369,7 @@ def _compare(dtype: torch.dtype, ours: _Run, theirs: _Run, truth: _Run) -> Compa
 
 
 def _relative_rms(value: Tensor | None, truth: Tensor) -> float:
-    """RMS of the difference over the truth's; infinite where the shapes differ or nothing was heard."""
+    """RMS of the difference over the RMS of the truth; infinite if the shapes differ or there is no value."""
     if value is None or value.shape != truth.shape:
         return math.inf
     difference, size = (value - truth).double().norm().item(), truth.double().norm().item()
@@ -355,9 +377,9 @@ def _relative_rms(value: Tensor | None, truth: Tensor) -> float:
 
 
 def _regret(ids: Tensor, theirs: _Run) -> float:
-    """At the first token that differs: how much higher the reference's own logit is than the one it gave to ours. 0 where none does.
+    """The reference's logit of its own token minus that of ours, at the first token that differs; 0 if none does.
 
-    What follows that token is another text, and no matter of errors.
+    Later tokens follow a different text, so they are not compared.
     """
     length = min(len(ids), len(theirs.ids))
     different = (ids[:length] != theirs.ids[:length]).nonzero()

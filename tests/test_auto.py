@@ -1,4 +1,4 @@
-"""transformers' `Auto` names: the snippets of the model cards run with one changed import, and say the same."""
+"""transformers' `Auto` classes: the snippets of the model cards run with one changed import and give the same text."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.support.random_checkpoint import write_checkpoint
 
 SAMPLE = Path(granite_speech.__file__).parent / "assets" / "jfk.flac"
 
-# The calls of the cards of granite-speech-3.3 and 4.1, which differ in the conversation alone.
+# The calls on the cards of granite-speech-3.3 and 4.1, which differ only in the conversation.
 SNIPPET = """
 from PACKAGE import AutoModelForSpeechSeq2Seq, AutoProcessor
 
@@ -54,19 +54,19 @@ def run_snippet(package: str, folder: Path, chat: list, dtype: torch.dtype) -> d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("card", CHATS)
-def test_a_cards_snippet_says_the_same(folder, card, dtype):
+def test_a_model_cards_snippet_gives_the_same_text(folder, card, dtype):
     mine, theirs = (run_snippet(package, folder, CHATS[card], dtype) for package in ("granite_speech", "transformers"))
     assert mine["prompt"] == theirs["prompt"]
     assert torch.equal(mine["model_inputs"]["input_ids"], theirs["model_inputs"]["input_ids"])
     assert mine["model"].dtype == dtype and type(mine["model"]) is GraniteSpeechForConditionalGeneration
-    # In bfloat16 two logits of a random model may tie later on, and which is larger is then a matter of the machine.
+    # In bfloat16 two logits of a random model may tie at a later token, and which is larger then depends on the machine.
     same = 24 if dtype == torch.float32 else 4
     assert torch.equal(mine["new_tokens"][:, :same], theirs["new_tokens"][:, :same])
     assert len(mine["texts"]) == 1 and len(mine["texts"][0]) > 5
     assert mine["texts"] == theirs["texts"] or dtype != torch.float32
 
 
-def test_decoding_takes_what_transformers_takes(folder):
+def test_batch_decode_accepts_transformers_arguments(folder):
     ids = [[1, 70, 300], [5, 6]]
     theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
     processor = granite_speech.AutoProcessor.from_pretrained(folder)
@@ -74,7 +74,7 @@ def test_decoding_takes_what_transformers_takes(folder):
         assert one.batch_decode(ids, add_special_tokens=False) == theirs.batch_decode(ids, add_special_tokens=False)
 
 
-def test_every_name_gives_its_part(folder):
+def test_each_auto_class_loads_its_part(folder):
     assert granite_speech.AutoConfig.from_pretrained(folder) == GraniteSpeechConfig.from_pretrained(folder)
     processor = GraniteSpeechProcessor.from_pretrained(folder)
     assert granite_speech.AutoTokenizer.from_pretrained(str(folder)).encode("the speech") == processor.tokenizer.encode("the speech")
@@ -87,7 +87,7 @@ AUTO = ("AutoConfig", "AutoFeatureExtractor", "AutoModelForSpeechSeq2Seq", "Auto
 
 
 @pytest.mark.parametrize("name", AUTO)
-def test_another_model_is_refused_by_its_name(folder, tmp_path, name):
+def test_another_model_is_refused_by_name(folder, tmp_path, name):
     for file in folder.glob("*.json*"):
         shutil.copy(file, tmp_path)
     load = getattr(granite_speech, name).from_pretrained
@@ -101,11 +101,11 @@ def test_another_model_is_refused_by_its_name(folder, tmp_path, name):
         load(folder, trust_remote_code=True)
 
 
-def test_a_part_of_a_model_is_no_model_and_a_processor_needs_none(folder, tmp_path):
+def test_part_of_a_model_is_refused_and_a_processor_needs_no_model(folder, tmp_path):
     for file in folder.glob("*.json*"):
         shutil.copy(file, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "granite"}))
-    with pytest.raises(UnsupportedError, match="a part of a model"):
+    with pytest.raises(UnsupportedError, match="part of a model"):
         granite_speech.AutoProcessor.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     assert granite_speech.AutoProcessor.from_pretrained(tmp_path).audio_token == "<|audio|>"

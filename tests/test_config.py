@@ -1,4 +1,4 @@
-"""Configurations against transformers' own: defaults, files in both directions, and what is refused."""
+"""Configurations against transformers' own: defaults, files in both directions, and refused values."""
 
 import copy
 import dataclasses
@@ -46,7 +46,7 @@ PLUS = SMALL | {
 
 
 def same(ours, theirs):
-    """Every field that we have, value by value."""
+    """Assert that all our fields have equal values and types."""
     for one in dataclasses.fields(ours):
         mine, other = getattr(ours, one.name), getattr(theirs, one.name)
         if one.name in PARTS:
@@ -62,11 +62,11 @@ def written(folder, values):
     return folder
 
 
-# --- transformers' values ----------------------------------------------------------------------------------------------------------
+# --- transformers' values --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_defaults_are_transformers(name):
+def test_defaults_are_those_of_transformers(name):
     ours, theirs = getattr(granite_speech, name)(), getattr(transformers, name)()
     same(ours, theirs)
     assert ours.model_type == theirs.model_type
@@ -74,7 +74,7 @@ def test_defaults_are_transformers(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_field_of_transformers_is_forgotten(name):
+def test_no_field_of_transformers_is_missing(name):
     theirs = {one.name for one in dataclasses.fields(getattr(transformers, name))}
     common = {one.name for one in dataclasses.fields(transformers.PreTrainedConfig)}
     assert theirs - common <= {one.name for one in dataclasses.fields(getattr(granite_speech, name))}
@@ -88,7 +88,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("ours, theirs, values", PAIRS, ids=["speech", "plus"])
 class TestFiles:
-    def test_theirs_loads_here(self, ours, theirs, values, tmp_path):
+    def test_a_file_of_transformers_loads_here(self, ours, theirs, values, tmp_path):
         original = theirs(**copy.deepcopy(values))
         same(ours.from_dict(original.to_dict()), original)
         original.save_pretrained(str(tmp_path))
@@ -96,23 +96,23 @@ class TestFiles:
         assert type(loaded) is ours and type(loaded.encoder_config) is ours.encoder_class
         same(loaded, original)
 
-    def test_ours_loads_there(self, ours, theirs, values, tmp_path):
+    def test_our_file_loads_in_transformers(self, ours, theirs, values, tmp_path):
         original = ours(**values)
         original.save_pretrained(tmp_path / "new" / "folder")
         same(original, theirs.from_pretrained(str(tmp_path / "new" / "folder")))
         same(original, theirs(**original.to_dict()))
 
-    def test_there_and_back(self, ours, theirs, values, tmp_path):
+    def test_a_round_trip_through_transformers_keeps_all_values(self, ours, theirs, values, tmp_path):
         original = ours(**values)
         original.save_pretrained(tmp_path)
         theirs.from_pretrained(str(tmp_path)).save_pretrained(str(tmp_path))
         same(ours.from_pretrained(tmp_path), original)
 
 
-# --- construction --------------------------------------------------------------------------------------------------------------------
+# --- construction ----------------------------------------------------------------------------------------------------------------
 
 
-def test_parts_as_dictionaries_objects_and_none():
+def test_parts_may_be_dictionaries_objects_or_none():
     by_dict = GraniteSpeechConfig(**SMALL)
     kinds = {"text_config": GraniteConfig, "encoder_config": GraniteSpeechEncoderConfig, "projector_config": Blip2QFormerConfig}
     by_object = GraniteSpeechConfig(**SMALL | {name: kind(**SMALL[name]) for name, kind in kinds.items()})
@@ -124,14 +124,14 @@ def test_parts_as_dictionaries_objects_and_none():
     assert GraniteSpeechConfig(text_config=text).text_config is text
 
 
-def test_what_was_given_is_not_changed():
+def test_arguments_are_not_modified():
     given = copy.deepcopy(PLUS | {"note": {"a": [1]}})
     before = copy.deepcopy(given)
     GraniteSpeechPlusConfig.from_dict(given).to_dict()
     assert given == before
 
 
-def test_positional_values_as_in_transformers():
+def test_positional_arguments_are_those_of_transformers():
     assert (
         GraniteSpeechEncoderConfig(80, 3, 64).to_dict() == GraniteSpeechEncoderConfig(input_dim=80, num_layers=3, hidden_dim=64).to_dict()
     )
@@ -178,7 +178,7 @@ def test_equality_and_copies():
         hash(config)
 
 
-def test_a_change_is_checked_when_asked():
+def test_validate_checks_later_changes():
     config = GraniteSpeechConfig(**SMALL)
     config.text_config.num_key_value_heads = 3
     with pytest.raises(ConfigError, match="num_key_value_heads = 3"):
@@ -188,7 +188,7 @@ def test_a_change_is_checked_when_asked():
         config.validate()
 
 
-# --- unknown keys --------------------------------------------------------------------------------------------------------------------
+# --- unknown keys ----------------------------------------------------------------------------------------------------------------
 
 METHODS = ["to_dict", "from_dict", "validate", "save_pretrained", "attribute_map", "_extra", "_derive", "__class__", "output_width"]
 ARGUMENTS = ["self", "cls", "args", "kwargs", ""]
@@ -224,10 +224,10 @@ def test_an_unknown_key_can_be_changed_and_a_missing_one_is_named():
         _ = config.nothing
 
 
-# --- rotary parameters, 4.x and 5.x ----------------------------------------------------------------------------------------------------
+# --- rotary parameters, 4.x and 5.x ----------------------------------------------------------------------------------------------
 
 
-ROTARY = [  # of 4.x, and what it means in 5.x beside rope_type "default" and rope_theta 10,000
+ROTARY = [  # keys of 4.x, and their equivalent in 5.x in addition to rope_type "default" and rope_theta 10,000
     ({}, {}),
     ({"rope_theta": 5e6}, {"rope_theta": 5e6}),
     ({"rope_theta": 5e6, "rope_scaling": None}, {"rope_theta": 5e6}),
@@ -246,18 +246,18 @@ def test_both_forms_of_rotary_parameters_mean_the_same(earlier, later):
         assert {name: one.rope_parameters[name] for name in names if name in one.rope_parameters} == later
     assert config.rope_theta == later["rope_theta"]
     both = config.to_dict()
-    assert both["rope_theta"] == later["rope_theta"], "4.x reads it there, and takes 10,000 where it is missing"
+    assert both["rope_theta"] == later["rope_theta"], "4.x reads it there, and assumes 10,000 if it is missing"
     assert (both["rope_scaling"] or {}).get("factor") == later.get("factor")
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------------
+# --- refused values --------------------------------------------------------------------------------------------------------------
 
 NAN, INF = float("nan"), float("inf")
 NO_SIZES = [0, -1, True, 1.5, "8", [8], {}, 1 << 41, 10**400, 10**5000]
 NO_RATES = [1.0, -0.1, NAN, None, "0.1", True]
 NO_NUMBERS = [INF, -INF, NAN, 10**400, None, "0.5", False]
 NO_BOOLEANS = [None, 0, 1, "true", []]
-BAD = {  # fields: values that each of them refuses
+BAD = {  # fields: values that each of them must refuse
     GraniteConfig: {
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads": [*NO_SIZES, None],
         "num_key_value_heads max_position_embeddings head_dim": NO_SIZES,
@@ -303,7 +303,7 @@ BAD = {  # fields: values that each of them refuses
 BAD_VALUES = [
     (cls, name, value) for cls, table in BAD.items() for names, values in table.items() for name in names.split() for value in values
 ]
-# The error of a value that only contradicts another may name the other one.
+# If a value only contradicts another, the error may name the other one.
 PARTNERS = {
     "num_key_value_heads": "num_attention_heads",
     "window_size": "downsample_rate",
@@ -325,7 +325,7 @@ def test_bad_values_are_refused_by_name(cls, name, value):
     assert len(message) < 500 and caught.value.remedy
 
 
-def test_the_table_is_long():
+def test_the_table_of_bad_values_is_long():
     assert len(BAD_VALUES) >= 60
 
 
@@ -344,17 +344,17 @@ def test_other_rotary_scalings_are_refused_by_name(kind):
     assert repr(kind) in str(caught.value)
 
 
-def test_widths_that_do_not_meet_are_refused():
+def test_mismatched_widths_are_refused():
     values = SMALL | {"projector_config": SMALL["projector_config"] | {"encoder_hidden_size": 13}}
     with pytest.raises(ConfigError, match="encoder_hidden_size = 13; expected 12"):
         GraniteSpeechConfig(**values)
     with pytest.raises(ConfigError, match="encoder_hidden_size = 12; expected 36"):
         GraniteSpeechPlusConfig(**PLUS | {"projector_config": SMALL["projector_config"]})
-    with pytest.raises(ConfigError, match="head_dim = 7; expected an even width"):
+    with pytest.raises(ConfigError, match="head_dim = 7; expected an even head width"):
         GraniteConfig(head_dim=7)
 
 
-def test_model_types_of_others_are_refused():
+def test_wrong_model_types_are_refused():
     with pytest.raises(ConfigError, match="model_type 'llama' for GraniteConfig"):
         GraniteSpeechConfig(text_config={"model_type": "llama"})
     with pytest.raises(ConfigError, match="model_type 'granite_speech_plus' for GraniteSpeechConfig"):
@@ -376,14 +376,14 @@ def test_other_families_are_refused_by_name(model_type, more):
     assert (known or ("auto_map" if more else repr(model_type))) in str(caught.value)
 
 
-def test_code_of_the_checkpoint_is_refused(tmp_path):
+def test_code_in_a_checkpoint_is_refused(tmp_path):
     written(tmp_path, SMALL | {"model_type": "granite_speech", "auto_map": {"AutoConfig": "configuration.Config"}})
     for cls in (GraniteSpeechConfig, GraniteSpeechPlusConfig):
         with pytest.raises(UnsupportedError, match=r"auto_map.*is never run"):
             cls.from_pretrained(tmp_path)
 
 
-def test_files_of_another_kind_are_refused(tmp_path):
+def test_files_of_another_configuration_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="without model_type"):
         config_from_dict({})
     with pytest.raises(ConfigError, match=r"'granite_speech'; expected 'granite_speech_plus'\. Load it with GraniteSpeechConfig"):
@@ -395,7 +395,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
         GraniteSpeechConfig.from_pretrained(tmp_path)
 
 
-# --- anything at all -------------------------------------------------------------------------------------------------------------------
+# --- arbitrary values ------------------------------------------------------------------------------------------------------------
 
 NUMBERS = st.one_of(st.integers(-3, 70), st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), 1e308, 2**63, 0.5, 1 << 17]))
 WORDS = st.one_of(
@@ -411,7 +411,7 @@ JSON = st.recursive(
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_junk_builds_or_is_refused(name, data):
+def test_arbitrary_values_build_or_are_refused(name, data):
     cls = getattr(granite_speech, name)
     more = ["rope_theta", "rope_scaling", "head_dim", "cat_hidden_layers", "model_type", *cls.attribute_map]
     known = [one.name for one in dataclasses.fields(cls)] + more
@@ -429,7 +429,7 @@ def test_junk_builds_or_is_refused(name, data):
 
 @settings(max_examples=60, deadline=None)
 @given(values=st.dictionaries(st.one_of(st.sampled_from(["model_type", "auto_map", *PARTS]), WORDS), JSON, max_size=4))
-def test_junk_files_are_refused(values):
+def test_arbitrary_files_are_read_or_refused(values):
     try:
         config_from_dict(values)
     except GraniteSpeechError as error:

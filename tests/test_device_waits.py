@@ -1,4 +1,4 @@
-"""How often the host waits for a GPU, counted on a stand-in for one; and that the stand-in counts what it should."""
+"""How often the host waits for a GPU, counted on a stand-in for one, and tests of the stand-in itself."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def device_calls(gpu: StandInGPU) -> tuple[GraniteSpeechForConditionalGeneration
     return model, inputs
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------------------
+# --- the model -------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prefill_waits_once():
@@ -45,7 +45,7 @@ def test_a_prefill_waits_once():
     torch.testing.assert_close(audio.values, expected.audio_hidden_states, rtol=1e-4, atol=1e-4)
 
 
-def test_every_optional_input_is_read_with_the_others(gpu):
+def test_optional_inputs_are_read_in_the_same_wait(gpu):
     model, inputs = device_calls(gpu)
     width = inputs["input_ids"].shape[1]
     more = {
@@ -72,8 +72,8 @@ def test_generate_waits_for_its_prompt_and_its_answer(gpu, options):
     assert len(gpu.waits) == 2, gpu.waits
 
 
-def test_a_decode_step_waits_for_nothing(gpu):
-    """Whether every row has ended is asked once in eight steps."""
+def test_a_decode_step_does_not_wait(gpu):
+    """`generate` checks once in eight steps whether every row has ended."""
     model, inputs = device_calls(gpu)
     waits = {}
     for steps in (2, 9):
@@ -83,7 +83,7 @@ def test_a_decode_step_waits_for_nothing(gpu):
     assert waits == {2: 2, 9: 3}, gpu.waits
 
 
-# --- the stand-in ------------------------------------------------------------------------------------------------------------------
+# --- the stand-in ----------------------------------------------------------------------------------------------------------------
 
 WAITS = {
     "item": lambda x: x.sum().item(),
@@ -119,18 +119,18 @@ NO_WAITS = {
 
 
 @pytest.mark.parametrize("name", WAITS)
-def test_a_wait_is_counted_and_its_line_named(gpu, name):
+def test_a_wait_is_counted_with_its_line(gpu, name):
     WAITS[name](gpu.move(torch.arange(3.0)))
     assert len(gpu.waits) == 1 and "test_device_waits.py:" in gpu.waits[0], gpu.waits
 
 
 @pytest.mark.parametrize("name", NO_WAITS)
-def test_what_does_not_wait_is_not_counted(gpu, name):
+def test_operations_that_do_not_wait_are_not_counted(gpu, name):
     NO_WAITS[name](gpu.move(torch.arange(3.0)))
     assert gpu.waits == []
 
 
-def test_values_are_right_and_views_share_them(gpu):
+def test_values_are_correct_and_views_share_memory(gpu):
     x = gpu.move(torch.arange(6.0))
     x.view(2, 3)[1].add_(10)
     x[0] = 7
@@ -144,7 +144,7 @@ def test_a_cpu_tensor_among_device_tensors_is_refused(gpu):
         x + torch.ones(3)
 
 
-def test_there_is_no_gpu_afterwards():
+def test_the_stand_in_is_removed_afterwards():
     with StandInGPU() as gpu:
         x = gpu.move(torch.ones(2))
     assert torch.ones(2).device.type == "cpu"
@@ -152,7 +152,7 @@ def test_there_is_no_gpu_afterwards():
         x + 1
 
 
-# --- the copies --------------------------------------------------------------------------------------------------------------------
+# --- the copies ------------------------------------------------------------------------------------------------------------------
 
 
 def test_tensors_of_every_dtype_are_read_together(gpu):
@@ -173,7 +173,7 @@ def test_tensors_of_every_dtype_are_read_together(gpu):
             torch.testing.assert_close(mine, given, rtol=0, atol=0, equal_nan=True)
 
 
-def test_host_tensors_stay_as_they_are():
+def test_host_tensors_are_returned_unchanged():
     values = torch.arange(3)
     assert on_host(values, None)[0] is values
     assert on_device(values, torch.device("cpu")) is values

@@ -1,4 +1,4 @@
-"""The checkpoint inside the package: speech becomes its words through every part, and not when a part is bent."""
+"""The embedded checkpoint transcribes speech correctly, and no longer does when one of its parts is damaged."""
 
 import json
 import shutil
@@ -25,11 +25,11 @@ def embedded():
     return load()
 
 
-def test_a_dozen_sentences(embedded):
+def test_twelve_sentences_are_transcribed_correctly(embedded):
     assert_understood(*embedded)
 
 
-def test_the_dozen_is_varied():
+def test_the_twelve_sentences_are_varied():
     texts = [one.text for one in sentences()]
     assert len(set(texts)) == 12 and {len(text.split()) for text in texts} == {1, 2, 3, 4, 5, 6, 8}
     assert len({word for text in texts for word in text.split()}) > 12
@@ -42,7 +42,7 @@ def without_adapter(model):
             parameter.zero_()
 
 
-def without_middle(model):
+def without_ctc_feedback(model):
     model.encoder.out_mid.weight.zero_()
     model.encoder.out_mid.bias.zero_()
 
@@ -52,11 +52,11 @@ def with_shifted_positions(model):
         layer.attn.rel_pos_emb.weight.copy_(layer.attn.rel_pos_emb.weight.roll(1, 0))
 
 
-@pytest.mark.parametrize("bend", [without_adapter, without_middle, with_shifted_positions])
-def test_a_bent_model_is_caught(bend):
+@pytest.mark.parametrize("damage", [without_adapter, without_ctc_feedback, with_shifted_positions])
+def test_a_damaged_model_is_caught(damage):
     model, processor = load()
     with torch.no_grad():
-        bend(model)
+        damage(model)
     with pytest.raises(AssertionError):
         assert_understood(model, processor)
 
@@ -65,8 +65,8 @@ def test_a_bent_model_is_caught(bend):
     ("multiplier", "plain"),
     [("embedding_multiplier", 1.0), ("attention_multiplier", 32**-0.5), ("residual_multiplier", 1.0), ("logits_scaling", 1.0)],
 )
-def test_a_dropped_multiplier_is_caught(multiplier, plain, tmp_path):
-    folder = tmp_path / "bent"
+def test_a_missing_multiplier_is_caught(multiplier, plain, tmp_path):
+    folder = tmp_path / "damaged"
     shutil.copytree(EMBEDDED_FOLDER, folder)
     config = json.loads((folder / "config.json").read_text())
     assert config["text_config"][multiplier] != plain
@@ -85,13 +85,13 @@ def test_without_the_adapter_the_language_model_does_its_own_task(embedded):
     assert [one.strip() for one in answers] == ["four zero", "seven one nine", "two", "three three five eight"]
 
 
-def test_the_same_words_through_the_kernels(embedded, monkeypatch):
+def test_the_kernels_give_the_same_words(embedded, monkeypatch):
     shortest = min(sentences(), key=lambda one: one.count_samples(16_000))
     monkeypatch.setenv(CHOICE, "triton")
     assert transcripts(*embedded, [shortest]) == [shortest.text]
 
 
-def test_the_same_words_in_transformers(embedded):
+def test_transformers_gives_the_same_words(embedded):
     transformers = pytest.importorskip("transformers")
     reference = transformers.GraniteSpeechForConditionalGeneration.from_pretrained(EMBEDDED_FOLDER).eval()
     processor = transformers.AutoProcessor.from_pretrained(EMBEDDED_FOLDER)
@@ -104,21 +104,21 @@ def test_the_same_words_in_transformers(embedded):
         assert processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == one.text
 
 
-def test_the_command_needs_no_model_and_says_which_one_listens(capfd):
+def test_the_command_uses_the_embedded_checkpoint_and_says_so(capfd):
     assert main(["transcribe", str(SAMPLE)]) == 0
-    said = capfd.readouterr()
-    assert said.out == SAMPLE_WORDS + "\n"
-    assert "inside the package" in said.err and f"{len(VOCABULARY)} English words" in said.err
+    printed = capfd.readouterr()
+    assert printed.out == SAMPLE_WORDS + "\n"
+    assert "inside the package" in printed.err and f"{len(VOCABULARY)} English words" in printed.err
 
 
-def test_the_snippet_of_the_readme_with_the_embedded_name():
+def test_the_auto_classes_load_the_embedded_checkpoint():
     processor = granite_speech.AutoProcessor.from_pretrained("embedded")
     model = granite_speech.AutoModelForSpeechSeq2Seq.from_pretrained("embedded")
     assert isinstance(processor, GraniteSpeechProcessor) and isinstance(model, GraniteSpeechForConditionalGeneration)
     assert model.dtype == torch.float32
 
 
-def test_a_checkpoint_folder_of_that_name_wins(tmp_path, monkeypatch):
+def test_a_checkpoint_folder_named_embedded_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("embedded").mkdir()
     assert GraniteSpeechForConditionalGeneration.from_pretrained("embedded").dtype == torch.float32
@@ -127,6 +127,6 @@ def test_a_checkpoint_folder_of_that_name_wins(tmp_path, monkeypatch):
         GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
 
 
-def test_it_is_small():
+def test_the_embedded_checkpoint_is_small():
     assert sum(file.stat().st_size for file in EMBEDDED_FOLDER.glob("*.safetensors")) <= 8_000_000
     assert sum(file.stat().st_size for file in SPEECH.glob("*")) <= 1_000_000

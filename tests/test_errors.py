@@ -1,4 +1,4 @@
-"""Every error has three parts, is the built-in exception a caller would have caught before, and leaves a worker process whole."""
+"""Every error has three parts, is also a built-in exception, and survives pickling between processes."""
 
 import copy
 import pickle
@@ -29,14 +29,14 @@ def _raise(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_message_has_three_parts(cls):
+def test_a_message_has_three_parts(cls):
     error = cls(**PARTS)
     assert str(error) == "a folder {x} of 3 files; expected one file. Remove two; keep %s."
     assert (error.got, error.expected, error.remedy) == tuple(PARTS.values())
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_no_part_can_be_left_out(cls):
+def test_all_three_parts_are_required(cls):
     for missing in PARTS:
         with pytest.raises(TypeError, match=missing):
             cls(**{name: text for name, text in PARTS.items() if name != missing})
@@ -46,7 +46,7 @@ def test_no_part_can_be_left_out(cls):
         cls(*PARTS.values())
 
 
-def test_builtin_bases():
+def test_errors_are_also_builtin_exceptions():
     assert set(BASES) == set(errors.__all__)
     for name, bases in BASES.items():
         cls = getattr(errors, name)
@@ -56,8 +56,8 @@ def test_builtin_bases():
                 _raise(cls)
 
 
-def test_siblings_are_apart():
-    # Whoever catches one kind must not silence another.
+def test_sibling_errors_do_not_inherit_from_each_other():
+    # Catching one kind of error must not catch another.
     assert not issubclass(errors.UnsupportedError, ValueError)
     assert not issubclass(errors.ConfigError, errors.CheckpointError)
     assert not issubclass(errors.InputError, errors.ConfigError)
@@ -68,14 +68,14 @@ def test_siblings_are_apart():
 @pytest.mark.parametrize(
     "way", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"]
 )
-def test_copies_are_whole(cls, way):
+def test_copies_keep_all_parts(cls, way):
     again = way(cls(**PARTS))
     assert type(again) is cls
     assert str(again) == str(cls(**PARTS))
     assert (again.got, again.expected, again.remedy) == tuple(PARTS.values())
 
 
-def test_leaves_a_worker_process():
+def test_an_error_survives_a_worker_process():
     with (
         ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool,
         pytest.raises(errors.CheckpointNotFoundError, match="a folder") as caught,

@@ -1,4 +1,4 @@
-"""What the model promises beyond parity: rows that do not touch each other, the adapter's switch, the cache, and clear refusals."""
+"""The model's behaviour beyond parity: independent rows, the adapter per row, the cache, and refused arguments."""
 
 import copy
 
@@ -10,12 +10,12 @@ from granite_speech.errors import ConfigError
 from tests.support.reference_models import SPECS, build_reference, clip_inputs, features, prompt, write_released_layout
 
 SPEC = SPECS[0]
-ALONE = 1e-5
+ALONE = 1e-5  # relative error between a row in a batch and the row alone
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> GraniteSpeechForConditionalGeneration:
-    """The first parity checkpoint: an adapter, a middle layer, an even kernel."""
+    """The first parity checkpoint: an adapter, CTC feedback in the middle, an even kernel size."""
     return GraniteSpeechForConditionalGeneration.from_pretrained(
         write_released_layout(build_reference(SPEC), tmp_path_factory.mktemp("checkpoint"))
     )
@@ -31,7 +31,7 @@ def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def batch_of(lengths: list[int | None]) -> tuple[dict, list[dict]]:
-    """A padded batch of prompts, one a length, with a clip of so many frames or with none; and each row alone."""
+    """A padded batch of prompts, and each row alone. A length is the number of frames of the row's clip, or None for no clip."""
     alone, clips = [], []
     for row, frames in enumerate(lengths):
         tokens = SPEC.audio_tokens(frames) if frames is not None else 0
@@ -48,7 +48,7 @@ def batch_of(lengths: list[int | None]) -> tuple[dict, list[dict]]:
 
 
 @pytest.mark.parametrize("lengths", [[61, 13, 1, 40], [26, 26], [5], [13, 14, 12, 39, 27, 2]])
-def test_a_clip_in_a_packed_batch_is_the_clip_alone(model, lengths):
+def test_a_clip_in_a_batch_gives_the_same_result_as_alone(model, lengths):
     clips = [features(frames, seed=frames)[0] for frames in lengths]
     padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=float("nan"))
     with torch.no_grad():
@@ -64,8 +64,8 @@ def test_a_clip_in_a_packed_batch_is_the_clip_alone(model, lengths):
 
 
 @pytest.mark.parametrize("lengths", [[30, None], [None, 7, None, 55], [None, None], [44, 1, 13]])
-def test_rows_of_a_batch_are_the_rows_alone(model, lengths):
-    """With and without audio, so with and without the adapter, in one batch."""
+def test_rows_of_a_batch_give_the_same_results_as_alone(model, lengths):
+    """Rows with and without audio, and therefore with and without the adapter, in one batch."""
     batch, alone = batch_of(lengths)
     with torch.no_grad():
         together = model(**batch).logits
@@ -78,7 +78,7 @@ def test_rows_of_a_batch_are_the_rows_alone(model, lengths):
 
 
 def test_the_adapter_is_on_for_audio_and_off_for_text(model):
-    """Judged by weights that make the adapter's presence unmistakable."""
+    """Compared with the merged adapter and with no adapter, which give clearly different logits."""
     merged, plain = copy.deepcopy(model), copy.deepcopy(model)
     merged.merge_adapter()
     for layer in plain.language_model.model.layers:
@@ -107,7 +107,7 @@ def test_the_adapter_stays_on_through_cached_steps(model):
 
 
 @pytest.mark.parametrize("pieces", [(1,) * 9, (4, 1, 4), (70, 1, 1)])
-def test_text_in_pieces_through_the_cache_is_the_text_at_once(model, pieces):
+def test_text_in_pieces_through_the_cache_gives_the_same_logits(model, pieces):
     ids = prompt(0, before=sum(pieces), after=0)
     cache, logits = None, []
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_text_in_pieces_through_the_cache_is_the_text_at_once(model, pieces):
     assert float((torch.cat(logits, dim=1) - whole.logits).abs().max()) <= ALONE * float(whole.logits.abs().max())
 
 
-def test_right_padding_holes_and_given_positions(model):
+def test_right_padding_masked_columns_and_explicit_positions(model):
     ids = prompt(0, before=10, after=0)
     with torch.no_grad():
         plain = model(input_ids=ids).logits
@@ -152,7 +152,7 @@ def test_two_clips_in_one_prompt(model):
     assert float((output.logits - merged).abs().max()) <= ALONE * float(merged.abs().max())
 
 
-def test_ways_to_ask_for_the_output(model):
+def test_the_output_can_be_requested_in_several_ways(model):
     inputs = clip_inputs(SPEC, 25)
     with torch.no_grad():
         full = model(**inputs, output_hidden_states=True)
@@ -191,7 +191,7 @@ def test_state_dicts_of_other_layouts_load(model):
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
 
 
-def test_to_another_dtype_and_back_through_float64(model):
+def test_results_in_other_dtypes_are_close_to_float64(model):
     inputs = clip_inputs(SPEC, 25)
     wide = copy.deepcopy(model).to(torch.float64)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_to_another_dtype_and_back_through_float64(model):
             assert float((narrow - truth).abs().mean() / truth.abs().mean()) < 0.1
 
 
-def test_training_mode_drops_out_and_moves_running_statistics(model):
+def test_training_mode_uses_dropout_and_updates_running_statistics(model):
     trained = copy.deepcopy(model).train()
     before = trained.encoder.layers[0].conv.batch_norm.running_mean.clone()
     inputs = clip_inputs(SPEC, 25)
@@ -217,7 +217,7 @@ def test_training_mode_drops_out_and_moves_running_statistics(model):
     assert all(one.grad is not None for name, one in trained.named_parameters() if "lora" in name)
 
 
-def test_loss_of_a_batch_is_the_mean_over_its_rows_own_predictions(model):
+def test_the_loss_of_a_batch_is_the_mean_over_all_predictions(model):
     batch, alone = batch_of([30, None, 44])
     labels = batch["input_ids"].masked_fill((batch["input_ids"] == 119) | (batch["attention_mask"] == 0), -100)
     with torch.no_grad():
@@ -230,8 +230,8 @@ def test_loss_of_a_batch_is_the_mean_over_its_rows_own_predictions(model):
     assert abs(float(together) - total / count) < 1e-5
 
 
-def test_batch_norm_in_training_uses_the_frames_that_exist(model):
-    """Statistics over packed frames: two clips in a batch are the same frames as no padding at all."""
+def test_batch_norm_in_training_ignores_padding(model):
+    """Its statistics are those of the packed frames."""
     conv = copy.deepcopy(model.encoder.layers[0].conv).train()
     conv.dropout.p = 0.0
     from granite_speech.modules.packing import Segments
@@ -272,7 +272,7 @@ REFUSED = {
     "too many audio tokens": ({"input_ids": prompt(9), "input_features": features(25)}, "9 audio tokens in input_ids and 6 audio vectors"),
     "audio without a place": ({"input_ids": prompt(0), "input_features": features(25)}, "0 audio tokens"),
     "rank of features": (inputs_with(input_features=features(25)[0]), r"\(25, 160\)"),
-    "width of features": (inputs_with(input_features=torch.zeros(1, 25, 80)), "80 features a frame"),
+    "width of features": (inputs_with(input_features=torch.zeros(1, 25, 80)), "80 features per frame"),
     "features of another kind": (inputs_with(input_features=[1.0]), "list"),
     "number of lengths": (inputs_with(input_features_lengths=[25, 25]), r"\[25, 25\]"),
     "length too large": (inputs_with(input_features_lengths=[26]), r"\[26\]"),
@@ -295,13 +295,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_forward_refuses(model, kind):
+def test_forward_refuses_bad_arguments(model, kind):
     arguments, message = REFUSED[kind]
     with pytest.raises(InputError, match=message):
         model(**arguments)
 
 
-def test_a_cache_of_another_batch_is_refused(model):
+def test_a_cache_that_does_not_fit_the_call_is_refused(model):
     cache = model(input_ids=prompt(0)).past_key_values
     with pytest.raises(InputError, match="2 rows for past_key_values of 1"):
         model(input_ids=prompt(0).expand(2, -1), past_key_values=cache)
@@ -312,7 +312,7 @@ def test_a_cache_of_another_batch_is_refused(model):
 
 
 @torch.no_grad()
-def test_a_refused_call_leaves_the_cache_as_it_was(model):
+def test_a_refused_call_does_not_change_the_cache(model):
     ids = prompt(0, before=8, after=0)
     cache = model(input_ids=ids[:, :5]).past_key_values
     expected = model(input_ids=ids).logits[:, 5:]
@@ -332,17 +332,17 @@ def test_a_refused_call_leaves_the_cache_as_it_was(model):
         ({"temperature": 0.5}, "temperature"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"max_new_tokens": 10**12}, "max_new_tokens=1000000000000"),
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "without a token"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "empty prompts"),
         ({"max_length": 3}, "max_length=3"),
         ({"attention_mask": torch.tensor([[1] * 14 + [0]])}, "padded on the right"),
     ],
 )
-def test_generate_refuses(model, options, message):
+def test_generate_refuses_bad_arguments(model, options, message):
     with pytest.raises(InputError, match=message):
         model.generate(**inputs_with(**options))
 
 
-def test_rows_end_at_their_own_end_and_are_filled(model):
+def test_each_row_ends_separately_and_is_padded(model):
     batch, alone = batch_of([30, 44, None])
     start = batch["input_ids"].shape[1]
     free = model.generate(**batch, max_new_tokens=12, eos_token_id=[])[:, start:]
@@ -357,8 +357,8 @@ def test_rows_end_at_their_own_end_and_are_filled(model):
     assert int(one[0, -1]) == end and one.shape[1] <= alone[0]["input_ids"].shape[1] + 4
 
 
-def test_a_plain_configuration_ignores_what_belongs_to_plus():
-    """transformers does: a key of another model's configuration is carried along and means nothing."""
+def test_a_plain_configuration_ignores_keys_of_plus():
+    """As in transformers, a key of another model's configuration is kept and has no effect."""
     values = SPEC.config()
     values["encoder_config"] = values["encoder_config"] | {"cat_hidden_layers": [1, 2]}
     config = GraniteSpeechConfig(**values)
@@ -367,7 +367,7 @@ def test_a_plain_configuration_ignores_what_belongs_to_plus():
 
 
 def test_the_default_configuration_builds_and_refuses_audio_of_another_width():
-    """transformers' defaults do not fit together: a projector of 1408 for an encoder of 1024."""
+    """transformers' defaults do not match: a projector of width 1408 and an encoder of width 1024."""
     with torch.device("meta"):
         model = GraniteSpeechForConditionalGeneration(GraniteSpeechConfig())
     assert model.config.projector_config.encoder_hidden_size == 1408
@@ -375,7 +375,7 @@ def test_the_default_configuration_builds_and_refuses_audio_of_another_width():
         model.get_audio_features(torch.zeros(1, 20, 160, device="meta"))
 
 
-def test_new_models_have_random_weights_of_the_configured_spread():
+def test_new_models_have_random_weights_of_the_configured_deviation():
     torch.manual_seed(0)
     model = GraniteSpeechForConditionalGeneration(GraniteSpeechConfig(**SPEC.config(), initializer_range=0.03))
     weight = model.language_model.model.layers[0].mlp.gate_proj.weight

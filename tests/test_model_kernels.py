@@ -1,4 +1,4 @@
-"""The whole small model through the Triton kernels, interpreted, beside its reference path."""
+"""The whole small model with interpreted Triton kernels, compared with the reference path."""
 
 import pytest
 import torch
@@ -8,42 +8,41 @@ from granite_kernels.op import CHOICE
 from granite_speech.errors import GraniteSpeechError, KernelError
 from tests.support.small_models import batch, small_model
 
-REACHED: set[str] = set()
+CALLED: set[str] = set()
 
 
 @pytest.fixture
-def through(monkeypatch: pytest.MonkeyPatch):
-    """Which half runs, and a note of every operation whose Triton half was called."""
+def use_backend(monkeypatch: pytest.MonkeyPatch):
+    """Chooses the backend, and records in CALLED every operation whose Triton backend is called."""
     for name, operation in OPERATIONS.items():
-        noted = noting_calls(name, operation.triton)
-        monkeypatch.setitem(operation.__dict__, "triton", noted)
+        monkeypatch.setitem(operation.__dict__, "triton", recording_calls(name, operation.triton))
 
-    def choose(half: str) -> None:
-        REACHED.clear()
-        monkeypatch.setenv(CHOICE, half)
+    def choose(backend: str) -> None:
+        CALLED.clear()
+        monkeypatch.setenv(CHOICE, backend)
 
     return choose
 
 
-def noting_calls(name: str, function):
-    def noting(*args, **kwargs):
-        REACHED.add(name)
+def recording_calls(name: str, function):
+    def recording(*args, **kwargs):
+        CALLED.add(name)
         return function(*args, **kwargs)
 
-    return noting
+    return recording
 
 
-def test_logits_and_greedy_ids_are_the_references(through):
+def test_logits_and_greedy_ids_match_the_reference(use_backend):
     model = small_model()
     inputs = batch(model)
     results = {}
-    for half in ("torch", "triton"):
-        through(half)
+    for backend in ("torch", "triton"):
+        use_backend(backend)
         with torch.no_grad():
             logits = model(**inputs).logits
         ids = model.generate(**inputs, max_new_tokens=6, eos_token_id=[])
-        results[half] = logits, ids
-        assert set(OPERATIONS if half == "triton" else ()) == REACHED
+        results[backend] = logits, ids
+        assert set(OPERATIONS if backend == "triton" else ()) == CALLED
     (expected, expected_ids), (logits, ids) = results["torch"], results["triton"]
     real = inputs["attention_mask"].bool()
     assert float((logits - expected)[real].abs().max()) <= 1e-4
@@ -51,40 +50,40 @@ def test_logits_and_greedy_ids_are_the_references(through):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_gradients_are_the_references(through, training: bool):
+def test_gradients_match_the_reference(use_backend, training: bool):
     gradients = {}
-    for half in ("torch", "triton"):
-        through(half)
-        model = small_model().train(training)  # BatchNorm folded into the kernel, or behind it
+    for backend in ("torch", "triton"):
+        use_backend(backend)
+        model = small_model().train(training)  # BatchNorm folded into the kernel, or after it
         inputs = batch(model)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         model(**inputs, labels=labels, use_cache=False).loss.backward()
-        gradients[half] = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-        assert {name for name, one in OPERATIONS.items() if one.differentiable and half == "triton"} == REACHED
+        gradients[backend] = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        assert {name for name, one in OPERATIONS.items() if one.differentiable and backend == "triton"} == CALLED
     assert gradients["torch"].keys() == gradients["triton"].keys()
     for name, expected in gradients["torch"].items():
         difference = float((gradients["triton"][name] - expected).abs().max())
         assert difference <= 1e-3 * float(expected.abs().max()) + 1e-7, name
 
 
-def test_a_module_says_which_backend_it_uses(through):
+def test_a_module_says_which_backend_it_uses(use_backend):
     model = small_model()
     for backend in ("torch", "triton"):
-        through(backend)
-        said = repr(model)
+        use_backend(backend)
+        text = repr(model)
         for name in OPERATIONS:
-            assert f"{name}={backend}" in said
+            assert f"{name}={backend}" in text
 
 
 @pytest.mark.parametrize("chosen, dtype", [("triton", torch.float32), ("triton", torch.float64), ("tritn", torch.float32)], ids=str)
-def test_a_model_that_cannot_run_can_be_printed(through, monkeypatch, chosen, dtype):
-    """Triton chosen for CPU tensors without the interpreter, for a dtype it does not serve, and misspelled."""
+def test_a_model_that_cannot_run_can_be_printed(use_backend, monkeypatch, chosen, dtype):
+    """Triton chosen for CPU tensors without the interpreter, for an unsupported dtype, and misspelled."""
     model = small_model().to(dtype)
-    through(chosen)
+    use_backend(chosen)
     monkeypatch.setattr("granite_kernels.op._interpreted", lambda: False)
-    said = repr(model)
+    text = repr(model)
     for name in OPERATIONS:
-        assert f"{name}=unavailable" in said
+        assert f"{name}=unavailable" in text
     with pytest.raises(KernelError) as refused:
         model(**batch(model))
     assert isinstance(refused.value, GraniteSpeechError) and f"GRANITE_SPEECH_KERNELS={chosen}" in str(refused.value)

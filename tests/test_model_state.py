@@ -1,4 +1,4 @@
-"""State that outlives a call: weights loaded in part, the headless model and its hooks, a cache after an error, lazy outputs."""
+"""State that outlives a call: partly loaded weights, the headless model and its hooks, a cache after an error, lazy outputs."""
 
 import copy
 import pickle
@@ -25,16 +25,16 @@ def tied_model() -> GraniteSpeechForConditionalGeneration:
 
 
 def continued(model, inputs, cache) -> Tensor:
-    """Logits of one more token in each row."""
+    """Logits of one more token in each row, from the cache."""
     ids = torch.full((len(inputs["input_ids"]), 1), 7)
     return model(input_ids=ids, past_key_values=cache).logits
 
 
-# --- loading in part ---------------------------------------------------------------------------------------------------------------
+# --- partial loading -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["encoder.out.bias", EMBEDDING, HEAD, "lm_head.weight", "model.language_model.embed_tokens.weight"])
-def test_a_part_of_a_tied_models_weights_loads(name):
+def test_part_of_a_tied_models_weights_can_be_loaded(name):
     model = tied_model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     canonical = {"lm_head.weight": HEAD, "model.language_model.embed_tokens.weight": EMBEDDING}.get(name, name)
@@ -47,12 +47,12 @@ def test_a_part_of_a_tied_models_weights_loads(name):
     assert set(result.missing_keys) == {key for key in before if key not in changed and not key.endswith("num_batches_tracked")}
 
 
-def test_a_part_is_not_enough_for_strict_loading():
+def test_strict_loading_requires_all_weights():
     with pytest.raises(RuntimeError, match="Missing key"):
         tied_model().load_state_dict({"encoder.out.bias": torch.zeros(16)})
 
 
-# --- the headless model ------------------------------------------------------------------------------------------------------------
+# --- the headless model ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_headless_model_is_one_object_and_its_hooks_run():
@@ -103,20 +103,20 @@ def test_the_headless_model_adds_no_names():
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
-def test_copies_have_a_headless_model_of_their_own(way):
+def test_copies_have_their_own_headless_model(way):
     model = small_model()
     assert model.model.encoder is model.encoder
     copied = way(model)
     assert copied.model is not model.model and copied.model.encoder is copied.encoder is not model.encoder
 
 
-# --- the cache ---------------------------------------------------------------------------------------------------------------------
+# --- the cache -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("later", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
-def test_a_cache_is_continued_in_another_mode(first, later):
-    """Also after its pools have grown."""
+def test_a_cache_can_be_continued_in_another_gradient_mode(first, later):
+    """Before and after its pools have grown."""
     model = small_model()
     inputs = batch(model)
 
@@ -136,7 +136,7 @@ def test_a_cache_is_continued_in_another_mode(first, later):
 
 
 class OutOfMemory:
-    """Lets some allocations of pools through and refuses the next."""
+    """Allows some allocations of pools and fails on the next."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, allowed: int):
         self.left = allowed
@@ -153,7 +153,7 @@ class OutOfMemory:
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 3])
-def test_a_cache_is_whole_after_memory_ran_out(monkeypatch, allowed):
+def test_a_cache_is_intact_after_running_out_of_memory(monkeypatch, allowed):
     config = small_model().config.text_config  # two layers: four pools
     cache, truth = (
         PagedCache(config, 2, dtype=torch.float32, device=CPU, page_size=4),
@@ -188,13 +188,13 @@ def rows_of(cache: PagedCache, pool: Tensor, row: int, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("where", ["the cache", "a layer"])
-def test_a_call_that_failed_can_be_made_again(monkeypatch, where):
+def test_a_failed_call_can_be_repeated(monkeypatch, where):
     model = small_model()
     inputs = batch(model)
     with torch.no_grad():
         cache, truth = (model(**inputs, use_cache=True).past_key_values for _ in range(2))
         expected = continued(model, inputs, truth)
-        long = {"input_ids": torch.full((3, 70), 7), "past_key_values": cache}  # more than the pages in hand
+        long = {"input_ids": torch.full((3, 70), 7), "past_key_values": cache}  # needs more pages than the cache has
         with monkeypatch.context() as patch:
             if where == "the cache":
                 OutOfMemory(patch, 1)
@@ -206,10 +206,10 @@ def test_a_call_that_failed_can_be_made_again(monkeypatch, where):
         assert (cache.lengths, cache.columns, cache.next_positions) == (truth.lengths, truth.columns, truth.next_positions)
 
 
-# --- outputs -----------------------------------------------------------------------------------------------------------------------
+# --- outputs ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_padded_that_nobody_reads(monkeypatch):
+def test_fields_are_padded_only_when_they_are_read(monkeypatch):
     model = small_model()
     inputs = batch(model)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -228,7 +228,7 @@ def test_nothing_is_padded_that_nobody_reads(monkeypatch):
     assert not output.logits[inputs["attention_mask"] == 0].any()
 
 
-def test_logits_to_keep_spares_the_head():
+def test_logits_to_keep_reduces_the_heads_work():
     model = small_model()
     inputs = batch(model)
     heads = []
@@ -277,7 +277,7 @@ def test_an_output_can_be_copied_before_it_is_read(way):
     assert torch.equal(way(output).logits, expected.logits)
 
 
-def test_an_output_has_the_same_fields_read_or_not():
+def test_reading_an_output_does_not_change_its_fields():
     model, inputs = small_model(), batch(small_model())
     with torch.no_grad():
         output = model(**inputs)

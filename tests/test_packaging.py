@@ -1,4 +1,4 @@
-"""What is installed, what importing costs and pulls in, and who may import whom."""
+"""The installed files, the cost and side effects of importing, and which module may import which."""
 
 import ast
 import importlib.util
@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 SOURCES = {"granite_speech": ROOT / "granite_speech", "granite_kernels": ROOT / "kernels" / "granite_kernels"}
 JFK, SAMPLE = "granite_speech/assets/jfk.flac", "granite_speech/assets/sample.flac"
 
-# Put before a script: these packages are not there, whatever is installed.
+# Prepended to a script to hide installed packages.
 BLOCK = """
 import sys
 class Blocker:
@@ -32,7 +32,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def python(script, *arguments, path=(ROOT, ROOT / "kernels"), cwd=None, blocked=None, options=()):
-    """Run a script in a fresh interpreter that sees only these source roots and what is installed."""
+    """Run a script in a new interpreter that finds only these source roots and installed packages."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON"))}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
     environment["OMP_NUM_THREADS"] = "1"
@@ -43,19 +43,19 @@ def python(script, *arguments, path=(ROOT, ROOT / "kernels"), cwd=None, blocked=
     return done
 
 
-# --- importing ---------------------------------------------------------------------------------------------------------------------
+# --- importing -------------------------------------------------------------------------------------------------------------------
 
 
-def test_kernels_is_no_package():
-    """Hugging Face ships an import package `kernels`, which transformers imports. With an __init__.py in this folder, anything
-    run from the root would get this one in its place, and an installation would overwrite Hugging Face's files."""
-    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would take the place of Hugging Face's package `kernels`"
+def test_the_kernels_folder_is_not_a_package():
+    """Hugging Face has an import package `kernels`, which transformers imports. With an __init__.py, this folder would be
+    imported instead by anything run from the root, and an installation would overwrite Hugging Face's files."""
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would replace Hugging Face's package `kernels`"
     found = importlib.util.find_spec("kernels")
     if found is not None and found.origin is not None:
         assert Path(found.origin).parent != ROOT / "kernels"
 
 
-def test_the_package_alone_is_light(tmp_path):
+def test_importing_the_package_is_fast(tmp_path):
     script = """
 import sys, time
 begin = time.perf_counter()
@@ -77,7 +77,7 @@ else:
 
 
 def test_every_module_imports_without_transformers(tmp_path):
-    """A fresh interpreter in which the three packages are installed and could be imported by mistake."""
+    """Run where these packages are installed and could be imported by mistake."""
     script = """
 import pkgutil, sys
 from importlib import import_module
@@ -108,13 +108,13 @@ assert out.tolist() == [[6.0, 6.0], [3.0, 3.0]]
     python(script, cwd=tmp_path, blocked=["triton"])
 
 
-def test_all_resolves():
+def test_every_public_name_can_be_imported():
     for name in granite_speech.__all__:
         assert getattr(granite_speech, name) is not None
     for module in pkgutil.iter_modules(granite_speech.__path__):
         loaded = importlib.import_module(f"granite_speech.{module.name}")
         for name in getattr(loaded, "__all__", ()):
-            assert hasattr(loaded, name), f"granite_speech.{module.name}.__all__ names {name}, which is not there"
+            assert hasattr(loaded, name), f"granite_speech.{module.name}.__all__ names {name}, which does not exist"
 
 
 def test_type_checkers_see_the_same_names():
@@ -124,7 +124,7 @@ def test_type_checkers_see_the_same_names():
     assert shown == {name: f"granite_speech.{home}.{name}" for home, names in granite_speech._HOMES.items() for name in names}
 
 
-# --- IBM's package of the same import name -----------------------------------------------------------------------------------------
+# --- IBM's package of the same import name ---------------------------------------------------------------------------------------
 
 WARNINGS = """
 import sys, warnings
@@ -138,33 +138,33 @@ for one in caught:
 
 
 def installed(folder, name, version):
-    """What pip leaves of a distribution for importlib.metadata to find."""
+    """Write the files of an installed distribution that importlib.metadata reads."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_ibms_package_beside_this_one_is_named(tmp_path):
+def test_ibms_package_is_warned_about(tmp_path):
     installed(tmp_path, "granite-speech", "0.0.3")
-    said = python(WARNINGS, path=(ROOT, ROOT / "kernels", tmp_path), cwd=tmp_path).stdout.splitlines()
-    assert len(said) == 1 and said[0].startswith("RuntimeWarning <string>"), said
+    warned = python(WARNINGS, path=(ROOT, ROOT / "kernels", tmp_path), cwd=tmp_path).stdout.splitlines()
+    assert len(warned) == 1 and warned[0].startswith("RuntimeWarning <string>"), warned
     for part in ("granite-speech 0.0.3", "granite-speech-triton", "granite_speech", "pip uninstall"):
-        assert part in said[0]
+        assert part in warned[0]
 
 
-def test_this_package_alone_is_not(tmp_path):
+def test_this_package_alone_gives_no_warning(tmp_path):
     installed(tmp_path, "granite-speech-triton", "0.1.0")
     installed(tmp_path, "granite-speechless", "1.0")
     path = (ROOT, ROOT / "kernels", tmp_path, tmp_path / "absent", ROOT / "setup.py")
     assert python(WARNINGS, path=path, cwd=tmp_path, options=["-S"]).stdout == ""
 
 
-# --- the wheel ---------------------------------------------------------------------------------------------------------------------
+# --- the wheel -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of the sources, so that nothing left by an earlier build gets in and nothing is left behind."""
+    """A wheel built from a copy of the sources, so that files of earlier builds are not included and none are left here."""
     folder = tmp_path_factory.mktemp("wheel")
     source, built = folder / "source", folder / "built"
     source.mkdir()
@@ -174,7 +174,7 @@ def wheel(tmp_path_factory):
     for name in ("granite_speech", "kernels", "tests", "bench"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results", "*.egg-info"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source)]
-    # Older versions of setuptools build wheels with the package `wheel` alone; where it is missing pip must fetch its own.
+    # Older versions of setuptools need the package `wheel`; without it pip must use an isolated build.
     setuptools = int(importlib.import_module("setuptools").__version__.partition(".")[0])
     if setuptools >= 71 or importlib.util.find_spec("wheel"):
         command.append("--no-build-isolation")
@@ -184,7 +184,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_what_the_wheel_holds(wheel):
+def test_the_contents_of_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.partition("/")[0] for name in names}
     info = f"granite_speech_triton-{granite_speech.__version__}.dist-info"
@@ -198,7 +198,7 @@ def test_what_the_wheel_holds(wheel):
     assert "granite-speech = granite_speech.cli:main" in entry_points.replace("=", " = ").replace("  ", " ")
 
 
-def test_the_wheel_transcribes_elsewhere(wheel, tmp_path):
+def test_the_wheel_transcribes_outside_the_repository(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     zipfile.ZipFile(wheel).extractall(site)
@@ -217,9 +217,9 @@ sys.exit(main(["transcribe", str(sample)]))
     assert not any(elsewhere.iterdir())
 
 
-# --- who may import whom -------------------------------------------------------------------------------------------------------------
+# --- which module may import which -----------------------------------------------------------------------------------------------
 
-# One way only: each may import those above it and those beside it. A folder counts as one.
+# Each may import those in its own row and in the rows above. A folder counts as one.
 ORDER = (
     ("errors",),
     ("checkpoints",),
@@ -238,7 +238,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 
 def modules(root, package):
-    """Name → file of every module of a package."""
+    """Module name → file, for every module of a package."""
     files = (root / package).rglob("*.py")
     return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
@@ -247,7 +247,7 @@ ALL = {**modules(ROOT, "granite_speech"), **modules(ROOT / "kernels", "granite_k
 
 
 def imports(file):
-    """Every module that a file imports to run, at the top or inside a function: `from a import b` may mean the module a.b."""
+    """Every module that a file imports at run time, at the top or in a function. `from a import b` may mean the module a.b."""
     found = set()
     tree = ast.parse(file.read_text())
     for_checkers = {
@@ -264,13 +264,13 @@ def imports(file):
     return found
 
 
-def room(module):
+def part(module):
     """`granite_speech.inputs.audio` → `inputs`."""
     return module.split(".")[1] if "." in module else ""
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("granite_kernels")])
-def test_kernels_import_tensors_alone(name):
+def test_kernels_import_only_torch_and_triton(name):
     allowed = {"torch", "triton", "granite_kernels", *sys.stdlib_module_names}
     assert {one.partition(".")[0] for one in imports(ALL[name])} <= allowed
 
@@ -278,23 +278,25 @@ def test_kernels_import_tensors_alone(name):
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("granite_speech.")])
 def test_modules_import_downwards(name):
     imported = imports(ALL[name])
-    above = {one for one in imported if one.startswith("granite_speech.") and RANK[room(one)] > RANK[room(name)]}
+    above = {one for one in imported if one.startswith("granite_speech.") and RANK[part(one)] > RANK[part(name)]}
     assert not above, f"{name} imports {sorted(above)}"
-    if room(name) not in ("verify", "interop"):  # they compare with transformers or extend it, and import it when called
+    if part(name) not in ("verify", "interop"):  # they compare with transformers or extend it, and import it when called
         assert not {one.partition(".")[0] for one in imported} & {"transformers", "peft", "tests", "bench"}
 
 
-def test_every_module_has_a_place():
-    assert {room(name) for name in ALL if name.startswith("granite_speech.")} <= RANK.keys()
-    assert {"granite_kernels", "granite_speech.modules.packing"} <= imports(ALL["granite_speech.modules.encoder"]), "the reader reads"
+def test_every_module_has_a_rank():
+    assert {part(name) for name in ALL if name.startswith("granite_speech.")} <= RANK.keys()
+    assert {"granite_kernels", "granite_speech.modules.packing"} <= imports(ALL["granite_speech.modules.encoder"]), (
+        "imports() finds imports"
+    )
 
 
-def test_no_module_imports_itself_in_a_circle():
+def test_there_are_no_import_cycles():
     TopologicalSorter({name: imports(file) & ALL.keys() - {name} for name, file in ALL.items()}).prepare()
 
 
-def test_only_the_package_itself_says_what_is_public():
-    """Subpackages export nothing; `granite_speech.training`, whose names are documented, is the exception."""
+def test_only_the_package_itself_exports_names():
+    """Subpackages export nothing, except `granite_speech.training`, whose names are documented."""
     for name, file in ALL.items():
         if file.name == "__init__.py" and name.count(".") and name != "granite_speech.training":
             assert not ast.parse(file.read_text()).body, name

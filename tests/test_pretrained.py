@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained: every layout to the same logits, back to what transformers reads, and every refusal."""
+"""from_pretrained and save_pretrained: the same logits from every layout, files that transformers reads, and refusals."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ FEATURES = torch.randn(1, 11, 8, generator=torch.Generator().manual_seed(3))
 
 
 def from_weights(weights: dict[str, torch.Tensor], tied: bool) -> GraniteSpeechForConditionalGeneration:
-    """Our model of `test_layouts.build`'s configuration with these weights, without any file."""
+    """Our model with the configuration of `test_weight_names.build` and these weights, made without any file."""
     model = GraniteSpeechForConditionalGeneration(GraniteSpeechConfig.from_dict(build(tied=tied).config.to_dict())).eval()
     config = AdapterConfig.plain(LORA["r"], LORA["lora_alpha"], LORA["target_modules"])
     attach_adapter(model, config, [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")])
@@ -50,7 +50,7 @@ def test_every_layout_gives_identical_results(write, tied, tmp_path):
         states = GraniteSpeechModel.from_pretrained(tmp_path)(**inputs).last_hidden_state
         assert torch.equal(states, expected.model(**inputs).last_hidden_state)
         if headless and not tied:
-            # The configuration says that there is a head of its own, and there is none: nothing is made up.
+            # The configuration has an untied head but the file has none: it must not be invented.
             with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
                 GraniteSpeechForConditionalGeneration.from_pretrained(tmp_path)
             return
@@ -62,7 +62,7 @@ def test_every_layout_gives_identical_results(write, tied, tmp_path):
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("path_type", [str, lambda path: path], ids=["str", "Path"])
-def test_what_is_saved_loads_in_transformers(spec, path_type, tmp_path):
+def test_saved_models_load_in_transformers(spec, path_type, tmp_path):
     first = write_released_layout(build_reference(spec), tmp_path / "first")
     ours = GraniteSpeechForConditionalGeneration.from_pretrained(path_type(first))
     ours.save_pretrained(path_type(tmp_path / "second"), max_shard_size="100KB")
@@ -103,7 +103,7 @@ def folder(tmp_path):
     return write_released_layout(build_reference(SPECS[0]), tmp_path / "checkpoint")
 
 
-def test_merging_the_adapter_changes_nothing_for_audio_and_is_saved_without_one(folder, tmp_path):
+def test_a_merged_adapter_gives_the_same_logits_and_is_saved_in_the_weights(folder, tmp_path):
     model = GraniteSpeechForConditionalGeneration.from_pretrained(folder)
     inputs = clip_inputs(SPECS[0], 31)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_merging_the_adapter_changes_nothing_for_audio_and_is_saved_without_one(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_dtype(folder, name, dtype):
+def test_the_dtype_can_be_chosen(folder, name, dtype):
     model = GraniteSpeechForConditionalGeneration.from_pretrained(folder, **{name: dtype})
     assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
     assert model.generate(**clip_inputs(SPECS[0], 31), max_new_tokens=3).shape[1] > 0
@@ -136,7 +136,7 @@ def test_the_configurations_dtype_is_the_default(folder, key):
 
 
 @pytest.mark.parametrize("options", [{"device": "cpu"}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": "auto"}])
-def test_device(folder, options):
+def test_the_device_can_be_chosen(folder, options):
     expected = "cuda" if options.get("device_map") == "auto" and torch.cuda.is_available() else "cpu"
     assert GraniteSpeechForConditionalGeneration.from_pretrained(folder, **options).device.type == expected
 
@@ -154,7 +154,7 @@ def test_device(folder, options):
         ({"device_map": {"encoder": 0, "language_model": 1}}, "language_model"),
     ],
 )
-def test_refused_options(folder, options, named):
+def test_bad_options_are_refused(folder, options, named):
     with pytest.raises(InputError, match=named):
         GraniteSpeechForConditionalGeneration.from_pretrained(folder, **options)
 
@@ -184,13 +184,13 @@ DAMAGE = {
     "remote code": (lambda f: change_config(f, auto_map={"AutoModel": "code.Model"}), UnsupportedError, "auto_map"),
     "only a part": (lambda f: (f / "config.json").write_text('{"model_type": "granite_speech_encoder"}'), ConfigError, "part of a model"),
     "absurd": (lambda f: change_config(f, downsample_rate=7), ConfigError, "downsample_rate"),
-    "half an adapter": (lambda f: (f / "adapter_model.safetensors").unlink(), CheckpointError, "adapter_model"),
+    "adapter without weights": (lambda f: (f / "adapter_model.safetensors").unlink(), CheckpointError, "adapter_model"),
     "another adapter": (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3"}'), UnsupportedError, "IA3"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_folder(kind, folder):
+def test_a_damaged_folder_is_refused(kind, folder):
     damage, expected, message = DAMAGE[kind]
     damage(folder)
     with pytest.raises(expected, match=message):
@@ -203,13 +203,13 @@ def test_missing_keys_are_named_up_to_ten(folder):
         GraniteSpeechForConditionalGeneration.from_pretrained(folder)
 
 
-def test_only_a_pickle(folder):
+def test_a_folder_with_only_a_pickle_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         GraniteSpeechForConditionalGeneration.from_pretrained(folder)
 
 
-def test_a_folder_that_claims_an_adapter_and_has_none_warns(folder):
+def test_a_missing_adapter_gives_a_warning(folder):
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_config.json").unlink()
     with pytest.warns(UserWarning, match="has_lora_adapter"):
@@ -225,7 +225,7 @@ def test_generation_config_is_used_and_kept(folder, tmp_path):
     assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {"max_new_tokens": 3, "eos_token_id": []}
 
 
-def test_saving_over_the_folder_it_came_from(folder):
+def test_saving_over_the_folder_a_model_was_loaded_from(folder):
     model = GraniteSpeechForConditionalGeneration.from_pretrained(folder)
     copy = shutil.copytree(folder, folder.with_name("copy"))
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`granite-speech verify`: agreement passes, and what is bent on purpose is found and named."""
+"""`granite-speech verify` passes for equal models, and names the first stage of one that was altered."""
 
 import json
 import sys
@@ -51,17 +51,17 @@ def run(capfd, folder) -> tuple[int, str, str]:
     return status, *capfd.readouterr()
 
 
-def bend(monkeypatch, change) -> None:
-    """Let `change` have its way with our model whenever it is loaded."""
+def alter(monkeypatch, change) -> None:
+    """Apply `change` to our model whenever it is loaded."""
     load = GraniteSpeechForConditionalGeneration.from_pretrained
 
     @torch.no_grad()
-    def bent(*args, **kwargs):
+    def altered(*args, **kwargs):
         model = load(*args, **kwargs)
         change(model)
         return model
 
-    monkeypatch.setattr(GraniteSpeechForConditionalGeneration, "from_pretrained", bent)
+    monkeypatch.setattr(GraniteSpeechForConditionalGeneration, "from_pretrained", altered)
 
 
 def test_a_good_checkpoint_passes_in_both_dtypes(folder, capfd):
@@ -76,14 +76,14 @@ def test_a_good_checkpoint_passes_in_both_dtypes(folder, capfd):
 
 
 @pytest.mark.parametrize("spec", [WITH_ADAPTER, PLUS], ids=lambda spec: spec.name)
-def test_unlike_checkpoints_pass(spec, tmp_path):
+def test_different_checkpoints_pass(spec, tmp_path):
     comparison, *more = verify.verify(write_whole(spec, tmp_path), device="cpu", max_new_tokens=12)
     assert comparison.first_miss is None and not more, verify.report([comparison])
     assert comparison.words["granite_speech"] == comparison.words["transformers"]
     assert len(comparison.stages) == len({stage.name for stage in comparison.stages}) > 12
 
 
-BENT = {
+ALTERED = {
     "features": None,
     "encoder.input_linear": "encoder.input_linear.weight",
     "encoder.layers.0": "encoder.layers.0.attn.rel_pos_emb.weight",
@@ -96,44 +96,44 @@ BENT = {
 }
 
 
-@pytest.mark.parametrize("stage, weight", BENT.items(), ids=BENT)
-def test_the_bent_stage_is_named(float32_folder, monkeypatch, stage, weight):
-    """One weight, a twentieth larger; or a feature extractor that is a little too loud."""
+@pytest.mark.parametrize("stage, weight", ALTERED.items(), ids=ALTERED)
+def test_the_first_wrong_stage_is_named(float32_folder, monkeypatch, stage, weight):
+    """One weight is 5 % larger, or the feature extractor amplifies the audio by 1 %."""
     if weight is None:
         call = GraniteSpeechFeatureExtractor.__call__
         monkeypatch.setattr(GraniteSpeechFeatureExtractor, "__call__", lambda self, audio, **device: call(self, audio * 1.01, **device))
     else:
-        bend(monkeypatch, lambda model: model.state_dict()[weight].mul_(1.05))
+        alter(monkeypatch, lambda model: model.state_dict()[weight].mul_(1.05))
     (comparison,) = verify.verify(float32_folder, device="cpu", max_new_tokens=2)
     assert comparison.first_miss.name == stage, verify.report([comparison])
 
 
-def test_a_miss_is_the_exit_status(folder, capfd, monkeypatch):
-    bend(monkeypatch, lambda model: model.decoder.layers[2].mlp.down_proj.weight.mul_(1.05))
+def test_a_miss_sets_the_exit_status(folder, capfd, monkeypatch):
+    alter(monkeypatch, lambda model: model.decoder.layers[2].mlp.down_proj.weight.mul_(1.05))
     status, out, _ = run(capfd, folder)
     assert status == 1
-    assert out.count("the first stage that misses: language_model.model.layers.2\n") >= 1
+    assert out.count("first stage that misses: language_model.model.layers.2\n") >= 1
     missing = [line.split()[0] for line in out.splitlines() if line.endswith("MISS")]
     assert missing[0] == "language_model.model.layers.2"
 
 
-def test_logits_that_are_not_divided_are_a_miss(float32_folder, monkeypatch):
-    bend(monkeypatch, lambda model: setattr(model.language_model.config, "logits_scaling", 1.0))
+def test_undivided_logits_are_a_miss(float32_folder, monkeypatch):
+    alter(monkeypatch, lambda model: setattr(model.language_model.config, "logits_scaling", 1.0))
     first_miss = verify.verify(float32_folder, device="cpu", max_new_tokens=2)[0].first_miss
     assert first_miss is not None and first_miss.name == "logits"
 
 
-def test_not_a_number_and_another_shape_miss():
+def test_nan_and_a_wrong_shape_miss():
     assert verify.Stage("x", float("nan"), 1.0).missed and verify.Stage("x", float("inf"), 1.0).missed
     assert not verify.Stage("x", 0.0, 0.0).missed
     assert verify._relative_rms(torch.ones(2, 3), torch.ones(3, 3)) == float("inf") == verify._relative_rms(None, torch.ones(2))
 
 
-def test_a_tie_may_be_broken_either_way_and_no_more_than_a_tie():
+def test_only_ties_may_be_broken_differently():
     logits = torch.tensor([1.0, 1.0 - 1e-6, 0.5])
     theirs = verify._Run({}, torch.tensor([2, 0, 1]), [torch.tensor([0.0, 0.0, 9.0]), logits, logits], 0.0, "")
     assert verify._regret(torch.tensor([2, 0, 1]), theirs) == 0.0
-    assert 0 < verify._regret(torch.tensor([2, 1, 2]), theirs) < verify.TIE, "what follows a tie is another text"
+    assert 0 < verify._regret(torch.tensor([2, 1, 2]), theirs) < verify.TIE, "tokens after a tie are not compared"
     assert verify._regret(torch.tensor([2, 2, 1]), theirs) == 0.5
     assert verify._regret(torch.tensor([2, 0]), theirs) == float("inf")
 
@@ -147,16 +147,18 @@ def test_without_transformers_or_peft_it_cannot_run(folder, capfd, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "error, said", [(RuntimeError("no kernel"), "transformers failing"), (torch.OutOfMemoryError("40 GB"), "does not fit on cpu")], ids=repr
+    "error, message",
+    [(RuntimeError("no kernel"), "transformers failing"), (torch.OutOfMemoryError("40 GB"), "does not fit on cpu")],
+    ids=repr,
 )
-def test_a_run_that_fails_is_no_miss(float32_folder, capfd, monkeypatch, error, said):
+def test_a_failed_run_is_not_a_miss(float32_folder, capfd, monkeypatch, error, message):
     def fail(side, device):
         raise error
 
     monkeypatch.setattr(verify, "_stage_values", fail)
     status, out, err = run(capfd, float32_folder)
     assert (status, out) == (2, "")
-    assert said in err and str(error) in err
+    assert message in err and str(error) in err
 
 
 def test_without_a_checkpoint_it_cannot_run(capfd, tmp_path):
@@ -164,8 +166,8 @@ def test_without_a_checkpoint_it_cannot_run(capfd, tmp_path):
     assert (status, out) == (2, "") and "nowhere" in err
 
 
-def test_a_reference_that_is_not_the_checkpoint_is_no_reference(folder, tmp_path, capfd):
-    """transformers makes up weights that it does not find, and says so in a warning: that must not look like our error."""
+def test_an_incompletely_loaded_reference_is_refused(folder, tmp_path, capfd):
+    """transformers invents weights that it does not find and only warns; that must not be reported as our error."""
     from safetensors.torch import load_file, save_file
 
     for file in folder.iterdir():
@@ -182,31 +184,31 @@ def test_a_reference_that_is_not_the_checkpoint_is_no_reference(folder, tmp_path
     assert "did not load" in err and "q_proj" in err
 
 
-# --- compiling ahead ---------------------------------------------------------------------------------------------------------------
+# --- compilation in advance ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_kernel_is_foreseen_and_compiled_once(dtype):
-    """Eight compilations, which took most of the time on a GPU while they were made one after another."""
+def test_every_kernel_is_predicted_and_compiled_once(dtype):
+    """Eight kernels, whose compilation one after another took most of the time on a GPU."""
     done = compiled("-m", "tests.support.precompilation", dtype)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout)
-    assert counts["unforeseen"] == counts["after"] == []
-    assert len(counts["ahead"]) == len(set(counts["ahead"])) == 8
+    assert counts["unpredicted"] == counts["later"] == []
+    assert len(counts["precompiled"]) == len(set(counts["precompiled"])) == 8
 
 
 def test_kernels_are_compiled_while_transformers_runs(monkeypatch, folder):
-    compiling, transformers_left = threading.Event(), threading.Event()
+    compiling, transformers_has_run = threading.Event(), threading.Event()
     launches = []
 
     def compile_launches(recorded, device):
         compiling.set()
-        assert transformers_left.wait(60)
+        assert transformers_has_run.wait(60)
         launches.append(([one.kernel.__name__ for one in recorded], device))
 
     def run(load, dtype, device, max_new_tokens):
-        assert compiling.wait(60), "transformers' run, or ours, came before the compilation began"
-        transformers_left.set()
+        assert compiling.wait(60), "a model ran before the compilation began"
+        transformers_has_run.set()
         return verify._Run({"logits": torch.zeros(1, 2)}, torch.zeros(1, dtype=torch.int64), [torch.zeros(2)], 0.0, "")
 
     monkeypatch.setattr(verify, "choose_device", lambda *given: torch.device("cuda"))

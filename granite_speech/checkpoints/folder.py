@@ -1,12 +1,12 @@
-"""A checkpoint's folder: which weights are in it, how they reach a module, and how a module's weights are written back.
+"""A checkpoint's folder: finding its weights, loading them into a module, and saving a module's weights.
 
     folder = resolve("ibm-granite/granite-speech-3.3-2b")
     checkpoint = Checkpoint.open(folder)                  # headers only: names, dtypes, shapes, all checked
     with torch.device("meta"):
-        module = …                                        # its state dict has the canonical names of layouts.py
+        module = …                                        # its state dict has the canonical names of weight_names.py
     load_into(module, checkpoint, dtype=torch.bfloat16, device=torch.device("cuda"))
 
-Every layout that transformers and peft have written is read; one is written, the one that all of their versions read.
+All layouts that transformers and peft have written can be read. Saving uses the one that all of their versions read.
 """
 
 import json
@@ -30,34 +30,34 @@ __all__ = ["Checkpoint", "TensorEntry", "load_into", "load_json", "read_adapter"
 _MODEL, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_MAX_JSON_BYTES = 64 * 1024 * 1024  # the largest file, tokenizer.json, has several MB
 
 
-def load_json(path: str | Path, *, max_bytes: int = 64 * 1024 * 1024) -> dict:
+def load_json(path: str | Path) -> dict:
     """The JSON object in a file.
 
     Raises:
         CheckpointNotFoundError: no such file.
-        CheckpointError: not readable, larger than max_bytes (of any file here, tokenizer.json is the largest, at some MB), not
-            UTF-8, not JSON, or not an object.
+        CheckpointError: not readable, larger than 64 MiB, not UTF-8, not JSON, or not an object.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointNotFoundError(
             got=f"no file {path.name!r} in {str(path.parent)!r}",
             expected="that file",
-            remedy="Check that the folder is a whole checkpoint, and download or save it again",
+            remedy="Check that the folder holds a whole checkpoint, or download or save it again",
         )
     try:
         size = path.stat().st_size
-        value = json.loads(path.read_text(encoding="utf-8")) if size <= max_bytes else None
+        value = json.loads(path.read_text(encoding="utf-8")) if size <= _MAX_JSON_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             got=f"{str(path)!r}, which does not parse: {error}", expected="a JSON object in UTF-8", remedy="Download or save the file again"
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            got=f"{str(path)!r} with {size} bytes" if size > max_bytes else f"{str(path)!r} with a {type(value).__name__}",
-            expected=f"a JSON object of at most {max_bytes} bytes",
+            got=f"{str(path)!r} with {size} bytes" if size > _MAX_JSON_BYTES else f"{str(path)!r} with a {type(value).__name__}",
+            expected=f"a JSON object of at most {_MAX_JSON_BYTES} bytes",
             remedy="Check that this is the checkpoint's own file",
         )
     return value
@@ -65,13 +65,13 @@ def load_json(path: str | Path, *, max_bytes: int = 64 * 1024 * 1024) -> dict:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a folder, located and checked, not yet read.
+    """The weights of a folder, located and checked but not yet read.
 
     Attributes:
         folder: the folder.
-        entries: canonical name (see layouts.py) → where the tensor lies. LoRA matrices are among them as
+        entries: canonical name (see weight_names.py) → where the tensor is stored. LoRA matrices are included, as
             `<path of the linear layer>.lora_A.weight` (rank, in_features) and `.lora_B.weight` (out_features, rank).
-        adapter_config: the content of adapter_config.json as it stands there; None without an adapter.
+        adapter_config: the contents of adapter_config.json, unchanged; None without an adapter.
     """
 
     folder: Path
@@ -82,19 +82,19 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> "Checkpoint":
         """Read the headers of a folder's weights: model.safetensors or its shards, and the adapter's file.
 
-        Where LoRA matrices are both in the model's file and in the adapter's (as transformers saves with an adapter
-        attached), the adapter's file is the adapter, whole: nothing of the other copy is used.
+        If LoRA matrices are both in the model's file and in the adapter's, as transformers saves them with an adapter attached,
+        only the adapter's file is used.
 
         Raises:
             CheckpointNotFoundError: no such folder, or no weights in it.
             CheckpointError: only pickles, a damaged or truncated file, an index that does not match its shards, or an adapter
-                of which one half, weights or configuration, is missing.
+                without its weights or its configuration.
             UnsupportedError: a quantised dtype, or an adapter that is not plain LoRA.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointNotFoundError(
-                got=f"{str(folder)!r}, where there is no folder", expected="a checkpoint's folder", remedy="Check the path"
+                got=f"{str(folder)!r}, which is not a folder", expected="a checkpoint's folder", remedy="Check the path"
             )
         stored = _read_model(folder)
         has_adapter_file = (folder / _ADAPTER).exists()
@@ -112,14 +112,14 @@ class Checkpoint:
             raise CheckpointError(
                 got=f"{str(folder)!r} with {present} but no {absent}",
                 expected="an adapter's weights and its configuration, or neither",
-                remedy=f"Put {absent} of the same adapter beside it, or remove the {present}",
+                remedy=f"Add the {absent} of the same adapter, or remove the {present}",
             )
         return cls(folder, entries, load_json(folder / _ADAPTER_CONFIG) if has_config else None)
 
     def head_is_tied(self) -> bool:
-        """Whether the output head is the input embedding: the file has one of the two, or both with the same bytes.
+        """Whether the output head is the input embedding: the file has only one of the two, or both with the same bytes.
 
-        The configuration's `tie_word_embeddings` stands in different places by version and contradicts itself; this does not.
+        The weights decide, because `tie_word_embeddings` is in different places by version, and they may contradict each other.
         """
         if HEAD not in self.entries or EMBEDDING not in self.entries:
             return True
@@ -127,7 +127,7 @@ class Checkpoint:
 
 
 def read_adapter(folder: str | Path) -> tuple[dict, dict[str, TensorEntry]]:
-    """An adapter's folder: adapter_config.json as it stands there, and canonical name → LoRA matrix.
+    """An adapter's folder: the contents of adapter_config.json, and canonical name → LoRA matrix.
 
     Raises:
         CheckpointNotFoundError: one of the two files is missing.
@@ -151,7 +151,7 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, TensorEntry]]:
 
 
 def _read_model(folder: Path) -> dict[str, TensorEntry]:
-    """Tensors of model.safetensors, or else of the shards that the index names, by the names in the files."""
+    """Tensors of model.safetensors, or if there is none of the shards in the index, by their names in the files."""
     if (folder / _MODEL).exists():
         return read_header(folder / _MODEL)
     if (folder / _INDEX).exists():
@@ -173,12 +173,12 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
         raise _bad_index(index, "no weight_map from names to file names", "a weight_map")
     stored: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
-        # By its name alone, whether or not such a file exists: an index must not reach outside its folder. The file itself may
-        # be a link out of it, as all files in the hub's cache are.
+        # An index must not name files outside its folder, existing or not. The file itself may be a link to outside, as all
+        # files in the hub's cache are.
         if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
             raise _bad_index(index, f"the shard {shard!r}", "a plain file name that ends in .safetensors")
         if not (folder / shard).is_file():
-            raise _bad_index(index, f"the shard {shard!r}, which is not there", "every shard in the same folder")
+            raise _bad_index(index, f"the shard {shard!r}, which is missing", "every shard in the same folder")
         for key, entry in read_header(folder / shard).items():
             if key in stored:
                 raise _bad_index(index, f"{key!r} in {stored[key].file.name!r} and in {shard!r}", "each tensor in one shard")
@@ -187,7 +187,7 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
         named, real = weight_map.get(key), stored[key].file.name if key in stored else None
         if named != real:
             raise _bad_index(
-                index, f"{key!r} in {named or 'no shard'} by the index and in {real or 'none'} in truth", "an index that agrees"
+                index, f"{key!r} in {named or 'no shard'}, but it is in {real or 'no shard'}", "an index that matches the shards"
             )
     return stored
 
@@ -200,9 +200,9 @@ def _refuse_pickles(folder: Path, prefix: str) -> None:
     names = sorted(path.name for pattern in _PICKLES for path in folder.glob(prefix + pattern))
     if names:
         raise CheckpointError(
-            got=f"{str(folder)!r} with {_list_up_to_ten(names)} and no safetensors file beside them",
-            expected="safetensors files; a pickle runs code when it is opened, and none is opened here",
-            remedy="Convert it where you trust it (transformers: save_pretrained writes safetensors), or use a safetensors release",
+            got=f"{str(folder)!r} with {_list_up_to_ten(names)} and no safetensors file",
+            expected="safetensors files; a pickle can run code when it is opened, so none is opened here",
+            remedy="If you trust it, convert it with transformers (save_pretrained writes safetensors), or use a safetensors release",
         )
 
 
@@ -213,21 +213,21 @@ def _list_up_to_ten(items: Iterable[str]) -> str:
 
 
 def load_into(module: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Give a module that was built on the meta device its weights.
+    """Load a checkpoint into a module that was built on the meta device.
 
-    Names and shapes are compared first, and nothing is allocated unless all agree. A parameter that the module has under two
-    names (a tied head) is read once, whichever of the names the file has, and stays tied. The host holds at most the
-    destination's own memory and 32 MiB.
+    Names and shapes are compared first, and nothing is allocated unless all match. A parameter with two names in the module (a
+    tied head) is read once, whichever name the file has, and stays tied. The host needs at most the destination's own memory
+    and 32 MiB.
 
     Args:
-        module: its state dict has the checkpoint's canonical names, with the LoRA matrices in place.
+        module: its state dict has the checkpoint's canonical names, LoRA matrices included.
         checkpoint: the weights.
-        dtype: dtype of floating-point tensors; None keeps each tensor's dtype in the file. Integers keep theirs always.
+        dtype: of floating-point tensors; None keeps the dtypes of the file. Integers always keep theirs.
         device: where the weights go.
 
     Raises:
-        CheckpointError: names missing from the file or unknown to the module, other shapes, two different values for one tied
-            weight, a file that cannot be read, or a tensor of the module that no file fills.
+        CheckpointError: names missing from the file or unknown to the module, different shapes, two different values for one
+            tied weight, a file that cannot be read, or a tensor of the module that is in no file.
     """
     plan = _plan(module, checkpoint)
     staging = staging_buffer(device)
@@ -242,14 +242,14 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype |
     unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if unfilled:
         raise CheckpointError(
-            got=f"tensors that no file fills: {_list_up_to_ten(unfilled)}",
+            got=f"tensors that are in no file: {_list_up_to_ten(unfilled)}",
             expected="non-persistent buffers with their values",
             remedy="Build them outside the meta device, in the module's constructor",
         )
 
 
 def _plan(module: nn.Module, checkpoint: Checkpoint) -> list[tuple[TensorEntry, list[str]]]:
-    """What to read for which names of the module, in the order in which it lies in the files; raises where they disagree."""
+    """The tensors to read and their names in the module, in the order of the files. Raises if file and module do not match."""
     wanted = module.state_dict(keep_vars=True)  # with keep_vars, a tied parameter is one object under its names
     names_by_tensor: dict[int, list[str]] = {}
     for name, tensor in wanted.items():
@@ -267,10 +267,10 @@ def _plan(module: nn.Module, checkpoint: Checkpoint) -> list[tuple[TensorEntry, 
                 there, here = f"{tuple(entry.shape)} {entry.dtype}", f"{tuple(tensor.shape)} {tensor.dtype}"
                 wrong.append(f"{name} (in the file {there}, in the model {here})")
             elif name != stored[0] and not same_values(checkpoint.entries[stored[0]], entry):
-                wrong.append(f"{name} (in the model tied to {stored[0]}, in the file of other values)")
+                wrong.append(f"{name} (in the model tied to {stored[0]}, in the file with other values)")
         plan.append((checkpoint.entries[stored[0]], names))
     extra = checkpoint.entries.keys() - wanted.keys()
-    findings = {"missing in the file": missing, "unknown to the model": extra, "of another kind": wrong}
+    findings = {"missing in the file": missing, "unknown to the model": extra, "that do not match": wrong}
     if missing or extra or wrong:
         raise CheckpointError(
             got=f"{str(checkpoint.folder)!r}: "
@@ -282,7 +282,7 @@ def _plan(module: nn.Module, checkpoint: Checkpoint) -> list[tuple[TensorEntry, 
 
 
 def _replace(module: nn.Module, names: list[str], tensor: torch.Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, under all of its names as one object."""
+    """Replace a parameter or buffer by a tensor, one object under all of its names."""
     value = tensor
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -304,20 +304,21 @@ def save(
 ) -> None:
     """Write a checkpoint in the layout of the released folders, which every version of transformers reads.
 
-    All files are written under temporary names first and renamed when all are complete, so that a full disk leaves an earlier
-    checkpoint in that folder as it was; it may be the folder the weights came from. Shards, index and adapter of an
-    earlier save that are not part of this one are removed; other files are left alone.
+    Files are written under temporary names and renamed when all are complete, so that a full disk does not damage an earlier
+    checkpoint in the folder, which may be the one that the weights came from. Shards, index and adapter of an earlier save are
+    removed if they are not part of this one; other files are not touched.
 
     Args:
-        folder: made if it is not there.
-        tensors: canonical name → weight, without LoRA matrices. A head that is the embedding's own memory is left out.
-        config: content of config.json.
+        folder: created if missing.
+        tensors: canonical name → weight, without LoRA matrices. A head that shares the embedding's memory is not written.
+        config: contents of config.json.
         adapter_tensors: canonical name → LoRA matrix; None without an adapter.
-        adapter_config: content of adapter_config.json; together with adapter_tensors or not at all.
-        max_shard_size: bytes, or a number with KB, MB or GB (powers of 1000). Only a single larger tensor exceeds it.
+        adapter_config: contents of adapter_config.json; required with adapter_tensors.
+        max_shard_size: bytes, or a number with KB, MB or GB (powers of 1000). A larger tensor gets a shard of its own.
 
     Raises:
-        CheckpointError: a name that is not canonical, a tensor without memory, half an adapter, or a failure to write.
+        CheckpointError: a name that is not canonical, a tensor without memory, an adapter without its weights or its
+            configuration, or a failure to write.
     """
     folder = Path(folder)
     _check_names(tensors, lora=False)
@@ -348,13 +349,13 @@ def _write(folder: Path, weights: dict[str, dict[str, torch.Tensor]], documents:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # In the folder itself: a rename is only atomic within one file system.
+        # Inside the folder, because a rename is atomic only within one file system.
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
             for name, content in documents.items():
                 Path(staging, name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             for name, tensors in weights.items():
                 save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, Path(staging, name), {"format": "pt"})
-                # safetensors lets the owner alone read what it writes; weights are as readable as the configuration.
+                # safetensors makes its files readable only by the owner; use the permissions of the configuration instead.
                 Path(staging, name).chmod(Path(staging, _CONFIG).stat().st_mode)
             for name in (*weights, *documents):
                 Path(staging, name).replace(folder / name)
@@ -364,7 +365,7 @@ def _write(folder: Path, weights: dict[str, dict[str, torch.Tensor]], documents:
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             got=f"{str(folder)!r}, which could not be written: {error}",
-            expected="a writable folder with enough free space, dense tensors with memory of their own, and JSON values",
+            expected="a writable folder with enough free space, dense tensors that share no memory, and JSON values",
             remedy="Check the path, its permissions and the free disk space",
         ) from error
 

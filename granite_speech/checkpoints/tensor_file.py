@@ -1,8 +1,8 @@
-"""The safetensors format, read: a header that is checked before anything is allocated, and bytes that land where they stay.
+"""A reader of the safetensors format. It checks the header before allocating, and reads each tensor into its final storage.
 
-Such a file is 8 bytes of header length (little-endian), a JSON header (name → dtype, shape, byte range), and the tensors'
-bytes without gaps. The files are not mapped into memory: a mapped page counts as resident beside the tensor it is copied
-to, and a model as large as half the memory would not load. Here the file is read straight into the tensor's own storage.
+A file has 8 bytes of header length (little-endian), a JSON header (name → dtype, shape, byte range), and the tensors' bytes
+without gaps. Files are not memory-mapped: mapped pages count as resident memory in addition to the tensor they are copied to,
+so that a model of half the machine's memory would not load.
 """
 
 import json
@@ -32,18 +32,18 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
-_CHUNK_BYTES = 32 * 1024 * 1024  # through a buffer of this size go the tensors that change their dtype or leave the host
+_CHUNK_BYTES = 32 * 1024 * 1024  # size of the buffer for tensors that change dtype or leave the host
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies.
+    """Where one tensor is stored.
 
     Attributes:
-        file: the file it is in.
-        dtype: its dtype there.
+        file: the file.
+        dtype: its dtype in the file.
         shape: its shape.
-        start: its first byte, counted from the beginning of the file.
+        start: offset of its first byte in the file.
         nbytes: its size in bytes.
     """
 
@@ -63,7 +63,7 @@ def _bad(path: Path, got: str, expected: str, remedy: str = _DOWNLOAD_AGAIN) -> 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[BinaryIO]:
-    """A file open for unbuffered reading; what the system reports while it is read becomes a CheckpointError."""
+    """A file open for unbuffered reading. An OSError while it is open becomes a CheckpointError."""
     try:
         with open(path, "rb", buffering=0) as file:
             yield file
@@ -72,12 +72,12 @@ def open_tensors(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file, by the names they have there. Reads the header alone.
+    """The tensors of one file, by their names in it. Reads only the header.
 
     Raises:
-        CheckpointNotFoundError: no regular file there.
-        CheckpointError: the file is truncated, its header is malformed, or the header does not describe the bytes that follow it.
-        UnsupportedError: a dtype that is valid in the format and not read here, such as F8_E4M3.
+        CheckpointNotFoundError: no regular file at this path.
+        CheckpointError: the file is truncated, its header is malformed, or the header does not describe the bytes after it.
+        UnsupportedError: a dtype of the format that is not supported here, such as F8_E4M3.
     """
     if not path.is_file():
         raise CheckpointNotFoundError(got=f"no file {str(path)!r}", expected="a safetensors file there", remedy=_DOWNLOAD_AGAIN)
@@ -106,16 +106,16 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # json keeps the last of two equal names in silence, and which tensor is meant cannot be known.
+    # Of two equal names json silently keeps the last, which may be the wrong tensor.
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return values
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63  # not isinstance: True is an int there
+    return type(value) is int and 0 <= value < 2**63  # isinstance would accept True
 
 
 def _entry(path: Path, name: str, info: object, data_start: int, data_bytes: int) -> TensorEntry:
@@ -129,19 +129,19 @@ def _entry(path: Path, name: str, info: object, data_start: int, data_bytes: int
         raise UnsupportedError(
             got=f"{str(path)!r}: dtype {dtype_name!r} of {name!r}",
             expected=f"one of {', '.join(_DTYPES)}",
-            remedy="Use a checkpoint that is not quantised, or convert it to BF16",
+            remedy="Use a checkpoint that is not quantised, or convert this one to BF16",
         )
     dtype = _DTYPES[dtype_name]
     begin, end = offsets
     if not begin <= end <= data_bytes:
         raise _bad(path, f"bytes {begin} to {end} for {name!r}", f"a range within the {data_bytes} bytes after the header")
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise _bad(path, f"{end - begin} bytes for {name!r}", f"as many as its shape {str(shape)[:100]} takes in {dtype_name}")
+        raise _bad(path, f"{end - begin} bytes for {name!r}", f"as many as shape {str(shape)[:100]} needs in {dtype_name}")
     return TensorEntry(path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
 def _check_coverage(path: Path, entries: dict[str, TensorEntry], data_start: int, data_bytes: int) -> None:
-    """Raise unless the tensors fill the file from the header to its end, without gaps and without sharing a byte."""
+    """Raise unless the tensors fill the file from the header to the end, without gaps or overlaps."""
     end = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if entry.start != end:
@@ -153,24 +153,26 @@ def _check_coverage(path: Path, entries: dict[str, TensorEntry], data_start: int
 
 
 def staging_buffer(device: torch.device) -> torch.Tensor:
-    """Host memory for `read_tensor`, uint8 (32 MiB,). One for a whole checkpoint: allocated anew for each tensor, it would
-    leave holes between the tensors that stay, and the process would grow to the size of the file.
+    """Host memory for `read_tensor`, uint8 (32 MiB,), to be used for a whole checkpoint.
+
+    A new buffer for each tensor would leave holes in memory between the tensors, and the process would grow to the size of the
+    file.
 
     Args:
-        device: where the tensors go. Pinned for a GPU, so that the copy runs at the speed of the bus.
+        device: where the tensors go. For a GPU the memory is pinned, which makes copies faster.
     """
     return torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def read_tensor(file: BinaryIO, entry: TensorEntry, *, dtype: torch.dtype, device: torch.device, staging: torch.Tensor) -> torch.Tensor:
-    """One tensor, allocated where it is to stay.
+    """Read one tensor into its final storage.
 
     Args:
         file: `entry.file`, from open_tensors.
-        entry: what to read.
+        entry: the tensor to read.
         dtype: dtype of the result.
         device: device of the result.
-        staging: from staging_buffer; passed through by what changes its dtype or leaves the host.
+        staging: from staging_buffer; used if the tensor changes dtype or leaves the host.
 
     Returns:
         Contiguous, of shape `entry.shape`.
@@ -192,7 +194,7 @@ def read_tensor(file: BinaryIO, entry: TensorEntry, *, dtype: torch.dtype, devic
 
 
 def _read_exactly(file: BinaryIO, entry: TensorEntry, tensor: torch.Tensor) -> None:
-    """Fill a contiguous tensor on the host from where the file stands."""
+    """Fill a contiguous tensor on the host from the file's current position."""
     if tensor.numel() == 0:
         return
     target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
@@ -200,7 +202,7 @@ def _read_exactly(file: BinaryIO, entry: TensorEntry, tensor: torch.Tensor) -> N
     while done < len(target):  # one read returns at most 2 GiB
         count = file.readinto(target[done:])
         if not count:
-            raise _bad(entry.file, f"the end of the file {len(target) - done} bytes early", "the bytes that its header promised")
+            raise _bad(entry.file, f"the end of the file {len(target) - done} bytes early", "all bytes that its header describes")
         done += count
 
 

@@ -1,27 +1,26 @@
-"""Names of weights: every spelling that is on disk or in memory somewhere, and the one spelling used here.
+"""Names of weights: all spellings found in files and state dicts, and the canonical one used here.
 
-The released folders' names are the canonical ones, and the names of the modules of this package:
+Canonical names are those of the released folders and of this package's modules:
 
     encoder.*                                        the conformer
     projector.*                                      the Q-Former
     language_model.model.{embed_tokens,layers,norm}  the Granite decoder
-    language_model.lm_head.weight                    its head, where it is not tied to the embedding
+    language_model.lm_head.weight                    its head, if not tied to the embedding
     <path of a linear layer>.lora_A.weight           (rank, in_features), and .lora_B.weight, (out_features, rank)
 
-Versions of transformers and peft have written others:
+Other spellings, by version of transformers and peft:
 
     model.encoder.*, model.language_model.layers.*, lm_head.weight   the state dict of transformers 5.10 and later
     language_model.layers.*                                          the state dict of its GraniteSpeechModel
     language_model.model.model.layers.*                              a folder saved by 5.17 from a model built from its config
-    *.base_layer.weight, *.lora_A.<adapter>.weight                   a folder saved while a peft adapter was attached
+    *.base_layer.weight, *.lora_A.<adapter>.weight                   a folder saved with a peft adapter attached
     base_model.model.<any of these>                                  peft's adapter files, and whole folders that 5.17 saved
                                                                      after loading a folder with an adapter
-    language_base_model.model.model.model[.model].layers.*           the same, where the adapter file was a newer one
+    language_base_model.model.model.model[.model].layers.*           the same, with a newer adapter file
 
-A name is recognised by its anchor (`encoder`, `projector`, `language_model`, `lm_head`), and the `model.` in front of and
-behind the anchor are counted for nothing. That is safe because no module of the family below an anchor is called `model`,
-and it needs no guess about which program wrote the file. Two names that meet in one canonical name are an error, so a file
-that mixes spellings cannot load half of each.
+A name is recognised by its anchor (`encoder`, `projector`, `language_model`, `lm_head`); any `model.` before or after the anchor
+is ignored. That is safe because no module below an anchor is called `model`, and it needs no guess about which program wrote
+the file. Two names with the same canonical name are an error, so a file that mixes spellings is refused.
 """
 
 import re
@@ -37,7 +36,7 @@ HEAD = "language_model.lm_head.weight"
 _WRAPPERS = re.compile(r"^(?:base_model\.)?(?:model\.)*")
 _LANGUAGE_MODEL = re.compile(r"^language_(?:base_)?model\.(?:model\.)*")
 _LORA = re.compile(r"\.lora_([AB])(?:\.[^.]+)?\.weight$")
-# Constants that some versions stored; each is recomputed from the configuration.
+# Constants that some versions stored. They are computed from the configuration.
 _RECOMPUTED = re.compile(r"(?:^|\.)(?:attention_dists|position_ids|rotary_emb\.(?:original_)?inv_freq)$")
 
 
@@ -48,8 +47,8 @@ def canonical(key: str) -> str | None:
         key: a name from a file or a state dict, in any of the spellings above.
 
     Returns:
-        The canonical name; None for a constant that is recomputed and never loaded; the name itself where nothing is
-        recognised, so that whoever compares names can report it. Applying the function twice changes nothing.
+        The canonical name; None for a constant that is never loaded; an unknown name unchanged, for the caller to report.
+        Applying the function twice changes nothing.
     """
     if _RECOMPUTED.search(key):
         return None
@@ -65,13 +64,13 @@ def canonical(key: str) -> str | None:
 
 
 def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Canonical names for all weights of one file set or state dict.
+    """Canonical names of all weights in a checkpoint or state dict.
 
     Args:
-        keys: the names as they are spelled there.
+        keys: the names there.
 
     Returns:
-        Given name → canonical name, in the given order, without the constants that are recomputed.
+        Name there → canonical name, in the given order, without constants that are never loaded.
 
     Raises:
         CheckpointError: two names mean the same weight, as in a file with two adapters or two spellings.
@@ -94,7 +93,7 @@ def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def is_lora(key: str) -> bool:
-    """Whether a name, canonical or not, is one of the two matrices of a LoRA adapter."""
+    """Whether a name, canonical or not, is that of a LoRA matrix."""
     return _LORA.search(key) is not None
 
 

@@ -1,7 +1,7 @@
-"""From logits to the next token: penalties, what is kept to draw from, and the draw.
+"""From logits to the next token: penalties, the choice of tokens to draw from, and drawing.
 
-Order and arithmetic are those of transformers 5.17's logits processors: repetition penalty, no end before its time, and
-where tokens are drawn temperature, top k, top p. Nothing here asks the device for a value.
+Order and arithmetic are those of transformers 5.17's logits processors: repetition penalty, minimum length, and for sampling
+temperature, top k, top p. Nothing here reads from the device.
 """
 
 import torch
@@ -14,12 +14,12 @@ __all__ = ["LogitsProcessor", "draw", "keep_top_k", "keep_top_p", "penalize"]
 
 
 class LogitsProcessor:
-    """The scores that tokens are chosen by, for rows that grow by one token a call.
+    """Turns logits into the scores that tokens are chosen from, for rows that grow by one token a step.
 
     Args:
-        options: of the whole call.
-        ids: `(rows, width)` the prompts.
-        kept: `(rows, width)` bool, false on padding.
+        options: of the call.
+        ids: `(rows, width)`, the prompts.
+        kept: `(rows, width)` bool, False for padding.
         vocab_size: columns of the logits.
     """
 
@@ -28,16 +28,16 @@ class LogitsProcessor:
         self._new_tokens = 0
         inside = [one for one in options.eos_token_id if 0 <= one < vocab_size]
         self._ends = on_device(inside, ids.device, torch.int64)
-        # Of several beams one at least must be able to go on: one token more than could end them is always kept.
+        # Beam search needs a token that does not end the row, so it always keeps one more than there are end tokens.
         self._at_least = 1 if options.num_beams == 1 else len(options.eos_token_id) + 1
         self._seen = None
         if options.repetition_penalty != 1:
-            # One column more takes what has no logit: padding, and audio tokens outside the vocabulary.
+            # One extra column takes tokens without a logit: padding, and audio tokens outside the vocabulary.
             places = torch.where(kept & (ids < vocab_size), ids.long(), vocab_size)
             self._seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device).scatter_(1, places, True)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """`(rows, vocabulary)` scores of the next token, float32; the logits as they are where there is nothing to do."""
+        """`(rows, vocabulary)` scores of the next token: float32, or the logits unchanged if no option applies."""
         options, scores = self._options, logits
         if self._seen is not None:
             scores = penalize(scores.float(), self._seen[:, :-1], options.repetition_penalty)
@@ -55,7 +55,7 @@ class LogitsProcessor:
         return scores
 
     def extend(self, tokens: Tensor, rows: Tensor | None = None) -> None:
-        """From now on row i is the old row `rows[i]` (None: row i) with `tokens[i]` behind it."""
+        """Make row i the old row `rows[i]` (None: row i) followed by `tokens[i]`."""
         self._new_tokens += 1
         if self._seen is not None:
             seen = self._seen if rows is None else self._seen.index_select(0, rows)
@@ -63,30 +63,30 @@ class LogitsProcessor:
 
 
 def penalize(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that were seen less likely (Keskar et al., arXiv 1909.05858): `(rows, vocabulary)`, seen bool."""
+    """Scores with tokens seen before made less likely (Keskar et al., arXiv 1909.05858); all `(rows, vocabulary)`, seen bool."""
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """−inf for all but the k best of each row (Fan et al., arXiv 1805.04833); those that equal the k-th are kept with it."""
+    """−inf for all but the k best of each row (Fan et al., arXiv 1805.04833); ties with the k-th are kept."""
     least = scores.topk(min(k, scores.shape[1])).values[:, -1:]
     return scores.masked_fill(scores < least, float("-inf"))
 
 
 def keep_top_p(scores: Tensor, p: float, at_least: int = 1) -> Tensor:
-    """−inf for all but the fewest best tokens whose probabilities reach p together (Holtzman et al., arXiv 1904.09751)."""
-    rising, order = scores.sort(dim=-1)
-    dropped = rising.softmax(-1).cumsum(-1) <= 1 - p
+    """−inf for all but the fewest best tokens whose probabilities add up to p (Holtzman et al., arXiv 1904.09751)."""
+    ascending, order = scores.sort(dim=-1)
+    dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
     dropped[:, -at_least:] = False
     return scores.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
 
 
-def draw(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Draw without replacement from the softmax of each row: `(rows, count)` int64.
+def draw(scores: Tensor, count: int, rng: torch.Generator | None) -> Tensor:
+    """Draw tokens without replacement from the softmax of each row: `(rows, count)` int64.
 
-    An exponential race: of independent waiting times with the probabilities as rates, the first `count` to arrive. This is
-    what `torch.multinomial` computes, number for number, without its look at whether the probabilities are valid.
+    An exponential race: of independent waiting times with the probabilities as rates, the first `count` to arrive. Gives the
+    same numbers as `torch.multinomial`, without its check of the probabilities, which waits for the device.
     """
     probabilities = scores.softmax(-1)
-    arrivals = probabilities / torch.empty_like(probabilities).exponential_(1.0, generator=generator)
+    arrivals = probabilities / torch.empty_like(probabilities).exponential_(1.0, generator=rng)
     return arrivals.argmax(-1, keepdim=True) if count == 1 else arrivals.topk(count).indices

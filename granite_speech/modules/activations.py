@@ -22,5 +22,5 @@ _BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function of that name; the configurations accept these names alone (`config.ACTIVATIONS`)."""
+    """The activation function of that name; configurations accept only these names (`config_values.ACTIVATIONS`)."""
     return _BY_NAME[name]

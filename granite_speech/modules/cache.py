@@ -1,7 +1,7 @@
-"""Keys and values in pages: a pool a layer, and a block table that says whose they are (Kwon et al., arXiv 2309.06180).
+"""Keys and values in pages: one pool per layer, and a block table of each sequence's pages (Kwon et al., arXiv 2309.06180).
 
-What a decode step needs to know about a sequence is here too: how many keys it has, the position of its next token, and
-whether it has audio, which decides whether the adapter is on for it.
+The cache also has the rest of what a decode step needs about a sequence: how many keys it has, the position of its next token,
+and whether it has audio and therefore the adapter.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ __all__ = ["CacheStep", "PagedCache"]
 
 @dataclass(frozen=True)
 class CacheStep:
-    """One call's view of the cache: where its new tokens go and what its queries may read.
+    """One call's view of the cache: where its new tokens go, and the keys that its queries may read.
 
     Attributes:
         cache: the pages.
-        slots: `(tokens,)` int64, where each new token's key and value go in a pool seen as `(pages * page_size, ...)`.
+        slots: `(tokens,)` int64, each new token's index into a pool viewed as `(pages * page_size, ...)`.
         block_table: `(sequences, max_pages)` int32.
-        kv_lens: `(sequences,)` int32, keys of each sequence, the new ones counted.
+        kv_lens: `(sequences,)` int32, keys of each sequence, including the new ones.
         before: keys of each sequence before this call.
     """
 
@@ -37,11 +37,11 @@ class CacheStep:
 
     @property
     def has_past(self) -> bool:
-        """Whether some sequence had keys before this call."""
+        """Whether any sequence had keys before this call."""
         return any(self.before)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store `(tokens, num_kv_heads, head_dim)` keys and values of one layer; gradients end here."""
+        """Store `(tokens, num_kv_heads, head_dim)` keys and values of one layer, detached."""
         for pool, new in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
             pool.flatten(0, 1).index_copy_(0, self.slots, new.detach())
 
@@ -57,18 +57,18 @@ class PagedCache:
         config: of the language model.
         sequences: rows of the batch.
         dtype, device: of the pools.
-        page_size: tokens a page holds.
+        page_size: tokens per page.
     """
 
     def __init__(self, config: GraniteConfig, sequences: int, *, dtype: torch.dtype, device: torch.device, page_size: int = 64):
         self.page_size = page_size
         self.lengths = [0] * sequences  # keys of each sequence
-        self.columns = 0  # width of the padded batch so far, where the caller pads
+        self.columns = 0  # width of the padded batch so far, for a caller that pads
         self.next_positions = [0] * sequences
         self.has_audio = [False] * sequences
         self._pages: list[list[int]] = [[] for _ in range(sequences)]
         self._total_pages = 0
-        self._free: list[int] = []  # pages of the pools that no sequence has
+        self._free: list[int] = []  # pages that belong to no sequence
         shape = (0, page_size, config.num_key_value_heads, config.attention_head_dim)
         with torch.inference_mode(False):  # see _grow
             self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
@@ -83,10 +83,10 @@ class PagedCache:
         return max(self.lengths, default=0)
 
     def reserve(self, capacities: list[int]) -> None:
-        """Make room for so many tokens in each sequence, so that the pools need not grow on the way."""
+        """Reserve pages for this many tokens of each sequence, so that the pools need not grow in later calls."""
         missing = [max(0, self._page_count(capacity) - len(pages)) for pages, capacity in zip(self._pages, capacities, strict=True)]
         if sum(missing) > len(self._free):
-            # At least doubled, so that a sequence that grows token by token is copied a logarithmic number of times.
+            # At least doubled, so that growth token by token copies the pools only a logarithmic number of times.
             self._grow(max(self._total_pages + sum(missing) - len(self._free), 2 * self._total_pages))
         for pages, count in zip(self._pages, missing, strict=True):
             pages += self._take(count)
@@ -99,8 +99,8 @@ class PagedCache:
         return taken
 
     def _grow(self, pages: int) -> None:
-        """Enlarge every pool. If memory runs out, all pools have the pages that they had."""
-        # Not in inference mode, even if the caller is: a later call outside it could not write to such tensors.
+        """Enlarge every pool. If memory runs out, all pools keep their former size."""
+        # Inference mode is off here even if the caller uses it: a later call without it could not write to such tensors.
         with torch.inference_mode(False), torch.no_grad():
             try:
                 for pools in (self.keys, self.values):
@@ -114,10 +114,10 @@ class PagedCache:
         self._total_pages = pages
 
     def reorder(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence `rows[i]` was; a sequence may be named any number of times, or not at all.
+        """Make sequence i the old sequence `rows[i]`; an old sequence may be used any number of times, or not at all.
 
-        Those that continue the same sequence share its full pages, which are never written again. The partly filled last page
-        is copied for all but the first, since each will write its own tokens there. Pages that no sequence has are free.
+        Copies of a sequence share its full pages, which are never written again. The partly filled last page is copied for all
+        but the first, since each will write its own tokens there. Pages without a sequence become free.
         """
         full = [length // self.page_size for length in self.lengths]
         held = [pages[: self._page_count(length)] for pages, length in zip(self._pages, self.lengths, strict=True)]
@@ -148,11 +148,11 @@ class PagedCache:
         )
 
     def begin(self, new: Segments) -> CacheStep:
-        """Make room for new tokens of each sequence and count them. An error changes nothing."""
+        """Reserve pages for new tokens of each sequence and count them. An error changes nothing."""
         if len(new.lengths) != len(self):
             raise InputError(
                 got=f"{len(new.lengths)} rows for past_key_values of {len(self)}",
-                expected="the rows of the call that made the cache, in their order",
+                expected="the rows of the call that made the cache, in the same order",
                 remedy="Pass the same batch, or no past_key_values",
             )
         before = self.lengths

@@ -2,7 +2,7 @@
 
 Gulati et al., "Conformer" (arXiv 2005.08100), with block attention and Shaw's relative positions (arXiv 1803.02155), and
 self-conditioned CTC in the middle (Nozaki and Komatsu, arXiv 2104.02724). Names and arithmetic are those of transformers'
-`GraniteSpeechCTCEncoder`; a clip's result is what it would be alone.
+`GraniteSpeechCTCEncoder`; a clip's result does not depend on the other clips.
 """
 
 import torch
@@ -32,7 +32,7 @@ class GraniteSpeechConformerFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up_proj(self.pre_norm(x))
-        # In place where no gradient needs the input: the widest tensor of the encoder is not allocated twice.
+        # In place if no gradient needs the input, so that the encoder's widest tensor is not allocated twice.
         hidden = self.dropout(F.silu(hidden, inplace=not hidden.requires_grad))
         return self.dropout(self.down_proj(hidden))
 
@@ -55,7 +55,7 @@ class GraniteSpeechConformerAttention(nn.Module):
         x = self.pre_norm(x)
         heads = (x.shape[0], self.num_heads, self.dim_head)
         q = self.to_q(x).view(heads)
-        k, v = (half.unflatten(1, heads[1:]) for half in self.to_kv(x).chunk(2, dim=1))
+        k, v = (part.unflatten(1, heads[1:]) for part in self.to_kv(x).chunk(2, dim=1))
         out = block_attention(q, k, v, self.rel_pos_emb.weight, clips.cu_seqlens, context_size=self.context_size)
         return self.dropout(self.to_out(out.flatten(1)))
 
@@ -95,7 +95,7 @@ class GraniteSpeechConformerConvModule(nn.Module):
         return self.dropout(F.linear(x, self.down_conv.weight.squeeze(2), self.down_conv.bias))
 
     def folded_batch_norm(self) -> tuple[Tensor, Tensor]:
-        """Running BatchNorm as `scale * x + shift`, both `(channels,)`; float32 at least."""
+        """Running BatchNorm as `scale * x + shift`, both `(channels,)`, at least float32."""
         norm = self.batch_norm
         wide = accumulator(norm.weight.dtype)
         scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
@@ -125,7 +125,7 @@ class GraniteSpeechConformerBlock(nn.Module):
 
 
 class GraniteSpeechCTCEncoder(nn.Module):
-    """Log-mel frames to audio states, 50 a second."""
+    """Log-mel frames to audio states, 50 per second."""
 
     def __init__(self, config: GraniteSpeechEncoderConfig):
         super().__init__()
@@ -149,7 +149,7 @@ class GraniteSpeechCTCEncoder(nn.Module):
 
         Args:
             hidden_states: `(clips, frames, input_dim)` log-mel features, in the weights' dtype.
-            lengths: each clip's true number of frames, on the host; None: every clip has `frames`, as in transformers.
+            lengths: each clip's true number of frames, on the host; None: `frames` each, as in transformers.
             output_hidden_states: also return the input projection and every block's output.
             return_dict: False returns a tuple.
 
@@ -172,7 +172,7 @@ class GraniteSpeechCTCEncoder(nn.Module):
             collected: a list that takes the input projection's and every block's output, `(total_frames, hidden_dim)`.
 
         Returns:
-            `(total_frames, output width)`: the last block's output, behind those of `cat_hidden_layers` where there are any.
+            `(total_frames, output width)`: the last block's output, after those of `cat_hidden_layers` if there are any.
         """
         wanted = set(self.config.cat_hidden_layers or ())
         exported = []
@@ -182,7 +182,7 @@ class GraniteSpeechCTCEncoder(nn.Module):
                 x = self.layers[number - 1](x, clips)
             if number == self.num_layers // 2 and number > 0:
                 x = x + self.out_mid(self.ctc_probabilities(x))
-            # Behind the middle's addition: transformers adds in place, to the very tensor it has set aside.
+            # After the CTC feedback is added: transformers adds it in place, so the exported state includes it.
             if number in wanted:
                 exported.append(x)
             if collected is not None:
@@ -190,5 +190,5 @@ class GraniteSpeechCTCEncoder(nn.Module):
         return torch.cat([*exported, x], dim=1) if exported else x
 
     def ctc_probabilities(self, x: Tensor) -> Tensor:
-        """Softmax of the CTC head, `(total_frames, output_dim)`; in float32 at least, rounded to x's dtype."""
+        """Softmax of the CTC head, `(total_frames, output_dim)`; computed at least in float32, rounded to x's dtype."""
         return F.softmax(self.out(x), dim=-1, dtype=accumulator(x.dtype)).to(x.dtype)

@@ -26,14 +26,14 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Tokens:
-    """What every layer needs to know of the tokens it is given.
+    """Layout of packed tokens, as every layer needs it.
 
     Attributes:
         segments: where each sequence lies.
-        positions: `(total_tokens,)` int64, of the rotary embedding.
+        positions: `(total_tokens,)` int64, for the rotary embedding.
         adapter_index: `(total_tokens,)` int32, 0 with the adapter and −1 without; None: all tokens have it.
-        step: the cache's view for this call; None: nothing is remembered.
-        attentions: a list that takes each layer's softmax weights, one tensor `(heads, queries, keys)` a sequence.
+        step: this call's view of the cache; None: no cache.
+        attentions: a list that takes each layer's softmax weights, one tensor `(heads, queries, keys)` per sequence.
     """
 
     segments: Segments
@@ -44,7 +44,7 @@ class Tokens:
 
 
 class GraniteRMSNorm(nn.Module):
-    """`weight · x / sqrt(mean(x²) + eps)`; statistics in float32 at least, rounded before the weight."""
+    """`weight · x / sqrt(mean(x²) + eps)`; normalised at least in float32, rounded before the weight is applied."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -83,7 +83,7 @@ class GraniteAttention(nn.Module):
             extent = {"max_query_len": segments.longest, "scale": self.scaling}
             out = paged_attention(q, *pools, step.block_table, step.kv_lens, segments.cu_seqlens, **extent)
         else:
-            # Every key is of this call: nothing need be read back from pages, and gradients flow.
+            # All keys are from this call, so nothing needs to be read back from pages, and gradients flow.
             out = causal_attention(q, k, v, segments, self.scaling, self.dropout if self.training else 0.0)
         if tokens.attentions is not None:
             tokens.attentions.append(attention_weights(q, k, segments, self.scaling))
@@ -91,9 +91,9 @@ class GraniteAttention(nn.Module):
 
     @staticmethod
     def _reads_own_pages(q: Tensor) -> bool:
-        # The kernel takes prompts of all lengths at once, where SDPA would be called once a sequence; but it has no backward.
-        differentiates = torch.is_grad_enabled() and q.requires_grad
-        return not differentiates and OPERATIONS["paged_attention"].resolve(None, q.device, q.dtype) == "triton"
+        # The kernel takes prompts of all lengths in one call, while SDPA needs one per sequence. But it has no backward.
+        needs_gradient = torch.is_grad_enabled() and q.requires_grad
+        return not needs_gradient and OPERATIONS["paged_attention"].resolve(None, q.device, q.dtype) == "triton"
 
     def extra_repr(self) -> str:
         return OPERATIONS["paged_attention"].backend(self.q_proj.weight)
@@ -111,13 +111,13 @@ def rotary_embedding(config: GraniteConfig, positions: Tensor, dtype: torch.dtyp
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of `(total_tokens, heads, head_dim)` by their position's angles."""
+    """Rotate the pairs (i, i + head_dim / 2) of `(total_tokens, heads, head_dim)` by the angles of their positions."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, dropout: float) -> Tensor:
-    """Each sequence of a packed batch by itself, through SDPA; `(total_tokens, heads, head_dim)` in and out."""
+    """SDPA within each sequence of a packed batch; `(total_tokens, heads, head_dim)` in and out."""
     options = {"is_causal": True, "scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
 
     def attend(*batch: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
     if len(set(segments.lengths)) == 1:
         return attend(*(one.unflatten(0, (len(segments.lengths), -1)) for one in (q, k, v))).flatten(0, 1)
     if torch.is_grad_enabled() and q.requires_grad and len(segments.lengths) * segments.longest <= 1.5 * segments.total:
-        # Training, on nearly equal lengths: one call on a rectangle. No position looks at the padding, which lies behind it.
+        # Training on nearly equal lengths: one call on a padded batch. No token attends to the padding, which comes after it.
         width, places = segments.longest, segments.rows_at(range(0, len(segments.lengths) * segments.longest, segments.longest))
         return attend(*(segments.pad(one, width) for one in (q, k, v))).flatten(0, 1).index_select(0, places)
     pieces = zip(*(one.split(segments.lengths) for one in (q, k, v)), strict=True)
@@ -136,7 +136,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
 
 
 def attention_weights(q: Tensor, k: Tensor, segments: Segments, scale: float) -> list[Tensor]:
-    """Softmax weights of each sequence, `(heads, queries, keys)`: for looking at, computed beside the attention itself."""
+    """Softmax weights of each sequence, `(heads, queries, keys)`, for output_attentions; attention itself does not use them."""
     weights = []
     for queries, keys in zip(q.split(segments.lengths), k.split(segments.lengths), strict=True):
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -162,7 +162,7 @@ class GraniteMLP(nn.Module):
 
 
 class GraniteDecoderLayer(nn.Module):
-    """Attention and MLP, each normed before, each branch times `residual_multiplier`."""
+    """Attention and MLP, with a norm before each; each branch is multiplied by `residual_multiplier`."""
 
     def __init__(self, config: GraniteConfig, layer: int):
         super().__init__()
@@ -195,11 +195,11 @@ class GraniteModel(nn.Module):
 
         Args:
             embeddings: `(total_tokens, hidden)`, before the embedding multiplier.
-            tokens: where they lie, and what is remembered.
-            collected: a list that takes the multiplied embeddings and every layer's output, the last one behind the norm.
+            tokens: their layout.
+            collected: a list that takes the multiplied embeddings and every layer's output, the last one after the norm.
 
         Returns:
-            `(total_tokens, hidden)` behind the final norm.
+            `(total_tokens, hidden)` after the final norm.
         """
         x = embeddings * self.embedding_multiplier
         rotary = rotary_embedding(self.config, tokens.positions, x.dtype)

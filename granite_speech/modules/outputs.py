@@ -1,4 +1,4 @@
-"""What the models return: transformers 5.x's output types, by attribute, by key and by position."""
+"""The models' outputs: transformers 5.x's types, readable by attribute, by key and by position."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -36,7 +36,7 @@ class Lazy:
 
 @dataclass
 class ModelOutput:
-    """A record whose fields that are not None can also be reached by key and by position, in order of definition."""
+    """A record whose fields, except those that are None, can also be read by key and by position, in order of definition."""
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -58,7 +58,7 @@ class ModelOutput:
         return list(zip(self.keys(), self.values(), strict=True))
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None: what `return_dict=False` returns."""
+        """The values that are not None, as returned with `return_dict=False`."""
         return tuple(self.values())
 
     def __iter__(self):
@@ -82,7 +82,7 @@ class ModelOutput:
 
 @dataclass
 class BaseModelOutputWithPooling(ModelOutput):
-    """Of the encoder, and of `get_audio_features`.
+    """Output of the encoder and of `get_audio_features`.
 
     Attributes:
         last_hidden_state: `(clips, frames, width)`, the encoder's output; zero beyond a clip's length.
@@ -97,13 +97,13 @@ class BaseModelOutputWithPooling(ModelOutput):
 
 @dataclass
 class GraniteSpeechModelOutputWithPast(ModelOutput):
-    """Of `GraniteSpeechModel`.
+    """Output of `GraniteSpeechModel`.
 
     Attributes:
         last_hidden_state: `(batch, sequence, hidden)` after the final norm; zero where the attention mask is 0.
-        past_key_values: keys and values seen so far, to give to the next call.
-        hidden_states: embeddings and every layer, the last one after the final norm.
-        attentions: softmax weights a layer, `(batch, heads, queries, keys)`.
+        past_key_values: keys and values of all tokens so far, for the next call.
+        hidden_states: embeddings and the output of every layer, the last one after the final norm.
+        attentions: softmax weights of every layer, `(batch, heads, queries, keys)`.
         audio_hidden_states: `(clips, audio tokens, hidden)`, the projector's output.
         packed_states: `last_hidden_state` without padding, `(total_tokens, hidden)`; not among the keys.
         rows: where the packed tokens lie in the batch; not among the keys.
@@ -118,14 +118,14 @@ class GraniteSpeechModelOutputWithPast(ModelOutput):
     rows: Rows | None = field(default=None, repr=False, metadata={"internal": True})
 
     def states_to_project(self) -> torch.Tensor:
-        """Packed states for the language model's head: those of `last_hidden_state` if a hook has looked at it or replaced it."""
+        """Packed states for the language model's head: from `last_hidden_state` if a hook has read or replaced it."""
         untouched = isinstance(vars(self)["last_hidden_state"], Lazy)
         return self.packed_states if untouched else self.rows.pack(self.last_hidden_state)
 
 
 @dataclass
 class GraniteSpeechCausalLMOutputWithPast(ModelOutput):
-    """Of `GraniteSpeechForConditionalGeneration`.
+    """Output of `GraniteSpeechForConditionalGeneration`.
 
     Attributes:
         loss: next-token cross entropy, a scalar, if labels were given.
@@ -143,15 +143,15 @@ class GraniteSpeechCausalLMOutputWithPast(ModelOutput):
 
 @dataclass
 class GenerateOutput(ModelOutput):
-    """Of `generate` with `return_dict_in_generate`; rows are those of the batch, each `num_return_sequences` times.
+    """Output of `generate` with `return_dict_in_generate`; rows are those of the batch, each `num_return_sequences` times.
 
     Attributes:
-        sequences: `(rows, prompt + new tokens)`, the prompts in front.
-        sequences_scores: `(rows,)` float32, of beams, if output_scores: log-probability over length to `length_penalty`.
+        sequences: `(rows, prompt + new tokens)`.
+        sequences_scores: `(rows,)` float32, with beams and output_scores: log-probability over length to `length_penalty`.
         scores: one tensor per step with the scores its tokens were chosen from, if output_scores: `(rows, vocabulary)` float32,
-            without meaning for a row that has ended; for beams `(batch * num_beams, vocabulary)`, log-probabilities of the open
-            beams' next tokens.
-        beam_indices: `(rows, new tokens)` int32, of beams: the open beam, counted over the batch, that each token was added to;
+            undefined for a row that has ended; with beams `(batch * num_beams, vocabulary)`, log-probabilities of the open beams'
+            next tokens.
+        beam_indices: `(rows, new tokens)` int32, with beams: the open beam, counted over the batch, that each token was added to;
             −1 after an answer's end.
     """
 

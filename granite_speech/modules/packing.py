@@ -1,6 +1,6 @@
-"""Packed segments: one tensor of all clips' frames (or all sequences' tokens), and where each lies in it.
+"""Packed segments: one tensor of all clips' frames or all sequences' tokens, and where each lies in it.
 
-Lengths are kept on the host beside `cu_seqlens` on the device, so that no shape ever has to be asked back from the device.
+Lengths are kept on the host as well as in `cu_seqlens` on the device, so that no shape ever has to be read from the device.
 """
 
 from collections.abc import Iterable
@@ -31,12 +31,12 @@ class Segments:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First row of each segment, and after the last the total."""
+        """First row of each segment, then the total."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """`starts` as int32 on the device: what the kernels read."""
+        """`starts` as int32 on the device, for the kernels."""
         return on_device(self.starts, self.device, torch.int32)
 
     @property
@@ -48,7 +48,7 @@ class Segments:
         return max(self.lengths, default=0)
 
     def rows_at(self, places: Iterable[int]) -> Tensor:
-        """`(total,)` int64: each packed row's place where segment i begins at row `places[i]`."""
+        """`(total,)` int64: the new place of each packed row if segment i is moved to begin at row `places[i]`."""
         rows = [torch.arange(place, place + length) for place, length in zip(places, self.lengths, strict=True)]
         return on_device(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), self.device)
 
@@ -57,7 +57,7 @@ class Segments:
         return self.pad_to_multiple(packed, width, (1,) * len(self.lengths))
 
     def pad_to_multiple(self, packed: Tensor, width: int, windows: tuple[int, ...]) -> Tensor:
-        """`(total, ...)` → `(sum of windows, width, ...)`: segment i in `windows[i]` windows of its own, zero beyond its length."""
+        """`(total, ...)` → `(sum of windows, width, ...)`: segment i fills `windows[i]` windows, zero beyond its length."""
         if all(length == width * count for length, count in zip(self.lengths, windows, strict=True)):
             return packed.reshape(sum(windows), width, *packed.shape[1:])
         rows = self.rows_at(accumulate((width * count for count in windows[:-1]), initial=0) if windows else ())
@@ -66,16 +66,16 @@ class Segments:
 
 
 def host_lengths(lengths: list[int] | tuple[int, ...] | Tensor, clips: int, longest: int, name: str) -> tuple[int, ...]:
-    """Check lengths that a caller gave.
+    """A caller's lengths, checked.
 
-    A tensor that is not on the host is copied from its device, which waits for it: give a list where that matters.
+    A tensor on a device is copied to the host, which waits for the device; a list avoids that.
     """
     values = tuple(lengths.tolist()) if isinstance(lengths, Tensor) else tuple(lengths)
     if len(values) != clips or any(isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= longest for one in values):
         raise InputError(
             got=f"{name} = {list(values)!r:.200}",
             expected=f"{clips} integers from 0 to {longest}, one for each clip",
-            remedy="Pass the processor's own value, or leave it out where no clip is padded",
+            remedy="Pass the processor's own value, or omit it if no clip is padded",
         )
     return values
 
@@ -85,7 +85,7 @@ def pack_clips(padded: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tens
 
     Args:
         padded: features of all clips.
-        lengths: true number of frames of each; None: every clip has all frames.
+        lengths: each clip's true number of frames; None: no clip is padded.
     """
     if padded.dim() != 3:
         raise InputError(

@@ -1,8 +1,8 @@
 """The windowed Q-Former: 15 frames of a clip become 3 vectors of the language model's width.
 
-BERT layers over a few learned queries that look at the audio by cross-attention (Li et al., "BLIP-2", arXiv 2301.12597).
-Names and arithmetic are those of transformers' `GraniteSpeechEncoderProjector` and `Blip2QFormerModel`. Each window stands
-alone. A clip's last window is filled with zero vectors that are attended to like frames: the model was trained so.
+BERT layers over a few learned queries with cross-attention to the audio (Li et al., "BLIP-2", arXiv 2301.12597). Names and
+arithmetic are those of transformers' `GraniteSpeechEncoderProjector` and `Blip2QFormerModel`. Windows are independent. A clip's
+last window is padded with zero vectors, which are attended to like frames, because the model was trained that way.
 """
 
 import torch
@@ -32,7 +32,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         q, k, v = (
             one.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for one in (self.query(hidden), self.key(source), self.value(source))
         )
-        # Before the first cross-attention all windows hold the same queries, and `hidden` has one row for them all.
+        # Before the first cross-attention all windows have the same queries, so `hidden` has a single row.
         q = q.expand(k.shape[0], -1, -1, -1)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return out.transpose(1, 2).flatten(2)
@@ -64,7 +64,7 @@ class Blip2QFormerAttention(nn.Module):
 
 
 class Blip2QFormerIntermediate(nn.Module):
-    """First half of the feed-forward."""
+    """First layer of the feed-forward."""
 
     def __init__(self, config: Blip2QFormerConfig):
         super().__init__()
@@ -119,7 +119,7 @@ class Blip2QFormerModel(nn.Module):
 
 
 class GraniteSpeechEncoderProjector(nn.Module):
-    """Audio states to audio vectors, `window_size // downsample_rate` a window."""
+    """Audio states to audio vectors, `window_size // downsample_rate` per window."""
 
     def __init__(self, config: GraniteSpeechConfig):
         super().__init__()
@@ -131,7 +131,7 @@ class GraniteSpeechEncoderProjector(nn.Module):
         self.linear = LoraLinear(config.projector_config.hidden_size, config.text_config.hidden_size)
 
     def tokens(self, frames: int) -> int:
-        """Audio vectors that a clip of so many encoder frames becomes."""
+        """Number of audio vectors of a clip with this many encoder frames."""
         return -(-frames // self.window_size) * self.num_queries
 
     def forward(self, frames: Tensor, clips: Segments) -> tuple[Tensor, Segments]:
@@ -142,7 +142,7 @@ class GraniteSpeechEncoderProjector(nn.Module):
             clips: where each clip lies.
 
         Returns:
-            `(total audio tokens, text hidden size)`, and where each clip's lie.
+            `(total audio tokens, text hidden size)`, and where each clip's vectors lie.
         """
         tokens = Segments(tuple(self.tokens(length) for length in clips.lengths), clips.device)
         windows = clips.pad_to_multiple(frames, self.window_size, tuple(count // self.num_queries for count in tokens.lengths))

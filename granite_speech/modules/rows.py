@@ -1,6 +1,6 @@
-"""A padded batch of prompts, as callers of `forward` give it, packed: only the tokens that the attention mask keeps.
+"""Packing a padded batch of prompts: only the tokens that the attention mask keeps.
 
-Everything that shapes depend on is looked up once here, on the host; what runs afterwards reads nothing from the device.
+Everything that shapes depend on is computed here, on the host; later steps read nothing from the device.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ __all__ = ["Rows", "pack_rows"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the kept tokens of a padded batch lie, in it and packed.
+    """Where the kept tokens of a padded batch lie, padded and packed.
 
     Attributes:
         width: columns of the padded batch.
         segments: the packed rows.
         kept: `(total,)` int64 on the host, each kept token's place in the flattened padded batch.
-        positions: `(total,)` int64 on the host.
-        next_positions: where each row goes on.
+        positions: `(total,)` int64 on the host, for the rotary embedding.
+        next_positions: position of each row's next token.
     """
 
     width: int
@@ -43,8 +43,8 @@ class Rows:
     def _is_full(self) -> bool:
         return self.segments.total == len(self.segments.lengths) * self.width
 
-    def pass_columns(self, cache: PagedCache) -> None:
-        """Advance the cache's count of columns. Call this when nothing in the call can fail any more."""
+    def advance(self, cache: PagedCache) -> None:
+        """Add these columns to the cache's count. Call this when nothing in the call can fail any more."""
         cache.columns += self.width
         cache.next_positions = self.next_positions
 
@@ -64,7 +64,7 @@ class Rows:
         """`(batch, columns)` int64 on the host: the packed place of each row's token in these columns, −1 where the mask is 0.
 
         Args:
-            columns: numbers of columns, from the end if negative; a tensor is on the host.
+            columns: column numbers, counted from the end if negative; a tensor must be on the host.
 
         Raises:
             InputError: a column that the batch does not have.
@@ -81,7 +81,7 @@ class Rows:
         return place.view(-1, self.width)[:, wanted]
 
     def pad_weights(self, weights: list[Tensor]) -> Tensor:
-        """Attention weights a row, `(heads, queries, keys)` → `(batch, heads, width, width)`, zero where the mask is 0."""
+        """Attention weights, `(heads, queries, keys)` of each row → `(batch, heads, width, width)`, zero where the mask is 0."""
         padded = weights[0].new_zeros(len(weights), weights[0].shape[0], self.width, self.width)
         for row, (one, kept) in enumerate(zip(weights, self._index.split(self.segments.lengths), strict=True)):
             columns = kept - row * self.width
@@ -98,37 +98,36 @@ def pack_rows(
 ) -> Rows:
     """Find the tokens to keep and their positions.
 
-    A row's positions count from its first kept column, holes included, so that they differ from transformers' only by a
-    shift of the whole row, which rotary embeddings do not see.
+    A row's positions count from its first kept column, masked columns after that included. They differ from transformers' only
+    by a shift of the whole row, which does not affect rotary embeddings.
 
     Args:
         shape: `(batch, width)` of the tokens.
-        attention_mask: on the host, of 0 and 1, `(batch, width)`, or with the columns already in the cache before them. None keeps
-            all.
-        position_ids: on the host, `(batch, width)` or `(1, width)`, used as they are.
-        cache: what came before.
+        attention_mask: on the host, of 0 and 1, `(batch, width)`, or wider by the columns already in the cache. None keeps all.
+        position_ids: on the host, `(batch, width)` or `(1, width)`, used unchanged.
+        cache: the earlier tokens.
     """
     batch, width = shape
     passed = 0 if cache is None else cache.columns
     mask = torch.ones(shape, dtype=torch.bool) if attention_mask is None else _checked_mask(attention_mask, shape, passed)
     kept = mask.flatten().nonzero().squeeze(1)
     lengths = mask.sum(1)
-    seen = torch.tensor(cache.next_positions if cache is not None else [0] * batch, dtype=torch.int64)
+    next_positions = torch.tensor(cache.next_positions if cache is not None else [0] * batch, dtype=torch.int64)
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != width:
             raise _wrong("position_ids", position_ids, f"shape ({batch}, {width}) or (1, {width})")
         columns = position_ids.to(torch.int64).expand(batch, width)
         # Masked columns are padding, so a row continues after its last kept token.
-        last = columns.masked_fill(~mask, -1).amax(1) if width else seen - 1
-        following = torch.where(lengths > 0, last + 1, seen)
+        last = columns.masked_fill(~mask, -1).amax(1) if width else next_positions - 1
+        next_positions = torch.where(lengths > 0, last + 1, next_positions)
     else:
-        # Where no token has been kept yet the count begins at the first one of this call.
+        # A row without any earlier token counts from its first one in this call.
         fresh = torch.tensor([length == 0 for length in (cache.lengths if cache is not None else [0] * batch)], dtype=torch.bool)
         first = mask.int().argmax(1) if width else torch.zeros(batch, dtype=torch.int64)
-        start = torch.where(fresh, -first, seen)
+        start = torch.where(fresh, -first, next_positions)
         columns = torch.arange(width) + start[:, None]
-        following = torch.where(fresh & (lengths == 0), 0, start + width)
-    return Rows(width, Segments(tuple(lengths.tolist()), device), kept, columns.flatten()[kept], following.tolist())
+        next_positions = torch.where(fresh & (lengths == 0), 0, start + width)
+    return Rows(width, Segments(tuple(lengths.tolist()), device), kept, columns.flatten()[kept], next_positions.tolist())
 
 
 def _checked_mask(attention_mask: Tensor, shape: tuple[int, int], passed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Small copies between host and device.
 
-Reading from a GPU waits for everything that was queued before it, and so does writing to it from ordinary memory. A call of
-the model reads once, and writes from pinned memory, which waits for nothing.
+Reading from a GPU waits for all work queued before it, and so does writing to it from ordinary memory. A call of the model
+therefore reads once, and writes from pinned memory, which does not wait.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ def on_host(*tensors: Tensor | None) -> list[Tensor | None]:
     away = [one for one in tensors if one is not None and one.device.type != "cpu"]
     if not away:
         return list(tensors)
-    # As bytes, so that every dtype arrives as it is.
+    # As bytes, so that every dtype arrives unchanged.
     raw = torch.cat([one.detach().contiguous().flatten().view(torch.uint8) for one in away]).to("cpu")
     parts = iter(raw.split([one.numel() * one.element_size() for one in away]))
-    # Cloned: a part may begin at an address that its dtype cannot have.
+    # Cloned: a part may begin at an address that is not aligned for its dtype.
     read = {id(one): next(parts).clone().view(one.dtype).view(one.shape) for one in away}
     return [read.get(id(one), one) for one in tensors]
 
 
 def on_device(values: Tensor | Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers of the host as a tensor on `device`, without a wait."""
+    """Numbers on the host as a tensor on `device`, without a wait."""
     host = torch.as_tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and host.device.type == "cpu" else host.to(device)

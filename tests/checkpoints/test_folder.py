@@ -1,4 +1,4 @@
-"""Weights into a module and back: the names it wants, dtypes, ties, memory, what a save leaves."""
+"""Loading weights into a module and saving them: names, dtypes, tied weights, memory, and files."""
 
 import subprocess
 import sys
@@ -18,11 +18,11 @@ from tests.support.paths import ROOT
 CPU = torch.device("cpu")
 LORA = {"encoder.out.lora_A.weight": torch.ones(2, 3), "encoder.out.lora_B.weight": torch.ones(4, 2)}
 
-# --- into a module ---------------------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------------------------------------------
 
 
 class Small(nn.Module):
-    """The parts of a checkpoint in miniature: a buffer, an integer, a scalar, an empty tensor, a head that may be tied."""
+    """A miniature checkpoint: a buffer, an integer, a scalar, an empty tensor, and a head that may be tied."""
 
     def __init__(self, *, tied=False, step=True):
         super().__init__()
@@ -65,7 +65,7 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("chunk_bytes", [16, 1 << 25])
 @pytest.mark.parametrize("target", [None, *FLOATS], ids=str)
 @pytest.mark.parametrize("source", FLOATS, ids=str)
-def test_values_arrive_in_every_dtype(source, target, chunk_bytes, tmp_path, monkeypatch):
+def test_weights_load_from_and_to_every_dtype(source, target, chunk_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file, "_CHUNK_BYTES", chunk_bytes)
     source_weights, module = weights(source), on_meta()
     load_into(module, stored(tmp_path, source_weights), dtype=target, device=CPU)
@@ -94,18 +94,18 @@ def test_a_tied_head_is_one_parameter_under_either_name(names, tmp_path):
 def test_a_tied_module_refuses_two_different_weights(tmp_path):
     checkpoint = stored(tmp_path, weights())
     assert not checkpoint.head_is_tied()
-    with pytest.raises(CheckpointError, match=r"1 weights of another kind: .*tied to .*of other values"):
+    with pytest.raises(CheckpointError, match=r"1 weights that do not match: .*tied to .*with other values"):
         load_into(on_meta(tied=True), checkpoint, dtype=None, device=CPU)
 
 
-def test_an_untied_module_misses_a_head_that_the_file_does_not_have(tmp_path):
+def test_an_untied_module_requires_a_head_in_the_file(tmp_path):
     tensors = weights()
     del tensors[HEAD]
     with pytest.raises(CheckpointError, match=r"1 weights missing in the file: language_model\.lm_head\.weight; expected"):
         load_into(on_meta(), stored(tmp_path, tensors), dtype=None, device=CPU)
 
 
-def test_all_disagreements_are_in_one_error_and_nothing_is_loaded(tmp_path):
+def test_all_mismatches_are_in_one_error_and_nothing_is_loaded(tmp_path):
     tensors = weights()
     del tensors["encoder.out.bias"], tensors["projector.query"]
     tensors["encoder.out.weight"] = torch.zeros(4, 2)
@@ -131,14 +131,14 @@ def test_the_step_counter_is_optional(tmp_path):
     assert torch.equal(module.encoder.norm.num_batches_tracked, torch.tensor(0))
 
 
-def test_a_buffer_that_no_file_fills_is_an_error(tmp_path):
+def test_a_buffer_in_no_file_is_an_error(tmp_path):
     module = on_meta()
     module.encoder.register_buffer("window", torch.empty(3, device="meta"), persistent=False)
-    with pytest.raises(CheckpointError, match=r"no file fills: encoder\.window; .*outside the meta device"):
+    with pytest.raises(CheckpointError, match=r"in no file: encoder\.window; .*outside the meta device"):
         load_into(module, stored(tmp_path, weights()), dtype=None, device=CPU)
 
 
-def test_a_file_that_shrinks_after_its_header_was_read(tmp_path):
+def test_a_file_that_shrinks_after_its_header_was_read_is_an_error(tmp_path):
     checkpoint = stored(tmp_path, weights())
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
@@ -149,7 +149,7 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path):
         load_into(on_meta(), checkpoint, dtype=None, device=CPU)
 
 
-def test_weights_stay_when_the_file_is_gone(tmp_path):
+def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
     tensors, module = weights(), on_meta()
     load_into(module, stored(tmp_path, tensors), dtype=None, device=CPU)
     (tmp_path / "model.safetensors").write_bytes(bytes(10_000))
@@ -165,7 +165,7 @@ torch.zeros(1000, dtype=torch.bfloat16).copy_(torch.zeros(1000))
 with torch.device("meta"):
     module = torch.nn.ModuleDict({"encoder": torch.nn.ModuleList(torch.nn.Linear(2048, 2048, bias=False) for _ in range(int(sys.argv[3])))})
 baseline = peak("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
+open("/proc/self/clear_refs", "w").write("5")  # resets the high-water mark
 load_into(module, Checkpoint.open(sys.argv[1]), dtype=getattr(torch, sys.argv[2]), device=torch.device("cpu"))
 print(peak("VmHWM") - baseline)
 """
@@ -173,7 +173,7 @@ print(peak("VmHWM") - baseline)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize(("dtype", "of_the_file"), [("float32", 1.0), ("bfloat16", 0.5)])
-def test_peak_memory_is_the_destination_and_little_more(dtype, of_the_file, tmp_path):
+def test_peak_memory_is_little_more_than_the_destination(dtype, of_the_file, tmp_path):
     layers = 12
     save_file({f"encoder.{i}.weight": torch.ones(2048, 2048) for i in range(layers)}, tmp_path / "model.safetensors")
     nbytes = layers * 2048 * 2048 * 4
@@ -182,7 +182,7 @@ def test_peak_memory_is_the_destination_and_little_more(dtype, of_the_file, tmp_
     assert 0.9 * of_the_file * nbytes < peak < of_the_file * nbytes + (48 << 20)
 
 
-# --- and back --------------------------------------------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_back(folder):
@@ -219,7 +219,7 @@ def test_weights_are_as_readable_as_the_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1, 60, 100, "0.1KB", 10_000])
-def test_shards(limit, tmp_path):
+def test_a_large_checkpoint_is_split_into_shards(limit, tmp_path):
     tensors = weights()
     save(tmp_path, tensors, config={}, max_shard_size=limit)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
@@ -236,7 +236,7 @@ def test_shards(limit, tmp_path):
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_back(tmp_path).items())
 
 
-def test_saves_into_one_folder_leave_what_the_last_one_wrote(tmp_path):
+def test_a_save_removes_an_earlier_checkpoint(tmp_path):
     tensors = weights()
     (tmp_path / "tokenizer.json").write_text("{}")
     save(tmp_path, tensors, config={}, max_shard_size=60)
@@ -249,7 +249,7 @@ def test_saves_into_one_folder_leave_what_the_last_one_wrote(tmp_path):
     assert Checkpoint.open(tmp_path).adapter_config is None
 
 
-def test_saving_into_the_folder_it_was_loaded_from_even_through_links(tmp_path):
+def test_saving_into_the_folder_of_origin_does_not_write_through_links(tmp_path):
     folder, blob = tmp_path / "snapshot", tmp_path / "blob"
     folder.mkdir()
     save_file(weights(), blob)
@@ -259,10 +259,10 @@ def test_saving_into_the_folder_it_was_loaded_from_even_through_links(tmp_path):
     state["encoder.out.bias"] += 1
     save(folder, state, config={})
     assert torch.equal(read_back(folder)["encoder.out.bias"], weights()["encoder.out.bias"] + 1)
-    assert blob.read_bytes() == before  # the cache's own file is not the folder's to change
+    assert blob.read_bytes() == before  # a save must not change the cache's file through the link
 
 
-def test_a_save_that_fails_leaves_the_earlier_one(tmp_path):
+def test_a_failed_save_keeps_the_earlier_checkpoint(tmp_path):
     save(tmp_path, weights(), config={"a": 1})
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     changed = {name: tensor + 1 for name, tensor in weights().items()}
@@ -274,7 +274,7 @@ def test_a_save_that_fails_leaves_the_earlier_one(tmp_path):
         save(tmp_path / "file", weights(), config={})
 
 
-def test_what_a_tensor_may_be(tmp_path):
+def test_transposed_parameters_and_tied_tensors_are_saved(tmp_path):
     tensors = weights()
     tensors["encoder.out.weight"] = torch.arange(12.0).view(3, 4).t()
     tensors["encoder.out.bias"] = nn.Parameter(torch.arange(4.0))
@@ -297,13 +297,13 @@ def test_what_a_tensor_may_be(tmp_path):
         ({"adapter_config": {"r": 2}}, "an adapter's weights without its configuration, or the reverse"),
     ],
 )
-def test_save_refuses(changes, message, tmp_path):
+def test_save_refuses_bad_arguments(changes, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path / "new", **({"tensors": weights(), "config": {}} | changes))
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("size", ["five", "5 TB", "-1GB", ""])
-def test_shard_size_that_is_none(size, tmp_path):
+def test_a_malformed_shard_size_is_refused(size, tmp_path):
     with pytest.raises(InputError, match="max_shard_size"):
         save(tmp_path, weights(), config={}, max_shard_size=size)

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder may hold: shards and their index, adapters, pickles, JSON."""
+"""Contents of a checkpoint's folder: shards and their index, adapters, pickles, JSON."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 
+from granite_speech.checkpoints import folder
 from granite_speech.checkpoints.folder import Checkpoint, load_json, read_adapter
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 
@@ -25,17 +26,21 @@ INDICES = {
     "empty weight_map": ({"weight_map": {}}, SHARDS, "no weight_map"),
     "weight_map is a list": ({"weight_map": ["a"]}, SHARDS, "no weight_map"),
     "file name is a number": ({"weight_map": {"a": 1}}, SHARDS, "no weight_map"),
-    "shard absent": ({"weight_map": BOTH | {"c": "three.safetensors"}}, SHARDS, "'three.safetensors', which is not there"),
+    "shard absent": ({"weight_map": BOTH | {"c": "three.safetensors"}}, SHARDS, "'three.safetensors', which is missing"),
     "key absent from its shard": (
         {"weight_map": BOTH | {"c": "one.safetensors"}},
         SHARDS,
-        "'c' in one.safetensors by the index and in none",
+        "'c' in one.safetensors, but it is in no shard",
     ),
-    "key absent from the index": ({"weight_map": {"a": "one.safetensors"}}, {"one.safetensors": GOOD}, "'b' in no shard by the index"),
+    "key absent from the index": (
+        {"weight_map": {"a": "one.safetensors"}},
+        {"one.safetensors": GOOD},
+        "'b' in no shard, but it is in one.safetensors",
+    ),
     "key in another shard": (
         {"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}},
         SHARDS,
-        "by the index and in (one|two).safetensors in truth",
+        "in (one|two).safetensors, but it is in (one|two).safetensors",
     ),
     "key in two shards": (
         {"weight_map": BOTH},
@@ -53,28 +58,28 @@ INDICES = {
 
 
 @pytest.mark.parametrize("kind", INDICES)
-def test_index_that_does_not_match(kind, tmp_path):
+def test_an_index_that_does_not_match_is_refused(kind, tmp_path):
     index, shards, message = INDICES[kind]
-    folder = tmp_path / "folder"
-    (folder / "sub").mkdir(parents=True)
-    for place in (tmp_path / "outside.safetensors", folder / "sub" / "one.safetensors"):
-        place.write_bytes(SHARDS["one.safetensors"])  # there, and yet not to be opened
+    inside = tmp_path / "folder"
+    (inside / "sub").mkdir(parents=True)
+    for place in (tmp_path / "outside.safetensors", inside / "sub" / "one.safetensors"):
+        place.write_bytes(SHARDS["one.safetensors"])  # exists, but must not be opened
     for name, content in shards.items():
-        (folder / name).write_bytes(content)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (inside / name).write_bytes(content)
+    (inside / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint.open(folder)
+        Checkpoint.open(inside)
 
 
 def test_links_out_of_the_folder_are_followed(tmp_path):
     (tmp_path / "blobs").mkdir()
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
     for number, (name, content) in enumerate(SHARDS.items()):
         (tmp_path / "blobs" / str(number)).write_bytes(content)
-        (folder / name).symlink_to(Path("..", "blobs", str(number)))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": BOTH}))
-    assert Checkpoint.open(folder).entries.keys() == {"a", "b"}
+        (snapshot / name).symlink_to(Path("..", "blobs", str(number)))
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": BOTH}))
+    assert Checkpoint.open(snapshot).entries.keys() == {"a", "b"}
 
 
 LORA = {"encoder.out.lora_A.weight": torch.ones(2, 3), "encoder.out.lora_B.weight": torch.ones(4, 2)}
@@ -121,24 +126,24 @@ FOLDERS = {
 }
 
 
-def write_folder(folder, files):
+def write_files(path, files):
     for name, content in files.items():
         if name.endswith(".safetensors"):
-            save_file(content, folder / name)
+            save_file(content, path / name)
         else:
-            (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+            (path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_folder_that_is_no_checkpoint(kind, tmp_path):
+def test_a_folder_without_a_complete_checkpoint_is_refused(kind, tmp_path):
     files, error, message = FOLDERS[kind]
-    write_folder(tmp_path, files)
+    write_files(tmp_path, files)
     with pytest.raises(error, match=message):
         Checkpoint.open(tmp_path)
 
 
-def test_no_folder(tmp_path):
-    with pytest.raises(CheckpointNotFoundError, match="where there is no folder"):
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(CheckpointNotFoundError, match="which is not a folder"):
         Checkpoint.open(tmp_path / "absent")
     with pytest.raises(CheckpointNotFoundError, match=r"no file 'adapter_config\.json'"):
         read_adapter(tmp_path)
@@ -156,13 +161,14 @@ def test_no_folder(tmp_path):
         (b'{"a": "' + b"x" * 100 + b'"}', "with 109 bytes; expected a JSON object of at most 100"),
     ],
 )
-def test_load_json_refuses(content, message, tmp_path):
+def test_load_json_refuses_bad_files(content, message, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_bytes(content)
+    monkeypatch.setattr(folder, "_MAX_JSON_BYTES", 100 if len(content) < 1000 else 10**6)
     with pytest.raises(CheckpointError, match=message):
-        load_json(tmp_path / "config.json", max_bytes=100 if len(content) < 1000 else 10**6)
+        load_json(tmp_path / "config.json")
 
 
-def test_load_json(tmp_path):
+def test_load_json_reads_utf8(tmp_path):
     (tmp_path / "config.json").write_text('{"a": "ä"}', encoding="utf-8")
     assert load_json(str(tmp_path / "config.json")) == {"a": "ä"}
     with pytest.raises(CheckpointNotFoundError, match=r"no file 'other\.json'"):

@@ -1,4 +1,4 @@
-"""The format's reader: damaged files, dtypes that are not read, and any byte changed."""
+"""The reader of safetensors files: damaged files, unsupported dtypes, and single changed bytes."""
 
 import json
 
@@ -12,7 +12,7 @@ from granite_speech.errors import CheckpointError, CheckpointNotFoundError, Gran
 
 
 def tensors_file(header, data=b"", length=None):
-    """Bytes of a safetensors file, whose header is an object or raw bytes, and whose length field can lie."""
+    """Bytes of a safetensors file with this header, an object or raw bytes; `length` overrides the header's true length."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
 
@@ -39,7 +39,7 @@ DAMAGED = {
     "not JSON": (tensors_file(b"{a: 1}"), "not JSON"),
     "deeply nested": (tensors_file(b"[" * 100_000), "not JSON"),
     "a list": (tensors_file([]), "type list"),
-    "a name twice": (tensors_file(TWICE, bytes(4)), "'a' stands there twice"),
+    "a name twice": (tensors_file(TWICE, bytes(4)), "'a' occurs twice"),
     "entry is no object": (tensors_file({"a": 3}), "dtype, shape and data_offsets"),
     "no dtype": (tensors_file({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "dtype, shape and data_offsets"),
     "no shape": (tensors_file({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, bytes(4)), "dtype, shape and data_offsets"),
@@ -63,7 +63,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_file(kind, tmp_path):
+def test_a_damaged_file_is_refused(kind, tmp_path):
     content, message = DAMAGED[kind]
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -71,23 +71,23 @@ def test_damaged_file(kind, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64", "U32"])
-def test_dtype_that_is_not_read_is_refused_by_name(dtype, tmp_path):
+def test_an_unsupported_dtype_is_refused_by_name(dtype, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(tensors_file({"projector.query": entry(0, 4, dtype=dtype)}, bytes(4)))
     with pytest.raises(UnsupportedError, match=f"dtype '{dtype}' of 'projector.query'"):
         read_header(tmp_path / "a.safetensors")
 
 
-def test_header_beyond_the_limit_of_the_format(tmp_path):
+def test_a_header_above_the_limit_of_the_format_is_refused(tmp_path):
     with open(tmp_path / "a.safetensors", "wb") as file:
         file.write((100_000_001).to_bytes(8, "little"))
-        file.truncate(100_000_100)  # sparse: no such space is used
+        file.truncate(100_000_100)  # sparse, so it takes no space
     with pytest.raises(CheckpointError, match="a header of 100000001 bytes"):
         read_header(tmp_path / "a.safetensors")
 
 
 @settings(deadline=None)
 @given(position=st.integers(0, len(GOOD) - 1), value=st.integers(0, 255), cut=st.integers(0, len(GOOD)))
-def test_any_changed_byte_and_any_cut_is_read_or_refused(tmp_path_factory, position, value, cut):
+def test_a_changed_or_truncated_file_is_read_or_refused(tmp_path_factory, position, value, cut):
     file = tmp_path_factory.mktemp("changed") / "a.safetensors"
     content = GOOD[:position] + bytes([value]) + GOOD[position + 1 :]
     file.write_bytes(content[:cut] if cut % 2 else content)
@@ -98,7 +98,7 @@ def test_any_changed_byte_and_any_cut_is_read_or_refused(tmp_path_factory, posit
     assert sum(one.nbytes for one in entries.values()) <= 12
 
 
-def test_undamaged_file(tmp_path):
+def test_an_undamaged_file_is_read(tmp_path):
     file = tmp_path / "a.safetensors"
     file.write_bytes(GOOD)
     start = len(GOOD) - 12
@@ -108,7 +108,7 @@ def test_undamaged_file(tmp_path):
     }
 
 
-def test_no_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent.safetensors"):
         with pytest.raises(CheckpointNotFoundError, match="no file"):
             read_header(path)

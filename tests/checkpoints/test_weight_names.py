@@ -1,4 +1,4 @@
-"""Every spelling of the weights' names, written by transformers and peft themselves where they still write it."""
+"""Every spelling of the weights' names, written by transformers and peft themselves if their present versions still use it."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration, GraniteSpeechModel
 from transformers.utils import logging
 
-from granite_speech.checkpoints import weight_names as layouts
+from granite_speech.checkpoints import weight_names
 from granite_speech.checkpoints.folder import Checkpoint, read_adapter, save
 from granite_speech.checkpoints.tensor_file import open_tensors, read_tensor, staging_buffer
 from granite_speech.errors import CheckpointError
 
 logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of a base model without a name
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about a base model without a name
 
 CPU = torch.device("cpu")
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -57,7 +57,7 @@ def build(*, tied=True, adapter=False, kind=GraniteSpeechForConditionalGeneratio
 
 
 def truth(model):
-    """The model's weights under the released folders' names, by rules of this test alone; a tied head under one name."""
+    """The model's weights with the released folders' names, by rules independent of the code under test; a tied head once."""
     weights = {}
     for key, tensor in model.state_dict().items():
         name = key.removeprefix("model.").replace(".base_layer", "").replace(".default", "")
@@ -72,7 +72,7 @@ def truth(model):
 
 
 def write_released(folder, model):
-    """L1, and its adapter file, as the released folders have them."""
+    """The layout of the released folders, with an adapter file if the model has an adapter."""
     model.save_pretrained(str(folder))  # config.json and adapter_config.json; the weights are replaced
     weights = truth(model)
     save_file({k: v for k, v in weights.items() if "lora" not in k}, folder / "model.safetensors", {"format": "pt"})
@@ -97,27 +97,27 @@ def released_with_adapter(folder, tied):
     return write_released(folder, build(tied=tied, adapter=True))
 
 
-def adapter_in_both_files(folder, tied):  # L2
+def adapter_in_both_files(folder, tied):
     weights = write_released(folder, build(tied=tied, adapter=True))
     layers = {k.rsplit(".lora_", 1)[0] + ".weight" for k in weights if "lora" in k}
     renamed = {}
     for name, tensor in weights.items():
         if "lora" in name:
-            renamed[name.replace(".weight", ".default.weight")] = tensor + 1  # not the same values: the adapter's file is to win
+            renamed[name.replace(".weight", ".default.weight")] = tensor + 1  # different values, because the adapter's file must win
         else:
             renamed[name.replace(".weight", ".base_layer.weight") if name in layers else name] = tensor
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     return weights
 
 
-def loaded_and_saved(folder, tied):  # L3
+def loaded_and_saved(folder, tied):
     write_released(folder, build(tied=tied))
     model = load(folder)
     model.save_pretrained(str(folder))
     return truth(model)
 
 
-def loaded_then_adapter(folder, tied):  # L4
+def loaded_then_adapter(folder, tied):
     write_released(folder, build(tied=tied))
     model = load(folder)
     model.add_adapter(LoraConfig(**LORA))
@@ -125,14 +125,14 @@ def loaded_then_adapter(folder, tied):  # L4
     return truth(model)
 
 
-def state_dict_in_memory(folder, tied):  # L5
+def state_dict_in_memory(folder, tied):
     model = build(tied=tied)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     return truth(model) | ({"language_model.lm_head.weight": state["lm_head.weight"]})
 
 
-def built_from_config(folder, tied):  # L6
+def built_from_config(folder, tied):
     model = build(tied=tied)
     model.save_pretrained(str(folder))
     return truth(model)
@@ -144,7 +144,7 @@ def built_from_config_with_adapter(folder, tied):
     return truth(model)
 
 
-def without_head(folder, tied):  # L7
+def without_head(folder, tied):
     model = build(tied=tied, kind=GraniteSpeechModel)
     model.save_pretrained(str(folder))
     return truth(model)
@@ -177,7 +177,7 @@ def built_from_config_with_adapter_loaded_and_saved(folder, tied):
     return truth(model)
 
 
-# Layout → a key that its files must have, so that a change in what transformers writes is noticed here.
+# Layout → a key that its files must have, so that this test fails if transformers changes what it writes.
 LAYOUTS = {
     released: "language_model.model.layers.0.self_attn.q_proj.weight",
     released_with_adapter: "language_model.model.layers.0.self_attn.q_proj.weight",
@@ -224,7 +224,7 @@ def test_every_layout_opens_with_the_same_names_and_values(write, tied, tmp_path
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_what_is_saved_here_loads_in_transformers_with_equal_values(tied, tmp_path):
+def test_saved_weights_load_in_transformers_with_equal_values(tied, tmp_path):
     source = build(tied=tied, adapter=True)
     weights = truth(source)
     save(
@@ -240,7 +240,7 @@ def test_what_is_saved_here_loads_in_transformers_with_equal_values(tied, tmp_pa
     assert_same(read_all(Checkpoint.open(tmp_path)), weights)
 
 
-def test_peft_names_the_adapter_of_a_headless_model_its_own_way(tmp_path):
+def test_pefts_names_for_a_headless_models_adapter_are_read(tmp_path):
     model = build(adapter=True, kind=GraniteSpeechModel)
     model.save_pretrained(str(tmp_path))
     assert "base_model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(tmp_path / "adapter_model.safetensors")
@@ -252,7 +252,7 @@ def test_peft_names_the_adapter_of_a_headless_model_its_own_way(tmp_path):
         Checkpoint.open(tmp_path)
 
 
-def test_the_adapter_of_the_adapter_file_is_the_one_of_several(tmp_path):
+def test_of_several_adapters_the_one_in_the_adapter_file_is_loaded(tmp_path):
     model = build(adapter=True)
     model.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False), adapter_name="second")
     model.save_pretrained(str(tmp_path))
@@ -291,7 +291,7 @@ def test_the_adapter_of_the_adapter_file_is_the_one_of_several(tmp_path):
     ],
 )
 def test_canonical_name(given, expected):
-    assert layouts.canonical(given) == expected
+    assert weight_names.canonical(given) == expected
 
 
 NAMES = st.sampled_from(
@@ -308,10 +308,10 @@ NAMES = st.sampled_from(
 
 @settings(deadline=None)
 @given(name=NAMES, wrappers=st.sampled_from(["", "model.", "base_model.model.", "base_model.model.model."]), inner=st.integers(0, 3))
-def test_wrappers_are_counted_for_nothing(name, wrappers, inner):
+def test_wrappers_are_ignored(name, wrappers, inner):
     spelled = wrappers + name.replace("language_model.model.", "language_model." + "model." * inner)
-    assert layouts.canonical(spelled) == name
-    assert layouts.canonical(name) == name
+    assert weight_names.canonical(spelled) == name
+    assert weight_names.canonical(name) == name
 
 
 PARTS = ["base_model", "model", "language_model", "language_base_model", "encoder", "projector", "lm_head", "layers", "0", "base_layer"]
@@ -320,11 +320,11 @@ PARTS = ["base_model", "model", "language_model", "language_base_model", "encode
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(PARTS), unique=True), st.sampled_from(["weight", "lora_A.weight", "lora_B.default.weight", "query"]))
 def test_a_canonical_name_is_its_own_canonical_name(parts, last):
-    name = layouts.canonical(".".join([*parts, last]))
-    assert layouts.canonical(name) == name
+    name = weight_names.canonical(".".join([*parts, last]))
+    assert weight_names.canonical(name) == name
 
 
 def test_two_spellings_of_one_weight_are_an_error():
     with pytest.raises(CheckpointError, match=r"'encoder\.out\.bias' and 'model\.encoder\.out\.bias' both name"):
-        layouts.canonical_keys(["projector.query", "encoder.out.bias", "model.encoder.out.bias"])
-    assert layouts.canonical_keys(["model.projector.query", "attention_dists"]) == {"model.projector.query": "projector.query"}
+        weight_names.canonical_keys(["projector.query", "encoder.out.bias", "model.encoder.out.bias"])
+    assert weight_names.canonical_keys(["model.projector.query", "attention_dists"]) == {"model.projector.query": "projector.query"}

@@ -1,4 +1,4 @@
-"""What `generate` promises by itself: where options come from, what is refused, distributions, beams, streams, and rows that stay apart."""
+"""`generate` without transformers: sources of options, refused options, distributions, beams, streamers and independent rows."""
 
 from itertools import product
 from types import SimpleNamespace
@@ -18,9 +18,9 @@ from granite_speech.modules.packing import Segments
 from tests.support.reference_models import SPECS, build_reference, clip_inputs, features, prompt, write_released_layout
 from tests.support.small_tokenizer import write_tokenizer
 
-SPEC = SPECS[3]  # of the parity checkpoints the one that repeats itself least
+SPEC = SPECS[3]  # the parity checkpoint whose answers repeat themselves least
 TEXT = {"input_ids": prompt(0, before=9, seed=12)}
-DRAWS = 4000
+SAMPLES = 4000
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def new_tokens(model, inputs, **options) -> torch.Tensor:
 
 
 def batch_of(lengths: list[int | None]) -> tuple[dict, list[dict]]:
-    """A batch of prompts, padded on the left, with a clip of so many frames or with none; and each row alone."""
+    """A batch of prompts padded on the left, and each row alone. A length is the frames of the row's clip, or None for no clip."""
     alone = []
     for row, frames in enumerate(lengths):
         ids = prompt(0 if frames is None else SPEC.audio_tokens(frames), before=3 + row, seed=row)
@@ -57,10 +57,10 @@ def batch_of(lengths: list[int | None]) -> tuple[dict, list[dict]]:
     return {"input_ids": ids, "attention_mask": mask, "input_features": padded, "input_features_lengths": list(map(len, clips))}, alone
 
 
-# --- where options come from -----------------------------------------------------------------------------------------------------
+# --- sources of options ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_call_comes_before_its_configuration_and_that_before_the_checkpoints(model, monkeypatch):
+def test_the_call_overrides_its_configuration_which_overrides_the_checkpoints(model, monkeypatch):
     monkeypatch.setattr(model, "generation_config", {"max_new_tokens": 3, "eos_token_id": [], "bos_token_id": 1, "no_repeat_ngram_size": 0})
     assert new_tokens(model, TEXT).shape[1] == 3
     as_dict = {"max_new_tokens": 5, "transformers_version": "5.17.0", "is_assistant": False, "constraints": None, "assistant_model": None}
@@ -70,9 +70,9 @@ def test_the_call_comes_before_its_configuration_and_that_before_the_checkpoints
         assert new_tokens(model, TEXT, generation_config=config, max_new_tokens=7).shape[1] == 7
         assert new_tokens(model, TEXT, generation_config=config, max_new_tokens=None).shape[1] == 5
     assert new_tokens(model, TEXT, max_length=TEXT["input_ids"].shape[1] + 4).shape[1] == 4
-    drawing = {"do_sample": True, "temperature": 2.0, "eos_token_id": [], "max_new_tokens": 8}
-    drawn = new_tokens(model, TEXT, **drawing, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(model, "generation_config", drawing)
+    sampling = {"do_sample": True, "temperature": 2.0, "eos_token_id": [], "max_new_tokens": 8}
+    drawn = new_tokens(model, TEXT, **sampling, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(model, "generation_config", sampling)
     assert torch.equal(new_tokens(model, TEXT, generator=torch.Generator().manual_seed(1)), drawn)
     assert not torch.equal(new_tokens(model, TEXT, do_sample=False), drawn)
     monkeypatch.setattr(model, "generation_config", {"no_repeat_ngram_size": 3})
@@ -80,7 +80,7 @@ def test_the_call_comes_before_its_configuration_and_that_before_the_checkpoints
         model.generate(**TEXT)
 
 
-def test_defaults_of_transformers(model):
+def test_defaults_are_those_of_transformers(model):
     assert new_tokens(model, TEXT, eos_token_id=[]).shape[1] == 20
     words = new_tokens(model, TEXT, eos_token_id=[], max_new_tokens=4)
     ended = new_tokens(model, TEXT, eos_token_id=torch.tensor(int(words[0, 1])), max_new_tokens=4)
@@ -88,8 +88,8 @@ def test_defaults_of_transformers(model):
     assert torch.equal(model.generate(**TEXT, max_new_tokens=0), TEXT["input_ids"])
 
 
-def test_options_that_do_nothing_are_accepted(model):
-    """What the cards of the releases write out."""
+def test_options_without_effect_are_accepted(model):
+    """Such as those on the model cards."""
     options = {"num_beams": 1, "do_sample": False, "min_length": 1, "top_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0}
     options |= {"temperature": 1.0, "bos_token_id": 0, "pad_token_id": 0, "eos_token_id": 118, "use_cache": True, "top_k": None}
     assert torch.equal(model.generate(**TEXT, **options, max_new_tokens=6), model.generate(**TEXT, max_new_tokens=6))
@@ -147,13 +147,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[", ".join(f"{k}" for k in options) for options, _ in REFUSED])
-def test_refused(model, options, message):
+def test_bad_options_are_refused(model, options, message):
     with pytest.raises(InputError, match=message):
         model.generate(**TEXT, **options)
 
 
 @pytest.mark.parametrize("ids", [[[1, 2]], torch.tensor([1, 2])])
-def test_prompts_of_another_kind_are_refused(model, ids):
+def test_prompts_of_a_wrong_type_are_refused(model, ids):
     with pytest.raises(InputError, match="input_ids of type"):
         model.generate(ids)
 
@@ -166,8 +166,8 @@ def probabilities(model, inputs, temperature=1.0) -> torch.Tensor:
         return (model(**inputs).logits[0, -1].double() / temperature).softmax(-1)
 
 
-def spread(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Chi-square a degree of freedom, rare tokens taken together: 1 is chance."""
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Chi-square per degree of freedom, with rare tokens pooled: about 1 if the distributions are equal."""
     often = expected * counts.sum() >= 8
     observed = torch.cat((counts[often], counts[~often].sum()[None])).double()
     wanted = torch.cat((expected[often], expected[~often].sum()[None])) * counts.sum()
@@ -182,57 +182,57 @@ def test_tokens_are_drawn_from_the_softmax_of_the_logits(model, options):
     order = expected.argsort(descending=True)
     if options["top_k"]:
         expected[order[options["top_k"] :]] = 0
-    if "top_p" in options:  # the fewest best that reach p together
+    if "top_p" in options:  # the fewest best tokens whose probabilities add up to p
         before = expected[order].cumsum(0) - expected[order]
         expected[order[before >= options["top_p"]]] = 0
     expected /= expected.sum()
-    generator = torch.Generator().manual_seed(1)
-    drawn = new_tokens(model, inputs, max_new_tokens=1, do_sample=True, num_return_sequences=DRAWS, generator=generator, **options)
+    rng = torch.Generator().manual_seed(1)
+    drawn = new_tokens(model, inputs, max_new_tokens=1, do_sample=True, num_return_sequences=SAMPLES, generator=rng, **options)
     counts = torch.bincount(drawn.flatten(), minlength=120)
     assert not counts[expected == 0].any()
-    assert spread(counts, expected) < 1.7
-    assert spread(counts, expected.roll(1)) > 3  # the measure sees another distribution
+    assert chi_square(counts, expected) < 1.7
+    assert chi_square(counts, expected.roll(1)) > 3  # another distribution gives a large value
 
 
-def test_a_row_is_drawn_as_if_it_were_alone(model):
+def test_a_row_of_a_batch_is_sampled_as_if_alone(model):
     batch, alone = batch_of([25, None, 40])
-    generator = torch.Generator().manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
     drawn = new_tokens(
-        model, batch, max_new_tokens=1, do_sample=True, top_k=0, num_return_sequences=DRAWS, generator=generator, repetition_penalty=1.3
+        model, batch, max_new_tokens=1, do_sample=True, top_k=0, num_return_sequences=SAMPLES, generator=rng, repetition_penalty=1.3
     )
     for row, one in enumerate(alone):
         with torch.no_grad():
             logits = model(**one).logits[0, -1].double()
         seen = torch.zeros(120, dtype=torch.bool).index_fill(0, one["input_ids"][0], True)
         expected = penalize(logits, seen, 1.3).softmax(-1)
-        assert spread(torch.bincount(drawn[row * DRAWS : (row + 1) * DRAWS, 0], minlength=120), expected) < 1.7
+        assert chi_square(torch.bincount(drawn[row * SAMPLES : (row + 1) * SAMPLES, 0], minlength=120), expected) < 1.7
 
 
-def test_a_seed_repeats_the_draw_and_another_does_not(model):
+def test_the_same_seed_repeats_a_sample_and_another_does_not(model):
     options = {"do_sample": True, "max_new_tokens": 12, "num_return_sequences": 3, "eos_token_id": []}
     first, same, other = (new_tokens(model, TEXT, generator=torch.Generator().manual_seed(seed), **options) for seed in (5, 5, 6))
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert len({tuple(row) for row in first.tolist()}) == 3
 
 
-def test_the_best_token_alone_is_greedy(model):
+def test_sampling_from_one_token_is_greedy(model):
     batch, _ = batch_of([25, None, 40])
     greedy = new_tokens(model, batch, max_new_tokens=8)
     assert torch.equal(new_tokens(model, batch, max_new_tokens=8, do_sample=True, top_k=1), greedy)
     assert torch.equal(new_tokens(model, batch, max_new_tokens=8, do_sample=True, top_p=1e-6), greedy)
 
 
-def test_what_is_kept_to_draw_from():
+def test_top_k_and_top_p_keep_the_right_tokens():
     scores = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
     assert keep_top_k(scores, 2).isfinite().tolist() == [[True, True, True, False], [False, False, True, True]]
     assert torch.equal(keep_top_k(scores, 9), scores)
     assert keep_top_p(scores, 0.45).isfinite().tolist() == [[True, False, False, False], [False, False, True, True]]
     assert keep_top_p(scores, 0.01, at_least=2).isfinite().sum(1).tolist() == [2, 2]
-    several = draw(torch.zeros(50, 4), 3, torch.Generator().manual_seed(0))
-    assert all(len(set(row)) == 3 for row in several.tolist())
+    drawn = draw(torch.zeros(50, 4), 3, torch.Generator().manual_seed(0))
+    assert all(len(set(row)) == 3 for row in drawn.tolist())
 
 
-def test_a_penalty_sees_prompt_and_answer_and_no_padding(model):
+def test_a_repetition_penalty_counts_prompt_and_answer_but_not_padding(model):
     batch, alone = batch_of([25, 44])
     options = {"max_new_tokens": 10, "repetition_penalty": 2.5, "eos_token_id": []}
     together = new_tokens(model, batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 80)}, **options)
@@ -245,7 +245,7 @@ def test_a_penalty_sees_prompt_and_answer_and_no_padding(model):
 # --- beams -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_beams_wide_enough_find_the_best_of_all_answers(model):
+def test_enough_beams_find_the_best_of_all_answers(model):
     inputs = clip_inputs(SPEC, 25)
     with torch.no_grad():
         first = model(**inputs).logits[0, -1].log_softmax(-1)
@@ -262,8 +262,8 @@ def test_beams_wide_enough_find_the_best_of_all_answers(model):
 
 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
-def test_beams_of_a_row_are_those_of_the_row_alone(model, early_stopping):
-    """With and without audio in one batch: every beam keeps its row's adapter, positions and keys."""
+def test_beams_of_a_row_in_a_batch_are_those_of_the_row_alone(model, early_stopping):
+    """With and without audio in one batch, so that every beam must keep its row's adapter, positions and keys."""
     batch, alone = batch_of([25, None, 60])
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 9, "early_stopping": early_stopping, "pad_token_id": 7}
     options |= {"eos_token_id": list(range(0, 117, 5)), "repetition_penalty": 1.2, "min_new_tokens": 2}
@@ -274,27 +274,27 @@ def test_beams_of_a_row_are_those_of_the_row_alone(model, early_stopping):
         assert torch.equal(rows[:, : own.shape[1]], own) and bool((rows[:, own.shape[1] :] == 7).all())
 
 
-def test_scores_of_beams_are_the_models(model):
+def test_beam_scores_are_the_models_log_probabilities(model):
     output = model.generate(
         **TEXT, num_beams=4, max_new_tokens=6, eos_token_id=[], num_return_sequences=4, return_dict_in_generate=True, output_scores=True
     )
     start = TEXT["input_ids"].shape[1]
     with torch.no_grad():
-        as_read = output.sequences.masked_fill(output.sequences == 119, 0)  # what an audio token counts as where one is emitted
+        as_read = output.sequences.masked_fill(output.sequences == 119, 0)  # an emitted audio token counts as token 0
         log_probabilities = model(input_ids=as_read).logits[:, start - 1 : -1].log_softmax(-1)
     own = log_probabilities.gather(2, output.sequences[:, start:, None]).sum((1, 2)) / 6
     assert torch.allclose(own, output.sequences_scores, atol=1e-4)
     assert len({tuple(row) for row in output.sequences.tolist()}) == 4 and own.tolist() == sorted(own.tolist(), reverse=True)
-    # Each step's scores, followed along the beams, add up to the same.
+    # The scores of each step, summed along the beams, are the same.
     followed = [sum(float(output.scores[step][beam, token]) for step, (beam, token) in enumerate(zip(beams, tokens, strict=True)))
                 for beams, tokens in zip(output.beam_indices.tolist(), output.sequences[:, start:].tolist(), strict=True)]  # fmt: skip
     assert torch.allclose(torch.tensor(followed) / 6, output.sequences_scores, atol=1e-4)
 
 
-# --- what is returned, and when --------------------------------------------------------------------------------------------------
+# --- outputs and streamers -------------------------------------------------------------------------------------------------------
 
 
-def test_return_dict_and_scores(model):
+def test_return_dict_in_generate_and_output_scores(model):
     ends = new_tokens(model, TEXT, max_new_tokens=9, eos_token_id=[])[0, 4].tolist()
     options = {"max_new_tokens": 9, "eos_token_id": ends, "return_dict_in_generate": True}
     plain = model.generate(**TEXT, **options)
@@ -310,24 +310,24 @@ def test_return_dict_and_scores(model):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_no_end_before_its_time(model, beams):
+def test_min_new_tokens_delays_the_end(model, beams):
     ends = list(range(119))
     for least in (0, 1, 4):
         new = new_tokens(model, TEXT, max_new_tokens=6, min_new_tokens=least, eos_token_id=ends, num_beams=beams, early_stopping=True)
-        assert new[0, :least].tolist() == [119] * least  # the only token that is no end
+        assert new[0, :least].tolist() == [119] * least  # the only token that does not end the row
         assert new.shape[1] == least + 1
 
 
 class Recorder:
     def __init__(self):
-        self.told = []
+        self.received = []
 
     def put(self, ids):
         assert ids.device.type == "cpu"
-        self.told.append(ids.clone())
+        self.received.append(ids.clone())
 
     def end(self):
-        self.told.append("end")
+        self.received.append("end")
 
 
 @pytest.mark.parametrize("options", [{"eos_token_id": []}, {}, {"do_sample": True}, {"max_new_tokens": 0}])
@@ -335,8 +335,8 @@ def test_a_streamer_gets_the_prompt_and_each_token(model, options):
     recorder = Recorder()
     options = {"max_new_tokens": 12, "eos_token_id": list(range(0, 117, 4))} | options
     ids = model.generate(**TEXT, **options, streamer=recorder)
-    assert torch.equal(recorder.told[0], TEXT["input_ids"]) and recorder.told[-1] == "end"
-    tokens = recorder.told[1:-1]
+    assert torch.equal(recorder.received[0], TEXT["input_ids"]) and recorder.received[-1] == "end"
+    tokens = recorder.received[1:-1]
     assert all(one.shape == (1,) for one in tokens)
     assert [int(one) for one in tokens] == ids[0, TEXT["input_ids"].shape[1] :].tolist()
 
@@ -349,15 +349,15 @@ def test_a_streamer_gets_the_prompt_and_each_token(model, options):
     [
         ("", "abcabd", ["abd"], 6),
         ("", "abcabd", ["d", "ca"], 4),
-        ("", "a\u00e9b", ["\u00e9"], 3),  # two bytes, two tokens: the second completes it
+        ("", "a\u00e9b", ["\u00e9"], 3),  # two bytes and two tokens; the second completes it
         ("", "a\u00e9b", ["\u00e8"], None),
-        ("xy", "zxyz", ["xyz"], 1),  # begun in the prompt
-        ("xyz", "abc", ["xyz"], None),  # the newest token has no part in it
+        ("xy", "zxyz", ["xyz"], 1),  # begins in the prompt
+        ("xyz", "abc", ["xyz"], None),  # the newest token is not part of it
         ("", "abc", ["abcd"], None),
     ],
 )
 def test_the_token_that_completes_a_string_ends_the_row(tokenizer, prompt_text, text, strings, expected):
-    """Byte by byte, whatever the tokenizer would merge."""
+    """Byte by byte, without the tokenizer's merges."""
     alone = {byte: ids[0] for byte in range(128) if len(ids := tokenizer.encode(chr(byte))) == 1}
     alone |= dict(zip("\u00e9".encode(), tokenizer.encode("\u00e9"), strict=True))
     stops = StopStrings(tuple(strings), tokenizer, [[], [alone[byte] for byte in prompt_text.encode()]])
@@ -372,7 +372,7 @@ def test_the_token_that_completes_a_string_ends_the_row(tokenizer, prompt_text, 
     assert ended_after == expected
 
 
-def test_stop_strings_inside_a_long_token_and_rows_that_change_places(tokenizer):
+def test_stop_strings_inside_a_long_token_and_in_reordered_rows(tokenizer):
     speech, t, e = (tokenizer.encode(text) for text in (" speech", "t", "e"))
     assert len(speech) == 1, "a token of several characters"
     stops = StopStrings(("eec", "te"), tokenizer, [[], []])
@@ -389,7 +389,7 @@ def test_stop_strings_inside_a_long_token_and_rows_that_change_places(tokenizer)
 @pytest.mark.parametrize("page_size", [1, 3, 64])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_reordered_sequences_go_on_apart(page_size, data):
+def test_reordered_sequences_stay_independent(page_size, data):
     config = GraniteConfig(hidden_size=12, num_attention_heads=3, num_key_value_heads=1, num_hidden_layers=2)
     sequences = data.draw(st.integers(1, 3))
     cache = PagedCache(config, sequences, dtype=torch.float32, device=torch.device("cpu"), page_size=page_size)
@@ -420,7 +420,7 @@ def test_reordered_sequences_go_on_apart(page_size, data):
         assert cache.has_audio == [bool(one) for one in truth]
 
 
-def test_many_reorders_need_no_more_pages_than_the_sequences_have():
+def test_many_reorders_need_no_extra_pages():
     config = GraniteConfig(hidden_size=12, num_attention_heads=3, num_key_value_heads=1, num_hidden_layers=1)
     cache = PagedCache(config, 1, dtype=torch.float32, device=torch.device("cpu"), page_size=4)
     cache.begin(Segments((10,), torch.device("cpu")))

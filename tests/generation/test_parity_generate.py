@@ -1,4 +1,4 @@
-"""`generate` against transformers: the same options, the same ids, on checkpoints that differ in whatever they can differ in."""
+"""`generate` against transformers: the same options must give the same ids, on checkpoints that differ in many ways."""
 
 from itertools import product
 
@@ -17,7 +17,7 @@ ONE_END, MANY_ENDS, MOST_ENDS = 118, list(range(1, 117, 5)), list(range(0, 117, 
 
 @pytest.fixture(scope="module", params=SPECS, ids=lambda spec: spec.name)
 def pair(request, tmp_path_factory) -> Pair:
-    """One checkpoint in both packages; the reference's logits scaled as the model was trained."""
+    """One checkpoint in both packages; the reference divides its logits as in training."""
     spec = request.param
     reference = build_reference(spec)
     folder = write_released_layout(reference, tmp_path_factory.mktemp("checkpoint"))
@@ -26,7 +26,7 @@ def pair(request, tmp_path_factory) -> Pair:
 
 
 def batch_of(spec: Spec, lengths: list[int]) -> dict[str, torch.Tensor]:
-    """Prompts of unequal lengths with a clip each, padded on the left; every clip counts at its padded length."""
+    """Prompts of different lengths with one clip each, padded on the left; the clips have their padded length."""
     clips = torch.zeros(len(lengths), max(lengths), 160)
     for row, frames in enumerate(lengths):
         clips[row, :frames] = features(frames, seed=5 + row)[0]
@@ -41,7 +41,7 @@ def batch_of(spec: Spec, lengths: list[int]) -> dict[str, torch.Tensor]:
 
 
 def both(pair: Pair, inputs: dict, options: dict) -> tuple:
-    """The two outputs, checked to be equal: ids, beams, scores of what was still going on."""
+    """Both outputs, after asserting that ids, beams, final scores and number of steps are equal."""
     _, reference, ours = pair
     answers = []
     for model in (reference, ours):
@@ -61,12 +61,12 @@ def test_beams(pair: Pair):
     kinds_of_end = ((ONE_END, 1), (MANY_ENDS, 2), (MOST_ENDS, 2))
     lengths = set()
     for place, (beams, length_penalty, early_stopping) in enumerate(product((2, 3, 4, 5), (0.5, 1.0, 2.0), (True, False, "never"))):
-        # The kind of end moves on by one after each nine, so that all meet.
+        # The kind of end shifts by one after every nine options, so that all combinations occur.
         ends, several = kinds_of_end[(place + place // 9) % 3]
         options = {"num_beams": beams, "length_penalty": length_penalty, "early_stopping": early_stopping, "num_return_sequences": several}
         theirs, _ = both(pair, inputs, options | {"eos_token_id": ends, "max_new_tokens": 9})
         lengths |= {int((one >= 0).sum()) for one in theirs.beam_indices}
-    assert len(lengths) >= 3  # ended early, late and not at all
+    assert len(lengths) >= 3  # some beams end early, some late, some not at all
 
 
 PROCESSED = (
@@ -82,7 +82,7 @@ PROCESSED = (
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("ends", [ONE_END, MOST_ENDS], ids=["one end", "most tokens end"])
 def test_processors_and_sampling(pair: Pair, beams: int, ends):
-    """Penalties and draws, from the same state of torch's generator, of tokens and of beams."""
+    """Penalties and sampling, with and without beams, from the same state of torch's generator."""
     inputs = batch_of(pair[0], [33])
     width = inputs["input_ids"].shape[1]
     answers = set()
@@ -94,14 +94,14 @@ def test_processors_and_sampling(pair: Pair, beams: int, ends):
     assert len(answers) >= 2
 
 
-def test_a_batch_of_drawn_answers(pair: Pair):
+def test_sampling_several_answers_for_a_batch(pair: Pair):
     both(
         pair, batch_of(pair[0], [17, 33, 8]), {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 7, "eos_token_id": MANY_ENDS}
     )
 
 
-def test_beams_of_text_alone(pair: Pair):
-    """The adapter is off for all beams of a request without audio."""
+def test_beams_without_audio(pair: Pair):
+    """A request without audio has the adapter off for all beams."""
     both(pair, {"input_ids": prompt(0, before=9, seed=12)}, {"num_beams": 3, "max_new_tokens": 9})
     set_adapter(pair[1], True)
 
@@ -117,26 +117,26 @@ def test_lengths(pair: Pair, given: dict):
 
 
 def test_beams_over_several_pages_of_the_cache(pair: Pair):
-    """Beams that part, go on and are dropped while their keys fill one page of 64 after the other."""
+    """Beams split, continue and are dropped while their keys fill several pages of 64."""
     options = {"num_beams": 4, "max_new_tokens": 100, "repetition_penalty": 1.3, "eos_token_id": 118, "min_new_tokens": 100}
     both(pair, batch_of(pair[0], [25]), options)
 
 
 @pytest.mark.parametrize("pad", [0, 9])
-def test_a_generation_config_of_transformers_and_what_fills_ended_beams(pair: Pair, pad: int):
+def test_a_generation_config_of_transformers_and_the_padding_of_ended_beams(pair: Pair, pad: int):
     config = transformers.GenerationConfig(
         num_beams=4, max_new_tokens=6, length_penalty=0.3, num_return_sequences=4, eos_token_id=MOST_ENDS[1:]
     )
     theirs, _ = both(pair, batch_of(pair[0], [17, 33]), {"generation_config": config, "pad_token_id": pad, "num_beams": 4})
     filled = theirs.sequences[:, -theirs.beam_indices.shape[1] :][theirs.beam_indices < 0]
-    assert set(filled.tolist()) == {pad or MOST_ENDS[1]}  # where transformers takes 0 for no pad id, so must this
+    assert set(filled.tolist()) == {pad or MOST_ENDS[1]}  # transformers' beam search treats 0 as no pad id
 
 
-# --- stop strings: with a tokenizer ----------------------------------------------------------------------------------------------
+# --- stop strings ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory) -> tuple:
+def with_tokenizer(tmp_path_factory) -> tuple:
     """A checkpoint with a tokenizer: our model and processor, transformers' model and tokenizer."""
     folder = tmp_path_factory.mktemp("random-checkpoint")
     write_checkpoint(folder)
@@ -151,20 +151,20 @@ def spoken(tmp_path_factory) -> tuple:
     )
 
 
-def test_stop_strings(spoken):
-    ours, processor, reference, their_tokenizer = spoken
+def test_stop_strings(with_tokenizer):
+    ours, processor, reference, their_tokenizer = with_tokenizer
     texts = ["the quick brown fox", "transcribe the speech with proper punctuation, and over the lazy dog"]
     inputs = processor.tokenizer(texts, padding=True, return_tensors="pt", padding_side="left")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     width = inputs["input_ids"].shape[1]
     free = ours.generate(**inputs, max_new_tokens=16)[:, width:]
-    # What one, two or three tokens of the free answers say, and the same without its edges.
-    said = [
+    # The text of one to three tokens of the free answers, and the same without its first and last character.
+    answers = [
         processor.decode(row[start : start + size]) for row in free for start, size in ((0, 1), (2, 3), (5, 2), (7, 3), (11, 2), (14, 1))
     ]
-    pieces = [cut for one in said for cut in (one, one[1:-1]) if cut and "\N{REPLACEMENT CHARACTER}" not in cut]
+    pieces = [cut for one in answers for cut in (one, one[1:-1]) if cut and "\N{REPLACEMENT CHARACTER}" not in cut]
     first = processor.decode(free[1, :1])
-    # A string that begins in the prompt, one that never comes, and several at once.
+    # A string that begins in the prompt, one that never occurs, and several at once.
     cases = [[one] for one in pieces] + [["lazy dog" + first], ["nothing like it"], pieces[1:4], ["zz", *pieces[2:]]]
     lengths = set()
     for strings, (beams, tokenizer) in product(cases, ((1, processor.tokenizer), (1, their_tokenizer), (3, processor))):

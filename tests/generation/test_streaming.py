@@ -1,4 +1,4 @@
-"""A streamer is told the end whatever happens: a thread that reads from it must not wait for ever."""
+"""A streamer's `end` is always called, because a thread that reads from it must not wait forever."""
 
 from queue import Queue
 from threading import Thread
@@ -13,7 +13,7 @@ PROMPT = torch.tensor([[3, 4, 5]])
 
 
 class Recorder:
-    """What a streamer is given; raises at the call with this number."""
+    """Counts a streamer's calls, and raises in the given `put` call."""
 
     def __init__(self, raises_at: int | None = None):
         self.raises_at, self.put_calls, self.ends = raises_at, 0, 0
@@ -27,13 +27,13 @@ class Recorder:
         self.ends += 1
 
 
-def test_the_end_comes_once():
+def test_end_is_called_once():
     streamer = Recorder()
     small_model().generate(PROMPT, streamer=streamer, max_new_tokens=4, eos_token_id=[])
     assert (streamer.put_calls, streamer.ends) == (5, 1)
 
 
-def test_the_end_comes_after_an_error_in_a_step(monkeypatch):
+def test_end_is_called_after_an_error_in_a_step(monkeypatch):
     model, streamer = small_model(), Recorder()
     head, calls = model.lm_head.forward, []
 
@@ -50,7 +50,7 @@ def test_the_end_comes_after_an_error_in_a_step(monkeypatch):
 
 
 @pytest.mark.parametrize("raises_at", [1, 3])
-def test_the_end_comes_after_an_error_in_the_streamer(raises_at):
+def test_end_is_called_after_an_error_in_the_streamer(raises_at):
     streamer = Recorder(raises_at)
     with pytest.raises(BrokenPipeError):
         small_model().generate(PROMPT, streamer=streamer, max_new_tokens=9, eos_token_id=[])
@@ -69,7 +69,7 @@ def test_the_end_comes_after_an_error_in_the_streamer(raises_at):
     ],
     ids=["unknown option", "bad option", "bad id", "two prompts", "no ids", "padding on the right"],
 )
-def test_the_end_comes_after_a_refusal(call):
+def test_end_is_called_after_refused_arguments(call):
     streamer = Recorder()
     with pytest.raises(InputError):
         small_model().generate(**call, streamer=streamer)

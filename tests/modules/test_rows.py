@@ -1,4 +1,4 @@
-"""Padded batches packed and back, positions across calls, and the pages of the cache against plain Python lists."""
+"""Packing and padding of batches, positions over several calls, and the paged cache compared with plain Python lists."""
 
 import pytest
 import torch
@@ -23,10 +23,10 @@ def new_cache(rows, page_size=64, layers=1, dtype=torch.float32):
     return PagedCache(config, rows, dtype=dtype, device=CPU, page_size=page_size)
 
 
-def remember(shape, mask, cache):
-    """One call of the model, as far as its rows and the cache's book-keeping go."""
+def run_call(shape, mask, cache):
+    """The bookkeeping of one call of the model: its rows and the cache's counts."""
     rows = pack_rows(shape, CPU, mask, None, cache)
-    rows.pass_columns(cache)
+    rows.advance(cache)
     cache.begin(rows.segments)
     return rows
 
@@ -65,7 +65,7 @@ def test_positions_count_from_the_first_kept_column(mask, positions, dtype):
     assert rows.kept.tolist() == mask.flatten().nonzero().flatten().tolist()
 
 
-def test_no_mask_keeps_all():
+def test_without_a_mask_all_tokens_are_kept():
     rows = pack(None, batch=2, width=3)
     assert positions_by_row(rows) == [[0, 1, 2], [0, 1, 2]]
     assert rows.kept.tolist() == list(range(6))
@@ -79,7 +79,7 @@ def test_no_rows_and_no_columns(shape, cached):
     assert rows.pad(rows.pack(torch.ones(*shape, 5))).shape == (*shape, 5)
 
 
-def test_position_ids_are_used_as_they_are():
+def test_position_ids_are_used_unchanged():
     given = torch.tensor([[9, 9, 4, 5], [7, 1, 2, 30], [0, 0, 0, 3]])
     assert positions_by_row(pack(LEFT, position_ids=given)) == [[4, 5], [7, 1, 2, 30], [3]]
     shared = torch.tensor([[10, 11, 12, 13]], dtype=torch.int32)
@@ -88,9 +88,9 @@ def test_position_ids_are_used_as_they_are():
 
 def test_position_ids_are_continued():
     cache = new_cache(2)
-    positions = torch.tensor([[0, 1, 2], [5, 6, 9]])  # the 9 stands where nothing is kept: filling
+    positions = torch.tensor([[0, 1, 2], [5, 6, 9]])  # the 9 is padding: its column is masked
     rows = pack([[1, 1, 1], [1, 1, 0]], position_ids=positions, cache=cache)
-    rows.pass_columns(cache)
+    rows.advance(cache)
     cache.begin(rows.segments)
     assert positions_by_row(pack(None, batch=2, width=2, cache=cache)) == [[3, 4], [7, 8]]
 
@@ -107,7 +107,7 @@ def test_wrong_position_ids_are_refused(shape):
         torch.ones(4),
         torch.ones(2, 4),
         torch.ones(3, 3),
-        torch.ones(3, 5),  # wider than the tokens, with nothing before them
+        torch.ones(3, 5),  # wider than the tokens, with no earlier ones
         torch.ones(3, 1, 4, 4),
         torch.full((3, 4), 2),
         torch.full((3, 4), -1),
@@ -128,53 +128,53 @@ def test_bad_masks_are_refused(mask):
 def test_decoding_continues_after_left_padding():
     cache = new_cache(3)
     mask = torch.tensor(LEFT)
-    remember((3, 4), mask, cache)
+    run_call((3, 4), mask, cache)
     assert (cache.lengths, cache.columns, cache.next_positions) == ([2, 4, 1], 4, [2, 4, 1])
     for step in range(3):
-        mask = torch.cat([mask, torch.ones(3, 1)], 1)  # as callers of transformers' generate give it: all columns so far
-        rows = remember((3, 1), mask, cache)
+        mask = torch.cat([mask, torch.ones(3, 1)], 1)  # all columns so far, as in transformers' generate
+        rows = run_call((3, 1), mask, cache)
         assert positions_by_row(rows) == [[2 + step], [4 + step], [1 + step]]
     assert (cache.lengths, cache.columns) == ([5, 7, 4], 7)
 
 
-def test_mask_of_the_new_columns_alone_is_the_same():
+def test_a_mask_of_only_the_new_columns_gives_the_same_rows():
     whole, alone = new_cache(3), new_cache(3)
     first, second = torch.tensor(LEFT), torch.tensor([[1, 1], [0, 1], [1, 0]])
     for cache, later in ((whole, torch.cat([first, second], 1)), (alone, second)):
-        remember((3, 4), first, cache)
+        run_call((3, 4), first, cache)
         rows = pack_rows((3, 2), CPU, later, None, cache)
         assert rows.segments.lengths == (2, 1, 1)
-        assert positions_by_row(rows) == [[2, 3], [5], [1]]  # the second row's masked column counts, as a hole does
+        assert positions_by_row(rows) == [[2, 3], [5], [1]]  # the second row's masked column counts
 
 
-def test_mask_of_neither_width_is_refused_after_a_prefill():
+def test_a_mask_of_any_other_width_is_refused_after_a_prefill():
     cache = new_cache(3)
-    remember((3, 4), torch.tensor(LEFT), cache)
+    run_call((3, 4), torch.tensor(LEFT), cache)
     for columns in (3, 4, 6):
         with pytest.raises(InputError, match=r"expected shape \(3, 1\) or \(3, 5\), with the columns already in past_key_values"):
             pack_rows((3, 1), CPU, torch.ones(3, columns), None, cache)
-    assert cache.columns == 4, "a refused call must not count"
+    assert cache.columns == 4, "a refused call must not be counted"
 
 
-def test_a_row_that_was_empty_so_far_begins_at_zero():
+def test_a_row_that_was_empty_starts_at_zero():
     cache = new_cache(2)
-    remember((2, 3), torch.tensor([[0, 0, 0], [0, 1, 1]]), cache)
+    run_call((2, 3), torch.tensor([[0, 0, 0], [0, 1, 1]]), cache)
     assert cache.next_positions == [0, 2]
-    rows = remember((2, 2), torch.tensor([[0, 1], [1, 1]]), cache)
+    rows = run_call((2, 2), torch.tensor([[0, 1], [1, 1]]), cache)
     assert positions_by_row(rows) == [[0], [2, 3]]
     assert positions_by_row(pack(None, batch=2, width=1, cache=cache)) == [[1], [4]]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_calls_one_after_another_are_one_call(data):
-    """Distances between a row's tokens, which are all that rotary embeddings see, do not depend on how the row was cut."""
+def test_positions_do_not_depend_on_how_calls_are_split(data):
+    """The distances between a row's tokens, which alone matter to rotary embeddings, do not depend on the split."""
     batch, width = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9))
     mask = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 1), min_size=width, max_size=width), min_size=batch, max_size=batch)))
     cut = data.draw(st.integers(1, width - 1))
     whole = positions_by_row(pack_rows((batch, width), CPU, mask, None, None))
     cache = new_cache(batch)
-    first = remember((batch, cut), mask[:, :cut], cache)
+    first = run_call((batch, cut), mask[:, :cut], cache)
     second = pack_rows((batch, width - cut), CPU, mask, None, cache)
     assert [a + b for a, b in zip(positions_by_row(first), positions_by_row(second), strict=True)] == whole
 
@@ -196,14 +196,14 @@ def test_pack_and_pad_are_inverse(batch, width, data):
     assert torch.equal(rows.pack(ids), ids[mask])
 
 
-def test_pad_lets_gradients_through():
+def test_gradients_flow_through_pad():
     rows = pack(HOLES)
     packed = torch.ones(rows.segments.total, 2, requires_grad=True)
     (rows.pad(packed) * torch.arange(12.0).view(3, 4, 1)).sum().backward()
     assert packed.grad[:, 0].tolist() == torch.arange(12.0)[torch.tensor(HOLES).flatten().bool()].tolist()
 
 
-def test_attention_weights_go_to_their_columns():
+def test_attention_weights_are_padded_to_their_columns():
     rows = pack([[0, 1, 1], [1, 0, 1]])
     weights = [torch.arange(1.0, 9.0).view(2, 2, 2), torch.arange(11.0, 19.0).view(2, 2, 2)]
     padded = rows.pad_weights(weights)
@@ -257,7 +257,7 @@ def test_wrong_lengths_are_refused(lengths):
 
 
 def read(cache, step, layer, pools):
-    """Every sequence's keys through the block table alone, as the attention reads them."""
+    """Every sequence's keys, found only through the block table, as attention reads them."""
     flat = pools[layer].flatten(0, 1)
     out = []
     for pages, count in zip(step.block_table.tolist(), step.kv_lens.tolist(), strict=True):
@@ -269,7 +269,7 @@ def read(cache, step, layer, pools):
 @pytest.mark.parametrize("page_size", [1, 3, 64])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_cache_remembers_every_token(page_size, data):
+def test_the_cache_returns_every_token(page_size, data):
     sequences = data.draw(st.integers(1, 3))
     counts = st.lists(st.integers(0, 8), min_size=sequences, max_size=sequences)
     cache = new_cache(sequences, page_size, layers=2)
@@ -294,11 +294,11 @@ def test_cache_remembers_every_token(page_size, data):
                 found = read(cache, step, layer, pools)
                 assert [one.tolist() for one in found] == [truth[kind, layer, row] for row in range(sequences)]
     assert cache.get_seq_length() == max(len(truth["k", 0, row]) for row in range(sequences))
-    assert len(set(step.slots.tolist())) == len(step.slots), "two tokens in one place"
+    assert len(set(step.slots.tolist())) == len(step.slots), "two tokens in one slot"
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 64])
-def test_growth_is_seldom_and_keeps_what_is_there(page_size):
+def test_pools_grow_rarely_and_keep_their_contents(page_size):
     cache = new_cache(2, page_size)
     pools, first = set(), None
     for token in range(200):
@@ -308,23 +308,23 @@ def test_growth_is_seldom_and_keeps_what_is_there(page_size):
         first = step.slots.tolist() if first is None else first
     assert read(cache, step, 0, cache.keys)[1][:, 0, 0].tolist() == list(range(200))
     assert cache.keys[0].flatten(0, 1)[first][:, 0, 0].tolist() == [0.0, 0.0]
-    assert len(pools) <= 10, "a pool that grows token by token is copied token by token"
+    assert len(pools) <= 10, "a pool that grew for every token would be copied for every token"
 
 
-def test_reserved_room_is_not_grown():
+def test_reserved_pages_need_no_growth():
     cache = new_cache(2, page_size=3)
     cache.reserve([10, 4])
     pool = cache.keys[0]
     assert pool.shape == (4 + 2, 3, 1, 4)
     for new in ((7, 1), (3, 3)):
         cache.begin(Segments(new, CPU))
-    cache.reserve([2, 2])  # less than there is: nothing to do
+    cache.reserve([2, 2])  # less than is reserved already
     assert cache.keys[0] is pool
     cache.begin(Segments((0, 3), CPU))
     assert cache.keys[0] is not pool
 
 
-def test_index_tensors_are_the_kernels():
+def test_index_tensors_have_the_kernels_dtypes():
     step = new_cache(2, page_size=3).begin(Segments((5, 0), CPU))
     assert step.block_table.dtype == step.kv_lens.dtype == torch.int32 and step.slots.dtype == torch.int64
     assert step.block_table.shape == (2, 2) and step.kv_lens.tolist() == [5, 0]
@@ -335,7 +335,7 @@ def test_no_sequences():
     assert step.block_table.shape == (0, 0) and step.slots.tolist() == [] and not step.has_past
 
 
-def test_another_batch_is_refused():
+def test_another_batch_size_is_refused():
     with pytest.raises(InputError, match="1 rows for past_key_values of 2"):
         new_cache(2).begin(Segments((3,), CPU))
 

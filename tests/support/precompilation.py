@@ -1,9 +1,9 @@
-"""What verifying the bundled checkpoint on a GPU compiles, counted without one. Run where nothing is interpreted.
+"""Counts, without a GPU, the kernels that verifying the bundled checkpoint compiles. Run it without Triton's interpreter.
 
     python -m tests.support.precompilation float32
 
-prints, as JSON: the kernels that a real run launches and that were not foreseen; how many were compiled ahead, and how many
-are compiled when the foreseen launches are made after that.
+prints as JSON the kernels that a run launches although they were not predicted, those compiled in advance, and those compiled
+again when the predicted launches follow.
 """
 
 import importlib
@@ -31,7 +31,7 @@ TOKENS = 100
 
 
 class Driver:
-    """Of a GPU that compiles and never runs."""
+    """A GPU driver for compiling only."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -48,17 +48,17 @@ def key(one: Launch) -> tuple:
 
 
 def launched(model: GraniteSpeechForConditionalGeneration, inputs: dict) -> set[tuple]:
-    """What a forward pass and an answer launch on a GPU. Results are zeros, so the answer is as long as it may be."""
+    """The launches of a forward pass and an answer on a GPU. Results are zeros, so the answer has its full length."""
     found = set()
 
-    def note(kernel, grid, tile, **arguments) -> None:
+    def record(kernel, grid, tile, **arguments) -> None:
         found.add(key(Launch(kernel, grid, tile, arguments)))
         for name, value in arguments.items():
             if name in ("out_ptr", "low_ptr"):
                 value.zero_()
 
     for name in ("block_attention", "depthwise_conv", "lora_linear", "paged_attention"):
-        importlib.import_module(f"granite_kernels.{name}_triton").launch = note
+        importlib.import_module(f"granite_kernels.{name}_triton").launch = record
     with StandInGPU() as gpu, torch.no_grad(), recorded_launches(90):
         model, inputs = gpu.move(model), gpu.move(inputs)
         model(**inputs)
@@ -72,20 +72,21 @@ def main(dtype: torch.dtype) -> dict:
     values = load_json(EMBEDDED_FOLDER / "config.json")
     config, checkpoint = GraniteSpeechConfig.from_pretrained("embedded"), Checkpoint.open(EMBEDDED_FOLDER)
     model = GraniteSpeechForConditionalGeneration.without_weights(config, checkpoint, values).to(dtype).eval()
-    foreseen = launches_of_generate(model, inputs, 90, TOKENS)
+    predicted = launches_of_generate(model, inputs, 90, TOKENS)
 
     compiled = []
     triton.knobs.compilation.listener = lambda **given: compiled.append(given["src"].name)
     triton.runtime.driver.set_active(Driver())
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
-        precompile(foreseen, torch.device("cpu"))
-        ahead = sorted(compiled)
+        precompile(predicted, torch.device("cpu"))
+        precompiled = sorted(compiled)
         compiled.clear()
-        for one in foreseen:
+        for one in predicted:
             launching.precompile([one], torch.device("cpu"))
     real = launched(GraniteSpeechForConditionalGeneration.from_pretrained("embedded", dtype=dtype), inputs)
-    return {"unforeseen": sorted(name for name, *_ in real - set(map(key, foreseen))), "ahead": ahead, "after": compiled}
+    unpredicted = sorted(name for name, *_ in real - set(map(key, predicted)))
+    return {"unpredicted": unpredicted, "precompiled": precompiled, "later": compiled}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small checkpoint with random weights, an adapter and a tokenizer: every part of a real one, and words that mean nothing.
+"""A small checkpoint with random weights, an adapter and a tokenizer: every part of a real one, with meaningless answers.
 
 python -m tests.support.random_checkpoint FOLDER
 """
@@ -57,7 +57,7 @@ def write_checkpoint(folder: str | Path, *, seed: int = 0) -> GraniteSpeechForCo
     attach_adapter(model, model.adapter_config, modules)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Wide enough that every part moves the logits, and two different recordings give two different answers.
+            # Large enough that every part affects the logits, and different recordings give different answers.
             if parameter.dim() > 1:
                 parameter.normal_(std=1.0 if "embed_tokens" in name else 2.0 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder)

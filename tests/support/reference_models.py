@@ -1,4 +1,4 @@
-"""Small unlike checkpoints made by transformers and peft, and what they say: the truth that parity tests compare with."""
+"""Small, different checkpoints made by transformers and peft, whose results the parity tests compare with."""
 
 import json
 from dataclasses import dataclass, field
@@ -70,13 +70,13 @@ _BASE: dict[str, dict[str, Any]] = {
 
 SPECS = (
     Spec(
-        "odd layers, even kernel, context that divides nothing",
+        "odd layers, even kernel, a context of 13",
         encoder={"num_layers": 5, "context_size": 13, "conv_kernel_size": 4, "dim_head": 10, "conv_expansion_factor": 3},
         projector={"num_hidden_layers": 3},
         lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     ),
     Spec(
-        "one KV head, untied, biases, adapters of other projections",
+        "one KV head, untied, biases, adapters on other projections",
         encoder={"conv_kernel_size": 31, "context_size": 24, "max_pos_emb": 24, "feedforward_mult": 2},
         projector={"cross_attention_frequency": 1, "hidden_act": "gelu_new"},
         text={"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3, "rope_theta": 500.0},
@@ -98,7 +98,7 @@ SPECS = (
         lora={"r": 2, "lora_alpha": 6, "use_rslora": True, "target_modules": ["up_proj"]},
     ),
     Spec(
-        "plus: earlier layers beside the last, the middle among them",
+        "plus: earlier layers and the last, the middle one included",
         encoder={"num_layers": 4, "cat_hidden_layers": [3, 0, 2], "conv_kernel_size": 8},
         projector={"cross_attention_frequency": 2, "num_hidden_layers": 4},
         top={"tie_word_embeddings": False},
@@ -121,14 +121,14 @@ def build_reference(spec: Spec, *, seed: int = 0) -> torch.nn.Module:
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     if spec.lora is not None:
         model.add_adapter(LoraConfig(**spec.lora))
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, one in [*model.named_parameters(), *model.named_buffers()]:
             if "running_var" in name:
-                one.uniform_(0.5, 2.0, generator=generator)
+                one.uniform_(0.5, 2.0, generator=rng)
             elif one.is_floating_point() and "inv_freq" not in name:
                 spread = 0.5 if "embed_tokens" in name or "lm_head" in name else 1.5 / one.shape[-1] ** 0.5 if one.dim() > 1 else 0.2
-                one.normal_(std=spread, generator=generator)
+                one.normal_(std=spread, generator=rng)
                 one.add_(1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -136,23 +136,23 @@ def build_reference(spec: Spec, *, seed: int = 0) -> torch.nn.Module:
 
 
 def scale_logits(model: torch.nn.Module) -> None:
-    """Divide the reference's logits by `logits_scaling`.
+    """Divide the reference's logits by `logits_scaling`, as in training.
 
-    transformers divides up to 5.9, as the models were trained; from 5.10 on `GraniteSpeechForConditionalGeneration` has a head of
-    its own and leaves the division out, while `GraniteForCausalLM` keeps it.
+    transformers does so up to 5.9. From 5.10 on `GraniteSpeechForConditionalGeneration` has its own head and omits the division,
+    which `GraniteForCausalLM` keeps.
     """
     scaling = model.config.text_config.logits_scaling
     model.lm_head.register_forward_hook(lambda module, arguments, output: output / scaling)
 
 
 def set_adapter(model: torch.nn.Module, on: bool) -> None:
-    """peft's switch of the whole reference model."""
+    """Switch the adapter of the whole reference model on or off."""
     if getattr(model, "_hf_peft_config_loaded", False):
         model.enable_adapters() if on else model.disable_adapters()
 
 
 def write_released_layout(model: torch.nn.Module, folder: Path) -> Path:
-    """Write the reference as the released folders are: plain base weights, and the adapter in two files of its own."""
+    """Write the reference in the layout of the released folders: plain base weights, and the adapter in two separate files."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = canonical_keys(state)
@@ -176,7 +176,7 @@ def features(frames: int, *, seed: int = 1) -> torch.Tensor:
 
 
 def prompt(audio_tokens: int, *, before: int = 4, after: int = 5, seed: int = 2) -> torch.Tensor:
-    """`(1, tokens)` random text around the places of one clip's audio vectors."""
+    """`(1, tokens)`: random text around one clip's audio tokens."""
     text = torch.randint(0, 117, (1, before + after), generator=torch.Generator().manual_seed(seed))
     return torch.cat((text[:, :before], torch.full((1, audio_tokens), AUDIO_TOKEN), text[:, before:]), dim=1)
 

@@ -1,4 +1,4 @@
-"""A model small enough for Triton's interpreter, with every part of a released one, and a batch of unlike rows for it."""
+"""A model small enough for Triton's interpreter, with every part of a released one, and a batch of different rows for it."""
 
 import torch
 
@@ -11,7 +11,7 @@ AUDIO = 90
 
 
 def small_model(seed: int = 0) -> GraniteSpeechForConditionalGeneration:
-    """Float32, in evaluation mode, without dropout; the adapter's B is not zero, and BatchNorm has statistics of its own."""
+    """Float32, in evaluation mode, without dropout, with a non-zero adapter and random BatchNorm statistics."""
     config = GraniteSpeechConfig(
         text_config={
             "hidden_size": 32,
@@ -70,12 +70,12 @@ def small_model(seed: int = 0) -> GraniteSpeechForConditionalGeneration:
 
 
 def batch(model: GraniteSpeechForConditionalGeneration) -> dict[str, object]:
-    """Three rows: clips of 50 and 23 frames, so that a block, a window and a page are cut short, and one without audio."""
-    generator = torch.Generator().manual_seed(1)
+    """Three rows: clips of 50 and 23 frames, which end within a block, a window and a page, and one row without audio."""
+    rng = torch.Generator().manual_seed(1)
     lengths = [50, 23]
-    clips = torch.randn(2, 50, model.config.encoder_config.input_dim, generator=generator)
+    clips = torch.randn(2, 50, model.config.encoder_config.input_dim, generator=rng)
     counts = [model.model.projector.tokens(frames) for frames in lengths] + [0]
-    rows = [torch.cat((text(3 + row, generator), torch.full((count,), AUDIO), text(5, generator))) for row, count in enumerate(counts)]
+    rows = [torch.cat((text(3 + row, rng), torch.full((count,), AUDIO), text(5, rng))) for row, count in enumerate(counts)]
     width = max(map(len, rows))
     ids, mask = torch.full((3, width), 94), torch.zeros(3, width, dtype=torch.int64)
     for row, one in enumerate(rows):
@@ -83,5 +83,5 @@ def batch(model: GraniteSpeechForConditionalGeneration) -> dict[str, object]:
     return {"input_ids": ids, "attention_mask": mask, "input_features": clips, "input_features_lengths": lengths}
 
 
-def text(tokens: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, AUDIO, (tokens,), generator=generator)
+def text(tokens: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, AUDIO, (tokens,), generator=rng)

@@ -1,8 +1,8 @@
-"""A dozen sentences that people of the held-out voices say, and what the checkpoint inside the package makes of them.
+"""Twelve sentences spoken by held-out voices, and the embedded checkpoint's scores for them.
 
     python -m tests.support.spoken build/embedded/unseen/manifest.jsonl
 
-chooses and writes them anew: after the checkpoint was trained anew.
+chooses and writes new ones; run it after training the checkpoint again.
 """
 
 import json
@@ -34,7 +34,7 @@ def load(folder: str | Path = "embedded") -> tuple[GraniteSpeechForConditionalGe
 
 @torch.no_grad()
 def scores(model, processor, utterances: Sequence[Utterance]) -> list[float]:
-    """Nats that the model needs for each right answer: what no small change of the arithmetic leaves as it is."""
+    """Negative log-likelihood of each right answer, in nats. Even a small change of the arithmetic changes it."""
     request, found = transcript_request(processor), []
     for one in utterances:
         inputs = processor(request, one.waveform(16_000))
@@ -48,7 +48,7 @@ def scores(model, processor, utterances: Sequence[Utterance]) -> list[float]:
 
 
 def assert_understood(model, processor) -> None:
-    """The right words, from model and encoder, and the recorded scores."""
+    """Assert that model and encoder give the right words, and the model the recorded scores."""
     utterances = sentences()
     right = [one.text for one in utterances]
     assert transcripts(model, processor, utterances) == right
@@ -59,18 +59,18 @@ def assert_understood(model, processor) -> None:
 
 
 def _choose(manifest: str) -> None:
-    """The first sentences of each length that are understood; a single digit and a single command among them."""
+    """Write the first correctly transcribed sentences of the wanted lengths, and their scores."""
     model, processor = load()
     some = read_manifest(manifest)[:300]
-    heard, spelled = transcripts(model, processor, some), ctc_transcripts(model, processor, some)
+    texts, spelled = transcripts(model, processor, some), ctc_transcripts(model, processor, some)
     wanted = [1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 8]
     chosen = []
-    for one, text, letters in zip(some, heard, spelled, strict=True):
+    for one, text, letters in zip(some, texts, spelled, strict=True):
         count = len(one.text.split())
         if one.text == text == letters and count in wanted and one.text not in {other.text for other in chosen}:
             wanted.remove(count)
             chosen.append(one)
-    assert not wanted, f"nothing was understood of {wanted} words"
+    assert not wanted, f"no correctly transcribed sentences of {wanted} words"
     SPEECH.mkdir(exist_ok=True)
     lines = []
     for number, one in enumerate(chosen):
