@@ -74,9 +74,7 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
     finetune.add_argument("--model", required=True, metavar="FOLDER_OR_ID", help="a checkpoint's folder or hub id")
     finetune.add_argument("--output", required=True, metavar="DIR", help="the checkpoint folder to write")
     finetune.add_argument("--validation", metavar="MANIFEST", help="recordings to measure the word error rate on, before and after")
-    finetune.add_argument(
-        "--resume", action="store_true", help="resume from the last training checkpoint in DIR, or start if there is none"
-    )
+    finetune.add_argument("--resume", action="store_true", help="resume from the training checkpoint in DIR, or start if it has none")
     finetune.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if available; under torchrun, one GPU per process)")
     for one in fields(FinetuneOptions):
         several = isinstance(one.default, tuple)
@@ -124,7 +122,7 @@ def _transcribe(options: argparse.Namespace) -> int:
 
     if options.model is None:
         _print_error(
-            "no --model given: using the small one inside the package, which knows only 70 English words: digits, numbers, commands. "
+            "no --model given: using the small model inside the package, which knows only 70 English words: digits, numbers, commands. "
             "For any speech, use --model ibm-granite/granite-speech-3.3-2b"
         )
     transcriber = Transcriber.from_pretrained(options.model or EMBEDDED_FOLDER, device=options.device, dtype=options.dtype)

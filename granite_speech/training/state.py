@@ -96,7 +96,7 @@ class TrainingFolder:
             )
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
-        """Remove the records of later steps, which a process killed between checkpoints leaves. Returns the remaining records.
+        """Remove records of later steps, as left by a process killed between checkpoints. Returns the remaining records.
 
         The log is for people and plots, and resuming does not need it. A missing file counts as empty, and unreadable lines, such as a
         truncated last one, are dropped.

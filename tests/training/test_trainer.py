@@ -141,10 +141,10 @@ def test_a_checkpoint_of_a_different_training_is_refused(folder, tmp_path):
         ({"identity": {"model": "b"}}, "model = 'b' (was 'a')"),
         ({"seed": 2, "steps": 9}, "seed = 2 (was 0), steps = 9 (was 6)"),
     )
-    for change, said in cases:
+    for change, message in cases:
         with pytest.raises(InputError) as caught:
             make_trainer(folder, tmp_path, **{"identity": {"model": "a"}} | change).resume()
-        assert said in caught.value.got
+        assert message in caught.value.got
     with pytest.raises(CheckpointError, match=r"differs in .* parameters"):
         make_trainer(folder, tmp_path, identity={"model": "a"}, parts=("projector",)).resume()
     assert make_trainer(folder, tmp_path, identity={"model": "a"}, checkpoint_every=5, validate_every=3).resume()

@@ -125,7 +125,7 @@ class Training:
         """Run stage 2. Returns whether it is finished."""
         rng = np.random.default_rng(self.recipe.seed)
         tasks = [make_text_task(rng) for _ in range(self.recipe.texts + 100)]
-        texts = [Utterance(answer, prompt, None, Path("made texts"), line) for line, (prompt, answer) in enumerate(tasks, 1)]
+        texts = [Utterance(answer, prompt, None, Path("text tasks"), line) for line, (prompt, answer) in enumerate(tasks, 1)]
         self._held_out_tasks = texts[self.recipe.texts :]
         source = TextData(texts[: self.recipe.texts], self.dialogue, batch_tokens=1_500, seed=self.recipe.seed, device=self.device)
         options = self._options(epochs=self.recipe.text_epochs, learning_rate=3e-3, warmup=0.05)

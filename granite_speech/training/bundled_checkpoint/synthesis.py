@@ -246,7 +246,7 @@ def _check_words(sentences: Sequence[str]) -> None:
         if unknown or not sentence.strip():
             raise InputError(
                 got=f"the sentence {sentence!r}" + (f" with {unknown[0]!r}" if unknown else ""),
-                expected="words of VOCABULARY, which every language has a spelling for",
+                expected="words of VOCABULARY, for which every language has a spelling",
                 remedy="Remove the word, or add it to the vocabulary",
             )
 
