@@ -1,4 +1,4 @@
-"""The command line: text alone on standard output, everything else on standard error, and exit codes that a script can use."""
+"""The command line: only text on standard output, everything else on standard error, and exit codes for scripts."""
 
 import io
 import json
@@ -23,7 +23,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT /
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Random weights, and every seventh token ends an answer: otherwise none would end."""
+    """Random weights. Every seventh token ends an answer, because otherwise no answer would end."""
     folder = tmp_path_factory.mktemp("checkpoint")
     ends = range(0, write_checkpoint(folder).config.text_config.vocab_size, 7)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def spoken(tmp_path_factory):
-    """The first second of the recording as a WAV, for the tests that need no more."""
+    """The first second of the recording as a WAV."""
     import soundfile
 
     samples, rate = soundfile.read(JFK, dtype="int16", frames=16_000)
@@ -48,7 +48,7 @@ def run(capfd, checkpoint, *arguments):
     return status, *capfd.readouterr()
 
 
-def test_text_on_standard_output_and_nothing_else(checkpoint, capfd):
+def test_standard_output_has_only_the_text(checkpoint, capfd):
     status, out, err = run(capfd, checkpoint, JFK)
     assert status == 0 and err == ""
     assert out.endswith("\n") and out.strip() and out.count("\n") == 1
@@ -63,32 +63,32 @@ def test_options_reach_the_model(checkpoint, capfd, spoken):
     assert out.startswith(shorter.strip()) and len(shorter) < len(out)
 
 
-def test_an_answer_that_is_cut_off_is_printed_and_said_to_be(checkpoint, capfd, spoken):
+def test_an_answer_that_is_cut_off_is_printed_with_a_warning(checkpoint, capfd, spoken):
     _, whole, _ = run(capfd, checkpoint, spoken)
     status, out, err = run(capfd, checkpoint, spoken, JFK, spoken, "--max-new-tokens", "2")
     first, _, last = out.splitlines()
     assert status == 1 and first == last and whole.startswith(first)
     lines = err.splitlines()
-    assert [line.split(": ")[1] for line in lines] == [str(spoken), str(JFK), str(spoken)], "each file, though the warning is the same"
+    assert [line.split(": ")[1] for line in lines] == [str(spoken), str(JFK), str(spoken)], "each file has its own warning"
     assert all("cut off after 2 tokens" in line and line.endswith("Raise max_new_tokens.") for line in lines)
 
 
-@pytest.mark.parametrize("value, said", [("tritn", "one of 'triton', 'torch'"), ("triton", "CUDA tensors")])
-def test_kernels_that_cannot_run_are_one_line(checkpoint, value, said):
+@pytest.mark.parametrize("value, message", [("tritn", "one of 'triton', 'torch'"), ("triton", "CUDA tensors")])
+def test_an_unusable_kernel_setting_gives_a_one_line_error(checkpoint, value, message):
     command = [sys.executable, "-m", "granite_speech.cli", "transcribe", str(JFK), "--model", str(checkpoint), "--device", "cpu"]
     environment = {name: one for name, one in ENVIRONMENT.items() if name != "TRITON_INTERPRET"} | {"GRANITE_SPEECH_KERNELS": value}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and said in done.stderr and f"GRANITE_SPEECH_KERNELS={value}" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and message in done.stderr and f"GRANITE_SPEECH_KERNELS={value}" in done.stderr, done.stderr
 
 
-def test_standard_input(checkpoint, capfd, monkeypatch):
+def test_audio_from_standard_input(checkpoint, capfd, monkeypatch):
     _, out, _ = run(capfd, checkpoint, JFK)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(JFK.read_bytes())))
     assert run(capfd, checkpoint, "-") == (0, out, "")
 
 
-def test_a_bad_file_in_the_middle_stops_nothing(checkpoint, capfd, spoken, tmp_path):
+def test_bad_files_do_not_stop_the_others(checkpoint, capfd, spoken, tmp_path):
     (tmp_path / "text.wav").write_text("this is no sound")
     _, alone, _ = run(capfd, checkpoint, spoken)
     status, out, err = run(capfd, checkpoint, spoken, tmp_path / "text.wav", tmp_path / "absent.wav", tmp_path, spoken)
@@ -99,13 +99,13 @@ def test_a_bad_file_in_the_middle_stops_nothing(checkpoint, capfd, spoken, tmp_p
     assert "text.wav" in lines[0] and "which does not exist" in lines[1] and "which is a folder" in lines[2]
 
 
-def test_no_good_file_at_all(checkpoint, capfd, tmp_path):
+def test_a_single_missing_file_is_an_error(checkpoint, capfd, tmp_path):
     status, out, err = run(capfd, checkpoint, tmp_path / "absent.wav")
     assert (status, out) == (1, "") and "Traceback" not in err
 
 
 @pytest.mark.parametrize("name", ["nowhere", "an empty folder", "a file"])
-def test_no_model(capfd, tmp_path, name):
+def test_a_missing_model_gives_a_one_line_error(capfd, tmp_path, name):
     (tmp_path / "an empty folder").mkdir()
     (tmp_path / "a file").write_text("x")
     status, out, err = run(capfd, tmp_path / name, JFK)
@@ -113,13 +113,13 @@ def test_no_model(capfd, tmp_path, name):
     assert err.startswith("granite-speech: ") and err.count("\n") == 1 and str(tmp_path) in err
 
 
-def test_no_such_device(checkpoint, capfd):
+def test_an_unknown_device_gives_a_one_line_error(checkpoint, capfd):
     status, out, err = run(capfd, checkpoint, JFK, "--device", "abacus")
     assert (status, out) == (2, "") and "'abacus'" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["transcribe", "a.wav", "--model", "m", "--max-new-tokens", "0"], "'0' is not a positive integer"),
         (["transcribe", "a.wav", "--model", "m", "--max-new-tokens=-3"], "'-3' is not a positive integer"),
@@ -131,12 +131,12 @@ def test_no_such_device(checkpoint, capfd):
         ([], "command"),
     ],
 )
-def test_wrong_usage(capfd, arguments, said):
+def test_usage_errors(capfd, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     out, err = capfd.readouterr()
     assert caught.value.code == 2 and out == ""
-    assert said in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
 
 
 def test_the_version(capfd):
@@ -160,7 +160,7 @@ except SystemExit as exit:
 @pytest.mark.parametrize(
     "arguments, status", [(["--help"], 0), (["transcribe", "--help"], 0), (["transcribe", "--max-new-tokens", "x"], 2)]
 )
-def test_help_and_typing_errors_do_not_wait_for_torch(arguments, status):
+def test_help_and_usage_errors_do_not_import_torch(arguments, status):
     command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == status
@@ -171,8 +171,8 @@ def test_help_and_typing_errors_do_not_wait_for_torch(arguments, status):
 @pytest.mark.parametrize(
     "arguments, seconds", [(["-c", "import granite_speech"], 0.3), (["-m", "granite_speech.cli", "--help"], 0.5)], ids=["import", "--help"]
 )
-def test_nobody_waits_for_the_first_word(arguments, seconds):
-    """Three times what is promised, the median of five, Python's own start included: the machine that tests may be busy."""
+def test_import_and_help_are_fast(arguments, seconds):
+    """The median of five runs, including Python's own start, at up to three times the limit because the machine may be busy."""
 
     def run_once() -> float:
         started = time.perf_counter()
@@ -182,7 +182,7 @@ def test_nobody_waits_for_the_first_word(arguments, seconds):
     assert statistics.median(run_once() for _ in range(5)) < 3 * seconds
 
 
-def test_the_module_is_the_command(tmp_path):
+def test_the_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "granite_speech.cli", "transcribe", str(JFK), "--model", str(tmp_path / "nowhere")]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""From a name to a folder: a local path, the checkpoint bundled with the package ("embedded"), or a Hugging Face hub id."""
+"""Resolves a checkpoint's name to a local folder. A name is a path, a Hugging Face hub id, or "embedded", the bundled checkpoint."""
 
 import re
 from pathlib import Path
@@ -7,13 +7,12 @@ from granite_speech.errors import CheckpointError, CheckpointNotFoundError, Inpu
 
 __all__ = ["EMBEDDED", "EMBEDDED_FOLDER", "resolve"]
 
-# The checkpoint bundled with the package: its name, and its folder, which is right whatever the working directory holds.
+# Name and folder of the bundled checkpoint. The folder does not depend on the working directory, as the name may.
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Weights, configurations, tokenizer and chat template; no pickles, which are never opened here. Files in subfolders are
-# other formats of the same weights.
+# Weights, configurations, tokenizer and chat template. Pickles are never opened, and subfolders hold other formats of the weights.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 _UNWANTED = ["*/*"]
 
@@ -26,24 +25,24 @@ def resolve(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """The local folder of a checkpoint, downloaded into the hub's cache if need be.
+    """The local folder of a checkpoint, which is downloaded into the hub's cache if needed.
 
     Args:
-        name_or_path: a folder, "embedded", or a hub id "owner/name". If a folder has the same name as a hub id, the folder is used.
+        name_or_path: a folder, "embedded", or a hub id "owner/name". A folder takes precedence over a hub id of the same name.
             "embedded" is the checkpoint bundled with the package, unless the working directory has a folder of that name with a
             config.json in it. A `Path`, or a string such as "./embedded", is always a folder.
-        revision: branch, tag or commit on the hub; None is the default branch. Not used for a local folder.
-        cache_dir: the hub's cache; None is Hugging Face's own place (`HF_HOME`).
-        local_files_only: take what is in the cache and do not use the network.
-        token: access token for private and gated repositories; None uses the one that is logged in.
+        revision: branch, tag or commit on the hub; None is the default branch. Ignored for local folders.
+        cache_dir: the hub's cache; None is Hugging Face's default (`HF_HOME`).
+        local_files_only: use only the cache, not the network.
+        token: access token for private and gated repositories; None uses that of the logged-in account.
 
     Returns:
-        The folder, whose files may be links into the cache.
+        The folder. Its files may be links into the cache.
 
     Raises:
-        CheckpointNotFoundError: no such folder, repository or revision, no permission, or no network and not in the cache.
-        CheckpointError: the path is a file, or the download broke off.
-        InputError: a name that is neither string nor Path.
+        CheckpointNotFoundError: no such folder, repository or revision, no permission, or neither network nor cached files.
+        CheckpointError: the path is a file, or the download failed.
+        InputError: the name is neither a string nor a Path.
         MissingDependencyError: huggingface_hub is needed and not installed.
     """
     if not isinstance(name_or_path, str | Path):
@@ -55,17 +54,17 @@ def resolve(
     if name_or_path == EMBEDDED and not Path(EMBEDDED, "config.json").is_file():
         return EMBEDDED_FOLDER
     path = Path(name_or_path).expanduser()
-    if name_or_path != "" and path.is_dir():  # Path("") is the working directory, which an empty name does not mean
+    if name_or_path != "" and path.is_dir():  # Path("") would be the working directory
         return path
     if path.is_file():
         raise CheckpointError(
             got=f"{str(path)!r}, which is a file",
             expected="the folder of a checkpoint",
-            remedy=f"Pass the folder it lies in, {str(path.parent)!r}",
+            remedy=f"Pass its folder, {str(path.parent)!r}",
         )
     if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name_or_path):
         raise CheckpointNotFoundError(
-            got=f"{str(name_or_path)!r}, where there is no folder",
+            got=f"{str(name_or_path)!r}, which is not an existing folder",
             expected='an existing folder, or a hub id of the form "owner/name"',
             remedy="Check the path, or pass a hub id such as 'ibm-granite/granite-speech-3.3-2b'",
         )
@@ -78,7 +77,7 @@ def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **o
     except ImportError as error:
         raise MissingDependencyError(
             got=f"the hub id {repo_id!r} without the package huggingface_hub",
-            expected="huggingface_hub, which fetches checkpoints",
+            expected="huggingface_hub, which downloads checkpoints",
             remedy="Install it (pip install huggingface_hub), or pass a local folder",
         ) from error
     try:
@@ -91,8 +90,8 @@ def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **o
             **options,
         )
     except Exception as error:
-        # What leaves the download is an open set (the hub's, httpx's and the file system's errors, by version of each), and
-        # whoever calls this has one thing to handle: the checkpoint is not here.
+        # A download can raise errors of the hub, of its HTTP library and of the file system, which vary by version. A caller needs one
+        # error for all: the checkpoint is not available.
         raise _explain(error, repo_id, revision, local_files_only) from error
     return Path(folder)
 
@@ -109,25 +108,25 @@ def _explain(error: Exception, repo_id: str, revision: str | None, local_files_o
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return CheckpointNotFoundError(
-            got=f"{where}, which is neither a local folder nor a repository that the hub shows to this account",
+            got=f"{where}, which is neither a local folder nor a repository visible to this account",
             expected="an existing folder or hub id",
-            remedy="Check the spelling; for a private repository log in (hf auth login) or pass token=",
+            remedy="Check the spelling; for a private repository, log in (hf auth login) or pass token=",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointNotFoundError(
             got=f"{where}, a revision that the hub does not have",
             expected="a branch, tag or commit of that repository",
-            remedy="Check revision=, or leave it out for the default branch",
+            remedy="Check revision=, or omit it for the default branch",
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
-        reason = "with local_files_only=True" if local_files_only else f"and the hub did not give it ({error.__cause__ or error})"
+        reason = "with local_files_only=True" if local_files_only else f"and could not be downloaded ({error.__cause__ or error})"
         return CheckpointNotFoundError(
             got=f"{where}, which is not complete in the local cache, {reason}",
             expected="a complete snapshot in the cache, or a connection to the hub",
-            remedy="Fetch it once with a connection (and the same cache_dir=), or pass a local folder",
+            remedy="Download it once with a connection (and the same cache_dir=), or pass a local folder",
         )
     return CheckpointError(
         got=f"{where}, whose download failed with {type(error).__name__}: {error}",
-        expected="a download that completes",
-        remedy="Try again, finished files are kept; check the free disk space and the network",
+        expected="a complete download",
+        remedy="Try again (finished files are kept); check the free disk space and the network",
     )

@@ -1,8 +1,7 @@
-"""The low-rank adapter of requests with audio, as peft's `adapter_config.json` describes it.
+"""The low-rank adapter for requests with audio, as peft's `adapter_config.json` describes it.
 
-A linear layer of the model is a `LoraLinear`: an ordinary linear layer until an adapter is attached to it, and from then on
-`x Wᵀ + b + scaling · (x Aᵀ) Bᵀ` for the rows that ask for it. Which rows do is a tensor that travels with them, not a
-switch of the model: a batch may hold requests with and without audio.
+The model's linear layers are `LoraLinear`: ordinary until an adapter is attached, and then `x Wᵀ + b + scaling · (x Aᵀ) Bᵀ` for the
+rows that use it. A tensor says which rows do, so a batch may mix requests with and without audio.
 
 LoRA: Hu et al., arXiv 2106.09685. Scaling, patterns and rank-stabilised scaling: peft 0.21's `LoraConfig`.
 """
@@ -23,7 +22,7 @@ from granite_speech.modules.transfers import on_device
 
 __all__ = ["AdapterConfig", "LoraLinear", "attach_adapter", "merge_adapter"]
 
-# What each of these would change in the arithmetic is not done here; all other keys of the file concern training or bookkeeping.
+# Options that change the arithmetic and are not supported. All other keys of the file concern training or bookkeeping.
 _REFUSED = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -45,14 +44,14 @@ _REWRITES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What of an `adapter_config.json` decides the arithmetic.
+    """The values of an `adapter_config.json` that affect the arithmetic.
 
     Attributes:
-        r, lora_alpha: rank and alpha of modules that no pattern names; the scaling is alpha / rank.
-        rank_pattern, alpha_pattern: regular expressions on the end of a module's path, with their own rank or alpha (`ModulePatterns`).
-        use_rslora: the scaling is alpha / sqrt(rank).
-        lora_dropout: of the adapter's input, while training.
-        raw: the file's whole contents, which are written back when the model is saved.
+        r, lora_alpha: rank and alpha of modules that no pattern matches; the scaling is alpha / rank.
+        rank_pattern, alpha_pattern: rank or alpha by regular expression on the end of a module's path (`ModulePatterns`).
+        use_rslora: makes the scaling alpha / sqrt(rank).
+        lora_dropout: probability of dropout on the adapter's input in training.
+        raw: the whole file, which is written back when the model is saved.
     """
 
     r: int
@@ -68,8 +67,8 @@ class AdapterConfig:
         """Read the contents of an adapter_config.json.
 
         Raises:
-            UnsupportedError: another kind of adapter, or an option of peft's that changes the arithmetic and is not done here.
-            CheckpointError: a rank or alpha that is none.
+            UnsupportedError: another kind of adapter, or an unsupported peft option that changes the arithmetic.
+            CheckpointError: an invalid rank, alpha, pattern or dropout.
         """
         if raw.get("peft_type", "LORA") != "LORA":
             raise UnsupportedError(
@@ -93,25 +92,25 @@ class AdapterConfig:
         if not all(type(one) is int and 0 < one <= 1 << 16 for one in (r, *ranks.values())):
             _refuse_value("r or rank_pattern", (r, ranks), "integers from 1 to 65536")
         if not all(type(one) in (int, float) and abs(one) <= 1e9 for one in (alpha, *alphas.values())):
-            _refuse_value("lora_alpha or alpha_pattern", (alpha, alphas), "numbers of at most 1e9 in size")
+            _refuse_value("lora_alpha or alpha_pattern", (alpha, alphas), "numbers from -1e9 to 1e9")
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-            _refuse_value("lora_dropout", dropout, "a number from 0 to below 1")
+            _refuse_value("lora_dropout", dropout, "a number from 0 up to, but not including, 1")
         config = cls(r, alpha, ranks, alphas, bool(raw.get("use_rslora")), dropout, raw)
-        config.scaling("")  # reads both tables, and refuses keys that cannot be matched
+        config.scaling("")  # compiles both tables, and so refuses invalid keys
         return config
 
     @classmethod
     def plain(cls, r: int, lora_alpha: float, target_modules: list[str]) -> "AdapterConfig":
-        """A new adapter in peft's format."""
+        """The configuration of a new adapter, in peft's format."""
         raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": lora_alpha, "target_modules": target_modules}
         return cls.from_dict(raw | {"bias": "none", "inference_mode": True, "lora_dropout": 0.0})
 
     def rank(self, module: str) -> int:
-        """Rank of the module at this path."""
+        """Rank of the adapter of the module at this path."""
         return self._ranks.find(_paths(module), self.r)
 
     def scaling(self, module: str) -> float:
-        """Factor of the adapter's product in the module at this path."""
+        """Factor on the adapter's product in the module at this path."""
         rank = self.rank(module)
         return self._alphas.find(_paths(module), self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -125,15 +124,15 @@ class AdapterConfig:
 
 
 def _paths(module: str) -> tuple[str, str]:
-    # A pattern names the module in the model that peft trained, whose paths differ up to transformers 5.9 and from 5.10 on.
+    # A pattern refers to the module's path in the model that peft trained, which changed in transformers 5.10.
     return module, "model." + module.replace("language_model.model.", "language_model.", 1)
 
 
 def _pattern_table(name: str, value: Any) -> dict[str, Any]:
-    """A table whose keys are regular expressions; empty if the file has none."""
+    """A table of values by regular expression; empty if the file has none."""
     table = {} if value is None else value
     if not isinstance(table, dict):
-        _refuse_value(name, table, "an object of regular expressions and numbers")
+        _refuse_value(name, table, "an object that maps regular expressions to numbers")
     return table
 
 
@@ -144,11 +143,10 @@ def _refuse_value(name: str, value: Any, expected: str) -> NoReturn:
 
 
 class LoraLinear(nn.Linear):
-    """`nn.Linear`, and with an adapter attached also its low-rank product.
+    """`nn.Linear` with an optional low-rank adapter.
 
-    Without an adapter `lora_A` and `lora_B` are None and the parameters are those of `nn.Linear`. With one they are linear
-    layers without bias, so that the parameters' names are the released adapter files': `lora_A.weight` `(rank, in_features)`,
-    `lora_B.weight` `(out_features, rank)`.
+    Without an adapter, `lora_A` and `lora_B` are None. With one, they are linear layers without bias, so that parameters are named as in
+    the released adapter files: `lora_A.weight` `(rank, in_features)` and `lora_B.weight` `(out_features, rank)`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -160,7 +158,7 @@ class LoraLinear(nn.Linear):
         self._scaling_tensor: Tensor | None = None
 
     def attach(self, rank: int, scaling: float, dropout: float = 0.0) -> None:
-        """Add an adapter that changes nothing yet (B is zero), on the weight's device and in its dtype."""
+        """Add an adapter on the weight's device and in its dtype. B is zero, so it changes nothing yet."""
         where = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, **where)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, **where)
@@ -173,7 +171,7 @@ class LoraLinear(nn.Linear):
 
         Args:
             x: rows, in the weight's dtype.
-            adapter_index: `(rows,)` int32, 0 for rows with the adapter and −1 for rows without; None: all rows have it.
+            adapter_index: `(rows,)` int32, 0 for rows with the adapter and −1 for rows without; None: all rows use it.
         """
         if self.lora_A is None:
             return F.linear(x, self.weight, self.bias)
@@ -185,23 +183,23 @@ class LoraLinear(nn.Linear):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _dropped_out_product(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
-        # Dropout is of the adapter's input alone, so base and adapter no longer share x and cannot be one operation.
+        # Only the adapter's input has dropout, so base and adapter no longer share x and cannot be one operation.
         product = self.lora_B(self.lora_A(F.dropout(x, self.lora_dropout))) * self.scaling
         if adapter_index is None:
             return product
         return torch.where((adapter_index >= 0).view(*x.shape[:-1], 1), product, 0.0)
 
     def _scaling_on(self, device: torch.device) -> Tensor:
-        # Kept outside the buffers: it is no part of a checkpoint, and a new tensor at each call would be a kernel launch.
+        # Not a buffer, because checkpoints do not have it. Cached, because a new tensor for each call would be a kernel launch.
         cached, dtype = self._scaling_tensor, torch.promote_types(self.weight.dtype, torch.float32)
         if cached is None or cached.device != device or cached.dtype != dtype:
-            with torch.inference_mode(False):  # else a first call in inference mode would leave one that no backward can use
+            with torch.inference_mode(False):  # a tensor from inference mode could not be used in a later backward pass
                 self._scaling_tensor = on_device([self.scaling], device, dtype)
         return self._scaling_tensor
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the adapter's product to the weight, for all rows, and remove the adapter."""
+        """Add the adapter's product to the weight, which affects all rows, and remove the adapter."""
         if self.lora_A is None:
             return
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -221,7 +219,7 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, modules: list[str]) 
     """Attach an adapter to the named modules.
 
     Raises:
-        UnsupportedError: a module that is no linear layer of the model.
+        UnsupportedError: a name that is not a linear layer of the model.
     """
     for name in modules:
         try:
@@ -230,7 +228,7 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, modules: list[str]) 
             module = None
         if not isinstance(module, LoraLinear):
             raise UnsupportedError(
-                got=f"an adapter for {name!r}, " + ("which is no module of this model" if module is None else f"a {type(module).__name__}"),
+                got=f"an adapter for {name!r}, " + ("not a module of this model" if module is None else f"a {type(module).__name__}"),
                 expected="adapters of linear layers of the encoder, the projector or the language model",
                 remedy="Merge the adapter into the weights with peft and load the merged folder",
             )
@@ -238,7 +236,7 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, modules: list[str]) 
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Merge every adapter of a model into its weights: requests without audio then have it too."""
+    """Merge a model's adapters into its weights. Requests without audio then use them too."""
     for module in model.modules():
         if isinstance(module, LoraLinear):
             module.merge()

@@ -1,14 +1,14 @@
-"""The regular expressions that an `adapter_config.json` names modules by, matched in bounded time.
+"""Matches the regular expressions for module paths in an `adapter_config.json` in bounded time.
 
-peft gives each key to `re.match(rf"(.*\\.)?({key})$", path)`. A file from anyone may hold `(a+)+`, over which `re`, which tries one way
-after another, takes ages. Here all ways are followed at once: what has been read so far is a set of positions in the path, and each
-part of an expression makes one such set of another (Thompson, "Regular expression search algorithm", CACM 1968). The steps
-are counted over all expressions and modules.
+peft matches each key with `re.match(rf"(.*\\.)?({key})$", path)`. An untrusted file may contain `(a+)+`, on which `re` backtracks for
+ages. Here all alternatives are followed at once: each part of an expression maps the set of positions where it may start to the set of
+positions where it may end (Thompson, "Regular expression search algorithm", CACM 1968). Steps are counted over all expressions and
+modules, and limited.
 """
 
 import re
 from functools import cached_property, partial
-from re import _constants as op  # re's own parser, so that an expression means here exactly what it means to peft
+from re import _constants as op  # re's own parser, so that expressions have the same meaning as in peft
 from re import _parser
 from typing import Any
 
@@ -16,10 +16,10 @@ from granite_speech.errors import CheckpointError
 
 __all__ = ["ModulePatterns"]
 
-# One to two seconds. Of this, a file that names each of 500 modules in full takes an eighth to a fifth, and a dozen expressions such as
-# layers\.(0|1)\..*_proj for as many modules a seventh.
+# One to two seconds. A file that names each of 500 modules in full uses between an eighth and a fifth of this, and a dozen expressions
+# such as layers\.(0|1)\..*_proj for 500 modules a seventh.
 STEPS = 4_000_000
-_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")  # nothing repeats, so nothing can be tried in many ways: `re` itself may match it
+_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")  # no repetition, so no backtracking: `re` may match it
 _ONE_LETTER = (op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN)
 _CATEGORIES = {
     op.CATEGORY_DIGIT: str.isdecimal,
@@ -34,14 +34,14 @@ _NOT = {
 
 
 class ModulePatterns:
-    """A table from regular expressions on the ends of modules' paths to values.
+    """Values by regular expression on the end of a module's path.
 
     Args:
-        name: of the table, for errors.
-        table: values by expression; the first that fits decides.
+        name: name of the table, for errors.
+        table: values by expression. The first expression that matches decides.
 
     Raises:
-        CheckpointError: a key that is not a regular expression, or one that looks ahead, back, or at what it has matched before.
+        CheckpointError: a key that is not a regular expression, or has lookaround, backreferences or other unsupported syntax.
     """
 
     def __init__(self, name: str, table: dict[str, Any]):
@@ -49,13 +49,13 @@ class ModulePatterns:
         self.entries = [(self._read(pattern), value) for pattern, value in table.items()]
 
     def find(self, paths: tuple[str, ...], default: Any) -> Any:
-        """The value of the first expression that fits one of a module's paths.
+        """The value of the first expression that matches any of a module's paths.
 
         Raises:
-            CheckpointError: this takes too many steps.
+            CheckpointError: matching takes too many steps.
         """
         positions = [_Positions(path, self) for path in paths]
-        return next((value for pattern, value in self.entries if any(one.fits(pattern) for one in positions)), default)
+        return next((value for pattern, value in self.entries if any(one.match(pattern) for one in positions)), default)
 
     def _read(self, pattern: str) -> re.Pattern | list:
         self.spend(200 + 5 * len(pattern))
@@ -68,7 +68,7 @@ class ModulePatterns:
             raise self.refusal(f"{pattern!r:.100}, which does not parse ({error})", "regular expressions") from error
         if not _is_regular(parsed):
             expected = "module names and simple regular expressions: letters, ., *, +, ?, [abc], (a|b), \\d, ^ and $"
-            raise self.refusal(f"{pattern!r:.100}, which looks ahead or back, or changes flags", expected)
+            raise self.refusal(f"{pattern!r:.100}, which has lookaround, a backreference or flags", expected)
         return list(parsed)
 
     def spend(self, steps: int) -> None:
@@ -87,7 +87,7 @@ class ModulePatterns:
 
 
 def _is_regular(nodes: Any) -> bool:
-    """Whether sets of positions are enough to match this."""
+    """Whether sets of positions suffice to match these nodes."""
     for kind, value in nodes:
         if kind is op.BRANCH:
             inner = value[1]
@@ -105,23 +105,23 @@ def _is_regular(nodes: Any) -> bool:
 
 
 class _Positions:
-    """A path, and sets of positions in it as integers: bit n is the place before letter n."""
+    """A path, and sets of positions in it. A set is an integer whose bit n is the position before letter n."""
 
     def __init__(self, path: str, patterns: ModulePatterns):
         self.path, self.patterns = path, patterns
-        self.letters: dict[str, int] = {}  # where each letter of the path is
+        self.letters: dict[str, int] = {}  # positions of each letter
         for place, letter in enumerate(path):
             self.letters[letter] = self.letters.get(letter, 0) | 1 << place
         self.known: dict[tuple[Any, int], int] = {}
 
-    def fits(self, pattern: re.Pattern | list) -> bool:
+    def match(self, pattern: re.Pattern | list) -> bool:
         if isinstance(pattern, re.Pattern):
             self.patterns.spend(2)
             return pattern.match(self.path) is not None
         return self._after(pattern, 1) != 0
 
     def _after(self, nodes: Any, places: int) -> int:
-        """Where these nodes, one after another, may end if they begin at one of the places."""
+        """Positions where this sequence of nodes may end if it starts at one of `places`."""
         self.patterns.spend(1 + len(nodes))
         for kind, value in nodes:
             if kind is op.BRANCH:
@@ -142,7 +142,7 @@ class _Positions:
         return places
 
     def _repeated(self, low: int, high: int, nodes: Any, places: int) -> int:
-        # Each time either passes a letter or stays, so beyond as many times as there are letters nothing changes.
+        # Each repetition either consumes a letter or stays in place, so more repetitions than letters change nothing.
         limit = len(self.path) + 1
         after = partial(self._after, nodes)
         if len(nodes) == 1 and nodes[0][0] in _ONE_LETTER:
@@ -162,7 +162,7 @@ class _Positions:
     def _accepted(self, kind: Any, value: Any) -> int:
         if kind is op.LITERAL:
             return self.letters.get(chr(value), 0)
-        key = kind, id(value)  # of a list that the parsed expression keeps
+        key = kind, id(value)  # the parsed expression keeps the list alive
         if key not in self.known:
             self.patterns.spend(len(self.letters) * (len(value) if kind is op.IN else 1) // 2)
             self.known[key] = sum(places for letter, places in self.letters.items() if _accepts(kind, value, letter))

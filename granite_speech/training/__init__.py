@@ -1,13 +1,12 @@
-"""Training: one loop over a model, a loss on a batch, parameters and a source of batches; and fine-tuning, which is put together from it.
+"""Training: a general loop and its parts, and fine-tuning, which is built from them.
 
     from granite_speech.training import FinetuneOptions, finetune
 
     finetune("train.jsonl", "ibm-granite/granite-speech-3.3-2b", "tuned", FinetuneOptions(epochs=1), validation="held-out.jsonl")
 
-Another recipe takes the same parts: `prepare` says what trains, `SpeechData` or `TextData` makes packed batches, `ctc_loss`,
-`speech_loss` and `text_loss` judge them, `Trainer` does the rest. Where there are no recordings to train on, `synthesize` writes some
-with free synthesizers, and `augment` varies them. Everything is imported when it is first used: the command line reads the options
-without waiting for torch.
+The same parts build other recipes: `prepare` selects what trains, `SpeechData` and `TextData` make packed batches, `ctc_loss`,
+`speech_loss` and `text_loss` compute a loss, and `Trainer` runs the loop. `augment` varies recordings. Names are imported on first use,
+so the command line can read the options without importing torch.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""What rooms, microphones, lines and other speakers do to a clip: `augment` changes it anew each time it is used.
+"""Augmentation: random changes to a clip that imitate other speakers, rooms, microphones and telephone lines.
 
-A waveform here is `(samples,)` float32 in NumPy, 16 kHz, in [-1, 1], and is never changed in place. All chance comes from the
-`numpy.random.Generator` that is passed in: equal seeds give equal data.
+Waveforms are `(samples,)` float32 NumPy arrays at 16 kHz, in [-1, 1], and are never changed in place. All randomness comes from the
+`numpy.random.Generator` passed in, so equal seeds give equal data.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,13 @@ RATE = 16000
 
 
 def augment(waveform: np.ndarray, generator: np.random.Generator, strength: float = 1.0, others: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """One clip as another speaker, room, microphone and line would have it.
+    """Change a clip at random: its speaker, room, noise, microphone and line.
 
     Args:
-        waveform: speech with little silence around.
-        strength: 0 leaves only pauses around and the level to chance, 1 is full variety: how often each change is made.
-        others: clips to make babble of.
+        waveform: speech with little silence around it.
+        generator: source of all randomness.
+        strength: scales the probability of each change. At 0 only the silence around the speech and the level vary.
+        others: clips to mix into background babble.
     """
 
     def sometimes(probability: float) -> bool:
@@ -42,16 +43,16 @@ def augment(waveform: np.ndarray, generator: np.random.Generator, strength: floa
     waveform = change_gain(waveform, generator)
     if sometimes(0.2):
         waveform = quantize(waveform, generator)
-    # Last: what was quantised at 8 kHz has no quantisation noise above 4 kHz either.
+    # Last, because a clip quantized at 8 kHz has no quantization noise above 4 kHz either.
     return limit_band(waveform, generator) if sometimes(0.45) else waveform
 
 
 def stretch_samples(waveform: np.ndarray, factor: float) -> np.ndarray:
-    """Plays `factor` times as fast, pitch and formants with it: the spectrum cut or filled up, `size / factor` samples."""
+    """Play `factor` times as fast, which shifts pitch and formants too. Cuts or zero-pads the spectrum; returns `size / factor` samples."""
     target = max(1, round(waveform.size / factor))
     if target == waveform.size or waveform.size == 0:
         return waveform
-    # Padding to a length that the FFT likes; the resampled stretch is cut out again, and the wrap around falls into the padding.
+    # Pad to a length with a fast FFT. The padding also takes the wrap-around, and is cut off at the end.
     size = _fast_size(waveform.size + 256)
     spectrum = np.fft.rfft(waveform, size)
     padded = max(2, round(size * target / waveform.size))
@@ -60,7 +61,7 @@ def stretch_samples(waveform: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _fast_size(size: int) -> int:
-    """The next of 2ⁿ, 3·2ⁿ and 5·2ⁿ, which an FFT does quickly."""
+    """The smallest size of the form 2ⁿ, 3·2ⁿ or 5·2ⁿ that is at least `size`: fast for an FFT."""
     return min(base << max(0, (-(-size // base) - 1).bit_length()) for base in (1, 3, 5))
 
 
@@ -70,32 +71,40 @@ _WINDOW = np.sqrt(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)).asty
 
 def change_voice(
     waveform: np.ndarray,
-    generator: np.random.Generator,
+    rng: np.random.Generator,
     pitch: float | None = None,
     formants: float | None = None,
     tempo: float | None = None,
 ) -> np.ndarray:
-    """Another speaker: pitch, length of the vocal tract, and tempo, each by itself; drawn where not given.
+    """Imitate another speaker: change pitch, vocal tract length and tempo independently. Each is random if omitted.
 
     Args:
-        pitch: factor on the fundamental, 0.75 to 1.35.
+        pitch: factor on the fundamental frequency, 0.75 to 1.35.
         formants: factor on the resonances, 0.82 to 1.22.
         tempo: factor on the speed, 0.7 to 1.4.
     """
-    pitch = np.exp(generator.uniform(-0.28, 0.3)) if pitch is None else pitch
-    # A higher voice mostly is a shorter tract.
-    formants = np.exp(0.25 * np.log(pitch) + generator.uniform(-0.14, 0.14)) if formants is None else formants
-    tempo = np.exp(generator.uniform(-0.35, 0.33)) if tempo is None else tempo
-    faster = stretch_samples(waveform, pitch)  # which moves formants and tempo by `pitch` too: the rest is put right below
+    pitch = np.exp(rng.uniform(-0.28, 0.3)) if pitch is None else pitch
+    # Higher voices usually come from shorter vocal tracts.
+    formants = np.exp(0.25 * np.log(pitch) + rng.uniform(-0.14, 0.14)) if formants is None else formants
+    tempo = np.exp(rng.uniform(-0.35, 0.33)) if tempo is None else tempo
+    faster = stretch_samples(waveform, pitch)  # this scales formants and tempo by `pitch` too
     return _reshape(faster, formants / pitch, tempo / pitch)
 
 
 def _reshape(waveform: np.ndarray, formants: float, tempo: float) -> np.ndarray:
-    """Formants and tempo by a phase vocoder whose spectral envelope, the cepstrum's slow part, is stretched."""
+    """Scale formants and tempo with a phase vocoder."""
     padded = np.pad(waveform, (N_FFT, 2 * N_FFT))
     frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP]
-    spectrum = np.fft.rfft(frames * _WINDOW).astype(np.complex64)  # float32 from here on: NumPy 1's FFT knows float64 only
+    spectrum = np.fft.rfft(frames * _WINDOW).astype(np.complex64)  # NumPy 1's FFT returns complex128
     magnitude = np.abs(spectrum) + np.float32(1e-6)
+    magnitude *= _formant_gain(magnitude, formants)
+    out = _overlap_add(_at_tempo(magnitude, np.angle(spectrum), tempo))
+    start = int(N_FFT / tempo)
+    return out[start : start + max(1, int(waveform.size / tempo))] * np.float32(HOP * 2 / N_FFT)
+
+
+def _formant_gain(magnitude: np.ndarray, formants: float) -> np.ndarray:
+    """Gain `(frames, bins)` that stretches the spectral envelope, the low part of the cepstrum, along frequency."""
     cepstrum = np.fft.irfft(np.log(magnitude))
     cepstrum[:, 32 : N_FFT - 31] = 0
     envelope = np.fft.rfft(cepstrum).real.astype(np.float32)
@@ -104,62 +113,68 @@ def _reshape(waveform: np.ndarray, formants: float, tempo: float) -> np.ndarray:
     below = np.minimum(source.astype(int), N_FFT // 2 - 1)
     share = (source - below).astype(np.float32)
     moved = envelope[:, below] * (1 - share) + envelope[:, below + 1] * share
-    magnitude *= np.exp(np.clip(moved - envelope, -6, 3))
-    # Tempo: frames are read at `tempo` hops, and each bin's phase advances as it did between the two frames read.
-    places = np.arange(0, len(frames) - 1.001, tempo)
+    return np.exp(np.clip(moved - envelope, -6, 3))
+
+
+def _at_tempo(magnitude: np.ndarray, phase: np.ndarray, tempo: float) -> np.ndarray:
+    """Spectra of frames read `tempo` frames apart. Each bin's phase advances as it did between the two frames around the point read."""
+    places = np.arange(0, len(magnitude) - 1.001, tempo)
     left = places.astype(int)
     between = (places - left).astype(np.float32)[:, None]
-    phase = np.angle(spectrum)
-    advance = (phase[left + 1] - phase[left]) / np.float32(2 * np.pi)  # in turns, of which whole ones do not count
+    advance = (phase[left + 1] - phase[left]) / np.float32(2 * np.pi)  # in turns
     total = np.cumsum(np.concatenate([phase[:1] / np.float32(2 * np.pi), advance[:-1] - np.round(advance[:-1])]), axis=0)
     angle = np.float32(2 * np.pi) * (total - np.round(total))
     level = magnitude[left] * (1 - between) + magnitude[left + 1] * between
     changed = np.empty(level.shape, np.complex64)
     changed.real, changed.imag = level * np.cos(angle), level * np.sin(angle)
-    pieces = np.fft.irfft(changed).astype(np.float32) * _WINDOW
+    return changed
+
+
+def _overlap_add(spectrum: np.ndarray) -> np.ndarray:
+    """The waveform of windowed frames `HOP` samples apart."""
+    pieces = np.fft.irfft(spectrum).astype(np.float32) * _WINDOW
     out = np.zeros((len(pieces) + N_FFT // HOP) * HOP, np.float32)
     for offset in range(N_FFT // HOP):
         part = pieces[:, offset * HOP : (offset + 1) * HOP].reshape(-1)
         out[offset * HOP : offset * HOP + part.size] += part
-    start = int(N_FFT / tempo)
-    return out[start : start + max(1, int(waveform.size / tempo))] * np.float32(HOP * 2 / N_FFT)
+    return out
 
 
-def clip_edges(waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A recording that began late or ended early, by up to 50 ms; a soft start and end."""
-    first, last = (generator.uniform(0, 0.05, 2) * RATE).astype(int)
+def clip_edges(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Cut up to 50 ms from each end, as if recording started late or stopped early, and fade both ends."""
+    first, last = (rng.uniform(0, 0.05, 2) * RATE).astype(int)
     cut = waveform[first : max(waveform.size - last, first + RATE // 20)].copy()
-    ramp = min(cut.size, int(generator.uniform(0.002, 0.05) * RATE))
+    ramp = min(cut.size, int(rng.uniform(0.002, 0.05) * RATE))
     slope = np.linspace(0, 1, ramp, dtype=np.float32)
     cut[:ramp] *= slope
     cut[cut.size - ramp :] *= slope[::-1]
     return cut
 
 
-def add_silence(waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Silence around, mostly short, up to 0.6 s on either side."""
-    before, after = (0.6 * generator.random(2) ** 2.5 * RATE).astype(int)
+def add_silence(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add up to 0.6 s of silence at each end, usually much less."""
+    before, after = (0.6 * rng.random(2) ** 2.5 * RATE).astype(int)
     return np.pad(waveform, (before, after))
 
 
-def add_echo(waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A room: noise that dies away by 60 dB in 0.1 to 0.7 s, duller as it does, behind the direct sound."""
-    seconds = generator.uniform(0.1, 0.7)
+def add_echo(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Imitate a room: convolve with the direct sound followed by low-passed noise that decays by 60 dB in 0.1 to 0.7 s."""
+    seconds = rng.uniform(0.1, 0.7)
     time = np.arange(int(seconds * RATE), dtype=np.float32) / RATE
-    tail = generator.standard_normal(time.size, dtype=np.float32) * np.exp(-6.9 / seconds * time)
-    tail[1:] = tail[1:] + generator.uniform(0, 0.9) * tail[:-1]
-    tail[: int(generator.uniform(0.001, 0.01) * RATE)] = 0
-    tail *= 10 ** (-generator.uniform(0, 15) / 20) / np.sqrt(np.square(tail).sum() + 1e-9)
+    tail = rng.standard_normal(time.size, dtype=np.float32) * np.exp(-6.9 / seconds * time)
+    tail[1:] = tail[1:] + rng.uniform(0, 0.9) * tail[:-1]
+    tail[: int(rng.uniform(0.001, 0.01) * RATE)] = 0
+    tail *= 10 ** (-rng.uniform(0, 15) / 20) / np.sqrt(np.square(tail).sum() + 1e-9)
     tail[0] = 1
     size = _fast_size(waveform.size + tail.size)
     wet = np.fft.irfft(np.fft.rfft(waveform, size) * np.fft.rfft(tail, size), size)
     return wet[: waveform.size + min(tail.size, RATE // 5)].astype(np.float32)
 
 
-def equalize(waveform: np.ndarray, generator: np.random.Generator, depth_db: float = 8.0) -> np.ndarray:
-    """A microphone: smooth ups and downs of the frequency response, and low frequencies cut by up to 300 Hz."""
-    knots = generator.normal(0, depth_db / 2, 8) + np.linspace(-1, 1, 8) * generator.normal(0, depth_db / 2)
-    cut = generator.uniform(0, 300)
+def equalize(waveform: np.ndarray, rng: np.random.Generator, depth_db: float = 8.0) -> np.ndarray:
+    """Imitate a microphone: an uneven but smooth frequency response, and a high-pass at up to 300 Hz."""
+    knots = rng.normal(0, depth_db / 2, 8) + np.linspace(-1, 1, 8) * rng.normal(0, depth_db / 2)
+    cut = rng.uniform(0, 300)
 
     def response(hertz: np.ndarray) -> np.ndarray:
         mel = np.log1p(hertz / 700)
@@ -169,38 +184,36 @@ def equalize(waveform: np.ndarray, generator: np.random.Generator, depth_db: flo
     return _filter(waveform, response)
 
 
-def limit_band(waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Recorded at 8 kHz, or worse: nothing above 3.2 to 4 kHz, sometimes (a telephone) nothing below 300 Hz."""
-    top = generator.uniform(3200, 4000) if generator.random() < 0.8 else generator.uniform(2500, 6500)
-    bottom = generator.uniform(150, 350) if generator.random() < 0.4 else 0.0
-    width = generator.uniform(20, 300)
+def limit_band(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Imitate a recording at 8 kHz or a telephone: a low-pass, usually at 3.2 to 4 kHz, and sometimes a high-pass near 300 Hz."""
+    top = rng.uniform(3200, 4000) if rng.random() < 0.8 else rng.uniform(2500, 6500)
+    bottom = rng.uniform(150, 350) if rng.random() < 0.4 else 0.0
+    width = rng.uniform(20, 300)
     return _filter(waveform, lambda hertz: np.clip((top - hertz) / width, 0, 1) * np.clip((hertz - bottom) / 50 + 1, 0, 1))
 
 
 def _filter(waveform: np.ndarray, response: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Multiplies the spectrum by `response(hertz)`; no phase is changed."""
+    """Multiply the spectrum by the real `response(hertz)`, which leaves the phase alone."""
     size = _fast_size(waveform.size + RATE // 50)
     hertz = np.linspace(0, RATE / 2, size // 2 + 1, dtype=np.float32)
     return np.fft.irfft(np.fft.rfft(waveform, size) * response(hertz), size)[: waveform.size].astype(np.float32)
 
 
-def add_noise(waveform: np.ndarray, generator: np.random.Generator, snr_db: float | None = None) -> np.ndarray:
-    """Steady noise, from white over pink to a rumble, 5 to 45 dB below the speech where not given."""
+def add_noise(waveform: np.ndarray, rng: np.random.Generator, snr_db: float | None = None) -> np.ndarray:
+    """Add steady noise, from white to a low rumble. The signal-to-noise ratio is 5 to 45 dB if omitted."""
     size = _fast_size(waveform.size)
-    spectrum = np.fft.rfft(generator.standard_normal(size, dtype=np.float32))
-    spectrum /= np.sqrt(np.arange(1, spectrum.size + 1)) ** generator.uniform(0, 2)
-    return _mix(waveform, np.fft.irfft(spectrum, size)[: waveform.size], generator.uniform(5, 45) if snr_db is None else snr_db)
+    spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
+    spectrum /= np.sqrt(np.arange(1, spectrum.size + 1)) ** rng.uniform(0, 2)
+    return _mix(waveform, np.fft.irfft(spectrum, size)[: waveform.size], rng.uniform(5, 45) if snr_db is None else snr_db)
 
 
-def add_babble(
-    waveform: np.ndarray, generator: np.random.Generator, others: Sequence[np.ndarray], snr_db: float | None = None
-) -> np.ndarray:
-    """Three to six other clips at once, each begun anywhere and repeated, 8 to 30 dB below the speech where not given."""
+def add_babble(waveform: np.ndarray, rng: np.random.Generator, others: Sequence[np.ndarray], snr_db: float | None = None) -> np.ndarray:
+    """Add three to six other clips, looped from a random start. The signal-to-noise ratio is 8 to 30 dB if omitted."""
     babble = np.zeros(waveform.size, np.float32)
-    for number in generator.integers(0, len(others), generator.integers(3, 7)):
+    for number in rng.integers(0, len(others), rng.integers(3, 7)):
         if others[number].size:
-            babble += np.resize(np.roll(others[number], generator.integers(others[number].size)), waveform.size)
-    return _mix(waveform, babble, generator.uniform(8, 30) if snr_db is None else snr_db)
+            babble += np.resize(np.roll(others[number], rng.integers(others[number].size)), waveform.size)
+    return _mix(waveform, babble, rng.uniform(8, 30) if snr_db is None else snr_db)
 
 
 def _mix(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
@@ -208,16 +221,16 @@ def _mix(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
     return (waveform + noise * np.sqrt(speech / (power + 1e-12) * 10 ** (-snr_db / 10))).astype(np.float32)
 
 
-def change_gain(waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A peak of 0 to 36 dB below full scale, near ones more often."""
-    return (waveform * (10 ** (-36 * generator.random() ** 1.5 / 20) / (np.abs(waveform).max() + 1e-6))).astype(np.float32)
+def change_gain(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Scale the peak to between 0 and 36 dB below full scale; small reductions are more likely."""
+    return (waveform * (10 ** (-36 * rng.random() ** 1.5 / 20) / (np.abs(waveform).max() + 1e-6))).astype(np.float32)
 
 
-def quantize(waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """8-bit µ-law, as telephones send, or 8 to 12 plain bits."""
+def quantize(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Quantize to 8-bit µ-law, as telephones do, or to 8 to 12 bits."""
     x = np.clip(waveform, -1, 1)
-    if generator.random() < 0.5:
+    if rng.random() < 0.5:
         code = np.round(np.sign(x) * np.log1p(255 * np.abs(x)) / np.log(256) * 127) / 127
         return (np.sign(code) * np.expm1(np.abs(code) * np.log(256)) / 255).astype(np.float32)
-    steps = 2.0 ** generator.integers(7, 12)
+    steps = 2.0 ** rng.integers(7, 12)
     return (np.round(x * steps) / steps).astype(np.float32)

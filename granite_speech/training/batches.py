@@ -1,4 +1,4 @@
-"""Batches: which utterances go together, and what the losses read of them, packed."""
+"""Packed batches, and the plan that says which utterances go into each."""
 
 import random
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from granite_speech.training.seeds import derived_seed
 
 __all__ = ["Batch", "BatchSource", "Row", "plan_batches"]
 
-# Batches' worth of shuffled utterances that are sorted by length together: enough that a batch's lengths are alike, few enough that
-# its company changes from epoch to epoch.
+# Shuffled utterances are sorted by length in pools of this many batches: large enough that a batch's lengths are similar, small enough
+# that its members change from epoch to epoch.
 _POOL = 50
 
 
@@ -23,10 +23,10 @@ class Row:
     """One utterance or text as token ids.
 
     Attributes:
-        ids: prompt, audio tokens in place, and answer.
-        answer_length: how many ids at the end are the answer.
-        characters: the answer as the CTC head's labels; empty where no CTC loss is asked for.
-        name: the line it comes from.
+        ids: the prompt with its audio tokens, then the answer.
+        answer_length: number of ids at the end that are the answer.
+        characters: the answer as labels of the CTC head; empty without a CTC loss.
+        name: manifest and line, for messages.
     """
 
     ids: list[int]
@@ -37,21 +37,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows and their clips, each end to end in one tensor.
+    """Rows and their clips, each packed end to end in one tensor.
 
     Attributes:
         frames: `(total_frames, input_dim)` float32 log-mel features; None for texts.
-        clips: where each row's clip lies in `frames`; None for texts.
-        ids: `(total_tokens,)` int64, the audio token's id where an audio vector goes.
-        rows: where each row lies in `ids`.
-        positions: `(total_tokens,)` int64, counted along each row.
-        audio_places: `(audio tokens,)` int64, the places of the audio vectors in `ids`.
-        answer_places: `(answer tokens,)` int64, the places whose next token is of an answer.
-        answers: `(answer tokens,)` int64, those next tokens.
-        characters: `(characters,)` int64, the answers as CTC labels, one behind the other.
-        character_lengths: of each row.
-        audio_seconds: of all clips together.
-        names: the lines they come from.
+        clips: bounds of each row's clip in `frames`; None for texts.
+        ids: `(total_tokens,)` int64, with the audio token's id where an audio vector goes.
+        rows: bounds of each row in `ids`.
+        positions: `(total_tokens,)` int64, position of each token in its row.
+        audio_places: `(audio tokens,)` int64, indices of the audio tokens in `ids`.
+        answer_places: `(answer tokens,)` int64, indices in `ids` of the tokens that answers' tokens follow.
+        answers: `(answer tokens,)` int64, the answers' tokens.
+        characters: `(characters,)` int64, the answers as CTC labels, end to end.
+        character_lengths: number of characters in each row.
+        audio_seconds: total length of the clips.
+        names: manifest and line of each row, for messages.
     """
 
     frames: Tensor | None
@@ -69,7 +69,7 @@ class Batch:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What the losses are means over; a step of several batches divides by their sum."""
+        """Sizes that the losses are averaged over. A step of several batches divides by their sum."""
         return {"answer_tokens": len(self.answers), "characters": len(self.characters)}
 
     @classmethod
@@ -82,7 +82,7 @@ class Batch:
         audio_seconds: float,
         device: torch.device,
     ) -> "Batch":
-        """Put rows, and the features of their clips `(frames, input_dim)`, one behind the other."""
+        """Pack rows, and the features of their clips `(frames, input_dim)`."""
         lengths = [len(row.ids) for row in rows]
         ids = torch.tensor([one for row in rows for one in row.ids], dtype=torch.int64)
         segments = Segments(tuple(lengths), device)
@@ -105,35 +105,34 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Where the loop gets its batches: a plan for each epoch, and the batch that a piece of a plan stands for.
+    """Supplies a plan for each epoch, and the batch for each entry of a plan.
 
-    Both must be functions of their arguments alone, which is what lets training go on from a checkpoint where it would have gone
-    without the interruption.
+    Both methods must depend on their arguments alone. That makes a resumed training see the same batches as an uninterrupted one.
     """
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The epoch's batches as indices, epochs counted from 0."""
+        """The batches of an epoch, as indices. Epochs count from 0."""
         ...
 
     def load(self, epoch: int, indices: list[int]) -> Batch:
-        """One batch. Called from one thread of its own, ahead of its use."""
+        """One batch. Called ahead of time, from a single background thread."""
         ...
 
 
 def plan_batches(costs: Sequence[int], budget: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of indices whose costs add up to at most the budget; each index is in one of them.
+    """Batches of indices whose costs add up to at most the budget. Each index is in exactly one batch.
 
-    Utterances of like length come together: packed batches have no padding to save, but rows of one length share an attention call and
-    a CTC batch is padded. Their order is drawn anew each epoch.
+    A batch has utterances of similar length. Packing needs no padding, but rows of equal length share an attention call, and the CTC
+    loss does pad. The order differs in each epoch.
 
     Args:
-        costs: frames or tokens of each utterance, none above the budget.
-        budget: of a batch.
-        seed, epoch: which order; the same two give the same plan.
+        costs: frames, samples or tokens of each utterance, none above the budget.
+        budget: largest cost of a batch.
+        seed, epoch: determine the order.
     """
-    draw = random.Random(derived_seed("order", seed, epoch))
+    rng = random.Random(derived_seed("order", seed, epoch))
     order = list(range(len(costs)))
-    draw.shuffle(order)
+    rng.shuffle(order)
     batches: list[list[int]] = []
     pool: list[int] = []
     spent = 0
@@ -144,12 +143,12 @@ def plan_batches(costs: Sequence[int], budget: int, *, seed: int, epoch: int) ->
             batches += _fill(pool, costs, budget)
             pool, spent = [], 0
     batches += _fill(pool, costs, budget)
-    draw.shuffle(batches)
+    rng.shuffle(batches)
     return batches
 
 
 def _fill(pool: Sequence[int], costs: Sequence[int], budget: int) -> list[list[int]]:
-    """The pool sorted by cost and cut where a batch is full; the sort is stable, so equals stay in their drawn order."""
+    """Sort the pool by cost and start a new batch when one is full. The sort is stable, so equal costs keep their random order."""
     batches: list[list[int]] = []
     spent = budget
     for index in sorted(pool, key=lambda index: costs[index]):

@@ -1,4 +1,4 @@
-"""Where the loop gets its batches: utterances with sound, and texts."""
+"""Sources of batches for the training loop: utterances with audio, and texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,25 +19,25 @@ Augment = Callable[[Tensor, torch.Generator, int], Tensor]
 
 
 class SpeechData:
-    """Utterances in packed batches, bounded by the audio in them.
+    """Packed batches of utterances, limited by seconds of audio.
 
-    Everything that can be wrong with a line, but for the samples themselves, is found here. Nothing depends on what was loaded before:
-    an utterance's augmentation follows from the seed, the epoch and its own number.
+    The constructor checks every line, except for the samples themselves. Results do not depend on what was loaded before: an utterance's
+    augmentation follows from the seed, the epoch and its index.
 
     Args:
-        utterances: of a manifest.
-        dialogue: makes token ids of prompts and texts.
-        batch_seconds: seconds of audio in a batch at most.
-        seed: of order and augmentation.
-        device: where batches go. Features are computed on the CPU.
-        ctc: whether a CTC loss is asked for: each text must then fit the CTC head's characters and its clip's frames.
-        augment: `waveform (samples,) float32 at the model's rate, generator, epoch → waveform`, applied anew each time, before the
-            features. It must draw its random numbers from the generator alone.
-        cache_bytes: of memory for features, or for waveforms where they are augmented, kept as they are made.
+        utterances: the lines of a manifest.
+        dialogue: turns prompts and texts into token ids.
+        batch_seconds: most seconds of audio in a batch.
+        seed: determines order and augmentation.
+        device: where batches are put. Features are computed on the CPU.
+        ctc: prepare for a CTC loss. Each text must then fit the CTC head's characters and its clip's frames.
+        augment: `(waveform, generator, epoch) → waveform`, with waveforms `(samples,)` float32 at the model's rate. Called each time an
+            utterance is used. All its randomness must come from the generator.
+        cache_bytes: memory for keeping features, or waveforms if they are augmented.
 
     Raises:
-        AudioError: a sound file that cannot be read.
-        InputError: an utterance too long for a batch, too short for its text, or with a text or prompt that cannot be used.
+        AudioError: a sound file that cannot be read, or one too short for its text.
+        InputError: an utterance too long for a batch, or a text or prompt that cannot be used.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class SpeechData:
 
     @property
     def audio_seconds(self) -> float:
-        """Of all utterances together, as their headers have it."""
+        """Total length of the utterances, from their headers."""
         return sum(self.samples) / self.rate
 
     def _row(self, utterance: Utterance, samples: int) -> Row:
-        """An utterance as ids; the audio tokens are put in when its clip's length is known for certain."""
+        """The answer of an utterance as ids. `load` adds the request, once the clip's exact length is known."""
         frames = self.extractor.count_frames(samples).encoder
         with utterance.named():
             self.dialogue.request(utterance.prompt, frames)
@@ -78,16 +78,16 @@ class SpeechData:
         if samples > self.budget:
             raise InputError(
                 got=f"{utterance.where}: {seconds:.1f} seconds of audio",
-                expected=f"at most {self.budget / self.rate:g}, which a batch may hold",
-                remedy="Raise batch_seconds where there is memory for it, or cut the recording",
+                expected=f"at most {self.budget / self.rate:g}, the limit of a batch",
+                remedy="Raise batch_seconds if memory allows, or cut the recording",
             )
-        # Between two equal labels CTC needs a blank.
+        # CTC needs a blank between two equal labels.
         needed = len(characters) + sum(one == other for one, other in pairwise(characters))
         if frames < max(needed, 2):
             raise AudioError(
                 got=f"{utterance.where}: {frames} frames of audio ({seconds:.2f} s)" + (f" for {needed} labels" if needed > 2 else ""),
                 expected=f"at least {max(needed, 2)} frames",
-                remedy="Check that text and recording belong together, or take the line out",
+                remedy="Check that the text matches the recording, or remove the line",
             )
         return Row(ids=answer, answer_length=len(answer), characters=characters, name=utterance.where)
 
@@ -110,7 +110,7 @@ class SpeechData:
         )
 
     def features(self, epoch: int, index: int) -> Tensor:
-        """`(frames, 2 * n_mels)` float32 of one utterance, by itself: what it is batched with changes no bit of it."""
+        """`(frames, 2 * n_mels)` float32 features of one utterance, which do not depend on the rest of its batch."""
         if self.augment is None:
             return self._kept(index, lambda: self._extract(index, self.utterances[index].waveform(self.rate)))
         waveform = self.waveform(index)
@@ -118,7 +118,7 @@ class SpeechData:
         return self._extract(index, self.augment(waveform.clone(), generator, epoch))
 
     def waveform(self, index: int) -> Tensor:
-        """`(samples,)` float32 of one utterance as it was recorded, at the model's rate; not to be changed in place."""
+        """`(samples,)` float32: one utterance as recorded, at the model's rate. Do not change it in place."""
         return self._kept(index, lambda: self.utterances[index].waveform(self.rate))
 
     def _extract(self, index: int, waveform: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class SpeechData:
             raise AudioError(
                 got=f"{self.utterances[index].where}: {len(waveform)} samples of audio",
                 expected=f"at least {4 * self.extractor.melspec_kwargs['hop_length']}",
-                remedy="Take the line out, or leave more of the clip where it is augmented",
+                remedy="Remove the line, or make the augmentation keep more of the clip",
             )
         return features
 
@@ -136,7 +136,7 @@ class SpeechData:
         if index in self._cache:
             return self._cache[index]
         value = make()
-        # Nothing is thrown out for it: an epoch asks for each utterance once, and would find what it wants already gone.
+        # No eviction: an epoch uses each utterance once, so it would always find that its next one has been evicted.
         if value.nbytes <= self._cache_room:
             self._cache_room -= value.nbytes
             self._cache[index] = value
@@ -144,14 +144,14 @@ class SpeechData:
 
 
 class TextData:
-    """Texts in packed batches, bounded by their tokens, for a language model that learns without sound.
+    """Packed batches of texts, limited by tokens, to train the language model without audio.
 
     Args:
-        texts: of a manifest of texts.
-        dialogue: makes token ids of prompts and texts.
-        batch_tokens: tokens in a batch at most.
-        seed: of the order.
-        device: where batches go.
+        texts: the lines of a manifest of texts.
+        dialogue: turns prompts and texts into token ids.
+        batch_tokens: most tokens in a batch.
+        seed: determines the order.
+        device: where batches are put.
 
     Raises:
         InputError: a text too long for a batch, or one that cannot be used.
@@ -170,7 +170,7 @@ class TextData:
         if len(ids) > self.budget or not request:
             raise InputError(
                 got=f"{text.where}: {len(ids)} tokens, {len(request)} of them the prompt",
-                expected=f"a prompt of a token at least, and at most {self.budget} in all, which a batch may hold",
+                expected=f"a prompt of at least one token, and at most {self.budget} tokens in all, the limit of a batch",
                 remedy="Raise batch_tokens, or correct the line",
             )
         return Row(ids=ids, answer_length=len(answer), characters=[], name=text.where)

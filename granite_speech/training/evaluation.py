@@ -1,4 +1,4 @@
-"""What a model makes of recordings whose words are known."""
+"""Transcripts of recordings with known text, and their word error rate."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,9 +19,9 @@ Change = Callable[[Tensor, int], Tensor]
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Substituted, left out and added words, over the words of the references; 0.05 is 5 %.
+    """Substitutions, deletions and insertions divided by the number of reference words: 0.05 is 5 %.
 
-    Words are compared as they stand between spaces: case and punctuation count.
+    Words are separated by spaces. Case and punctuation count.
 
     Raises:
         MissingDependencyError: jiwer is not installed.
@@ -34,7 +34,7 @@ def _jiwer():
         import jiwer
     except ImportError as error:
         raise MissingDependencyError(
-            got="no jiwer", expected="the package jiwer, to count word errors", remedy="pip install jiwer, or leave validation out"
+            got="no jiwer", expected="the package jiwer, which counts word errors", remedy="pip install jiwer, or omit validation"
         ) from error
     return jiwer
 
@@ -50,15 +50,14 @@ def transcripts(
 ) -> list[str]:
     """The model's greedy answers, in the order of the utterances.
 
-    An answer is cut at twice the tokens of the longest right one in its batch and ten: a model at the beginning of its training may
-    never end.
+    An answer is cut off at ten tokens more than twice the longest reference in its batch, because a barely trained model may never stop.
 
     Args:
         model: in evaluation mode.
-        processor: of the same checkpoint.
-        utterances: with their sound files, prompts and right answers.
-        batch_seconds: seconds of audio in a batch; a longer recording is a batch of its own.
-        change: `waveform (samples,), index of the utterance → waveform`: what is done to a recording before it is heard.
+        processor: from the same checkpoint.
+        utterances: with sound files, prompts and reference texts.
+        batch_seconds: most seconds of audio in a batch; a longer recording is its own batch.
+        change: `(waveform, index) → waveform`, applied to each recording first. Waveforms are `(samples,)`.
 
     Raises:
         AudioError: a sound file that cannot be used; names the line.
@@ -84,9 +83,9 @@ def ctc_transcripts(
     batch_seconds: float = 60.0,
     change: Change | None = None,
 ) -> list[str]:
-    """The encoder's own text: the best label of each frame, repeats and blanks taken out; a label is a code point.
+    """The encoder's own text: each frame's best CTC label, a code point, without repeats and blanks.
 
-    Arguments and errors as of `transcripts`.
+    Arguments and errors are those of `transcripts`.
     """
     answers: dict[int, str] = {}
     for indices, waveforms in _by_length(processor, utterances, batch_seconds, change):
@@ -104,19 +103,19 @@ def _collapsed(labels: Tensor) -> str:
 def _by_length(
     processor: GraniteSpeechProcessor, utterances: Sequence[Utterance], batch_seconds: float, change: Change | None
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Batches of like lengths, each as indices and waveforms."""
+    """Batches of similar length, as indices and waveforms."""
     rate = processor.audio_processor.sampling_rate
     samples = [one.count_samples(rate) for one in utterances]
 
-    def heard(indices: list[int]) -> tuple[list[int], list[Tensor]]:
+    def load(indices: list[int]) -> tuple[list[int], list[Tensor]]:
         waveforms = [utterances[index].waveform(rate) for index in indices]
         return indices, waveforms if change is None else [change(*pair) for pair in zip(waveforms, indices, strict=True)]
 
     batch: list[int] = []
     for index in sorted(range(len(utterances)), key=samples.__getitem__):
         if batch and sum(samples[one] for one in batch) + samples[index] > batch_seconds * rate:
-            yield heard(batch)
+            yield load(batch)
             batch = []
         batch.append(index)
     if batch:
-        yield heard(batch)
+        yield load(batch)

@@ -27,13 +27,13 @@ __all__ = ["FinetuneReport", "finetune"]
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What came out.
+    """The result of `finetune`.
 
     Attributes:
         folder: the tuned checkpoint.
-        steps: steps of the optimizer.
-        loss: of the first and of the last step; None for what a resumed training's log no longer says.
-        wer: word error rate before and after, with None in the same way; None in all without validation.
+        steps: number of optimizer steps.
+        loss: of the first and last step. Either is None if the log of a resumed training lacks it.
+        wer: word error rates before and after, either None in the same case; None without validation.
     """
 
     folder: Path
@@ -46,8 +46,8 @@ class FinetuneReport:
         return f"{self.folder}: {self.steps} steps, loss {_course(self.loss, '.3g')}{wer}"
 
 
-def _course(figures: tuple[float | None, float | None], form: str) -> str:
-    return " → ".join("unknown" if one is None else format(one, form) for one in figures)
+def _course(figures: tuple[float | None, float | None], spec: str) -> str:
+    return " → ".join("unknown" if one is None else format(one, spec) for one in figures)
 
 
 def finetune(
@@ -64,26 +64,26 @@ def finetune(
 ) -> FinetuneReport:
     """Tune a checkpoint on a manifest and write the result as a folder that `from_pretrained` and transformers load.
 
-    Manifests, options and the output folder are checked before the model is loaded, and every line before the first step. While it
-    runs, `output/training` has the last checkpoint of the training and its log; the model's files are written at the end.
+    Manifests and the output folder are checked before the model is loaded, and every line before the first step. During training,
+    `output/training` has the log and the last training checkpoint; the model's files are written at the end.
 
-    Under torchrun, or called in every process of an initialised `torch.distributed` group, the processes share each step's
-    `options.accumulate` batches, which must be a multiple of their number. Each trains on its own device; process 0 alone validates and
+    Under torchrun, or if called in every process of an initialized `torch.distributed` group, the processes divide each step's
+    `options.accumulate` batches, which must be a multiple of their number. Each trains on its own device. Only process 0 validates and
     writes, and all return its report. They must see the same files.
 
     Args:
-        manifest: JSON lines with audio, text and, where wanted, prompt (`read_manifest`).
-        model: a checkpoint's folder, "embedded", or hub id.
+        manifest: JSON lines with audio, text and an optional prompt (`read_manifest`).
+        model: a checkpoint's folder, "embedded", or a hub id.
         output: the folder to write; not the model's.
-        options: what trains, how long, how fast.
-        validation: a second manifest, whose word error rate is taken.
-        augment: as `SpeechData`'s.
-        device: CUDA if available and nothing is given. With several processes, "cuda" is the GPU of each one's LOCAL_RANK.
-        resume: resume from the checkpoint in `output/training`, or begin if there is none. A finished training writes its model again.
-        progress: whether to show a bar on standard error.
+        options: which parts train, how long, and at what rate.
+        validation: a second manifest, whose word error rate is measured.
+        augment: as for `SpeechData`.
+        device: CUDA by default if available. With several processes, "cuda" is the GPU with each one's LOCAL_RANK.
+        resume: resume from the checkpoint in `output/training`, or start if there is none. A finished training writes its model again.
+        progress: whether to show a progress bar on standard error.
 
     Raises:
-        InputError: a bad line, a bad option, an output folder that is taken, a training that cannot be resumed, or processes that cannot
+        InputError: a bad line or option, an output folder that is in use, a training that cannot be resumed, or processes that cannot
             share the work.
         AudioError: a sound file that cannot be used.
         CheckpointError: a model that cannot be loaded, or a folder that cannot be written.
@@ -91,15 +91,12 @@ def finetune(
     """
     options, output = options or FinetuneOptions(), Path(output)
     with process_group(device) as own_device:
-        share_of(options.accumulate)  # refused now rather than after the model is loaded
+        share_of(options.accumulate)  # fails now rather than after the model is loaded
         with shared_errors():
-            utterances = read_manifest(manifest)
-            held_out = None if validation is None else read_manifest(validation)
-            if held_out:
-                word_error_rate(["a"], ["a"])  # a missing jiwer is found out now
+            utterances, held_out = read_manifest(manifest), _read_validation(validation)
             if rank() == 0:
                 _check_output(output, model, resume)
-                resolve(model)  # one process downloads, the others find it in the cache
+                resolve(model)  # process 0 downloads, and the others find the files in the cache
         with shared_errors():
             loaded, processor = _load(model, options, own_device)
             source = {"model": str(model), "manifest": _digest(utterances), "augmented": augment is not None}
@@ -112,9 +109,15 @@ def finetune(
             if rank() == 0:
                 loaded.eval().save_pretrained(output)
                 processor.save_pretrained(output)
-        first, last = (_figure(trainer, "loss", step) for step in (1, trainer.steps))
-        rates = (_figure(trainer, "wer", 0), _figure(trainer, "wer", trainer.steps)) if held_out else None
-        return gather(FinetuneReport(output, trainer.steps, (first, last), rates))[0]
+        return gather(_report(output, trainer, validated=held_out is not None))[0]
+
+
+def _read_validation(manifest: str | Path | None) -> list[Utterance] | None:
+    if manifest is None:
+        return None
+    utterances = read_manifest(manifest)
+    word_error_rate(["a"], ["a"])  # fails now if jiwer is missing
+    return utterances
 
 
 def _data(
@@ -166,22 +169,28 @@ def _trainer(
     )
 
 
+def _report(output: Path, trainer: Trainer, *, validated: bool) -> FinetuneReport:
+    loss = _figure(trainer, "loss", 1), _figure(trainer, "loss", trainer.steps)
+    wer = (_figure(trainer, "wer", 0), _figure(trainer, "wer", trainer.steps)) if validated else None
+    return FinetuneReport(output, trainer.steps, loss, wer)
+
+
 def _figure(trainer: Trainer, name: str, step: int) -> float | None:
-    """A figure of the training's record of a step; None if its log does not have it."""
+    """A number from the log's record of a step; None if the log lacks it."""
     found = (record.get(name) for record in trainer.history if record["step"] == step)
     return next((one for one in found if type(one) in (int, float)), None)
 
 
 def _check_output(output: Path, model: str | Path, resume: bool) -> None:
-    """Refuse to write over something that would be missed."""
+    """Refuse to overwrite the model, another checkpoint, or a training that is not being resumed."""
     if output.exists() and output.samefile(resolve(model)):
-        raise InputError(got=f"{str(output)!r}, the model's own folder", expected="another one", remedy="Name a new folder as output")
+        raise InputError(got=f"{str(output)!r}, the model's own folder", expected="another folder", remedy="Choose a new output folder")
     taken = [name for name in ("training", "config.json") if (output / name).exists()]
     if taken and not (resume and "training" in taken):
         raise InputError(
             got=f"{str(output)!r} with {' and '.join(taken)} in it",
-            expected="a new folder" + (", or leave to go on with the training there" if "training" in taken else ""),
-            remedy="Name another folder" + (", or resume" if "training" in taken else ""),
+            expected="a new folder" + (", or permission to resume the training there" if "training" in taken else ""),
+            remedy="Choose another folder" + (", or resume" if "training" in taken else ""),
         )
 
 
@@ -194,6 +203,6 @@ def _load(
 
 
 def _digest(utterances: list[Utterance]) -> str:
-    """What the manifest says, without where it lies."""
+    """A hash of the manifest's contents that does not depend on its folder."""
     lines = "\n".join(repr((one.audio.name, one.text, one.prompt)) for one in utterances)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Three losses on a packed batch: the encoder's CTC, the language model's on answers to speech, and its own on answers to text.
+"""Losses on a packed batch: CTC for the encoder, cross entropy on answers to speech and to text, and a warm-up loss for the projector.
 
-Each is a function of the model, a batch, and the counts of the whole step, and returns what the batch adds to the step's mean: the sum
-over its own labels, divided by how many the step has. So a step of several batches has the gradient of one batch of their size,
-however unequal they are.
+Each takes the model, a batch, and the counts of the whole step. It returns the batch's share of the step's mean: the sum over the
+batch's labels divided by the number of labels in the step. So several batches give the same gradient as one large batch, even if their
+sizes differ.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +25,11 @@ Model = GraniteSpeechForConditionalGeneration
 
 
 class LossValue(NamedTuple):
-    """What a batch adds to the step's loss.
+    """A batch's share of the step's loss.
 
     Attributes:
         total: a scalar with a gradient.
-        parts: by name, without weights: for looking at.
+        parts: unweighted losses by name, for the log.
     """
 
     total: Tensor
@@ -40,30 +40,30 @@ LossFunction = Callable[[Model, Batch, Mapping[str, int]], LossValue]
 
 
 def ctc_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, middle: float = 0.5) -> LossValue:
-    """Connectionist temporal classification of the encoder's frames, the nats of a character.
+    """Connectionist temporal classification (Graves et al., ICML 2006) of the encoder's frames, in nats per character.
 
-    Graves et al. (ICML 2006); the middle's prediction, which the encoder goes on from, is trained too, as Nozaki and Komatsu do
-    (arXiv 2104.02724).
+    The encoder feeds the prediction of its middle layer into the next layers, so that prediction is trained too (Nozaki and Komatsu,
+    arXiv 2104.02724).
 
     Args:
-        model: whose encoder is run; the rest is not.
+        model: only its encoder is run.
         batch: made with `ctc=True`.
-        counts: of the step.
-        middle: the share of the loss that the middle's prediction has.
+        counts: sums of `Batch.counts` over the step.
+        middle: weight of the middle prediction; the last one has weight 1 - middle.
     """
     _, heads = _encode(model, batch)
     return _ctc_value(heads, batch, counts, middle)
 
 
 def speech_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, ctc_weight: float = 0.0, ctc_middle: float = 0.5) -> LossValue:
-    """Cross entropy of the answers' tokens, given prompt and audio, in nats a token; adapters on.
+    """Cross entropy of the answers' tokens given prompt and audio, in nats per token, with the adapter on.
 
     Args:
-        model: run whole.
-        batch: of speech; made with `ctc=True` where the CTC loss has a weight.
-        counts: of the step.
-        ctc_weight: of `ctc_loss`, which is added.
-        ctc_middle: as `ctc_loss`'s `middle`.
+        model: the whole model is run.
+        batch: of speech; made with `ctc=True` if `ctc_weight` is not 0.
+        counts: sums of `Batch.counts` over the step.
+        ctc_weight: weight of `ctc_loss`, which is added.
+        ctc_middle: the `middle` of `ctc_loss`.
     """
     states, heads = _encode(model, batch, heads=ctc_weight > 0)
     vectors, _ = model.projector(states, batch.clips)
@@ -75,16 +75,16 @@ def speech_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, ctc_we
 
 
 def label_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, tokens: Tensor) -> LossValue:
-    """How far the projector's vectors are from the embeddings of what the encoder reads in the same frames.
+    """Distance of the projector's vectors from the embeddings of the letters that the encoder predicts for the same frames.
 
-    A projector begins with vectors that mean nothing to the language model, which then tells it little of what they should be. The
-    encoder's CTC head already knows which letter a frame has: a vector is to be the embedding of the letter in its share of the window,
-    or of the blank's token. Mean squared distance over the embeddings' mean square.
+    A new projector's vectors mean nothing to the language model, so the language model's loss says little about how to improve them. The
+    encoder's CTC head already knows the letter of each frame. Each vector's target is the embedding of the letter in its part of the
+    window, or of the blank's token. The loss is the mean squared distance divided by the targets' mean square.
 
     Args:
-        model: whose encoder reads, without a gradient.
+        model: its encoder is run without gradients.
         batch: of speech.
-        counts: of the step.
+        counts: sums of `Batch.counts` over the step.
         tokens: `(output_dim,)` int64, the language model's token for each label of the CTC head.
     """
     queries = model.config.window_size // model.config.downsample_rate
@@ -92,7 +92,7 @@ def label_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, tokens:
         states, heads = _encode(model, batch)
         windows = tuple(-(-length // model.config.window_size) for length in batch.clips.lengths)
         labels = batch.clips.pad_to_multiple(heads[-1].argmax(1), model.config.window_size, windows)
-        # Of two labels in a share, the one that is not the blank, which is 0.
+        # The blank is 0, so the maximum picks a letter if a vector's frames have one.
         wanted = model.embed_tokens(tokens[labels.unflatten(1, (queries, -1)).amax(2).flatten()]).float()
     vectors, _ = model.projector(states, batch.clips)
     distance = F.mse_loss(vectors.float(), wanted) / wanted.square().mean()
@@ -100,13 +100,13 @@ def label_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, tokens:
 
 
 def text_loss(model: Model, batch: Batch, counts: Mapping[str, int]) -> LossValue:
-    """Cross entropy of the answers' tokens, given prompts without audio; adapters off."""
+    """Cross entropy of the answers' tokens given prompts without audio, in nats per token, with the adapter off."""
     language = _answer_loss(model, batch, counts, None)
     return LossValue(language, {"lm": language})
 
 
 def _encode(model: Model, batch: Batch, *, heads: bool = True) -> tuple[Tensor, list[Tensor]]:
-    """Encoder states `(total_frames, width)`, and the CTC head's logits in the middle and at the end."""
+    """Encoder states `(total_frames, width)`, and the CTC head's logits at the middle and last layers."""
     encoder = model.encoder
     with _outputs_of_head(encoder) as logits:
         states = encoder.encode(batch.frames.to(model.dtype), batch.clips)
@@ -116,13 +116,13 @@ def _encode(model: Model, batch: Batch, *, heads: bool = True) -> tuple[Tensor, 
 
 
 def ctc_logits(encoder: GraniteSpeechCTCEncoder, states: Tensor) -> Tensor:
-    """The CTC head on the last block's output, which stands last in what `encode` returns; `(total_frames, output_dim)`."""
+    """CTC logits `(total_frames, output_dim)` of the last block's output, which is the last part of each state."""
     return encoder.out(states[:, -encoder.config.hidden_dim :])
 
 
 @contextmanager
 def _outputs_of_head(encoder: GraniteSpeechCTCEncoder) -> Iterator[list[Tensor]]:
-    # The encoder applies its head in the middle and goes on from the softmax; what it goes on from is what must be judged.
+    # The encoder applies its head at the middle layer itself. A hook captures those logits instead of computing them twice.
     logits: list[Tensor] = []
     handle = encoder.out.register_forward_hook(lambda module, arguments, output: logits.append(output))
     try:
@@ -133,24 +133,24 @@ def _outputs_of_head(encoder: GraniteSpeechCTCEncoder) -> Iterator[list[Tensor]]
 
 def _ctc_value(heads: list[Tensor], batch: Batch, counts: Mapping[str, int], middle: float) -> LossValue:
     sums = [_ctc_sum(logits, batch) / counts["characters"] for logits in heads]
-    if len(sums) == 1:  # an encoder of one layer has no middle
+    if len(sums) == 1:  # an encoder with one layer has no middle
         return LossValue(sums[0], {"ctc": sums[0]})
     inner, last = sums
     return LossValue((1 - middle) * last + middle * inner, {"ctc": last, "ctc_middle": inner})
 
 
 def _ctc_sum(logits: Tensor, batch: Batch) -> Tensor:
-    """Negative log probability of the characters of all clips, a scalar in float32 at least."""
+    """Negative log probability of all clips' characters: a scalar, in float32 or wider."""
     clips = batch.clips
     log_probabilities = F.log_softmax(logits, dim=-1, dtype=accumulator(logits.dtype))
     padded = clips.pad(log_probabilities, clips.longest).transpose(0, 1)
-    # A clip that augmentation has made too short for its text has no alignment: it adds nothing, in place of infinity.
+    # Augmentation may leave a clip too short for its text. Its loss would be infinite, and counts as 0.
     options = {"blank": 0, "reduction": "sum", "zero_infinity": True}
     return F.ctc_loss(padded, batch.characters, clips.lengths, batch.character_lengths, **options)
 
 
 def _answer_loss(model: Model, batch: Batch, counts: Mapping[str, int], vectors: Tensor | None) -> Tensor:
-    """Cross entropy of the answers' tokens; logits are computed where an answer's token comes next and nowhere else."""
+    """Cross entropy of the answers' tokens. Only the logits that predict them are computed."""
     embeddings = model.embed_tokens(batch.ids)
     if vectors is not None:
         embeddings = embeddings.index_copy(0, batch.audio_places, vectors.to(embeddings.dtype))

@@ -1,12 +1,15 @@
-"""A manifest: one JSON object a line, each an utterance or a text.
+"""Manifests: JSON lines, each an utterance or a text.
 
     {"audio": "clips/0001.flac", "text": "seven left"}
     {"audio": "clips/0002.flac", "text": "sieben links", "prompt": "translate the speech to German.", "voice": "anna"}
 
-`audio` is a path, relative to the manifest's folder; `text` is what the model is to answer; `prompt`, which may be left out, is what
-it is asked, without the placeholder for the audio; `voice`, which may be left out too, is who speaks: what tables of word error rates
-are drawn by. A manifest of texts has `prompt` and `text` alone. Other keys are refused: one that is spelled wrong would train something
-else without a word. Empty lines are skipped.
+- `audio`: path of the sound file, relative to the manifest's folder
+- `text`: the answer to train on
+- `prompt` (optional): the request, without the audio placeholder
+- `voice` (optional): the speaker, used to group word error rates
+
+A manifest of texts has only `prompt` and `text`. Other keys are refused, because a misspelled key would silently change the training.
+Empty lines are skipped.
 """
 
 import json
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Utterance", "read_manifest"]
 
-# Longer than any recording that one would train on: such a length in a header is damage, or means "unknown".
+# No training clip is longer. A longer length in a header is damage, or means "unknown".
 LONGEST_SECONDS = 24 * 3600
 
 
@@ -34,11 +37,11 @@ class Utterance:
     """One line of a manifest.
 
     Attributes:
-        text: the answer, without space around it.
-        prompt: the question; None for the checkpoint's own request for a transcript.
+        text: the answer, without surrounding whitespace.
+        prompt: the request; None for the checkpoint's own transcription request.
         audio: the sound file; None in a manifest of texts.
-        manifest, line: where it stands, the line counted from 1.
-        voice: who speaks, by which tables of word error rates are drawn; None where the line does not say.
+        manifest, line: the line's file and number, counted from 1.
+        voice: the speaker, used to group word error rates; None if the line has none.
     """
 
     text: str
@@ -54,14 +57,14 @@ class Utterance:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """An error of this package that leaves the block says which line it is about."""
+        """Add the manifest and line to any error of this package raised in the block."""
         try:
             yield
         except GraniteSpeechError as error:
             raise type(error)(got=f"{self.where}: {error.got}", expected=error.expected, remedy=error.remedy) from error
 
     def waveform(self, sampling_rate: int) -> "torch.Tensor":
-        """`(samples,)` float32 at that rate in Hz.
+        """Read `(samples,)` float32, resampled to this rate in Hz.
 
         Raises:
             AudioError: a file that cannot be used; names the line.
@@ -70,16 +73,16 @@ class Utterance:
             return load_audio(self.audio, sampling_rate)
 
     def count_samples(self, sampling_rate: int) -> int:
-        """Length at that rate, from the file's header where that says a length that can be.
+        """Length in samples at this rate, from the file's header if that is plausible.
 
         Raises:
-            AudioError: no sound file, or one without samples; names the line.
+            AudioError: not a sound file, or one without samples; names the line.
         """
         try:
             import soundfile
-        except (ImportError, OSError) as error:  # OSError: the package is there and libsndfile is not
+        except (ImportError, OSError) as error:  # OSError: the package is installed, but not libsndfile
             raise MissingDependencyError(
-                got=f"no working soundfile ({error})", expected="soundfile, to read sound files", remedy="pip install soundfile"
+                got=f"no working soundfile ({error})", expected="soundfile, which reads sound files", remedy="pip install soundfile"
             ) from error
         try:
             header = soundfile.info(str(self.audio))
@@ -87,7 +90,7 @@ class Utterance:
             raise AudioError(
                 got=f"{self.where}: {str(self.audio)!r}, which does not decode ({getattr(error, 'error_string', error)})",
                 expected="a sound file that libsndfile reads",
-                remedy="Check that it plays, or take the line out",
+                remedy="Check that it plays, or remove the line",
             ) from error
         if 0 < header.frames <= LONGEST_SECONDS * max(header.samplerate, 1):
             return -(-header.frames * sampling_rate // header.samplerate)
@@ -99,11 +102,10 @@ def read_manifest(path: str | Path, *, audio: bool = True) -> list[Utterance]:
 
     Args:
         path: the manifest, in UTF-8.
-        audio: whether the lines are utterances; False: texts, with `prompt` and without `audio`.
+        audio: True for utterances, False for texts, which have `prompt` and no `audio`.
 
     Raises:
-        InputError: no manifest, an empty one, or a line that is none; names file and line. Whether a sound file decodes is found out
-            where its length is first asked for; that it is there is checked here.
+        InputError: no manifest, an empty one, or an invalid line; names the file and line. Sound files must exist, but are not decoded.
     """
     path = Path(path)
     try:
@@ -111,13 +113,15 @@ def read_manifest(path: str | Path, *, audio: bool = True) -> list[Utterance]:
     except OSError as error:
         raise InputError(
             got=f"the manifest {str(path)!r}, which cannot be read ({error.strerror or error})",
-            expected="a file with one JSON object a line",
+            expected="a file with one JSON object per line",
             remedy="Check the path",
         ) from error
     found = [_utterance(path, number, line, audio) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise InputError(
-            got=f"the manifest {str(path)!r} without a line", expected="one JSON object a line", remedy='Write {"audio": …, "text": …}'
+            got=f"the manifest {str(path)!r}, which has no lines",
+            expected="one JSON object per line",
+            remedy='Write {"audio": …, "text": …}',
         )
     return found
 
@@ -138,25 +142,25 @@ def _utterance(manifest: Path, number: int, line: bytes, audio: bool) -> Utteran
         raise refuse(f"a {type(value).__name__}", f"a JSON object such as {example}", "Correct it")
     needed, known = (("audio", "text"), ("audio", "text", "prompt", "voice")) if audio else (("prompt", "text"), ("prompt", "text"))
     if unknown := sorted(value.keys() - set(known)):
-        raise refuse(f"unknown keys {', '.join(map(shown, unknown))}", f"only {', '.join(known)}", "Rename them or take them out")
+        raise refuse(f"unknown keys {', '.join(map(shown, unknown))}", f"only {', '.join(known)}", "Rename or remove them")
     if missing := [name for name in needed if name not in value]:
-        raise refuse(f"no {' and no '.join(missing)}", f"a JSON object such as {example}", "Add what is missing")
+        raise refuse(f"no {' and no '.join(missing)}", f"a JSON object such as {example}", "Add the missing keys")
     for name, one in value.items():
         if (problem := _not_text(one)) is not None:
-            raise refuse(f"{name} = {shown(one)}{problem}", "text that is not empty", f"Correct {name}, or take the line out")
+            raise refuse(f"{name} = {shown(one)}{problem}", "non-empty text", f"Correct {name}, or remove the line")
     file = manifest.parent / value["audio"] if audio else None
     if file is not None and not file.is_file():
-        kind = "is a folder" if file.is_dir() else "is not there"
+        kind = "is a folder" if file.is_dir() else "does not exist"
         raise refuse(f"audio {str(file)!r}, which {kind}", f"a sound file's path, relative to {str(manifest.parent)!r}", "Correct the path")
     return Utterance(value["text"].strip(), value.get("prompt"), file, manifest, number, value.get("voice"))
 
 
 def _not_text(value: Any) -> str | None:
-    """What is wrong with a value that should be text; None where nothing is."""
+    """Why a value is not usable text, as the end of a message; None if it is."""
     if not isinstance(value, str) or not value.strip():
         return ""
     try:
         value.encode()
-    except UnicodeError:  # JSON can write half of a character
-        return ", which has half of a character in it"
-    return ", which has a NUL in it" if "\0" in value else None
+    except UnicodeError:  # JSON can escape one surrogate of a pair
+        return ", which contains an unpaired surrogate"
+    return ", which contains a NUL character" if "\0" in value else None

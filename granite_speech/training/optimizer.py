@@ -1,9 +1,9 @@
-"""AdamW on float32 masters, whatever dtype the model computes in, and the rate's course.
+"""AdamW with float32 master weights for a model of any dtype, and the learning rate schedule.
 
-A model in bfloat16 is an ordinary model in bfloat16: its modules and kernels see one dtype, validation and saving run what was trained,
-and frozen weights cost two bytes. Only what trains has a float32 copy here, which takes the gradients and the steps and is rounded
-into the model after each. (torch.autocast would leave float32 weights beside bfloat16 activations, which operations with one dtype a
-call refuse, and would hold the frozen weights in float32 too.) In float32 the masters are the model's own parameters.
+A bfloat16 model is an ordinary one: its modules and kernels see one dtype, validation and saving use the trained weights, and frozen
+weights take two bytes. Each trained parameter has a float32 master, which receives the gradients and the steps, and is rounded into the
+model after each step. (torch.autocast would mix float32 weights with bfloat16 activations, which operations that need one dtype refuse,
+and would keep frozen weights in float32.) In a float32 model the masters are the parameters themselves.
 
 AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
@@ -22,12 +22,12 @@ __all__ = ["MasterAdamW", "ParameterGroup", "learning_rate", "parameter_groups"]
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are stepped alike.
+    """Parameters with common optimizer settings.
 
     Attributes:
         parameters: by name.
-        weight_decay: AdamW's.
-        rate: factor of the learning rate.
+        weight_decay: of AdamW.
+        rate: factor on the learning rate.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -36,14 +36,14 @@ class ParameterGroup:
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, rate: float = 1.0) -> list[ParameterGroup]:
-    """Matrices with decay, and vectors (biases, norms) without."""
+    """One group of matrices, with weight decay, and one of vectors (biases, norms), without."""
     matrices = {name: one for name, one in parameters.items() if one.dim() > 1}
     vectors = {name: one for name, one in parameters.items() if one.dim() <= 1}
     return [ParameterGroup(matrices, weight_decay, rate), ParameterGroup(vectors, 0.0, rate)]
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: float) -> float:
-    """The rate of a step, counted from 0: linear up to the peak over `warmup` of all steps, then half a cosine to 0."""
+    """Learning rate of a step, counted from 0: a linear rise over the fraction `warmup` of all steps, then a cosine decay to 0."""
     rising = round(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
@@ -51,11 +51,11 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup: float) -> float
 
 
 class MasterAdamW:
-    """AdamW whose parameters are float32, for a model in any dtype.
+    """AdamW on float32 masters of a model's parameters.
 
     Args:
-        groups: each parameter in one of them.
-        beta2: how slowly the second moment forgets.
+        groups: each parameter may be in only one.
+        beta2: decay of the second moment.
     """
 
     def __init__(self, groups: Iterable[ParameterGroup], *, beta2: float = 0.999):
@@ -66,12 +66,12 @@ class MasterAdamW:
         self.optimizer = torch.optim.AdamW(
             [{"params": [self.masters[name] for name in group.parameters], "weight_decay": group.weight_decay} for group in groups],
             betas=(0.9, beta2),
-            # One call for all parameters: a small model has hundreds of them, and a step of each by itself costs more than its gradient.
+            # One call for all parameters: for a small model with hundreds of them, separate steps cost more than the gradients.
             fused=all(one.dtype == torch.float32 for one in self.masters.values()),
         )
 
     def collect(self) -> None:
-        """Add the gradients of a backward pass to the masters', in float32: many small ones are not lost in a rounded sum."""
+        """Add a backward pass's gradients to the masters' in float32, where sums do not lose small ones to rounding."""
         for name, master in self.masters.items():
             parameter = self.parameters[name]
             if parameter is master or parameter.grad is None:
@@ -80,20 +80,20 @@ class MasterAdamW:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
-    def add_up(self, added: Callable[[Tensor], Tensor]) -> None:
-        """Put in each gradient's place what `added` makes of it: a sum over processes. Called once, with all of them in one tensor."""
+    def all_reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Replace each gradient by its sum over processes. `reduce` is called once, on a flat tensor of all gradients."""
         masters = [one for one in self.masters.values() if one.grad is not None]
-        flat = added(torch.cat([one.grad.flatten() for one in masters]))
+        flat = reduce(torch.cat([one.grad.flatten() for one in masters]))
         for one, part in zip(masters, flat.split([one.numel() for one in masters]), strict=True):
             one.grad = part.view_as(one)
 
     def clip(self, norm: float) -> Tensor:
-        """Scale all gradients down to this norm at most; returns what it was, a scalar."""
+        """Scale the gradients so that their total norm is at most `norm`. Returns the norm before scaling, a scalar."""
         return nn.utils.clip_grad_norm_(self.masters.values(), norm)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Step with this learning rate, forget the gradients, and round the masters into the model."""
+        """Take a step with this learning rate, clear the gradients, and round the masters into the model."""
         for group, factor in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
@@ -107,7 +107,7 @@ class MasterAdamW:
                 self.parameters[name].copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments by name: everything that `load` needs."""
+        """Masters and moments by name, for `load`."""
         tensors = {f"master/{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[master].items()}
@@ -115,10 +115,10 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned for the same parameters.
+        """Restore what `state` returned.
 
         Raises:
-            CheckpointError: other parameters, or others' shapes.
+            CheckpointError: names or shapes of the parameters differ.
         """
         stored = {name.partition("/")[2]: one.shape for name, one in tensors.items() if name.startswith("master/")}
         wanted = {name: master.shape for name, master in self.masters.items()}
@@ -127,12 +127,12 @@ class MasterAdamW:
             raise CheckpointError(
                 got=f"a training checkpoint that differs in {len(differing)} parameters, such as {differing[0]}",
                 expected="the parameters that train now",
-                remedy="Go on with the model and the options that it was written with",
+                remedy="Resume with the model and options it was written with",
             )
         for name, master in self.masters.items():
             master.copy_(tensors[f"master/{name}"])
             moments = {key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
-            # torch keeps the count of steps where its fused kernels want it.
+            # The fused step needs all its state on the parameter's device, the step count included.
             self.optimizer.state[master] = {key: value.to(master.device) for key, value in moments.items()}
         self._publish()
 

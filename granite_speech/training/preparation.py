@@ -1,4 +1,4 @@
-"""What of a model trains, and what stays as it is."""
+"""Choosing which parts of a model train, and adding a new adapter."""
 
 import re
 from collections.abc import Sequence
@@ -15,24 +15,23 @@ __all__ = ["attach_fresh_adapter", "has_adapter", "prepare"]
 
 
 def prepare(model: GraniteSpeechForConditionalGeneration, parts: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Let these parts of a model train, and freeze the others.
+    """Make these parts of a model trainable, and freeze the others.
 
-    A part that trains is in training mode, with its dropout, and with BatchNorm on the statistics of the batch, which it also keeps. A
-    frozen part is in evaluation mode: BatchNorm uses the statistics it has and leaves them as they are. An adapter's matrices belong to
-    "adapter" wherever they are attached.
+    A trainable part is in training mode: dropout is on, and BatchNorm uses the batch's statistics and updates its running ones. A frozen
+    part is in evaluation mode, with fixed statistics. An adapter's matrices belong to "adapter", whichever part they are attached to.
 
     Args:
         model: changed in place.
-        parts: of "encoder", "projector", "adapter" and "language_model"; of an adapter only where the model has one.
+        parts: any of "encoder", "projector", "adapter" and "language_model".
 
     Returns:
-        The parameters that train, by name.
+        The trainable parameters by name.
 
     Raises:
-        InputError: parts without a parameter.
+        InputError: the parts have no parameters.
     """
     if "encoder" in parts:
-        # Running statistics move by a tenth of a difference at a time, which bfloat16 would round away.
+        # Running statistics move by a tenth of the difference each time, which bfloat16 would round away.
         for module in model.encoder.modules():
             if isinstance(module, nn.BatchNorm1d) and module.weight.dtype.itemsize < 4:
                 module.float()
@@ -46,7 +45,7 @@ def prepare(model: GraniteSpeechForConditionalGeneration, parts: Sequence[str]) 
         raise InputError(
             got=f"{', '.join(parts) or 'nothing'} to train in a model {'with' if has_adapter(model) else 'without'} an adapter",
             expected="parts that have parameters",
-            remedy="Name other parts, or attach an adapter first",
+            remedy="Choose other parts, or attach an adapter first",
         )
     model.encoder.train("encoder" in parts)
     model.projector.train("projector" in parts)
@@ -62,29 +61,29 @@ def has_adapter(model: nn.Module) -> bool:
 def attach_fresh_adapter(
     model: GraniteSpeechForConditionalGeneration, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0
 ) -> None:
-    """Give the language model an adapter that changes nothing yet.
+    """Attach an untrained adapter to the language model. The model's output does not change until it is trained.
 
     Args:
-        model: without an adapter.
+        model: one without an adapter.
         rank, alpha: the adapter's product is scaled by alpha / rank.
-        targets: names of projections: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
-        seed: of the matrices A; B is zero.
+        targets: any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj.
+        seed: of the random A matrices; the B matrices are zero.
 
     Raises:
-        InputError: the model has an adapter, or no such projections.
+        InputError: the model already has an adapter, or lacks a projection.
     """
     if has_adapter(model):
-        raise InputError(got="a model with an adapter", expected="one without", remedy="Train the one it has, or merge it first")
+        raise InputError(got="a model with an adapter", expected="one without", remedy="Train that adapter, or merge it first")
     paths = {name: name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     chosen = [name for name, leaf in paths.items() if name.startswith("language_model.") and leaf in targets]
     if missing := sorted(set(targets) - {paths[name] for name in chosen}):
         raise InputError(
-            got=f"an adapter for {', '.join(missing)}", expected="projections of the language model", remedy="Name q_proj and v_proj"
+            got=f"an adapter for {', '.join(missing)}", expected="projections of the language model", remedy="Use q_proj and v_proj"
         )
     outside = {leaf for name, leaf in paths.items() if not name.startswith("language_model.")}
     config = AdapterConfig.plain(rank, alpha, sorted(targets))
     if outside & set(targets):
-        # peft matches names by their end, and would look for an adapter in the encoder's up_proj too. As one string it takes a pattern.
+        # peft matches a list of names by suffix, so it would expect an adapter in the encoder's up_proj too. It reads a string as a regex.
         pattern = rf".*language_model\..*\.(?:{'|'.join(map(re.escape, sorted(targets)))})"
         config = AdapterConfig.from_dict(config.raw | {"target_modules": pattern})
     with seeded(model.device, "adapter", seed):

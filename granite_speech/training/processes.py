@@ -1,4 +1,4 @@
-"""Several processes that train one model. torchrun starts them; here they join, choose devices, and end together if one of them fails."""
+"""Training in several processes, started by torchrun: joining, choosing devices, and stopping together if one fails."""
 
 import itertools
 import os
@@ -15,14 +15,14 @@ from granite_speech.errors import GraniteSpeechError, InputError
 
 __all__ = ["gather", "process_count", "process_group", "rank", "share_of", "shared_errors"]
 
-# The others wait while the first process validates and writes. torchrun ends them if it dies, so a long wait does no harm.
+# The others wait while process 0 validates and writes. torchrun ends them if it dies, so a long timeout does no harm.
 _PATIENCE = timedelta(hours=12)
 _GROUPS = itertools.count()  # all processes count the same
 _SET_BY_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def rank() -> int:
-    """This process's number; 0 is the one that writes and reports, and the only one without a group."""
+    """This process's number. Process 0 writes and reports; without a group, it is the only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -32,15 +32,15 @@ def process_count() -> int:
 
 @contextmanager
 def process_group(device: str | torch.device | None = None) -> Iterator[str | torch.device]:
-    """Join the processes that torchrun started, for as long as the block runs; yields this process's own device.
+    """Join the processes that torchrun started for the duration of the block. Yields this process's device.
 
-    A group that the caller has initialised is used and left as it is. Without torchrun there is one process, and nothing to join.
+    If the caller has initialized a group, that one is used and kept. Without torchrun there is one process and nothing to join.
 
     Args:
-        device: "cuda" and, on a machine with CUDA, None mean the GPU of this process's number on its machine (LOCAL_RANK).
+        device: "cuda", or None if CUDA is available, means the GPU with this process's LOCAL_RANK.
 
     Raises:
-        InputError: more processes than GPUs, or two processes with the same GPU.
+        InputError: more processes than GPUs, or two processes on the same GPU.
     """
     joins = dist.is_available() and not dist.is_initialized() and os.environ.keys() >= _SET_BY_TORCHRUN
     joins = joins and int(os.environ["WORLD_SIZE"]) > 1
@@ -54,7 +54,7 @@ def process_group(device: str | torch.device | None = None) -> Iterator[str | to
             _check_devices(gather((socket.gethostname(), str(chosen))))
         yield chosen
         if joins:
-            dist.barrier()  # a process that leaves first would close the connection while others still use it
+            dist.barrier()  # a process that exits early breaks the others' connections
     finally:
         if joins:
             dist.destroy_process_group()
@@ -75,7 +75,7 @@ def _own_device(device: str | torch.device | None, *, shared: bool) -> str | tor
     if number >= gpus:
         raise InputError(
             got=f"process {number} of this machine, which has {gpus} GPUs",
-            expected="one GPU for each process",
+            expected="one GPU per process",
             remedy=f"Start {gpus} processes (torchrun --nproc-per-node {gpus}), or pass device='cpu'",
         )
     return f"cuda:{number}"
@@ -85,29 +85,29 @@ def _check_devices(places: list[tuple[str, str]]) -> None:
     if len(set(places)) < len(places):
         raise InputError(
             got=f"{len(places)} processes on {', '.join(sorted({device for _, device in places}))}",
-            expected="a GPU of its own for each process",
-            remedy="Pass device='cuda' and let each process choose, or start fewer",
+            expected="a separate GPU for each process",
+            remedy="Pass device='cuda' so that each process gets its own, or start fewer",
         )
 
 
 def share_of(accumulate: int) -> int:
-    """How many of a step's batches each process computes.
+    """Number of a step's batches that each process computes.
 
     Raises:
-        InputError: they cannot be shared out evenly.
+        InputError: the batches cannot be divided evenly.
     """
     count = process_count()
     if accumulate % count:
         raise InputError(
             got=f"accumulate = {accumulate} for {count} processes",
-            expected="a multiple of the number of processes, which share each step's batches",
+            expected="a multiple of the number of processes, which divide each step's batches",
             remedy=f"Set accumulate to {count} or a multiple of it, or start fewer processes",
         )
     return accumulate // count
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, in the order of their numbers."""
+    """The values of all processes, by rank."""
     if process_count() == 1:
         return [value]
     values: list[Any] = [None] * process_count()
@@ -117,7 +117,7 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """If the block fails in one process, it fails in all of them: none is left waiting for one that has gone.
+    """If the block raises in one process, raise in all of them, so that none waits for a process that has stopped.
 
     Every process must enter the block.
     """
@@ -128,7 +128,7 @@ def shared_errors() -> Iterator[None]:
         if process_count() == 1:
             raise
         error = caught
-    # An error of another library may not survive pickling; its text does.
+    # Errors of other libraries may not survive pickling, but their text does.
     sent = error if error is None or isinstance(error, GraniteSpeechError) else RuntimeError(f"process {rank()} failed: {error!r}")
     first = next((one for one in gather(sent) if one is not None), None)
     if first is not None:

@@ -1,4 +1,4 @@
-"""A checkpoint of the training: one safetensors file, replaced by a rename; and the log, one JSON object a line."""
+"""The files of a running training: its checkpoint, a safetensors file replaced by a rename, and its log, in JSON lines."""
 
 import json
 import os
@@ -16,11 +16,7 @@ _STATE, _LOG = "state.safetensors", "log.jsonl"
 
 
 class TrainingFolder:
-    """What a training leaves on the disk while it runs.
-
-    Args:
-        folder: see `create`.
-    """
+    """The folder with a training's checkpoint and log. `create` makes it."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -44,10 +40,10 @@ class TrainingFolder:
         return self.state_file.is_file()
 
     def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint; until the last byte is on the disk the one before it stands.
+        """Write a checkpoint. The previous one is kept until the new one is complete on disk.
 
         Raises:
-            CheckpointError: a full disk, or another reason why it could not be written.
+            CheckpointError: it could not be written, for example because the disk is full.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -63,7 +59,7 @@ class TrainingFolder:
             raise self._unwritable(error) from error
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The last checkpoint.
+        """The last checkpoint's tensors and facts.
 
         Raises:
             CheckpointError: a damaged file.
@@ -74,36 +70,36 @@ class TrainingFolder:
             with safe_open(self.state_file, "pt") as file:
                 facts = json.loads((file.metadata() or {})["training"])
                 if not isinstance(facts["identity"], dict) or type(facts["step"]) is not int:
-                    raise ValueError(f"it says {facts!r:.60}")
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (it is no dictionary)
+                    raise ValueError(f"its facts are {facts!r:.60}")
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dictionary)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(
-                got=f"{str(self.state_file)!r}, which is no checkpoint of a training ({error})",
-                expected="one that was written here",
-                remedy="Remove it and begin again",
+                got=f"{str(self.state_file)!r}, which is not a training checkpoint ({error})",
+                expected="a checkpoint written by this package",
+                remedy="Remove it and start again",
             ) from error
 
     def check_identity(self, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Refuse to go on with something else than what was begun.
+        """Refuse to resume a training with different values from those it was started with.
 
         Raises:
-            InputError: names what differs.
+            InputError: names the values that differ.
         """
         own = json.loads(json.dumps(own))
         differing = sorted(name for name in stored.keys() | own.keys() if stored.get(name) != own.get(name))
         if differing:
-            pairs = ", ".join(f"{name} = {own.get(name)!r:.60} (there {stored.get(name)!r:.60})" for name in differing)
+            pairs = ", ".join(f"{name} = {own.get(name)!r:.60} (was {stored.get(name)!r:.60})" for name in differing)
             raise InputError(
-                got=f"a training in {str(self.folder)!r} to be gone on with, with {pairs}",
-                expected="the values that it was begun with",
-                remedy="Give those, or begin a new training in another folder",
+                got=f"resuming the training in {str(self.folder)!r} with {pairs}",
+                expected="the values it was started with",
+                remedy="Use those values, or start a new training in another folder",
             )
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
-        """Remove what was logged after a step, as after a kill between two checkpoints; returns what is left.
+        """Remove records of later steps, as left by a process killed between checkpoints. Returns the remaining records.
 
-        The log is for people and plots, and a training resumes without it: a missing file and lines that cannot be read, such as the
-        half line that a kill leaves at the end, count as nothing logged.
+        The log is for people and plots, and resuming does not need it. A missing file counts as empty, and unreadable lines, such as a
+        truncated last one, are dropped.
 
         Raises:
             CheckpointError: a log that cannot be written.

@@ -1,4 +1,4 @@
-"""The loop: batches in, steps out, and a checkpoint from which it goes on as if nothing had happened."""
+"""The training loop, with checkpoints from which a run resumes exactly."""
 
 import math
 import time
@@ -32,34 +32,35 @@ Validation = Callable[[GraniteSpeechForConditionalGeneration], Mapping[str, floa
 class Trainer:
     """Trains parameters of a model on a source of batches.
 
-    A step is a function of the weights, the options and its number: order, augmentation and dropout follow from the seed. So a
-    checkpoint holds what trains, the optimizer's moments and the step's number, and on a CPU the losses after it are bit for bit those of
-    a training that was never interrupted (on a GPU some backward passes add in no fixed order).
+    A step depends only on the weights, the options and its number: order, augmentation and dropout follow from the seed. A checkpoint
+    therefore holds the trained parameters, the optimizer's moments and the step number. On a CPU, a resumed run has exactly the losses
+    of an uninterrupted one (on a GPU, some backward passes sum in no fixed order).
 
-    If `torch.distributed` is initialised, its processes share each step's `accumulate` batches and add up their gradients: the steps
-    are those of one process, except for rounding, dropout and BatchNorm's running statistics, which are those of process 0. Process 0
-    alone writes and validates. An error while batches are loaded, while it validates or while it writes ends all processes.
+    If `torch.distributed` is initialized, the processes divide each step's `accumulate` batches and sum their gradients. The steps equal
+    those of one process, except for rounding, dropout and BatchNorm's running statistics, which are those of process 0. Only process 0
+    writes and validates. An error in loading, validating or writing stops all processes.
 
     Args:
-        model: on its device, with its modules in the modes they train in (`prepare`).
-        loss: `ctc_loss`, `speech_loss`, `text_loss`, or one like them.
-        source: of batches on the model's device.
-        groups: the parameters that train (`parameter_groups`).
+        model: on its device, with its modules in the modes that `prepare` sets.
+        loss: `ctc_loss`, `speech_loss`, `text_loss`, or another function with the same arguments.
+        source: supplies batches on the model's device.
+        groups: the trainable parameters (`parameter_groups`).
         options: of the loop.
-        folder: takes checkpoints and log; None: neither is kept.
-        identity: what the losses depend on beside the options (manifest, model), in values for JSON; compared when a training goes on.
-        validate: called with the model in evaluation mode, before, after, and every `validate_every` steps; its figures are logged.
-        progress: whether to show a bar on standard error.
+        folder: for checkpoints and the log; None: neither is written.
+        identity: what the losses depend on besides the options, such as manifest and model, as JSON values. Must match when resuming.
+        validate: called with the model in evaluation mode before and after training, and every `validate_every` steps. Its results are
+            logged.
+        progress: whether to show a progress bar on standard error.
 
     Attributes:
-        step: steps that are done.
-        steps: steps of the whole training.
-        history: the log's records: of a step `step`, `epoch`, `loss`, its parts, `learning_rate`, `gradient_norm` and `audio_seconds`; of a
-            validation `step` and its figures.
+        step: number of steps done.
+        steps: number of steps in the whole training.
+        history: the log's records. A step has `step`, `epoch`, `loss`, its parts, `learning_rate`, `gradient_norm` and `audio_seconds`;
+            a validation has `step` and its results.
 
     Raises:
         CheckpointError: a folder that cannot be written.
-        InputError: a source without a batch, or batches that cannot be shared out among the processes.
+        InputError: a source without batches, or batches that cannot be divided among the processes.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Trainer:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         if not source.plan(0):
-            raise InputError(got="a source without a batch", expected="at least one", remedy="Give it utterances")
+            raise InputError(got="a source without batches", expected="at least one", remedy="Give it utterances")
         self.steps = options.steps or -(-sum(len(source.plan(epoch)) for epoch in range(options.epochs)) // options.accumulate)
 
     @property
@@ -94,12 +95,12 @@ class Trainer:
         return self.step >= self.steps
 
     def resume(self) -> bool:
-        """Go on from the folder's checkpoint; returns whether there is one.
+        """Load the folder's checkpoint, if there is one. Returns whether there is.
 
         Raises:
-            CheckpointError: a damaged checkpoint, or one of other parameters.
-            InputError: a training with other options, another manifest or another model (names what differs); or processes that do not
-                see the same checkpoint.
+            CheckpointError: a damaged checkpoint, or one with different parameters.
+            InputError: a checkpoint with different options, manifest or model (names what differs), or processes that see different
+                checkpoints.
         """
         with shared_errors():
             found = self.folder is not None and self.folder.has_state
@@ -108,8 +109,8 @@ class Trainer:
         steps = gather(self.step if found else None)
         if len(set(steps)) > 1:
             raise InputError(
-                got=f"checkpoints of steps {', '.join(map(str, steps))} in {str(self.folder.folder)!r}, seen from {len(steps)} processes",
-                expected="one checkpoint, the same for all processes",
+                got=f"checkpoints of steps {', '.join(map(str, steps))} in {str(self.folder.folder)!r}, as seen by {len(steps)} processes",
+                expected="the same checkpoint for all processes",
                 remedy="Use a folder that all machines share",
             )
         return found
@@ -125,61 +126,65 @@ class Trainer:
                     raise CheckpointError(
                         got=f"a training checkpoint without the buffer {name}",
                         expected="the parameters and buffers that train now",
-                        remedy="Go on with the model and the options that it was written with",
+                        remedy="Resume with the model and options it was written with",
                     )
                 buffer.copy_(stored)
         self.step, self.history = facts["step"], self.folder.cut_log(facts["step"]) if self.rank == 0 else []
 
     def checkpoint(self) -> None:
-        """Write what `resume` reads."""
+        """Write a checkpoint for `resume`."""
         with shared_errors():
             if self.folder is not None and self.rank == 0:
                 buffers = {f"buffer/{name}": buffer for name, buffer in self._buffers().items()}
                 self.folder.write(self.optimizer.state() | buffers, {"step": self.step, "identity": self.identity})
 
     def _buffers(self) -> dict[str, Tensor]:
-        """The buffers that training changes: BatchNorm's statistics, where it is in training mode."""
+        """The buffers that training changes: the statistics of each BatchNorm in training mode."""
         owners = {name: module for name, module in self.model.named_modules() if module.training}
         return {f"{owner}.{name}": one for owner, module in owners.items() for name, one in module.named_buffers(recurse=False)}
 
     def run(self, *, seconds: float | None = None) -> None:
-        """Train up to the last step, or until so many seconds have gone by; either way a checkpoint stands at the end.
+        """Train to the last step, or for this many seconds, then write a checkpoint.
 
-        Without `resume` before it, it begins anew, whatever the folder holds.
+        Unless `resume` was called, training starts from the beginning, even if the folder has a checkpoint.
 
         Raises:
-            InputError: a loss or gradient that is not finite; names step and lines. The weights are then as before that step.
-            GraniteSpeechError: whatever the source raises for a batch.
+            InputError: a loss or gradient that is not finite; names the step and lines. That step does not change the weights.
+            GraniteSpeechError: the source cannot load a batch.
         """
         if self.step == 0:
-            self.history = []
-            if self.folder is not None and self.rank == 0:
-                self.folder.cut_log(-1)
-            self._validate()
-            self.checkpoint()
+            self._start()
         begin = time.perf_counter()
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.progress)
-        heard, busy = 0.0, 0.0
+        audio, busy = 0.0, 0.0
         with bar, closing(self._batches()) as batches:
             while not self.is_done and not self._any(seconds is not None and time.perf_counter() - begin >= seconds):
                 started = time.perf_counter()
                 with shared_errors():
                     share = [next(batches) for _ in range(self.share)]
                 record = self._step(share)
-                busy, heard = busy + time.perf_counter() - started, heard + record["audio_seconds"]
+                busy, audio = busy + time.perf_counter() - started, audio + record["audio_seconds"]
                 self._remember(record)
-                bar.set_postfix_str(f"loss {record['loss']:.4g}" + (f", {heard / busy:.3g} audio-s/s" if heard else ""), refresh=False)
+                bar.set_postfix_str(f"loss {record['loss']:.4g}" + (f", {audio / busy:.3g} audio-s/s" if audio else ""), refresh=False)
                 bar.update()
-                every = self.options.validate_every
-                if self.is_done or (every and self.step % every == 0):
+                if self.is_done or self._is_due(self.options.validate_every):
                     self._validate()
-                every = self.options.checkpoint_every
-                if every and self.step % every == 0 and not self.is_done:
+                if not self.is_done and self._is_due(self.options.checkpoint_every):
                     self.checkpoint()
         self.checkpoint()
 
+    def _start(self) -> None:
+        self.history = []
+        if self.folder is not None and self.rank == 0:
+            self.folder.cut_log(-1)
+        self._validate()
+        self.checkpoint()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
     def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """This process's batches and their epochs from the current step on, without end, each loaded while the one before is used."""
+        """This process's (epoch, batch) pairs from the current step on, without end. Each is loaded while the previous one is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             plan = islice(self._plan(self.step * self.options.accumulate), self.rank, None, self.processes)
             epoch, indices = next(plan)
@@ -200,13 +205,29 @@ class Trainer:
             epoch += 1
 
     def _step(self, batches: Sequence[tuple[int, Batch]]) -> dict[str, Any]:
-        """One step of the optimizer; its record."""
+        """Take one step of the optimizer. Returns its record."""
+        counts, seconds = self._totals(batches)
+        sums = self._backward(batches, counts)
+        sums["gradient_norm"] = self.optimizer.clip(self.options.clip_norm)
+        figures = dict(zip(sums, torch.stack([one.float() for one in sums.values()]).tolist(), strict=True))
+        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
+            raise self._not_finite(figures, batches)
+        rate = learning_rate(self.step, self.steps, peak=self.options.learning_rate, warmup=self.options.warmup)
+        self.optimizer.step(rate)
+        self.step += 1
+        return {"step": self.step, "epoch": batches[0][0], **figures, "learning_rate": rate, "audio_seconds": seconds}
+
+    def _totals(self, batches: Sequence[tuple[int, Batch]]) -> tuple[dict[str, int], float]:
+        """Counts and seconds of audio of the step, over all processes."""
         counts: dict[str, int] = {}
         for _, batch in batches:
             counts = {name: counts.get(name, 0) + count for name, count in batch.counts.items()}
         seconds = sum(batch.audio_seconds for _, batch in batches)
-        *totals, seconds = self._added(torch.tensor([*counts.values(), seconds], dtype=torch.float64, device=self.model.device)).tolist()
-        counts = {name: int(total) for name, total in zip(counts, totals, strict=True)}
+        *totals, seconds = self._summed(torch.tensor([*counts.values(), seconds], dtype=torch.float64, device=self.model.device)).tolist()
+        return {name: int(total) for name, total in zip(counts, totals, strict=True)}, seconds
+
+    def _backward(self, batches: Sequence[tuple[int, Batch]], counts: dict[str, int]) -> dict[str, Tensor]:
+        """Collect the gradients of the step. Returns its losses by name. Both are summed over all processes."""
         sums: dict[str, Tensor] = {}
         with seeded(self.model.device, "step", self.options.seed, self.step, *([self.rank] if self.rank else [])):
             for _, batch in batches:
@@ -216,30 +237,26 @@ class Trainer:
                 for name, part in {"loss": value.total, **value.parts}.items():
                     sums[name] = sums.get(name, 0.0) + part.detach()
         if self.processes > 1:
-            self.optimizer.add_up(self._added)
-            sums = dict(zip(sums, self._added(torch.stack([one.float() for one in sums.values()])), strict=True))
-        sums["gradient_norm"] = self.optimizer.clip(self.options.clip_norm)
-        figures = dict(zip(sums, torch.stack([one.float() for one in sums.values()]).tolist(), strict=True))
-        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
-            names = [name for _, batch in batches for name in batch.names]
-            raise InputError(
-                got=f"a loss of {figures['loss']:g} with a gradient of norm {figures['gradient_norm']:g} in step {self.step + 1}, on "
-                + ", ".join(names[:5])
-                + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
-                expected="finite ones",
-                remedy="Lower learning_rate, lengthen warmup, or look at these recordings",
-            )
-        rate = learning_rate(self.step, self.steps, peak=self.options.learning_rate, warmup=self.options.warmup)
-        self.optimizer.step(rate)
-        self.step += 1
-        return {"step": self.step, "epoch": batches[0][0], **figures, "learning_rate": rate, "audio_seconds": seconds}
+            self.optimizer.all_reduce(self._summed)
+            sums = dict(zip(sums, self._summed(torch.stack([one.float() for one in sums.values()])), strict=True))
+        return sums
+
+    def _not_finite(self, figures: dict[str, float], batches: Sequence[tuple[int, Batch]]) -> InputError:
+        names = [name for _, batch in batches for name in batch.names]
+        return InputError(
+            got=f"a loss of {figures['loss']:g} with a gradient of norm {figures['gradient_norm']:g} in step {self.step + 1}, on "
+            + ", ".join(names[:5])
+            + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+            expected="finite values",
+            remedy="Lower learning_rate, lengthen warmup, or check these recordings",
+        )
 
     def _any(self, value: bool) -> bool:
-        """Whether it is true of any process: what one does alone, the others would wait for."""
-        return self._added(torch.tensor(float(value), device=self.model.device)).item() > 0
+        """True if it is true in any process. All must take the same branch, or they deadlock."""
+        return self._summed(torch.tensor(float(value), device=self.model.device)).item() > 0
 
-    def _added(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
         if self.processes > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -258,7 +275,7 @@ class Trainer:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Everything in evaluation mode; afterwards each module is in the mode it was in, for frozen parts are in another than the rest."""
+    """Put every module in evaluation mode for the block, then restore each one's mode: frozen and trainable parts differ."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

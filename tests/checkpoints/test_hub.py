@@ -1,4 +1,4 @@
-"""Names to folders, against a stand-in for the hub that listens on the loopback interface."""
+"""Resolving names to folders, with a stand-in for the hub on the loopback interface."""
 
 import functools
 import hashlib
@@ -51,7 +51,7 @@ REPOS = {"ibm/sharded": {MAIN: SHARDED}, "ibm/single": {MAIN: SINGLE, OLDER: SIN
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """The three routes that a snapshot download takes: revision, tree, and the files."""
+    """The three routes that a snapshot download uses: revision, tree and files."""
 
     protocol_version = "HTTP/1.1"
 
@@ -106,7 +106,7 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_a_folder_is_returned_as_it_is(tmp_path, monkeypatch):
+def test_an_existing_folder_is_returned_unchanged(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path
     assert resolve(str(tmp_path)) == tmp_path
     (tmp_path / "ibm" / "single").mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_a_folder_is_returned_as_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("found", ["nothing", "a file", "an empty folder", "another project's folder"])
-def test_the_name_embedded_is_the_bundled_checkpoint(tmp_path, monkeypatch, found):
+def test_the_name_embedded_means_the_bundled_checkpoint(tmp_path, monkeypatch, found):
     monkeypatch.chdir(tmp_path)
     if found == "a file":
         Path("embedded").write_text("x")
@@ -126,7 +126,7 @@ def test_the_name_embedded_is_the_bundled_checkpoint(tmp_path, monkeypatch, foun
     assert resolve("embedded") == EMBEDDED_FOLDER
 
 
-def test_a_checkpoint_in_a_folder_named_embedded_comes_first(tmp_path, monkeypatch):
+def test_a_checkpoint_in_a_folder_named_embedded_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("embedded").mkdir()
     Path("embedded/config.json").write_text("{}")
@@ -134,7 +134,7 @@ def test_a_checkpoint_in_a_folder_named_embedded_comes_first(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("path", ["./embedded", Path("embedded"), "embedded/", "{here}/embedded"])
-def test_a_path_to_a_folder_named_embedded_is_that_folder(tmp_path, monkeypatch, path):
+def test_a_path_to_a_folder_named_embedded_means_that_folder(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     path = path if isinstance(path, Path) else path.format(here=tmp_path)
     with pytest.raises(CheckpointNotFoundError):
@@ -158,7 +158,7 @@ def test_the_command_without_a_model_uses_the_bundled_checkpoint(tmp_path, monke
     Path("embedded").mkdir()
     if config is not None:
         Path("embedded/config.json").write_text(config)
-    assert main(["transcribe", "absent.wav"]) == 1  # the model loads, the recording is not there
+    assert main(["transcribe", "absent.wav"]) == 1  # the model loads, but the recording does not exist
     assert "absent.wav" in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -168,7 +168,7 @@ def test_a_name_of_another_type_is_refused(name):
         resolve(name)
 
 
-def test_sharded_repository(hub, tmp_path):
+def test_a_sharded_repository_is_downloaded_without_unwanted_files(hub, tmp_path):
     folder = resolve("ibm/sharded", cache_dir=tmp_path)
     wanted = SHARDED.keys() - {"README.md", "pytorch_model.bin", "onnx/config.json"}
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == wanted
@@ -176,7 +176,7 @@ def test_sharded_repository(hub, tmp_path):
     assert Checkpoint.open(folder).entries.keys() == WEIGHTS.keys()
 
 
-def test_second_time_comes_from_the_cache(hub, tmp_path):
+def test_the_second_time_the_cache_is_used(hub, tmp_path):
     first = resolve("ibm/single", cache_dir=tmp_path)
     downloads = [path for path in hub.paths if path.startswith("GET") and "resolve" in path]
     assert len(downloads) == len(SINGLE)
@@ -187,7 +187,7 @@ def test_second_time_comes_from_the_cache(hub, tmp_path):
     assert hub.paths == []
 
 
-def test_revision(hub, tmp_path):
+def test_a_revision_is_downloaded(hub, tmp_path):
     folder = resolve("ibm/single", cache_dir=tmp_path, revision="v1")
     assert folder.name == OLDER
     assert json.loads((folder / "config.json").read_text()) == {"old": 1}
@@ -205,39 +205,39 @@ def unreachable(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ibm/unknown", {}, "neither a local folder nor a repository .* Check the spelling"),
+        ("ibm/unknown", {}, "neither a local folder nor a repository visible to this account.* Check the spelling"),
         ("ibm/gated", {}, "gated on the hub; .* Accept the terms"),
         ("ibm/single", {"revision": "v9"}, "revision 'v9', a revision that the hub does not have; .* Check revision="),
         ("ibm/single", {"local_files_only": True}, "not complete in the local cache, with local_files_only=True"),
-        ("no-such-folder", {}, "'no-such-folder', where there is no folder; expected an existing folder, or a hub id"),
-        ("./ibm/single", {}, "where there is no folder"),
-        ("/no/such/folder", {}, "where there is no folder"),
-        ("a/b/c", {}, "where there is no folder"),
-        ("", {}, "where there is no folder"),
-        (Path("ibm/single"), {}, "where there is no folder"),
+        ("no-such-folder", {}, "'no-such-folder', which is not an existing folder; expected an existing folder, or a hub id"),
+        ("./ibm/single", {}, "which is not an existing folder"),
+        ("/no/such/folder", {}, "which is not an existing folder"),
+        ("a/b/c", {}, "which is not an existing folder"),
+        ("", {}, "which is not an existing folder"),
+        (Path("ibm/single"), {}, "which is not an existing folder"),
     ],
 )
-def test_what_is_not_there(hub, tmp_path, name, options, message):
+def test_missing_folders_repositories_and_revisions(hub, tmp_path, name, options, message):
     with pytest.raises(CheckpointNotFoundError, match=message):
         resolve(name, cache_dir=tmp_path, **options)
 
 
-def test_no_connection(hub, tmp_path, monkeypatch):
+def test_without_a_connection_or_cached_files(hub, tmp_path, monkeypatch):
     unreachable(monkeypatch)
     with pytest.raises(
-        CheckpointNotFoundError, match=r"not complete in the local cache, and the hub did not give it .*refused.* with a connection"
+        CheckpointNotFoundError, match=r"not complete in the local cache, and could not be downloaded .*refused.* with a connection"
     ):
         resolve("ibm/single", cache_dir=tmp_path)
 
 
-def test_no_connection_but_in_the_cache(hub, tmp_path, monkeypatch):
+def test_without_a_connection_the_cache_is_used(hub, tmp_path, monkeypatch):
     first = resolve("ibm/single", cache_dir=tmp_path)
     unreachable(monkeypatch)
     assert resolve("ibm/single", cache_dir=tmp_path) == first
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), httpx.ReadError("reset by peer"), RuntimeError("broken")])
-def test_a_download_that_breaks_off(monkeypatch, error):
+def test_a_failed_download(monkeypatch, error):
     def fail(*args, **options):
         raise error
 
@@ -250,18 +250,18 @@ def test_a_download_that_breaks_off(monkeypatch, error):
 
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"which is a file; .* Pass the folder it lies in"):
+    with pytest.raises(CheckpointError, match=r"which is a file; .* Pass its folder"):
         resolve(tmp_path / "model.safetensors")
 
 
-def test_without_huggingface_hub(monkeypatch):
+def test_a_hub_id_needs_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match="pip install huggingface_hub"):
         resolve("ibm/single")
 
 
-def test_environment_variable_of_the_hub(hub, tmp_path):
-    """A fresh process that knows the hub from HF_ENDPOINT alone, and imports neither transformers nor peft on the way."""
+def test_the_hubs_environment_variable_is_used(hub, tmp_path):
+    """A new process finds the hub through HF_ENDPOINT, and imports neither transformers nor peft."""
     code = (
         "import sys; from granite_speech.checkpoints.folder import resolve; print(resolve('ibm/single', cache_dir=sys.argv[1]).name);"
         "assert not {'transformers', 'peft'} & sys.modules.keys()"

@@ -1,4 +1,4 @@
-"""The adapter against peft's own: ranks, scalings, products, gradients, merging, and what is refused."""
+"""The adapter compared with peft: ranks, scalings, products, gradients, merging, and refused options."""
 
 import math
 import warnings
@@ -21,7 +21,7 @@ class Layer(nn.Module):
 
 
 class Speech(nn.Module):
-    """The paths of the released folders: language_model.model.layers.N.self_attn-like leaves."""
+    """Layers at the paths of the released folders: language_model.model.layers.N."""
 
     def __init__(self, linear=nn.Linear, layers=12):
         super().__init__()
@@ -32,7 +32,7 @@ class Speech(nn.Module):
 
 
 class From510(nn.Module):
-    """The same leaves under the paths of transformers from 5.10 on: model.language_model.layers.N."""
+    """The same layers at the paths of transformers 5.10 and later: model.language_model.layers.N."""
 
     def __init__(self, layers=12):
         super().__init__()
@@ -42,7 +42,7 @@ class From510(nn.Module):
 
 
 def by_peft(model, **options):
-    """{path: (rank, scaling)} of a model that peft has wrapped."""
+    """{path: (rank, scaling)} of the model as wrapped by peft."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(
@@ -60,10 +60,10 @@ PATTERNS = {
     "alpha zero and negative": {"alpha_pattern": {"q_proj": 0, "v_proj": -3}},
     "both, rslora": {"rank_pattern": {"layers.1.q_proj": 7}, "alpha_pattern": {"v_proj": 32}, "use_rslora": True},
     "layer 1 is not layer 11": {"rank_pattern": {"1.q_proj": 3}},
-    "dots stand for any character": {"rank_pattern": {"layers.1.*q_proj": 3}},
+    "dots match any character": {"rank_pattern": {"layers.1.*q_proj": 3}},
     "regex": {"rank_pattern": {r"layers\.(0|2)\..*": 9, r"layers\.\d+\.v_proj": 5}, "alpha_pattern": {r".*\.1[01]\.[qv]_proj": 64}},
-    "the first that fits": {"rank_pattern": {".*proj": 3, "q_proj": 5}},
-    "no suffix of a word": {"rank_pattern": {"proj": 3}, "alpha_pattern": {"_proj": 99}},
+    "the first match decides": {"rank_pattern": {".*proj": 3, "q_proj": 5}},
+    "not a suffix of a name": {"rank_pattern": {"proj": 3}, "alpha_pattern": {"_proj": 99}},
     "a whole path": {"rank_pattern": {"language_model.model.layers.3.q_proj": 6}},
     "from the start": {"rank_pattern": {r"^language_model\.model\.layers\.3\.q_proj": 6}, "alpha_pattern": {"^q_proj": 99}},
     "alternatives": {"rank_pattern": {"q_proj|nothing": 3}, "alpha_pattern": {"nothing|v_proj": 7}},
@@ -71,7 +71,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
-def test_ranks_and_scalings_are_pefts(options):
+def test_ranks_and_scalings_equal_those_of_peft(options):
     config = AdapterConfig.from_dict(PLAIN | options)
     expected = by_peft(Speech(), **options)
     assert len(expected) == 24
@@ -89,8 +89,8 @@ def test_ranks_and_scalings_are_pefts(options):
     ],
     ids=["a whole path", "from the start"],
 )
-def test_patterns_of_an_adapter_trained_on_a_later_transformers(options):
-    """Such a pattern names a path that the released folders do not have: unheard, it would be a wrong scaling and no error."""
+def test_patterns_may_use_the_paths_of_newer_transformers(options):
+    """The released folders do not have these paths. If such a pattern were ignored, the scaling would be wrong without an error."""
     config = AdapterConfig.from_dict(PLAIN | options)
     expected = by_peft(From510(), **options)
     assert len(set(expected.values())) > 1
@@ -99,7 +99,7 @@ def test_patterns_of_an_adapter_trained_on_a_later_transformers(options):
         assert (config.rank(name), config.scaling(name)) == values
 
 
-def test_pefts_own_file_is_read():
+def test_files_written_by_peft_are_read():
     raw = peft.LoraConfig(r=16, lora_alpha=8, target_modules=["q_proj"], lora_dropout=0.25, rank_pattern={"q_proj": 2}).to_dict()
     config = AdapterConfig.from_dict(raw)
     assert (config.r, config.lora_alpha, config.rank_pattern, config.lora_dropout) == (16, 8, {"q_proj": 2}, 0.25)
@@ -108,14 +108,14 @@ def test_pefts_own_file_is_read():
     assert (empty.r, empty.lora_alpha) == (peft.LoraConfig().r, peft.LoraConfig().lora_alpha)
 
 
-def test_a_plain_adapter_is_one_that_peft_reads():
+def test_peft_reads_a_plain_configuration():
     config = AdapterConfig.plain(8, 16, ["q_proj"])
     assert config.scaling("q_proj") == 2.0
     theirs = peft.LoraConfig.from_peft_type(**config.raw)
     assert (theirs.r, theirs.lora_alpha, theirs.target_modules) == (8, 16, {"q_proj"})
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------
+# --- refused configurations ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "alora_invocation_tokens": [1, 2],
@@ -139,25 +139,25 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_arithmetic_is_refused_by_name(name):
+def test_unsupported_options_are_refused_by_name(name):
     with pytest.raises(UnsupportedError, match=name) as caught:
         AdapterConfig.from_dict(PLAIN | {name: REFUSED[name]})
     assert "erge the adapter" in caught.value.remedy
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "corda", "loftq", "lora_ga"])
-def test_inits_that_rewrite_the_base_are_refused(kind):
+def test_initializations_that_change_the_base_weights_are_refused(kind):
     with pytest.raises(UnsupportedError, match=f"init_lora_weights='{kind}'"):
         AdapterConfig.from_dict(PLAIN | {"init_lora_weights": kind})
 
 
 @pytest.mark.parametrize("kind", [True, False, "gaussian", "eva", "orthogonal", "mica", None])
-def test_inits_of_the_adapter_alone_are_not(kind):
+def test_initializations_of_only_the_adapter_are_accepted(kind):
     assert AdapterConfig.from_dict(PLAIN | {"init_lora_weights": kind}).r == 4
 
 
-def test_every_option_of_pefts_is_known():
-    """A new version's new option must be looked at: does it change the arithmetic?"""
+def test_every_option_of_peft_is_known():
+    """An option added by a new version must be checked: does it change the arithmetic?"""
     harmless = {
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
         "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
@@ -167,7 +167,7 @@ def test_every_option_of_pefts_is_known():
     assert set(peft.LoraConfig().to_dict()) - harmless <= set(REFUSED)
 
 
-def test_all_that_is_refused_is_named_at_once():
+def test_one_error_names_all_refused_options():
     with pytest.raises(UnsupportedError, match=r"use_dora=True, bias='lora_only'"):
         AdapterConfig.from_dict(PLAIN | {"use_dora": True, "bias": "lora_only"})
 
@@ -183,26 +183,26 @@ def test_all_that_is_refused_is_named_at_once():
     ],
     ids=lambda value: f"{value!r:.30}",
 )
-def test_bad_numbers_are_refused_by_name(name, value):
+def test_invalid_values_are_refused_by_name(name, value):
     with pytest.raises(CheckpointError, match=name):
         AdapterConfig.from_dict(PLAIN | {name: value})
 
 
-def test_attaching_elsewhere_is_refused_by_name():
+def test_attaching_to_anything_but_a_linear_layer_is_refused():
     config, model = AdapterConfig.from_dict(PLAIN), Speech(LoraLinear, 1)
-    for name, said in (
-        ("language_model.model.layers.9.q_proj", "no module"),
+    for name, message in (
+        ("language_model.model.layers.9.q_proj", "not a module"),
         ("norm", "a LayerNorm"),
         ("", "a Speech"),
-        ("norm.weight", "no module"),
+        ("norm.weight", "not a module"),
     ):
-        with pytest.raises(UnsupportedError, match=f"an adapter for '{name}', .*{said}"):
+        with pytest.raises(UnsupportedError, match=f"an adapter for '{name}', .*{message}"):
             attach_adapter(model, config, [name])
     with pytest.raises(UnsupportedError, match="a Linear"):
         attach_adapter(Speech(nn.Linear, 1), config, ["language_model.model.layers.0.q_proj"])
 
 
-def test_attaching_follows_the_patterns():
+def test_attaching_uses_the_patterns():
     model = Speech(LoraLinear, 2)
     config = AdapterConfig.from_dict(PLAIN | {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"1.q_proj": 1}, "lora_dropout": 0.5})
     names = [f"language_model.model.layers.{layer}.{proj}_proj" for layer in (0, 1) for proj in "qv"]
@@ -256,7 +256,7 @@ def test_a_new_adapter_changes_nothing():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7,), (2, 7), (0,), (2, 3, 1)])
 @pytest.mark.parametrize("training", [True, False])
-def test_forward_and_backward_are_pefts(bias, shape, training):
+def test_forward_and_backward_equal_those_of_peft(bias, shape, training):
     ours, theirs = pair(bias=bias)
     ours.train(training), theirs.train(training)
     x = torch.randn(*shape, 20, requires_grad=True)
@@ -276,7 +276,7 @@ def test_forward_and_backward_are_pefts(bias, shape, training):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_choose_for_themselves():
+def test_the_adapter_is_on_or_off_per_row():
     ours, _ = pair()
     x = torch.randn(6, 20)
     index = torch.tensor([0, -1, -1, 0, 0, -1], dtype=torch.int32)
@@ -293,14 +293,14 @@ def test_rows_choose_for_themselves():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_merged_equals_attached(dtype):
+def test_a_merged_adapter_equals_an_attached_one(dtype):
     ours, theirs = pair(dtype=dtype)
     model = nn.Sequential(ours, LoraLinear(14, 3).to(dtype))
     x = torch.randn(9, 20, dtype=dtype)
     before = ours(x)
     merge_adapter(model)
     assert ours.lora_A is None and set(ours.state_dict()) == {"weight", "bias"} and "lora" not in ours.extra_repr()
-    merge_adapter(model)  # a second time finds nothing
+    merge_adapter(model)  # has no effect
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.15}[dtype]
     torch.testing.assert_close(ours(x), before, rtol=tolerance, atol=tolerance)
     assert torch.equal(ours(x, torch.full((9,), -1, dtype=torch.int32)), ours(x))
@@ -311,14 +311,14 @@ def test_merged_equals_attached(dtype):
 # --- dropout ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_is_for_training_alone():
+def test_dropout_is_only_for_training():
     dropped, plain = pair(dropout=0.5)[0], pair()[0]
     x = torch.randn(7, 20)
     assert torch.equal(dropped.eval()(x), plain(x))
     assert not torch.equal(dropped.train()(x), dropped(x))
 
 
-def test_dropout_is_pefts_draw_for_draw():
+def test_dropout_equals_that_of_peft_with_the_same_seed():
     ours, theirs = pair(dropout=0.3)
     x = torch.randn(7, 20)
     torch.manual_seed(5)
@@ -331,13 +331,13 @@ def test_dropout_keeps_the_mean():
     ours, _ = pair(dropout=0.4)
     x = torch.randn(1, 20)
     expected = ours.eval()(x)
-    draws = ours.train()(x.expand(40_000, 20))
-    error = (draws.mean(0) - expected[0]).abs() / (draws.std(0) / math.sqrt(len(draws)))
+    samples = ours.train()(x.expand(40_000, 20))
+    error = (samples.mean(0) - expected[0]).abs() / (samples.std(0) / math.sqrt(len(samples)))
     assert error.max() < 5, "standard errors from the result without dropout"
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
-def test_dropout_leaves_rows_without_adapter(shape):
+def test_dropout_does_not_affect_rows_without_the_adapter(shape):
     ours, _ = pair(dropout=0.5)
     x = torch.randn(*shape, 20)
     index = torch.tensor([0, -1, -1, 0, 0, -1], dtype=torch.int32)
@@ -360,7 +360,7 @@ def test_a_second_adapter_has_its_own_scaling():
     torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_first_call_in_inference_mode_does_not_end_training():
+def test_training_works_after_a_call_in_inference_mode():
     ours, _ = pair()
     x = torch.randn(4, 20)
     with torch.inference_mode():
@@ -379,7 +379,7 @@ def test_an_adapter_has_the_weights_dtype_and_device():
     assert layer.lora_A.weight.is_meta and layer.lora_B.weight.is_meta
 
 
-def test_what_is_printed():
+def test_the_printed_form_shows_the_adapter():
     layer = LoraLinear(6, 4, bias=False)
     assert layer.extra_repr() == "in_features=6, out_features=4, bias=False"
     layer.attach(2, 1.5)

@@ -1,7 +1,8 @@
-"""A model small enough to be trained within a test, and utterances that it can tell apart: words as tones."""
+"""A model small enough to train within a test, with utterances that it can tell apart, since each word is a tone, and a trainer."""
 
 import json
 import wave
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,16 +10,18 @@ import torch
 from granite_speech import GraniteSpeechConfig, GraniteSpeechFeatureExtractor, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.training import Dialogue, SpeechData, Trainer, TrainerOptions, parameter_groups, prepare, read_manifest, speech_loss
 from tests.support.small_tokenizer import write_tokenizer
 
-__all__ = ["TEXTS", "write_manifest", "write_model", "write_sound"]
+__all__ = ["PARTS", "TEXTS", "make_trainer", "write_manifest", "write_model", "write_sound"]
 
+PARTS = ("encoder", "projector", "adapter", "language_model")
 TEXTS = ("one two", "two one one", "three")
 PITCHES = {"one": 500, "two": 1500, "three": 3200}
 
 
 def write_model(folder: Path, *, adapter: bool = True, seed: int = 0, dropout: float = 0.0) -> GraniteSpeechForConditionalGeneration:
-    """Write a whole checkpoint of some 80,000 parameters; an adapter of rank 4 that changes nothing yet."""
+    """Write a complete checkpoint with about 80,000 parameters. Its adapter has rank 4 and changes nothing yet."""
     vocab_size, audio_token_index = write_tokenizer(folder)
     tokenizer = GraniteSpeechTokenizer.from_folder(folder)
     config = GraniteSpeechConfig(
@@ -77,7 +80,7 @@ def write_model(folder: Path, *, adapter: bool = True, seed: int = 0, dropout: f
 
 
 def write_sound(file: Path, text: str) -> Path:
-    """A WAV in which each word is a quarter of a second of its own tone, in a little noise."""
+    """Write a WAV in which each word is a tone of a quarter of a second, with a little noise."""
     time = torch.arange(4000) / 16000
     tones = [torch.sin(2 * torch.pi * PITCHES[word] * time) * torch.hann_window(4000) for word in text.split()]
     samples = 0.5 * torch.cat(tones)
@@ -89,7 +92,7 @@ def write_sound(file: Path, text: str) -> Path:
 
 
 def write_manifest(folder: Path, texts: tuple[str, ...] = TEXTS, name: str = "train.jsonl") -> Path:
-    """Sounds and a manifest of them in one folder."""
+    """Write sound files and their manifest to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, text in enumerate(texts):
@@ -97,3 +100,29 @@ def write_manifest(folder: Path, texts: tuple[str, ...] = TEXTS, name: str = "tr
         lines.append(json.dumps({"audio": sound.name, "text": text}))
     (folder / name).write_text("\n".join(lines) + "\n")
     return folder / name
+
+
+def _add_noise(waveform: torch.Tensor, generator: torch.Generator, epoch: int) -> torch.Tensor:
+    return waveform + 0.01 * torch.randn(waveform.shape, generator=generator)
+
+
+def make_trainer(
+    folder: Path,
+    output: Path | None = None,
+    *,
+    parts: tuple[str, ...] = PARTS,
+    dtype: str = "float32",
+    model: GraniteSpeechForConditionalGeneration | None = None,
+    loss=None,
+    identity: dict | None = None,
+    seconds: float = 1.5,
+    **options,
+) -> Trainer:
+    """Trains the model in folder/model on folder/train.jsonl, with everything that is random: order, augmentation, dropout."""
+    model = model or GraniteSpeechForConditionalGeneration.from_pretrained(folder / "model", dtype=dtype)
+    groups = parameter_groups(prepare(model, parts), 0.01)
+    dialogue = Dialogue(GraniteSpeechProcessor.from_pretrained(folder / "model"), model.config)
+    data = SpeechData(read_manifest(folder / "train.jsonl"), dialogue, batch_seconds=seconds, ctc=True, augment=_add_noise)
+    loss = loss or partial(speech_loss, ctc_weight=0.5 if "encoder" in parts else 0.0)
+    options = TrainerOptions(**{"steps": 6, "learning_rate": 3e-3, "checkpoint_every": 2, **options})
+    return Trainer(model, loss, data, groups, options, folder=output, identity=identity, progress=False)

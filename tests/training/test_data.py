@@ -1,4 +1,4 @@
-"""From utterances to packed batches: who goes with whom, what the language model reads, and what is refused."""
+"""From utterances to packed batches: the plan, the token ids, and the errors."""
 
 import random
 from itertools import pairwise
@@ -42,35 +42,35 @@ def text(answer, prompt="?", line=1):
 # --- plans ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_utterance_once_and_no_batch_over_the_budget():
-    draw = random.Random(0)
+def test_a_plan_has_each_utterance_once_and_no_batch_over_budget():
+    rng = random.Random(0)
     for _ in range(30):
-        budget = draw.randint(1, 500)
-        costs = [draw.randint(1, budget) for _ in range(draw.randint(1, 2000))]
+        budget = rng.randint(1, 500)
+        costs = [rng.randint(1, budget) for _ in range(rng.randint(1, 2000))]
         batches = plan_batches(costs, budget, seed=1, epoch=0)
         assert sorted(index for batch in batches for index in batch) == list(range(len(costs)))
         assert all(batch and sum(costs[index] for index in batch) <= budget for batch in batches)
 
 
-def test_plans_are_full_sorted_within_and_drawn_anew():
-    draw = random.Random(0)
-    costs = [draw.randint(10, 200) for _ in range(5000)]
+def test_batches_are_full_of_similar_lengths_and_differ_between_epochs():
+    rng = random.Random(0)
+    costs = [rng.randint(10, 200) for _ in range(5000)]
     plans = [plan_batches(costs, 2000, seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert plans[0] == plans[1] and plans[0] != plans[2] != plans[3] != plans[0]
     assert sum(costs) / (2000 * len(plans[0])) > 0.9, "batches are nearly full"
     spreads = [max(costs[one] for one in batch) - min(costs[one] for one in batch) for batch in plans[0]]
-    assert sum(spreads) / len(spreads) < 30, "lengths in a batch are alike (without sorting 170)"
+    assert sum(spreads) / len(spreads) < 30, "lengths in a batch are similar (170 without sorting)"
     means = [sum(costs[one] for one in batch) / len(batch) for batch in plans[0]]
-    assert sum(a < b for a, b in pairwise(means)) < 0.65 * len(means), "batches do not come by length"
-    assert not {frozenset(batch) for batch in plans[0]} & {frozenset(batch) for batch in plans[2]}, "company changes"
+    assert sum(a < b for a, b in pairwise(means)) < 0.65 * len(means), "batches are not ordered by length"
+    assert not {frozenset(batch) for batch in plans[0]} & {frozenset(batch) for batch in plans[2]}, "no batch has the same members again"
 
 
-# --- what the language model reads -----------------------------------------------------------------------------------------------------
+# --- requests and answers --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["own", "third", None])
 @pytest.mark.parametrize("prompt", [None, "translate the speech to German."])
-def test_requests_are_the_processors(dialogue, utterances, template, prompt):
+def test_requests_equal_those_of_the_processor(dialogue, utterances, template, prompt):
     if template != "own":
         dialogue.processor.chat_template = THIRD if template else None
     for one in utterances[:3]:
@@ -81,7 +81,7 @@ def test_requests_are_the_processors(dialogue, utterances, template, prompt):
 
 
 @pytest.mark.parametrize("template, answer", [("own", " seven left"), ("third", "seven left"), (None, "seven left")])
-def test_answers_are_the_templates_and_end(dialogue, template, answer):
+def test_answers_follow_the_template_and_end(dialogue, template, answer):
     if template != "own":
         dialogue.processor.chat_template = THIRD if template else None
     ids = dialogue.answer("seven left")
@@ -89,14 +89,14 @@ def test_answers_are_the_templates_and_end(dialogue, template, answer):
     assert dialogue.tokenizer.decode(ids[:-1]) == answer
 
 
-def test_characters_are_code_points(dialogue):
+def test_ctc_labels_are_code_points(dialogue):
     assert dialogue.characters("ab ~") == [97, 98, 32, 126]
     for wrong in ("\x80", "’", "\0"):
         with pytest.raises(InputError, match=f"code point {ord(wrong)}"):
             dialogue.characters(f"it{wrong}s")
 
 
-def test_what_cannot_be_asked_or_answered(dialogue):
+def test_special_tokens_in_prompts_and_answers_are_refused(dialogue):
     for call in (lambda prompt: dialogue.request(prompt, 30), dialogue.text_request):
         with pytest.raises(InputError, match=r"<\|audio\|>"):
             call("what is <|audio|>?")
@@ -105,7 +105,7 @@ def test_what_cannot_be_asked_or_answered(dialogue):
             dialogue.answer(f"one {token} two")
 
 
-def test_a_processor_of_another_checkpoint(dialogue, folder):
+def test_a_processor_from_another_checkpoint_is_refused(dialogue, folder):
     config = GraniteSpeechConfig.from_pretrained(folder)
     config.audio_token_index += 1
     with pytest.raises(ConfigError, match="audio_token_index"):
@@ -119,7 +119,7 @@ def test_a_processor_of_another_checkpoint(dialogue, folder):
 # --- batches ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_of_speech(dialogue, utterances):
+def test_contents_of_a_batch_of_speech(dialogue, utterances):
     data = SpeechData(utterances, dialogue, batch_seconds=3.0, ctc=True)
     batch = data.load(0, [2, 0])
     waves = [load_audio(utterances[index].audio) for index in (2, 0)]
@@ -140,7 +140,7 @@ def test_a_batch_of_speech(dialogue, utterances):
     assert batch.counts == {"answer_tokens": len(batch.answers), "characters": 12}
 
 
-def test_a_batch_of_texts(dialogue):
+def test_contents_of_a_batch_of_texts(dialogue):
     data = TextData([text("two"), text("three one", "what?")], dialogue, batch_tokens=100)
     batch = data.load(0, [1, 0])
     assert batch.frames is None and len(batch.audio_places) == 0 and batch.audio_seconds == 0
@@ -152,7 +152,7 @@ def test_a_batch_of_texts(dialogue):
         TextData([text("two"), text("one " * 50, line=7)], dialogue, batch_tokens=40)
 
 
-def test_features_are_kept_and_bounded(dialogue, tmp_path):
+def test_features_are_cached_up_to_a_limit(dialogue, tmp_path):
     utterances = read_manifest(write_manifest(tmp_path))
     data = SpeechData(utterances, dialogue, batch_seconds=3.0)
     small = SpeechData(utterances, dialogue, batch_seconds=3.0, cache_bytes=20_000)
@@ -166,17 +166,17 @@ def test_features_are_kept_and_bounded(dialogue, tmp_path):
 
 def test_augmentation_follows_from_seed_epoch_and_utterance(dialogue, utterances):
     def louder(waveform, generator, epoch):
-        return waveform.mul_(1 + torch.rand(1, generator=generator))  # in place: the kept waveform must not suffer
+        return waveform.mul_(1 + torch.rand(1, generator=generator))  # in place, which must not change the cached waveform
 
     def make(seed=0, augment=louder):
         return SpeechData(utterances, dialogue, batch_seconds=5.0, seed=seed, augment=augment)
 
     data = make()
     first = data.load(0, [0, 3]).frames
-    assert not torch.equal(data.load(1, [0, 3]).frames, first), "each epoch draws its own"
-    assert torch.equal(data.load(0, [0, 3]).frames, first), "and the same again"
-    assert torch.equal(make().load(0, [0, 3]).frames, first), "whatever was loaded before"
-    assert torch.equal(make().load(0, [3]).frames, first[-len(make().load(0, [3]).frames) :]), "in whatever company"
+    assert not torch.equal(data.load(1, [0, 3]).frames, first), "epochs differ"
+    assert torch.equal(data.load(0, [0, 3]).frames, first), "an epoch is repeatable"
+    assert torch.equal(make().load(0, [0, 3]).frames, first), "other loads have no effect"
+    assert torch.equal(make().load(0, [3]).frames, first[-len(make().load(0, [3]).frames) :]), "the rest of the batch has no effect"
     assert not torch.equal(make(seed=1).load(0, [0, 3]).frames, first)
     with pytest.raises(AudioError, match=r"line 1: .*NaN"):
         make(augment=lambda waveform, generator, epoch: waveform * torch.nan).load(0, [0])
@@ -184,20 +184,20 @@ def test_augmentation_follows_from_seed_epoch_and_utterance(dialogue, utterances
         make(augment=lambda waveform, generator, epoch: waveform[:100]).load(0, [0])
 
 
-def test_what_does_not_fit(dialogue, utterances, tmp_path):
+def test_utterances_that_do_not_fit_are_refused(dialogue, utterances, tmp_path):
     with pytest.raises(InputError, match=r"line 6: 1\.0 seconds"):
         SpeechData(utterances, dialogue, batch_seconds=0.9)
     manifest = write_manifest(tmp_path, ("one",))
     clip = {"audio": "train.jsonl-0.wav"}
-    for words, said in (
+    for words, message in (
         ("a" * 8, "line 1: 13 frames .* for 15 labels"),
         ("abcdefghijklmn", "for 14 labels"),
         ("naïve ’", "code point 239"),
     ):
         manifest.write_text(str(clip | {"text": words}).replace("'", '"'))
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             SpeechData(read_manifest(manifest), dialogue, batch_seconds=5.0, ctc=True)
-        SpeechData(read_manifest(manifest), dialogue, batch_seconds=5.0)  # without a CTC loss they are as good as any
+        SpeechData(read_manifest(manifest), dialogue, batch_seconds=5.0)  # valid without a CTC loss
     manifest.write_text(str(clip | {"text": "one", "prompt": "<|audio|>?"}).replace("'", '"'))
     with pytest.raises(InputError, match="line 1: the prompt"):
         SpeechData(read_manifest(manifest), dialogue, batch_seconds=5.0)

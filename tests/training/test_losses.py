@@ -1,4 +1,4 @@
-"""The three losses, against the model's own forward, and CTC against the sum over all alignments."""
+"""Losses: cross entropy against the model's own forward, and CTC against the sum over all alignments."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def utterances(tmp_path_factory):
 
 @pytest.fixture
 def model(folder):
-    """In float64, with an adapter that does something."""
+    """In float64, with an adapter that has an effect."""
     model = GraniteSpeechForConditionalGeneration.from_pretrained(folder, dtype="float64")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -60,8 +60,8 @@ def gradients(model, *values):
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 
-def test_speech_loss_is_the_models_own(folder, utterances, model, data):
-    """The mean over the answers' tokens that `forward` computes from labels, prompts padded and masked with -100."""
+def test_speech_loss_equals_the_models_own(folder, utterances, model, data):
+    """`forward` computes the mean over the answers' tokens from padded prompts, with labels of -100 outside the answers."""
     batch = data.load(0, [0, 1, 2])
     mine = speech_loss(model, batch, batch.counts)
     assert mine.parts.keys() == {"lm"} and mine.total is mine.parts["lm"]
@@ -79,14 +79,14 @@ def test_speech_loss_is_the_models_own(folder, utterances, model, data):
     assert not torch.allclose(mine.total, model(input_ids=ids, attention_mask=mask, labels=ids, **inputs).loss, rtol=1e-3)
 
 
-def test_ctc_loss_is_the_sum_over_alignments(model):
-    """All paths of four frames over the head's labels that collapse to the text; both heads."""
+def test_ctc_loss_equals_the_sum_over_alignments(model):
+    """Sums over all paths of the clips' frames that collapse to the text, for the middle and last layers."""
     frames = torch.randn(7, 160, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     rows = [Row([1, 2], 1, [2, 2], "a"), Row([1, 2], 1, [1], "b")]
     clips = (4, 3)
     batch = Batch.pack(rows, frames.split(clips), audio_token=0, audio_seconds=0.0, device=torch.device("cpu"))
     encoder, segments = model.encoder, Segments(clips, torch.device("cpu"))
-    # A head of three labels: 128 to the fourth power of paths would be too many.
+    # Only three labels: with 128, four frames would have 128 ** 4 paths.
     encoder.out.weight = torch.nn.Parameter(torch.cat([encoder.out.weight[:3], encoder.out.weight[3:] * 0]))
     encoder.out.bias = torch.nn.Parameter(torch.cat([torch.zeros(3), torch.full((125,), -1e9)]).double())
 
@@ -109,16 +109,16 @@ def test_ctc_loss_is_the_sum_over_alignments(model):
     assert value.total.item() == pytest.approx((0.75 * sums[0] + 0.25 * sums[1]) / 3, rel=1e-9)
 
 
-def test_ctc_beside_the_language_models_loss(model, data):
+def test_the_ctc_loss_is_added_with_its_weight(model, data):
     batch = data.load(0, [0, 1])
     language, ctc = speech_loss(model, batch, batch.counts), ctc_loss(model, batch, batch.counts, middle=0.5)
     both = speech_loss(model, batch, batch.counts, ctc_weight=0.3)
     assert torch.allclose(both.total, language.total + 0.3 * ctc.total, rtol=1e-12)
     assert both.parts.keys() == {"lm", "ctc", "ctc_middle"}
-    assert not model.encoder.out._forward_hooks, "no hook is left behind"
+    assert not model.encoder.out._forward_hooks, "the hook is removed"
 
 
-def test_who_gets_a_gradient(model, data):
+def test_each_loss_has_gradients_for_the_right_parameters(model, data):
     batch = data.load(0, [0, 1, 2])
     prepare(model, PARTS)
     model.eval()
@@ -129,7 +129,7 @@ def test_who_gets_a_gradient(model, data):
     assert all(one.abs().max() > 0 for name, one in everything.items() if not name.endswith(("attn.to_kv.bias", "key.bias")))
 
 
-def test_text_loss_has_the_adapter_off(model, data):
+def test_text_loss_does_not_use_the_adapter(model, data):
     texts = [Utterance(text=one, prompt="?", audio=None, manifest="m", line=1) for one in TEXTS]
     batch = TextData(texts, data.dialogue, batch_tokens=100).load(0, [0, 1, 2])
     prepare(model, PARTS)
@@ -145,10 +145,10 @@ def test_text_loss_has_the_adapter_off(model, data):
 
 
 @pytest.mark.parametrize("loss", ["ctc", "speech"])
-def test_several_batches_are_one_of_their_size(model, data, loss):
-    """However unequal they are: each adds its sum over the labels of the whole step."""
+def test_several_batches_have_the_gradient_of_one_large_batch(model, data, loss):
+    """Also if their sizes differ."""
     prepare(model, PARTS)
-    model.eval()  # BatchNorm in training mode sees a batch, and two are not one
+    model.eval()  # in training mode BatchNorm would depend on the batch
     function = ctc_loss if loss == "ctc" else lambda *call: speech_loss(*call, ctc_weight=0.5)
     whole, parts = data.load(0, [0, 1, 2]), [data.load(0, [2]), data.load(0, [0, 1])]
     assert {name: sum(part.counts[name] for part in parts) for name in whole.counts} == whole.counts
@@ -158,7 +158,7 @@ def test_several_batches_are_one_of_their_size(model, data, loss):
         assert torch.allclose(found[name], one, rtol=1e-8, atol=1e-10), name
 
 
-def test_a_clip_cut_too_short_for_its_text_adds_nothing(model, data):
+def test_a_clip_too_short_for_its_text_adds_no_loss(model, data):
     batch = data.load(0, [0])
     rows = [Row([1, 2], 1, [97] * 40, "too long"), Row([1, 2], 1, [97], "right")]
     clips = [batch.frames[:10], batch.frames[:10]]
@@ -168,8 +168,8 @@ def test_a_clip_cut_too_short_for_its_text_adds_nothing(model, data):
     assert torch.allclose(ctc_loss(model, pair, counts).total, ctc_loss(model, alone, counts).total)
 
 
-def test_label_loss_is_the_distance_from_what_the_encoder_reads(model, data):
-    """Clip by clip, window by window, in plain loops."""
+def test_label_loss_is_the_distance_from_the_encoders_letters(model, data):
+    """Computed here clip by clip and window by window, in plain loops."""
     batch, tokens = data.load(0, [0, 1, 2]), torch.arange(128) + 3
     value = label_loss(model, batch, batch.counts, tokens=tokens)
     width, share = model.config.window_size, model.config.downsample_rate
@@ -188,7 +188,7 @@ def test_label_loss_is_the_distance_from_what_the_encoder_reads(model, data):
     assert half.total.item() == pytest.approx(value.total.item() / 2)
 
 
-def test_a_projector_learns_the_labels(model, data):
+def test_label_loss_can_be_minimized(model, data):
     batch, tokens = data.load(0, [0, 1, 2]), torch.arange(128) + 3
     optimizer = torch.optim.Adam(prepare(model, ("projector",)).values(), lr=0.02)
     distances = []

@@ -1,4 +1,4 @@
-"""Manifests: what is read, and that a bad line is named with its file and number before anything is trained."""
+"""Manifests: their contents, and errors that name the file and line before training starts."""
 
 import json
 import wave
@@ -26,7 +26,7 @@ def write(folder, *lines, name="m.jsonl"):
 GOOD = {"audio": "one.wav", "text": "one"}
 
 
-def test_what_a_manifest_holds(folder):
+def test_reading_a_manifest(folder):
     elsewhere = write_sound(folder / "sub" / "two.wav", "two")
     lines = (
         b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r",
@@ -41,10 +41,10 @@ def test_what_a_manifest_holds(folder):
     assert (text.audio, text.prompt, text.text) == (None, "one?", "1")
 
 
-def test_a_line_may_say_who_speaks(folder):
-    said, unsaid = read_manifest(write(folder, GOOD | {"voice": "anna"}, GOOD))
-    assert (said.voice, unsaid.voice) == ("anna", None)
-    assert (said.text, said.prompt, said.audio) == (unsaid.text, unsaid.prompt, unsaid.audio)
+def test_a_line_may_name_the_speaker(folder):
+    named, unnamed = read_manifest(write(folder, GOOD | {"voice": "anna"}, GOOD))
+    assert (named.voice, unnamed.voice) == ("anna", None)
+    assert (named.text, named.prompt, named.audio) == (unnamed.text, unnamed.prompt, unnamed.audio)
 
 
 BAD = {
@@ -60,25 +60,25 @@ BAD = {
     "null prompt": (GOOD | {"prompt": None}, "prompt = None"),
     "voice of another type": (GOOD | {"voice": 5}, "voice = 5"),
     "blank voice": (GOOD | {"voice": " "}, "voice = ' '"),
-    "half a character": (GOOD | {"text": "\ud800"}, "half of a character"),
-    "NUL": (GOOD | {"audio": "one.wav\0"}, "NUL"),
+    "an unpaired surrogate": (GOOD | {"text": "\ud800"}, "an unpaired surrogate"),
+    "NUL": (GOOD | {"audio": "one.wav\0"}, "contains a NUL character"),
     "unknown key": (GOOD | {"duration": 1.0}, "unknown keys 'duration'"),
-    "no such file": (GOOD | {"audio": "two.wav"}, "two.wav', which is not there"),
+    "no such file": (GOOD | {"audio": "two.wav"}, "two.wav', which does not exist"),
     "a folder": (GOOD | {"audio": "sub"}, "which is a folder"),
 }
 
 
-@pytest.mark.parametrize("line, said", BAD.values(), ids=BAD)
-def test_a_bad_line_is_named_before_the_model_is_looked_for(folder, line, said):
+@pytest.mark.parametrize("line, message", BAD.values(), ids=BAD)
+def test_an_invalid_line_is_reported_before_the_model_is_loaded(folder, line, message):
     manifest = write(folder, GOOD, b"", GOOD, line, GOOD)
     with pytest.raises(InputError) as caught:
         finetune(manifest, folder / "no model", folder / "out", progress=False)
-    assert f"{manifest}, line 4: " in caught.value.got and said in caught.value.got
+    assert f"{manifest}, line 4: " in caught.value.got and message in caught.value.got
     assert caught.value.expected and caught.value.remedy
     assert not (folder / "out").exists()
 
 
-def test_texts_have_no_audio(folder):
+def test_texts_have_a_prompt_and_no_audio(folder):
     with pytest.raises(InputError, match="unknown keys 'audio'"):
         read_manifest(write(folder, GOOD | {"prompt": "?"}), audio=False)
     with pytest.raises(InputError, match="unknown keys 'voice'"):
@@ -87,14 +87,14 @@ def test_texts_have_no_audio(folder):
         read_manifest(write(folder, {"text": "one"}), audio=False)
 
 
-def test_no_manifest(folder):
-    for path, said in ((folder / "absent.jsonl", "absent.jsonl"), (folder, "cannot be read"), (write(folder, b"\n"), "without a line")):
-        with pytest.raises(InputError, match=said):
+def test_missing_and_empty_manifests_are_refused(folder):
+    for path, message in ((folder / "absent.jsonl", "absent.jsonl"), (folder, "cannot be read"), (write(folder, b"\n"), "has no lines")):
+        with pytest.raises(InputError, match=message):
             read_manifest(path)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100])
-def test_lengths_from_headers_are_those_of_the_samples(tmp_path, rate):
+def test_lengths_from_headers_equal_the_number_of_samples(tmp_path, rate):
     for samples in (1, 999, 4321):
         with wave.open(str(tmp_path / "a.wav"), "wb") as file:
             file.setparams((2, 2, rate, 0, "NONE", ""))
@@ -103,8 +103,8 @@ def test_lengths_from_headers_are_those_of_the_samples(tmp_path, rate):
         assert one.count_samples(16000) == len(one.waveform(16000))
 
 
-def test_a_header_that_does_not_know_the_length_is_not_believed(tmp_path):
-    """As a program writes that pipes a WAV."""
+def test_an_unknown_length_in_a_header_is_ignored(tmp_path):
+    """Programs that pipe a WAV write such headers."""
     file = write_sound(tmp_path / "one.wav", "one")
     data = bytearray(file.read_bytes())
     data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
@@ -113,7 +113,7 @@ def test_a_header_that_does_not_know_the_length_is_not_believed(tmp_path):
     assert one.count_samples(16000) == len(one.waveform(16000)) == 4000
 
 
-def test_sound_that_does_not_decode_names_its_line(folder):
+def test_an_undecodable_sound_file_names_its_line(folder):
     manifest = write(folder, GOOD, GOOD | {"audio": "noise.wav"})
     utterance = read_manifest(manifest)[1]
     for call in (utterance.count_samples, utterance.waveform):

@@ -1,4 +1,4 @@
-"""The optimizer by itself: AdamW of float32 masters, and the course of its rate."""
+"""The optimizer alone: AdamW on float32 masters, and the learning rate schedule."""
 
 import pytest
 import torch
@@ -7,22 +7,20 @@ from granite_speech.training import learning_rate, parameter_groups
 from granite_speech.training.optimizer import MasterAdamW, ParameterGroup
 
 
-def test_the_rates_course():
-    course = [learning_rate(step, 100, peak=2.0, warmup=0.1) for step in range(100)]
-    assert course[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    assert course[10] == 2.0 and max(course) == 2.0
-    assert course[10:] == sorted(course[10:], reverse=True) and 0 < course[-1] < 0.01
-    assert course[55] == pytest.approx(1.0)
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    rates = [learning_rate(step, 100, peak=2.0, warmup=0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[10] == 2.0 and max(rates) == 2.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.01
+    assert rates[55] == pytest.approx(1.0)
     assert learning_rate(0, 1, peak=1.0, warmup=0.0) == 1.0
     assert learning_rate(0, 1, peak=1.0, warmup=1.0) == 1.0
 
 
-def test_the_optimizer_is_torchs_adamw():
-    """Decay of matrices alone, clipping by the norm of all gradients, each group at its own rate."""
-    generator = torch.Generator().manual_seed(0)
-    mine = {
-        name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in (("w", (3, 4)), ("b", (4,)), ("v", (2, 2)))
-    }
+def test_the_optimizer_equals_torchs_adamw():
+    """With weight decay for matrices only, clipping by the total norm, and a rate for each group."""
+    rng = torch.Generator().manual_seed(0)
+    mine = {name: torch.nn.Parameter(torch.randn(shape, generator=rng)) for name, shape in (("w", (3, 4)), ("b", (4,)), ("v", (2, 2)))}
     theirs = {name: torch.nn.Parameter(one.detach().clone()) for name, one in mine.items()}
     groups = [*parameter_groups({name: mine[name] for name in "wb"}, 0.1), ParameterGroup({"v": mine["v"]}, 0.0, rate=0.5)]
     optimizer = MasterAdamW(groups)
@@ -35,7 +33,7 @@ def test_the_optimizer_is_torchs_adamw():
         lr=0.02,
     )
     for _ in range(5):
-        gradients = {name: 10 * torch.randn(one.shape, generator=generator) for name, one in mine.items()}
+        gradients = {name: 10 * torch.randn(one.shape, generator=rng) for name, one in mine.items()}
         for parameters in (mine, theirs):
             for name, one in parameters.items():
                 one.grad = gradients[name].clone()
@@ -47,8 +45,8 @@ def test_the_optimizer_is_torchs_adamw():
         assert torch.allclose(one, theirs[name], atol=1e-6), name
 
 
-def test_masters_keep_what_bfloat16_would_lose():
-    """Steps of a thousandth of a weight's rounding add up, and so do gradients of many batches."""
+def test_masters_keep_changes_that_bfloat16_would_lose():
+    """Steps smaller than a weight's rounding error add up, and so do gradients of several batches."""
     weight = torch.nn.Parameter(torch.full((2, 2), 1.0, dtype=torch.bfloat16))
     optimizer = MasterAdamW([ParameterGroup({"w": weight})])
     for _ in range(30):

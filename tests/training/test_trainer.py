@@ -1,4 +1,4 @@
-"""The loop: steps, what they change and leave, and that an interruption changes nothing."""
+"""The training loop: which weights a step changes, and that a resumed run equals an uninterrupted one."""
 
 import json
 import math
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,9 +30,7 @@ from granite_speech.training import (
     text_loss,
 )
 from tests.support.paths import ROOT
-from tests.support.tiny_speech import TEXTS, write_manifest, write_model
-
-PARTS = ("encoder", "projector", "adapter", "language_model")
+from tests.support.tiny_speech import PARTS, TEXTS, make_trainer, write_manifest, write_model
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +39,6 @@ def folder(tmp_path_factory):
     write_model(folder / "model", dropout=0.2)
     write_manifest(folder, (*TEXTS, "one", "two", "three one"))
     return folder
-
-
-def noise(waveform, generator, epoch):
-    return waveform + 0.01 * torch.randn(waveform.shape, generator=generator)
-
-
-def make_trainer(folder, output=None, *, parts=PARTS, dtype="float32", model=None, loss=None, identity=None, seconds=1.5, **options):
-    """Two batches an epoch, with everything in them that is drawn: order, augmentation, dropout."""
-    model = model or GraniteSpeechForConditionalGeneration.from_pretrained(folder / "model", dtype=dtype)
-    groups = parameter_groups(prepare(model, parts), 0.01)
-    dialogue = Dialogue(GraniteSpeechProcessor.from_pretrained(folder / "model"), model.config)
-    data = SpeechData(read_manifest(folder / "train.jsonl"), dialogue, batch_seconds=seconds, ctc=True, augment=noise)
-    loss = loss or partial(speech_loss, ctc_weight=0.5 if "encoder" in parts else 0.0)
-    options = TrainerOptions(**{"steps": 6, "learning_rate": 3e-3, "checkpoint_every": 2, **options})
-    return Trainer(model, loss, data, groups, options, folder=output, identity=identity, progress=False)
 
 
 def losses(trainer):
@@ -70,11 +52,11 @@ def uninterrupted(folder):
     return trainer
 
 
-# --- an interruption changes nothing -------------------------------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_training_has_the_same_losses_and_another_seed_others(folder, uninterrupted):
-    torch.manual_seed(123)  # what the caller has drawn does not matter, and stays his
+def test_losses_are_reproducible_and_depend_on_the_seed(folder, uninterrupted):
+    torch.manual_seed(123)  # the caller's generator has no effect and is not changed
     again = make_trainer(folder)
     again.run()
     assert torch.initial_seed() == 123
@@ -85,7 +67,7 @@ def test_the_same_training_has_the_same_losses_and_another_seed_others(folder, u
 
 
 @pytest.mark.parametrize("dtype, accumulate", [("float32", 1), ("bfloat16", 2)])
-def test_going_on_is_as_if_nothing_had_been(folder, tmp_path, uninterrupted, dtype, accumulate):
+def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, uninterrupted, dtype, accumulate):
     whole = uninterrupted
     if dtype != "float32":
         whole = make_trainer(folder, dtype=dtype, accumulate=accumulate)
@@ -108,7 +90,7 @@ def test_going_on_is_as_if_nothing_had_been(folder, tmp_path, uninterrupted, dty
 KILLED = """
 import sys
 from pathlib import Path
-from tests.training.test_trainer import make_trainer
+from tests.support.tiny_speech import make_trainer
 import torch
 torch.set_num_threads(1)
 trainer = make_trainer(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -116,24 +98,24 @@ trainer.run()
 """
 
 
-def test_a_kill_in_the_middle(folder, tmp_path, uninterrupted):
-    """Without a warning, somewhere behind the second step: what is there can be gone on with, to the same losses."""
+def test_a_killed_run_resumes_with_the_same_losses(folder, tmp_path, uninterrupted):
+    """The process is killed at some point after its second step."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(tmp_path)], env=environment)
     log = tmp_path / "log.jsonl"
     while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 3):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was to be killed before it was through"
+    assert process.wait() == -signal.SIGKILL, "the process finished before it was killed"
     with open(log, "a") as file:
-        file.write('{"step": 4, "lo')  # as when it is killed while it writes
+        file.write('{"step": 4, "lo')  # as if killed while writing
     trainer = make_trainer(folder, tmp_path)
     assert trainer.resume() and 2 <= trainer.step < 6
     trainer.run()
     assert losses(trainer) == losses(uninterrupted)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(folder, tmp_path, monkeypatch):
+def test_a_failed_checkpoint_write_keeps_the_previous_checkpoint(folder, tmp_path, monkeypatch):
     import safetensors.torch
 
     trainer = make_trainer(folder, tmp_path, steps=2, checkpoint_every=1)
@@ -141,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(folder, tmp_p
     before = (tmp_path / "state.safetensors").read_bytes()
 
     def fail(tensors, file, metadata):
-        Path(file).write_bytes(b"half of")
+        Path(file).write_bytes(b"the first part")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
@@ -152,31 +134,31 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(folder, tmp_p
     assert make_trainer(folder, tmp_path, steps=2, checkpoint_every=1).resume()
 
 
-def test_another_training_is_not_gone_on_with(folder, tmp_path):
+def test_a_checkpoint_of_a_different_training_is_refused(folder, tmp_path):
     make_trainer(folder, tmp_path, identity={"model": "a"}).run(seconds=0)
     cases = (
-        ({"learning_rate": 1e-4}, "learning_rate = 0.0001 (there 0.003)"),
-        ({"identity": {"model": "b"}}, "model = 'b' (there 'a')"),
-        ({"seed": 2, "steps": 9}, "seed = 2 (there 0), steps = 9 (there 6)"),
+        ({"learning_rate": 1e-4}, "learning_rate = 0.0001 (was 0.003)"),
+        ({"identity": {"model": "b"}}, "model = 'b' (was 'a')"),
+        ({"seed": 2, "steps": 9}, "seed = 2 (was 0), steps = 9 (was 6)"),
     )
-    for change, said in cases:
+    for change, message in cases:
         with pytest.raises(InputError) as caught:
             make_trainer(folder, tmp_path, **{"identity": {"model": "a"}} | change).resume()
-        assert said in caught.value.got
+        assert message in caught.value.got
     with pytest.raises(CheckpointError, match=r"differs in .* parameters"):
         make_trainer(folder, tmp_path, identity={"model": "a"}, parts=("projector",)).resume()
     assert make_trainer(folder, tmp_path, identity={"model": "a"}, checkpoint_every=5, validate_every=3).resume()
     (tmp_path / "state.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(CheckpointError, match="no checkpoint of a training"):
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
         make_trainer(folder, tmp_path, identity={"model": "a"}).resume()
     assert not make_trainer(folder, tmp_path / "empty").resume()
 
 
-# --- what trains and what does not ------------------------------------------------------------------------------------------------------
+# --- trainable and frozen parts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [("projector", "adapter"), ("encoder",), ("language_model",), PARTS])
-def test_what_is_frozen_stays_and_what_trains_moves(folder, parts):
+def test_trainable_parts_change_and_frozen_parts_do_not(folder, parts):
     trainer = make_trainer(folder, parts=parts, steps=3, loss=ctc_loss if parts == ("encoder",) else None)
     model = trainer.model
     before = {name: one.clone() for name, one in model.state_dict().items()}
@@ -194,8 +176,8 @@ def test_what_is_frozen_stays_and_what_trains_moves(folder, parts):
     assert [model.encoder.training, model.projector.training] == ["encoder" in parts, "projector" in parts]
 
 
-def test_statistics_of_the_batch_are_of_its_frames_alone(folder):
-    """As of all clips' frames in one tensor, with no padding among them."""
+def test_batch_norm_statistics_exclude_padding(folder):
+    """They are those of the packed frames of all clips."""
     trainer = make_trainer(folder, parts=("encoder",))
     batch = trainer.source.load(0, [0, 1, 2])
     seen = []
@@ -207,13 +189,13 @@ def test_statistics_of_the_batch_are_of_its_frames_alone(folder):
     assert torch.allclose(norm.running_mean, 0.9 * before + 0.1 * seen[0].mean(0), atol=1e-6)
 
 
-def test_nothing_to_train(tmp_path):
+def test_training_an_absent_adapter_is_refused(tmp_path):
     model = write_model(tmp_path, adapter=False)
     with pytest.raises(InputError, match="without an adapter"):
         prepare(model, ("adapter",))
 
 
-def test_a_fresh_adapter_changes_nothing_until_it_is_trained(tmp_path):
+def test_a_new_adapter_changes_nothing_until_it_is_trained(tmp_path):
     model = write_model(tmp_path, adapter=False)
     ids = torch.tensor([[1, 2, 3]])
     embeddings = model.embed_tokens(ids)
@@ -228,8 +210,8 @@ def test_a_fresh_adapter_changes_nothing_until_it_is_trained(tmp_path):
         attach_fresh_adapter(model, rank=3, alpha=6, targets=("q_proj",))
 
 
-def test_a_recipe_in_three_stages(tmp_path):
-    """Encoder by CTC, language model on text, then projector and adapter with the rest frozen: one model, one loop, three losses."""
+def test_one_model_trains_in_three_stages(tmp_path):
+    """The encoder by CTC, the language model on text, then projector and adapter on speech with the rest frozen."""
     model = write_model(tmp_path / "model")
     dialogue = Dialogue(GraniteSpeechProcessor.from_pretrained(tmp_path / "model"), model.config)
     utterances = read_manifest(write_manifest(tmp_path))
@@ -240,16 +222,16 @@ def test_a_recipe_in_three_stages(tmp_path):
         groups = parameter_groups(prepare(model, parts), 0.0)
         trainer = Trainer(model, loss, source, groups, TrainerOptions(steps=12, learning_rate=1e-2), progress=False)
         trainer.run()
-        course = [one["loss"] for one in trainer.history]
-        assert course[-1] < 0.995 * course[0], (parts, course)
+        history = [one["loss"] for one in trainer.history]
+        assert history[-1] < 0.995 * history[0], (parts, history)
         assert [one["audio_seconds"] for one in trainer.history[:1]] == [0 if source is text else 1.5]
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_accumulated_batches_are_one_step(folder):
-    """Two batches of a step have the gradient of one batch with all in it, where no batch sees its own statistics."""
+def test_accumulated_batches_equal_one_large_batch(folder):
+    """The encoder is frozen, because BatchNorm's statistics would depend on the batch."""
     parts, options = ("projector", "adapter"), {"steps": 1, "learning_rate": 1e-3}
     model = write_model(folder / "plain")
     results = []
@@ -264,29 +246,29 @@ def test_accumulated_batches_are_one_step(folder):
     assert results[0]["audio_seconds"] == results[1]["audio_seconds"] == 2.5
 
 
-def test_steps_follow_from_epochs(folder):
+def test_each_epoch_uses_each_utterance_once(folder):
     trainer = make_trainer(folder, steps=None, epochs=3, accumulate=4)
     assert trainer.steps == math.ceil(sum(len(trainer.source.plan(epoch)) for epoch in range(3)) / 4) == 2
     trainer = make_trainer(folder, steps=None, epochs=2, parts=("projector",))
-    heard = []
+    loaded = []
     load = trainer.source.load
-    trainer.source.load = lambda epoch, indices: heard.append((epoch, *sorted(indices))) or load(epoch, indices)
+    trainer.source.load = lambda epoch, indices: loaded.append((epoch, *sorted(indices))) or load(epoch, indices)
     trainer.run()
     for epoch in range(2):
-        assert sorted(index for one in heard for index in one[1:] if one[0] == epoch) == list(range(6))
+        assert sorted(index for one in loaded for index in one[1:] if one[0] == epoch) == list(range(6))
 
 
-def test_a_step_takes_the_clipped_gradient_at_the_courses_rate(folder):
+def test_a_step_uses_the_clipped_gradient_and_the_scheduled_rate(folder):
     trainer = make_trainer(folder, parts=("projector",), steps=4, warmup=0.5, clip_norm=0.01, learning_rate=0.5)
     trainer.run(seconds=0)
     trainer._step([next(trainer._batches())])
     moments = [value for name, value in trainer.optimizer.state().items() if name.startswith("exp_avg/")]
-    assert torch.stack([one.norm() for one in moments]).norm() == pytest.approx(0.1 * 0.01, rel=1e-3)  # of which AdamW takes a tenth
+    assert torch.stack([one.norm() for one in moments]).norm() == pytest.approx(0.1 * 0.01, rel=1e-3)  # AdamW's momentum
     assert {group["lr"] for group in trainer.optimizer.optimizer.param_groups} == {0.25}
 
 
-def test_bfloat16_learns_as_float32_does(folder):
-    """Norms' statistics stay in float32, everything else of the model in bfloat16."""
+def test_bfloat16_losses_are_close_to_those_of_float32(folder):
+    """BatchNorm stays in float32; the rest of the model is in bfloat16."""
     results = {}
     for dtype in ("float32", "bfloat16"):
         trainer = make_trainer(folder, dtype=dtype, steps=6)
@@ -299,7 +281,7 @@ def test_bfloat16_learns_as_float32_does(folder):
     assert results["bfloat16"] == pytest.approx(results["float32"], rel=0.05)
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_model(folder, tmp_path):
+def test_a_loss_that_is_not_finite_stops_training_without_a_step(folder, tmp_path):
     def broken(model, batch, counts):
         value = ctc_loss(model, batch, counts)
         return value._replace(total=value.total * (torch.nan if broken.calls == 2 else 1.0))
@@ -320,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_model(folder, tmp_path):
     assert all(one.isfinite().all() for one in trainer.model.state_dict().values())
 
 
-def test_validations_are_in_evaluation_mode_and_leave_the_modes(folder):
+def test_validation_runs_in_evaluation_mode_and_restores_the_modes(folder):
     seen = []
 
     def validate(model):
@@ -335,7 +317,7 @@ def test_validations_are_in_evaluation_mode_and_leave_the_modes(folder):
     assert [one["step"] for one in trainer.history if "wer" in one] == [0, 2, 4, 5]
 
 
-def test_beginning_again_forgets_what_was(folder, tmp_path):
+def test_starting_again_clears_the_log(folder, tmp_path):
     for _ in range(2):
         trainer = make_trainer(folder, tmp_path, parts=("projector",))
         trainer.validate = lambda model: {"wer": 1.0}
@@ -344,7 +326,7 @@ def test_beginning_again_forgets_what_was(folder, tmp_path):
     assert trainer.history == [{"step": 0, "wer": 1.0}] == [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_bar_shows_loss_and_speed(folder, capfd):
+def test_the_progress_bar_shows_loss_and_speed(folder, capfd):
     trainer = make_trainer(folder, steps=2)
     trainer.progress = True
     trainer.run()
@@ -352,70 +334,13 @@ def test_the_bar_shows_loss_and_speed(folder, capfd):
     assert out == "" and "2/2" in err and "audio-s/s" in err and f"loss {trainer.history[-1]['loss']:.4g}" in err
 
 
-# --- several processes ---------------------------------------------------------------------------------------------------------------
-
-TOGETHER = """
-import sys
-from pathlib import Path
-import torch.distributed as dist
-from tests.training.test_trainer import make_trainer
-dist.init_process_group("gloo")
-trainer = make_trainer(Path(sys.argv[1]), Path(sys.argv[2]), accumulate=2, dtype=sys.argv[3])
-trainer.resume()
-trainer.run(seconds=None if sys.argv[4] == "all" else float(sys.argv[4]))
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def run_together(folder, output, dtype="float32", seconds="all"):
-    script = output.with_suffix(".py")
-    script.write_text(TOGETHER)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        script,
-        folder,
-        output,
-        dtype,
-        seconds,
-    ]
-    roots = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    folder = tmp_path / "everything"
-    write_model(folder / "model")  # without dropout, of which each process draws its own
-    write_manifest(folder, (*TEXTS, "one", "two", "three one"))
-    alone = make_trainer(folder, accumulate=2)
-    alone.run()
-    together = run_together(folder, tmp_path / "together")
-    assert [one["step"] for one in together] == [one["step"] for one in alone.history]
-    for mine, theirs in zip(together, alone.history, strict=True):
-        assert mine.keys() == theirs.keys() and mine["audio_seconds"] == pytest.approx(theirs["audio_seconds"])
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3) and mine["epoch"] == theirs["epoch"]
-        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-2)
-    # Out of time at once, both stop at a checkpoint; called again, they go on from it.
-    assert run_together(folder, tmp_path / "pieces", seconds="0") == []
-    assert [one["loss"] for one in run_together(folder, tmp_path / "pieces")] == pytest.approx([one["loss"] for one in together], rel=1e-4)
-
-
-def test_batches_that_processes_cannot_share(folder, monkeypatch):
+def test_batches_that_cannot_be_divided_among_processes_are_refused(folder, monkeypatch):
     for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 2}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     with pytest.raises(InputError, match="accumulate = 3 for 2 processes"):
         make_trainer(folder, accumulate=3)
 
 
-def test_adam_forgets_as_fast_as_it_is_told(folder):
-    quick, slow = (make_trainer(folder, beta2=beta2).optimizer.optimizer.param_groups[0]["betas"] for beta2 in (0.98, 0.999))
-    assert (quick, slow) == ((0.9, 0.98), (0.9, 0.999))
+def test_beta2_reaches_adam(folder):
+    low, default = (make_trainer(folder, beta2=beta2).optimizer.optimizer.param_groups[0]["betas"] for beta2 in (0.98, 0.999))
+    assert (low, default) == ((0.9, 0.98), (0.9, 0.999))

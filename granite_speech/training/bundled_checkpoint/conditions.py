@@ -1,4 +1,4 @@
-"""Word error rates of a model by listening condition, and of its encoder alone."""
+"""Word error rates of a model, and of its encoder alone, under acoustic conditions such as noise and echo."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ Waveform = np.ndarray
 _at_speed = partial(augmentation.change_voice, pitch=1.0, formants=1.0)
 
 CONDITIONS: dict[str, Callable[[Waveform, np.random.Generator], Waveform]] = {
-    "as spoken": lambda waveform, draw: waveform,
+    "as spoken": lambda waveform, rng: waveform,
     "noise 20 dB below the speech": partial(augmentation.add_noise, snr_db=20.0),
     "noise 10 dB below the speech": partial(augmentation.add_noise, snr_db=10.0),
     "room echo, 0.1 to 0.7 s": augmentation.add_echo,
@@ -35,15 +35,15 @@ CONDITIONS: dict[str, Callable[[Waveform, np.random.Generator], Waveform]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the table, in shares of 1.
+    """One row of the table. Rates are fractions, not percentages.
 
     Attributes:
-        condition: of `CONDITIONS`.
-        utterances: how many were heard.
-        wer: of the model's text.
-        wer_of_single_words, wer_of_single_digits: of the utterances that are one word, one digit.
-        ctc_wer: of the encoder's own text.
-        ctc_is_text: share of the utterances where the two texts are equal.
+        condition: a key of `CONDITIONS`.
+        utterances: number of utterances.
+        wer: word error rate of the model's text.
+        wer_of_single_words, wer_of_single_digits: on utterances of one word, or of one digit.
+        ctc_wer: word error rate of the encoder's own text.
+        ctc_is_text: fraction of utterances for which the two texts are equal.
     """
 
     condition: str
@@ -55,7 +55,7 @@ class Measured:
     ctc_is_text: float
 
     def to_dict(self) -> dict[str, str | int | float]:
-        """For JSON, rounded to a hundredth of a percent."""
+        """As JSON values, with rates rounded to 0.01 %."""
         return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
@@ -67,14 +67,14 @@ def measure(
     *,
     seed: int = 0,
 ) -> Measured:
-    """Word error rates under one condition.
+    """Measure word error rates under one condition.
 
     Args:
         model: in evaluation mode.
-        processor: of the same checkpoint.
-        utterances: with their sound files and right answers.
+        processor: from the same checkpoint.
+        utterances: with sound files and reference texts.
         condition: a key of `CONDITIONS`.
-        seed: of what the condition draws, for each utterance by its number.
+        seed: of the condition's random numbers, which also depend on the utterance's index.
 
     Raises:
         AudioError: a sound file that cannot be used; names the line.
@@ -82,23 +82,23 @@ def measure(
     """
 
     def change(waveform: Tensor, index: int) -> Tensor:
-        draw = np.random.default_rng(derived_seed("condition", condition, seed, index))
-        return torch.from_numpy(CONDITIONS[condition](waveform.numpy(), draw))
+        rng = np.random.default_rng(derived_seed("condition", condition, seed, index))
+        return torch.from_numpy(CONDITIONS[condition](waveform.numpy(), rng))
 
     texts = transcripts(model, processor, utterances, change=change)
-    spelled = ctc_transcripts(model, processor, utterances, change=change)
-    right = [one.text for one in utterances]
+    ctc_texts = ctc_transcripts(model, processor, utterances, change=change)
+    references = [one.text for one in utterances]
 
-    def errors(hypotheses: Sequence[str], counts: Callable[[str], bool] = bool) -> float:
-        chosen = [pair for pair in zip(right, hypotheses, strict=True) if counts(pair[0])]
+    def errors(hypotheses: Sequence[str], keep: Callable[[str], bool] = bool) -> float:
+        chosen = [pair for pair in zip(references, hypotheses, strict=True) if keep(pair[0])]
         return word_error_rate(*zip(*chosen, strict=True)) if chosen else float("nan")
 
     return Measured(
         condition=condition,
-        utterances=len(right),
+        utterances=len(references),
         wer=errors(texts),
         wer_of_single_words=errors(texts, lambda text: " " not in text),
         wer_of_single_digits=errors(texts, DIGITS.__contains__),
-        ctc_wer=errors(spelled),
-        ctc_is_text=sum(one == other for one, other in zip(texts, spelled, strict=True)) / len(right),
+        ctc_wer=errors(ctc_texts),
+        ctc_is_text=sum(one == other for one, other in zip(texts, ctc_texts, strict=True)) / len(references),
     )

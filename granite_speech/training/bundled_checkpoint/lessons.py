@@ -1,4 +1,4 @@
-"""Speech that grows harder from lesson to lesson."""
+"""A curriculum: speech that gets harder from lesson to lesson."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,19 +18,20 @@ __all__ = ["Lessons"]
 
 
 class Lessons(SpeechData):
-    """Speech that grows harder: an epoch is a lesson, a number of clips.
+    """Speech that gets harder. Each epoch is a lesson with a fixed number of clips.
 
-    First one or two words of clean speech, then whole sentences of it, then ever more of what `augment` does: with all of that from the
-    start the CTC loss stays for long where every frame is blank.
+    Lessons start with one or two clean words, continue with clean sentences, and then add more and more augmentation. With full
+    augmentation from the start, the CTC loss is stuck for a long time at predicting only blanks.
 
     Args:
-        utterances, dialogue, seed, device, ctc: as `SpeechData`'s.
-        lessons: how many there are.
-        lesson: clips in each.
-        batch_seconds: of audio in a batch at most; half as much while speech is clean, for more and rougher steps.
+        utterances, dialogue, seed, device, ctc: as for `SpeechData`.
+        lessons: number of lessons.
+        lesson: clips in each lesson.
+        batch_seconds: most seconds of audio in a batch; halved while speech is clean, for more and noisier steps.
     """
 
-    SHORT, CLEAN, FULL = 0.03, 0.08, 0.4  # shares of the lessons, at which each kind ends and augmentation is at its full strength
+    # Fractions of the lessons at which short utterances end, clean speech ends, and augmentation reaches full strength.
+    SHORT, CLEAN, FULL = 0.03, 0.08, 0.4
 
     def __init__(
         self,
@@ -45,22 +46,22 @@ class Lessons(SpeechData):
         ctc: bool = False,
     ):
         super().__init__(
-            utterances, dialogue, batch_seconds=batch_seconds, seed=seed, device=device, ctc=ctc, augment=self._speak, cache_bytes=6 << 30
+            utterances, dialogue, batch_seconds=batch_seconds, seed=seed, device=device, ctc=ctc, augment=self._augment, cache_bytes=6 << 30
         )
         self.lessons, self.lesson = lessons, lesson
         self.words = [len(one.text.split()) for one in self.utterances]
 
     def share(self, epoch: int) -> float:
-        """How far the lessons have come."""
+        """Progress through the lessons, from 0 to 1."""
         return epoch / self.lessons
 
     def strength(self, epoch: int) -> float:
-        """Of the augmentation."""
+        """Strength of the augmentation, from 0 to 1."""
         return float(np.clip((self.share(epoch) - self.CLEAN) / (self.FULL - self.CLEAN), 0.0, 1.0))
 
     def plan(self, epoch: int) -> list[list[int]]:
         share, count = self.share(epoch), len(self.utterances)
-        # Lessons are cut from one endless row of passes over all clips, each pass in an order of its own.
+        # Lessons are consecutive slices of an endless sequence of passes over all clips, each pass in a new order.
         places = range(epoch * self.lesson, (epoch + 1) * self.lesson)
         chosen = [int(self._order(place // count)[place % count]) for place in places]
         chosen = [index for index in chosen if share >= self.SHORT or self.words[index] <= 2]
@@ -77,15 +78,15 @@ class Lessons(SpeechData):
     def _orders(self) -> dict[int, np.ndarray]:
         return {}
 
-    def _speak(self, waveform: Tensor, generator: torch.Generator, epoch: int) -> Tensor:
-        draw = np.random.default_rng(generator.initial_seed())
-        changed = augment(waveform.numpy(), draw, self.strength(epoch), _Waveforms(self))
-        # So short a clip has no frame; at least a tenth of a second.
+    def _augment(self, waveform: Tensor, generator: torch.Generator, epoch: int) -> Tensor:
+        rng = np.random.default_rng(generator.initial_seed())
+        changed = augment(waveform.numpy(), rng, self.strength(epoch), _Waveforms(self))
+        # Pad to a tenth of a second, because a very short clip has no frames.
         return torch.from_numpy(np.pad(changed, (0, max(0, self.rate // 10 - changed.size))))
 
 
 class _Waveforms(Sequence):
-    """The clips' waveforms as babble is made of them: read when they are asked for, which few are."""
+    """The clips' waveforms for babble, read on demand because only a few are used."""
 
     def __init__(self, data: Lessons):
         self.data = data

@@ -1,14 +1,14 @@
-"""The recipe of the checkpoint inside the package: made speech in, a whole small Granite Speech model out.
+"""The recipe of the bundled checkpoint: trains a small but complete Granite Speech model on synthetic speech.
 
-The real model's parts were trained one behind the other (arXiv 2505.08699), and so are these:
+Like the parts of the real model (arXiv 2505.08699), its parts are trained one after another:
 
-1. the encoder, by CTC over characters, its middle prediction too, on speech that grows harder (`Lessons`);
-2. the language model, on tasks in text: digits into words, words into digits, words repeated, stutters cleared up;
-3. the projector, to write what the encoder reads in the language model's letters, as in a stutter;
-4. projector and adapter, on speech, with everything else frozen: so that without the adapter the language model is what stage 2 left.
+1. the encoder, by CTC over characters at the middle and last layers, on speech that gets harder (`Lessons`);
+2. the language model, on text tasks: digits to words, words to digits, repeating words, clearing up stutters;
+3. the projector, to produce the embeddings of the letters that the encoder predicts, which look like a stutter;
+4. projector and adapter, on speech. The rest is frozen, so without the adapter the language model is that of stage 2.
 
-Each stage keeps its own checkpoint and goes on from it, so the recipe can be stopped at any time and called again. In a GPU's or a
-bigger machine's hands the figures differ in their last digits; the data is the same.
+Each stage has its own training checkpoint, so the recipe can be stopped at any time and run again. On other hardware the data is the same
+and results differ by rounding.
 
 `make embedded` runs it.
 """
@@ -49,13 +49,13 @@ STAGES = ("encoder", "language_model", "projector", "adapter")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much of everything; the defaults are the package's checkpoint.
+    """Sizes of the data and the stages. The defaults make the bundled checkpoint.
 
     Attributes:
-        clips, unseen: spoken to learn from, and by the held-out voices to be tested on.
-        lessons, lesson: of the encoder's stage: how many, and clips in each.
-        texts, text_epochs: of the language model's stage.
-        projector_lessons, adapter_lessons: of the last two stages.
+        clips, unseen: number of training clips, and of test clips in held-out voices.
+        lessons, lesson: number of lessons in the encoder's stage, and of clips in each lesson of any stage.
+        texts, text_epochs: number of texts and epochs in the language model's stage.
+        projector_lessons, adapter_lessons: number of lessons in the last two stages.
         seed: of the data, the weights and the order.
     """
 
@@ -71,15 +71,15 @@ class Recipe:
 
 
 class Training:
-    """The recipe at work in a folder, one stage behind the other.
+    """Runs the recipe in a folder, one stage after another.
 
     Args:
-        folder: takes data, checkpoints of the stages, and the curve; made if it is not there.
-        recipe: how much of everything.
+        folder: for the data and the stages' checkpoints; created if needed.
+        recipe: sizes of the data and the stages.
         device: to train on.
         dtype: of the computation.
-        seconds: stop after so many, at a checkpoint to go on from; None: go on to the end.
-        progress: whether to show bars on standard error.
+        seconds: stop after this time, at a checkpoint to resume from; None: no limit.
+        progress: whether to show progress bars on standard error.
     """
 
     def __init__(
@@ -103,36 +103,36 @@ class Training:
         self.dialogue = Dialogue(self.processor, self.model.config)
 
     def run(self) -> bool:
-        """Go on with what is left; whether all is done."""
-        with shared_errors():  # the other processes wait here for the data
+        """Run the stages that are not finished. Returns whether all are."""
+        with shared_errors():  # the other processes wait for the data
             if self.rank == 0:
                 self.manifest("speech", self.recipe.clips, self.recipe.seed, held_out=False)
                 self.manifest("unseen", self.recipe.unseen, self.recipe.seed + 1, held_out=True)
         return self.encoder() and self.language_model() and self.projector() and self.adapter()
 
     def manifest(self, name: str, clips: int, seed: int, *, held_out: bool) -> Path:
-        """Clips under `name`, spoken where they are not there yet."""
+        """The manifest of the clips under `name`, which are synthesized if needed."""
         file = self.folder / name / "manifest.jsonl"
         return file if file.is_file() else synthesize(file.parent, clips, seed, held_out=held_out, workers=os.cpu_count() or 2)
 
     def encoder(self) -> bool:
-        """Stage 1; whether it is done."""
+        """Run stage 1. Returns whether it is finished."""
         options = self._options(epochs=self.recipe.lessons, learning_rate=1.5e-3, warmup=0.01, clip_norm=2.0)
         source = self._lessons(self.recipe.lessons, ctc=True)
         return self._train("encoder", ("encoder",), ctc_loss, source, options, self._ctc_errors, ("clips", "lesson"))
 
     def language_model(self) -> bool:
-        """Stage 2; whether it is done."""
-        draw = np.random.default_rng(self.recipe.seed)
-        tasks = [make_text_task(draw) for _ in range(self.recipe.texts + 100)]
-        texts = [Utterance(answer, prompt, None, Path("made texts"), line) for line, (prompt, answer) in enumerate(tasks, 1)]
-        self._asked = texts[self.recipe.texts :]
+        """Run stage 2. Returns whether it is finished."""
+        rng = np.random.default_rng(self.recipe.seed)
+        tasks = [make_text_task(rng) for _ in range(self.recipe.texts + 100)]
+        texts = [Utterance(answer, prompt, None, Path("text tasks"), line) for line, (prompt, answer) in enumerate(tasks, 1)]
+        self._held_out_tasks = texts[self.recipe.texts :]
         source = TextData(texts[: self.recipe.texts], self.dialogue, batch_tokens=1_500, seed=self.recipe.seed, device=self.device)
         options = self._options(epochs=self.recipe.text_epochs, learning_rate=3e-3, warmup=0.05)
         return self._train("language_model", ("language_model",), text_loss, source, options, self._task_errors, ("texts",))
 
     def projector(self) -> bool:
-        """Stage 3; whether it is done."""
+        """Run stage 3. Returns whether it is finished."""
         size = self.model.config.encoder_config.output_dim
         letters = [self.tokenizer.encode(chr(label) if label else BLANK, add_special_tokens=False)[0] for label in range(size)]
         loss = partial(label_loss, tokens=torch.tensor(letters, device=self.device))
@@ -143,7 +143,7 @@ class Training:
         )
 
     def adapter(self) -> bool:
-        """Stage 4; whether it is done."""
+        """Run stage 4. Returns whether it is finished."""
         attach_fresh_adapter(self.model, rank=16, alpha=32, targets=("q_proj", "v_proj"), seed=self.recipe.seed)
         options = self._options(epochs=self.recipe.adapter_lessons, learning_rate=3e-3, warmup=0.03)
         source = self._lessons(self.recipe.adapter_lessons)
@@ -154,9 +154,9 @@ class Training:
         return TrainerOptions(beta2=0.98, accumulate=2, seed=self.recipe.seed, checkpoint_every=250, validate_every=1000, **options)
 
     def _lessons(self, lessons: int, *, ctc: bool = False) -> Lessons:
-        draw = np.random.default_rng(self.recipe.seed)
+        rng = np.random.default_rng(self.recipe.seed)
         utterances = [
-            replace(one, prompt=PROMPTS[draw.integers(len(PROMPTS))]) for one in read_manifest(self.folder / "speech" / "manifest.jsonl")
+            replace(one, prompt=PROMPTS[rng.integers(len(PROMPTS))]) for one in read_manifest(self.folder / "speech" / "manifest.jsonl")
         ]
         return Lessons(
             utterances, self.dialogue, lessons=lessons, lesson=self.recipe.lesson, seed=self.recipe.seed, device=self.device, ctc=ctc
@@ -175,12 +175,12 @@ class Training:
         return {"wer": word_error_rate([one.text for one in some], transcripts(model, self.processor, some))}
 
     def _task_errors(self, model: GraniteSpeechForConditionalGeneration) -> dict[str, float]:
-        chats = [[{"role": "user", "content": one.prompt}] for one in self._asked]
+        chats = [[{"role": "user", "content": one.prompt}] for one in self._held_out_tasks]
         requests = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         inputs = self.processor(requests, device=self.device).to(self.device)
         ids = model.generate(**inputs, max_new_tokens=80)
         answers = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = [one.text == answer.strip() for one, answer in zip(self._asked, answers, strict=True)]
+        right = [one.text == answer.strip() for one, answer in zip(self._held_out_tasks, answers, strict=True)]
         return {"tasks_failed": 1 - sum(right) / len(right)}
 
     def _train(
@@ -193,7 +193,7 @@ class Training:
         validate: Validation,
         sizes: Sequence[str],
     ) -> bool:
-        """Train a stage, or what is left of it; whether it is done. `sizes` of the recipe are what it rests on, earlier stages' too."""
+        """Train a stage, or resume it. Returns whether it is finished. It depends on these `sizes` of the recipe."""
         trainer = Trainer(
             self.model,
             loss,
@@ -211,7 +211,7 @@ class Training:
         return trainer.is_done
 
     def write(self, target: str | Path) -> None:
-        """The checkpoint's folder: bfloat16 in the file, for its size; float32 where it is loaded, for equal words on every machine."""
+        """Write the checkpoint. Weights are stored in bfloat16 to save space, and loaded in float32 for the same words on every machine."""
         self.model.eval().to(torch.bfloat16).save_pretrained(target)
         self.processor.save_pretrained(target)
         file = Path(target) / "config.json"
@@ -221,12 +221,12 @@ class Training:
         unfinished.replace(file)
 
     def plot(self, file: str | Path) -> None:
-        """The stages' losses and error rates over their steps, as an SVG."""
+        """Plot the stages' losses and error rates by step, as an SVG."""
         plot_curves({stage: read_curve(self.folder / stage / "log.jsonl") for stage in STAGES}, Path(file))
 
 
 def read_curve(log: Path) -> list[dict[str, float]]:
-    """A stage's log, thinned: the losses as means over fifty steps, and every validation."""
+    """A stage's log with its losses averaged over fifty steps at a time, and all its validations."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     means = [
@@ -237,11 +237,11 @@ def read_curve(log: Path) -> list[dict[str, float]]:
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
-    """Loss and error rate of each stage over its steps."""
+    """Plot the loss and error rate of each stage by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3), layout="constrained")
-    names = {"ctc_wer": "CTC word error rate", "tasks_failed": "tasks not right to the letter", "wer": "word error rate"}
+    names = {"ctc_wer": "CTC word error rate", "tasks_failed": "tasks not answered exactly", "wer": "word error rate"}
     for axes, (stage, records) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         axes.set(title=stage, xlabel="step", ylim=(0, 1.5))
         for name, label in {"loss": "loss", **names}.items():
@@ -253,19 +253,19 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the checkpoint inside the package.")
-    parser.add_argument("folder", type=Path, help="for data, stages and their logs; what is there is gone on with")
+    parser = argparse.ArgumentParser(description="Train the checkpoint bundled with the package.")
+    parser.add_argument("folder", type=Path, help="folder of the data and the stages, which is resumed if it exists")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the folder to write at the end")
     parser.add_argument("--curve", type=Path, required=True, help="the plot to write at the end, an SVG")
-    parser.add_argument("--seconds", type=float, help="stop after so many; the same command then goes on")
+    parser.add_argument("--seconds", type=float, help="stop after this many seconds; the same command then resumes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    given = parser.parse_args()
-    with process_group(given.device) as device:
-        training = Training(given.folder, device=device, dtype=getattr(torch, given.dtype), seconds=given.seconds)
+    options = parser.parse_args()
+    with process_group(options.device) as device:
+        training = Training(options.folder, device=device, dtype=getattr(torch, options.dtype), seconds=options.seconds)
         if training.run() and training.rank == 0:
-            training.write(given.checkpoint)
-            training.plot(given.curve)
+            training.write(options.checkpoint)
+            training.plot(options.curve)
 
 
 if __name__ == "__main__":

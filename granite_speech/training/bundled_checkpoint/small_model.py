@@ -1,4 +1,4 @@
-"""The architecture of the released models, made small: what the recipe of `embedded` trains."""
+"""The architecture of the released models at a small size, for the bundled checkpoint."""
 
 import torch
 
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = """\
 {{- ' ASSISTANT:' }}
 {%- endif %}
 """
-# What people ask of the released models; None is what `transcribe` asks.
+# Requests that people make of the released models; None is the one `transcribe` makes.
 PROMPTS = (
     None,
     None,
@@ -35,15 +35,15 @@ PROMPTS = (
     "transcribe the speech to text.",
     "please transcribe the following audio to text",
 )
-# What `make_text_task` asks.
+# Requests of `make_text_task`.
 TASKS = ("write the digits as words:", "write the words as digits:", "repeat the words:", "clear up the stutter:")
 
 
 def make_tokenizer() -> GraniteSpeechTokenizer:
-    """Byte-level BPE whose merges come from the prompts alone.
+    """Byte-level BPE with merges learned from the prompts only.
 
-    Of the words that are spoken nearly every piece is then a character, which a small model learns to spell from sounds; whole words as
-    pieces it would have to learn one by one.
+    Spoken words are then tokenized mostly into single characters, which a small model can learn to spell from sounds. If whole words were
+    tokens, it would have to learn each one separately.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -109,8 +109,8 @@ def make_model(tokenizer: GraniteSpeechTokenizer, seed: int) -> GraniteSpeechFor
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        # 25 audio vectors a second, about two a spoken letter, so that a vector need not hold more than one. The released models have 10,
-        # and pieces of words to write them in.
+        # 25 audio vectors per second, about two per spoken letter, so that no vector has to represent more than one letter. The released
+        # models have 10 per second, and tokens that are pieces of words.
         window_size=8,
         downsample_rate=2,
         audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
@@ -119,7 +119,7 @@ def make_model(tokenizer: GraniteSpeechTokenizer, seed: int) -> GraniteSpeechFor
     )
     with seeded(torch.device("cpu"), "weights", seed):
         model = GraniteSpeechForConditionalGeneration(config)
-        # The encoder from PyTorch's own distributions, which follow a layer's width.
+        # The encoder uses PyTorch's default initialization, which scales with a layer's width.
         for module in model.encoder.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()

@@ -1,13 +1,12 @@
-"""Spoken training data from free synthesizers: words, and many kinds of voices that say them.
+"""Spoken training data from free synthesizers, in as many kinds of voices as possible.
 
-What limits recognition of real people, for a model that heard only synthesizers, is how few kinds of voices it heard. Hence
-three engines of Debian (espeak-ng, flite, festival), every English accent with every espeak-ng variant, and the voices of other
-languages, most of them recorded from people, which read English words respelled for them: foreign accents. What is said comes from
-`vocabulary`; `augmentation` changes a clip anew each time it is used. `HELD_OUT_VARIANTS` and `HELD_OUT_ACCENT` never occur in
-training data.
+A model trained only on synthesizers recognizes real people poorly if it has few kinds of voices. Three of Debian's engines are used
+(espeak-ng, flite, festival), every English accent with every espeak-ng variant, and voices for other languages, most of them recorded from
+people, which read English words respelled for them and so have foreign accents. Sentences come from `vocabulary`, and `augmentation`
+changes clips each time they are used. `HELD_OUT_VARIANTS` and `HELD_OUT_ACCENT` never occur in training data.
 
-A waveform here is `(samples,)` float32 in NumPy, 16 kHz, in [-1, 1]. All chance comes from the `numpy.random.Generator` or the seed
-that is passed in: equal seeds give equal data.
+Waveforms are `(samples,)` float32 NumPy arrays at 16 kHz, in [-1, 1]. All randomness comes from the `numpy.random.Generator` or seed
+passed in, so equal seeds give equal data.
 """
 
 import json
@@ -45,19 +44,19 @@ FESTIVAL_VOICES = {
     "hindi_NSK_diphone": "hi", "msu_ru_nsh_clunits": "ru",
 }  # fmt: skip
 
-# What these voices take for UTF-8 they spell out, as "unknown character".
+# Voices for these languages cannot read UTF-8: they say "unknown character".
 FESTIVAL_ENCODINGS = {"cs": "iso-8859-2", "fi": "iso-8859-1"}
 ESPEAK_LANGUAGES = {"fr": "fr-fr"} | {language: language for language in RESPELLING if language != "fr"}
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A way to speak.
+    """A voice of a synthesizer.
 
     Attributes:
         engine: "espeak-ng", "flite" or "festival".
-        name: as the engine knows it: "en-us+f2", "slt", "kal_diphone".
-        spelling: "en", or the language whose spelling it reads.
+        name: the engine's name for it, such as "en-us+f2", "slt" or "kal_diphone".
+        spelling: the language whose spelling it reads, such as "en".
     """
 
     engine: str
@@ -66,7 +65,7 @@ class Voice:
 
     @property
     def held_out(self) -> bool:
-        """For testing alone."""
+        """Whether the voice is only for testing."""
         accent, _, variant = self.name.partition("+")
         return self.engine == "espeak-ng" and (accent == HELD_OUT_ACCENT or variant in HELD_OUT_VARIANTS)
 
@@ -75,7 +74,7 @@ class Voice:
 
 
 def find_voices() -> list[Voice]:
-    """Every voice there is, held-out ones included, in a fixed order.
+    """All voices, including held-out ones, in a fixed order.
 
     Raises:
         MissingDependencyError: a synthesizer or one of its voices is not installed.
@@ -100,10 +99,10 @@ def find_voices() -> list[Voice]:
     return plain + foreign + flite + [Voice("festival", name, spelling) for name, spelling in FESTIVAL_VOICES.items()]
 
 
-def draw_voices(count: int, generator: np.random.Generator, *, held_out: bool) -> list[Voice]:
-    """`count` voices: of those for testing, or of the others. A few recorded voices balance hundreds of espeak-ng's, which are alike.
+def draw_voices(count: int, rng: np.random.Generator, *, held_out: bool) -> list[Voice]:
+    """Choose `count` voices at random, either held-out ones, which read English spelling, or the others.
 
-    Voices for testing read English spelling.
+    The few voices recorded from people are chosen as often as espeak-ng's hundreds, which resemble each other.
     """
     voices = [voice for voice in find_voices() if voice.held_out == held_out and (voice.spelling == "en" or not held_out)]
     families = defaultdict(list)
@@ -111,55 +110,56 @@ def draw_voices(count: int, generator: np.random.Generator, *, held_out: bool) -
         families[voice.engine, voice.engine == "espeak-ng" and voice.spelling != "en"].append(voice)
     shares = {("espeak-ng", False): 0.45, ("espeak-ng", True): 0.1, ("flite", False): 0.2, ("festival", False): 0.25}
     weights = np.array([shares[family] for family in families])
-    chosen = generator.choice(len(families), count, p=weights / weights.sum())
+    chosen = rng.choice(len(families), count, p=weights / weights.sum())
     members = list(families.values())
-    return [members[family][generator.integers(len(members[family]))] for family in chosen]
+    return [members[family][rng.integers(len(members[family]))] for family in chosen]
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess:
-    # Festival may crash when it leaves, behind its last file: what matters is what it wrote.
+    # Festival may crash on exit, after its last file, so the exit status is ignored and the files are checked.
     return subprocess.run(["nice", "-n", "10", *command], stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
-def speak(voice: Voice, sentences: Sequence[str], generator: np.random.Generator) -> list[np.ndarray]:
-    """Waveforms of sentences in one voice, silence around them cut off, rate and pitch at random within what people do.
+def speak(voice: Voice, sentences: Sequence[str], rng: np.random.Generator) -> list[np.ndarray]:
+    """Waveforms of sentences in one voice, without the silence around them, at random rates and pitches in the human range.
 
-    A sentence that the voice cannot speak comes back empty.
+    A sentence that the voice cannot speak gives an empty waveform.
     """
-    speak_all: dict[str, Callable] = {"espeak-ng": _espeak, "flite": _flite, "festival": _festival}
-    # Punctuation changes the melody, and commas set words apart.
-    endings = generator.choice(["", ".", "?", "!"], len(sentences))
-    joints = generator.choice([" ", " ", ", "], len(sentences))
+    engines: dict[str, Callable] = {"espeak-ng": _espeak, "flite": _flite, "festival": _festival}
+    # Punctuation changes the intonation, and commas separate words.
+    endings = rng.choice(["", ".", "?", "!"], len(sentences))
+    joints = rng.choice([" ", " ", ", "], len(sentences))
     texts = [
         respell(one, voice.spelling).replace(" ", joint) + ending for one, joint, ending in zip(sentences, joints, endings, strict=True)
     ]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"{number}.wav") for number in range(len(texts))]
-        speak_all[voice.engine](voice.name, texts, files, generator)
+        engines[voice.engine](voice.name, texts, files, rng)
         return [_read(file) for file in files]
 
 
-def _espeak(name: str, texts: Sequence[str], files: Sequence[Path], generator: np.random.Generator) -> None:
+def _espeak(name: str, texts: Sequence[str], files: Sequence[Path], rng: np.random.Generator) -> None:
     for text, file in zip(texts, files, strict=True):
-        speed, pitch, gap = generator.integers(105, 210), generator.integers(20, 80), generator.integers(0, 6)
+        speed, pitch, gap = rng.integers(105, 210), rng.integers(20, 80), rng.integers(0, 6)
         _run(["espeak-ng", "-v", name, "-s", str(speed), "-p", str(pitch), "-g", str(gap), "-w", str(file), text])
 
 
-def _flite(name: str, texts: Sequence[str], files: Sequence[Path], generator: np.random.Generator) -> None:
+def _flite(name: str, texts: Sequence[str], files: Sequence[Path], rng: np.random.Generator) -> None:
     for text, file in zip(texts, files, strict=True):
-        stretch = f"duration_stretch={np.exp(generator.uniform(-0.25, 0.35)):.3f}"
+        stretch = f"duration_stretch={np.exp(rng.uniform(-0.25, 0.35)):.3f}"
         _run(["flite", "-voice", name, "--setf", stretch, "-t", text, "-o", str(file)])
 
 
-def _festival(name: str, texts: Sequence[str], files: Sequence[Path], generator: np.random.Generator) -> None:
+def _festival(name: str, texts: Sequence[str], files: Sequence[Path], rng: np.random.Generator) -> None:
     jobs = []
     for text, file in zip(texts, files, strict=True):
-        stretch = f"(Parameter.set 'Duration_Stretch {np.exp(generator.uniform(-0.3, 0.35)):.3f})"
+        stretch = f"(Parameter.set 'Duration_Stretch {np.exp(rng.uniform(-0.3, 0.35)):.3f})"
         speech = f'(unwind-protect (utt.save.wave (utt.synth (Utterance Text "{text}")) "{file}" \'riff) nil)'
         jobs.append((f"{stretch}\n{speech}\n", file))
     script = files[0].with_name("script.scm")
     while jobs:
-        # One process for all: loading a voice takes longer than speaking a sentence. Where it crashes, the next goes on behind.
+        # One process for all, because loading a voice takes longer than speaking a sentence. If it crashes, the next one resumes after
+        # the sentence that failed.
         lines = "".join(job for job, _ in jobs)
         script.write_text(f"(voice_{name})\n{lines}", encoding=FESTIVAL_ENCODINGS.get(FESTIVAL_VOICES[name], "utf-8"))
         _run(["festival", "-b", str(script)])
@@ -176,10 +176,10 @@ def _read(file: Path) -> np.ndarray:
 
 
 def trim_silence(waveform: np.ndarray, rate: int = RATE, margin: float = 0.02) -> np.ndarray:
-    """Cuts off both ends where 10 ms pieces are silent, but for `margin` seconds. Empty if all is silent.
+    """Cut silence from both ends, except for `margin` seconds. Empty if everything is silent.
 
-    Silent is what is 45 dB below the loudest piece; recorded voices have noise in their pauses: there, at an end that begins with such
-    a pause, what is less than 6 dB above it, as long as that is 20 dB below the loudest.
+    A 10 ms piece is silent if it is 45 dB below the loudest one. Recorded voices have noise in their pauses, so a piece less than 6 dB
+    above the mean of the end's first 30 ms is silent too, if it is 20 dB below the loudest.
     """
     hop = rate // 100
     power = np.square(waveform[: waveform.size // hop * hop].reshape(-1, hop)).mean(1)
@@ -201,60 +201,70 @@ def synthesize(
     per_process: int = 40,
     sentences: Sequence[str] = (),
 ) -> Path:
-    """Writes `count` clips as 16 kHz WAV and `manifest.jsonl`: {"audio", "text", "voice"} a line, paths relative to it.
+    """Write clips as 16 kHz WAV files, and a `manifest.jsonl` with their audio, text and voice.
 
     Args:
-        folder: is made; files of the same names are overwritten.
-        count: clips asked for. A clip that a voice could not speak, or spoke at an impossible length, is left out.
-        seed: of everything.
-        held_out: speak with the voices for testing, otherwise with all others.
-        workers: synthesizers at work at the same time, at low priority.
-        per_process: clips of one voice made together.
-        sentences: spoken in turn; otherwise `make_sentence`'s.
+        folder: created if needed; files with the same names are overwritten.
+        count: number of clips. Clips that a voice cannot speak, or speaks at an implausible length, are omitted.
+        seed: determines everything random.
+        held_out: use the held-out voices instead of all others.
+        workers: synthesizers to run in parallel, at low priority.
+        per_process: clips of one voice per synthesizer process.
+        sentences: spoken in turn; if empty, `make_sentence` supplies them.
 
     Returns:
         The manifest's path.
 
     Raises:
         MissingDependencyError: a synthesizer is not installed.
-        InputError: a sentence with other words than VOCABULARY's, or nothing could be spoken.
+        InputError: a sentence has a word outside VOCABULARY, or no clip could be spoken.
     """
+    _check_words(sentences)
+    folder, rng = Path(folder), np.random.default_rng(seed)
+    voices = draw_voices(count, rng, held_out=held_out)
+    texts = [sentences[number % len(sentences)] if sentences else make_sentence(rng) for number in range(count)]
+    for number in range(0, count, 1000):
+        (folder / f"{number // 1000:03d}").mkdir(parents=True, exist_ok=True)
+
+    def record(group: tuple[Voice, list[int]]) -> list[dict[str, str]]:
+        voice, numbers = group
+        # Seeded by the first clip's number, so that the result does not depend on which worker takes the group.
+        return _record(folder, voice, {number: texts[number] for number in numbers}, np.random.default_rng((seed, numbers[0])))
+
+    with ThreadPoolExecutor(workers) as pool:
+        lines = [line for some in pool.map(record, _group_by_voice(voices, per_process)) for line in some]
+    if not lines:
+        raise InputError(got=f"no clip of {count}", expected="speech", remedy="Check that espeak-ng, flite and festival work")
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["audio"])))
+    return manifest
+
+
+def _check_words(sentences: Sequence[str]) -> None:
     for sentence in sentences:
         unknown = [word for word in sentence.split() if word not in VOCABULARY]
         if unknown or not sentence.strip():
             raise InputError(
                 got=f"the sentence {sentence!r}" + (f" with {unknown[0]!r}" if unknown else ""),
-                expected="words of VOCABULARY, for which every language's spelling is known",
-                remedy="Leave the word out, or add it to the vocabulary",
+                expected="words of VOCABULARY, for which every language has a spelling",
+                remedy="Remove the word, or add it to the vocabulary",
             )
-    folder = Path(folder)
-    generator = np.random.default_rng(seed)
-    voices = draw_voices(count, generator, held_out=held_out)
-    texts = [sentences[number % len(sentences)] if sentences else make_sentence(generator) for number in range(count)]
+
+
+def _group_by_voice(voices: Sequence[Voice], size: int) -> list[tuple[Voice, list[int]]]:
+    """Each voice with the numbers of its clips, at most `size` in a group."""
     by_voice = defaultdict(list)
     for number, voice in enumerate(voices):
         by_voice[voice].append(number)
-    groups = [(voice, all_[at : at + per_process]) for voice, all_ in by_voice.items() for at in range(0, len(all_), per_process)]
+    return [(voice, numbers[at : at + size]) for voice, numbers in by_voice.items() for at in range(0, len(numbers), size)]
 
-    def work(group: tuple[Voice, list[int]]) -> list[dict[str, str]]:
-        voice, numbers = group
-        lines = []
-        # Seeded by the first clip's number: what a group says does not depend on which worker takes it.
-        waveforms = speak(voice, [texts[number] for number in numbers], np.random.default_rng((seed, numbers[0])))
-        for number, waveform in zip(numbers, waveforms, strict=True):
-            seconds_a_word = waveform.size / RATE / len(texts[number].split())
-            if 0.1 <= seconds_a_word <= 2.0:
-                name = f"{number // 1000:03d}/{number:06d}.wav"
-                soundfile.write(folder / name, waveform * (0.5 / np.abs(waveform).max()), RATE, subtype="PCM_16")
-                lines.append({"audio": name, "text": texts[number], "voice": str(voice)})
-        return lines
 
-    for number in range(0, count, 1000):
-        (folder / f"{number // 1000:03d}").mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(workers) as pool:
-        lines = [line for some in pool.map(work, groups) for line in some]
-    if not lines:
-        raise InputError(got=f"no clip of {count}", expected="speech", remedy="Run espeak-ng, flite and festival by hand")
-    manifest = folder / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["audio"])))
-    return manifest
+def _record(folder: Path, voice: Voice, texts: dict[int, str], rng: np.random.Generator) -> list[dict[str, str]]:
+    """Speak texts, by clip number, and write those of a plausible length. Returns their manifest lines."""
+    lines = []
+    for (number, text), waveform in zip(texts.items(), speak(voice, list(texts.values()), rng), strict=True):
+        if 0.1 <= waveform.size / RATE / len(text.split()) <= 2.0:  # seconds per word
+            name = f"{number // 1000:03d}/{number:06d}.wav"
+            soundfile.write(folder / name, waveform * (0.5 / np.abs(waveform).max()), RATE, subtype="PCM_16")
+            lines.append({"audio": name, "text": text, "voice": str(voice)})
+    return lines

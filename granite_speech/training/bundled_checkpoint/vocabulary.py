@@ -1,7 +1,7 @@
-"""What synthetic training data says: a small vocabulary, sentences of it, tasks in text, and the words in other languages' spelling.
+"""Contents of the synthetic training data: a small vocabulary, sentences, text tasks, and respellings in other languages.
 
-The words are digits, numbers and commands. `respell` writes them so that a voice of another language, which reads no English, says
-them as its speakers would: foreign accents. All chance comes from the `numpy.random.Generator` that is passed in.
+The words are digits, numbers and commands. `respell` writes them so that a voice for another language pronounces them with its accent.
+All randomness comes from the `numpy.random.Generator` passed in.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["VOCABULARY", "make_sentence", "make_text_task"]
 
-# ARPAbet of every word, AX for the unstressed vowel: what the respelling for other languages starts from.
+# ARPAbet pronunciations, with AX for the unstressed vowel. Respellings in other languages are built from them.
 DIGITS = {
     "zero": "Z IH R OW", "one": "W AH N", "two": "T UW", "three": "TH R IY", "four": "F AO R", "five": "F AY V", "six": "S IH K S",
     "seven": "S EH V AX N", "eight": "EY T", "nine": "N AY N",
@@ -22,8 +22,8 @@ NUMBERS = {
     "sixty": "S IH K S T IY", "seventy": "S EH V AX N T IY", "eighty": "EY T IY", "ninety": "N AY N T IY",
     "hundred": "HH AH N D R EH D", "thousand": "TH AW Z AX N D",
 }  # fmt: skip
-# First those of Google's Speech Commands (arXiv 1804.03209), of which there are recordings of people. Its "tree" is left out: a
-# small model takes it for "three".
+# The first are those of Google's Speech Commands (arXiv 1804.03209), for which recordings of people exist, but without "tree", which a
+# small model confuses with "three".
 COMMANDS = {
     "yes": "Y EH S", "no": "N OW", "up": "AH P", "down": "D AW N", "left": "L EH F T", "right": "R AY T", "on": "AA N", "off": "AO F",
     "stop": "S T AA P", "go": "G OW", "backward": "B AE K W ER D", "forward": "F AO R W ER D", "follow": "F AA L OW", "learn": "L ER N",
@@ -37,8 +37,8 @@ PRONUNCIATION = DIGITS | NUMBERS | COMMANDS
 VOCABULARY = tuple(PRONUNCIATION)
 FIGURES = dict(zip("0123456789", DIGITS, strict=True))
 
-# How a language writes what its speakers make of an English sound; what is not here is written by its ARPAbet letters, lower case.
-# Where a language lacks a sound, the neighbour that its speakers use.
+# How each language writes English sounds. A sound that a language lacks has the spelling of the one its speakers use instead. Sounds not
+# listed are written as their ARPAbet letters in lower case.
 _COMMON = "AA a,AE e,AH a,AX e,AO o,AW au,AY ai,EH e,ER er,EY ei,IH i,IY i,OW ou,UW u,CH c,HH h,NG ng,TH t,DH d,ZH j"
 _RESPELLING = {
     "ca": "TH s,Z s,ZH j,W u,Y i,HH ,K c",
@@ -62,85 +62,85 @@ RESPELLING = {
     for language, text in _RESPELLING.items()
 }
 
-BLANK = "-"  # in a stutter
+BLANK = "-"  # the CTC blank in a stutter
 
 
-def make_sentence(generator: np.random.Generator) -> str:
-    """1 to 8 words of `VOCABULARY`, lower case: single words (nearly half), digit strings, numbers, commands, mixtures."""
+def make_sentence(rng: np.random.Generator) -> str:
+    """1 to 8 lower-case words of `VOCABULARY`: single words (nearly half), digit strings, numbers, commands or a mixture."""
 
     def some(words: Iterable[str], count: int) -> list[str]:
-        return generator.choice(list(words), count).tolist()
+        return rng.choice(list(words), count).tolist()
 
-    kind = generator.random()
+    kind = rng.random()
     if kind < 0.45:
-        words = some((DIGITS, NUMBERS, COMMANDS)[generator.choice(3, p=(0.42, 0.18, 0.4))], 1)
+        words = some((DIGITS, NUMBERS, COMMANDS)[rng.choice(3, p=(0.42, 0.18, 0.4))], 1)
     elif kind < 0.65:
-        words = some(DIGITS, generator.integers(2, 9))
+        words = some(DIGITS, rng.integers(2, 9))
     elif kind < 0.77:
-        words = _number(generator)
+        words = _number(rng)
     elif kind < 0.9:
-        words = some(COMMANDS, generator.integers(2, 5))
+        words = some(COMMANDS, rng.integers(2, 5))
     else:
-        words = some(VOCABULARY, generator.integers(2, 9))
+        words = some(VOCABULARY, rng.integers(2, 9))
     return " ".join(words)
 
 
-def _number(generator: np.random.Generator) -> list[str]:
-    """A number as it is read out, below ten thousand, now and then two of them."""
+def _number(rng: np.random.Generator) -> list[str]:
+    """One or two numbers below ten thousand, as they are read aloud."""
     numbers = list(NUMBERS)
 
     def below_hundred() -> list[str]:
-        if generator.random() < 0.3:
-            return [numbers[generator.integers(10)]]
-        return [numbers[10 + generator.integers(8)], *([FIGURES[str(generator.integers(1, 10))]] if generator.random() < 0.7 else [])]
+        if rng.random() < 0.3:
+            return [numbers[rng.integers(10)]]
+        return [numbers[10 + rng.integers(8)], *([FIGURES[str(rng.integers(1, 10))]] if rng.random() < 0.7 else [])]
 
     words = []
-    for _ in range(generator.integers(1, 3)):
+    for _ in range(rng.integers(1, 3)):
         for large in ("thousand", "hundred"):
-            if generator.random() < 0.35:
-                words += [FIGURES[str(generator.integers(1, 10))], large]
+            if rng.random() < 0.35:
+                words += [FIGURES[str(rng.integers(1, 10))], large]
         words += below_hundred()
     return words[:8]
 
 
-def make_text_task(generator: np.random.Generator) -> tuple[str, str]:
-    """(prompt, answer) of what the language model does without audio.
+def make_text_task(rng: np.random.Generator) -> tuple[str, str]:
+    """(prompt, answer) of a task for the language model without audio.
 
-    Digits to words, words to digits, words repeated; and, most often, a stutter cleared up: what it will have to do with sounds. There
-    the longer of two sentences, since to keep one's place in many words is what takes the learning.
+    The tasks are digits to words, words to digits, repeating words and, most often, clearing up a stutter, which resembles its later job
+    with audio. The stutter uses the longer of two sentences, because keeping its place in many words is the hard part.
     """
-    figures = [str(one) for one in generator.integers(0, 10, generator.integers(1, 9))]
+    figures = [str(one) for one in rng.integers(0, 10, rng.integers(1, 9))]
     words = [FIGURES[one] for one in figures]
-    kind = generator.random()
+    kind = rng.random()
     if kind < 0.2:
         return "write the digits as words: " + " ".join(figures), " ".join(words)
     if kind < 0.3:
         return "write the words as digits: " + " ".join(words), " ".join(figures)
-    sentence = make_sentence(generator)
+    sentence = make_sentence(rng)
     if kind < 0.4:
         return "repeat the words: " + sentence, sentence
-    sentence = max(sentence, make_sentence(generator), key=len)
-    return "clear up the stutter: " + stutter(sentence, generator), sentence
+    sentence = max(sentence, make_sentence(rng), key=len)
+    return "clear up the stutter: " + stutter(sentence, rng), sentence
 
 
-def stutter(text: str, generator: np.random.Generator) -> str:
-    """A text as CTC labels would spell it: letters drawn out, `BLANK` between them, always where they are equal; a few are wrong."""
-    pace = generator.uniform(0.2, 2.0)
-    letters = [BLANK * generator.integers(0, 6)]
+def stutter(text: str, rng: np.random.Generator) -> str:
+    """A text as CTC labels might spell it: repeated letters, `BLANK`s in between (always between equal letters), and a few errors."""
+    pace = rng.uniform(0.2, 2.0)
+    letters = [BLANK * rng.integers(0, 6)]
     for before, letter in zip(" " + text, text, strict=False):
-        if letter != " " and generator.random() < 0.03:
-            letter = str(generator.choice(["", *"aeiounrstdf"]))
-        gap = generator.poisson(3 * pace if letter == " " else pace)
-        drawn_out = letter * (1 if generator.random() < 0.8 else 2)
-        letters.append((BLANK if letter == before else "") + drawn_out + BLANK * gap)
+        if letter != " " and rng.random() < 0.03:
+            letter = str(rng.choice(["", *"aeiounrstdf"]))
+        gap = rng.poisson(3 * pace if letter == " " else pace)
+        repeated = letter * (1 if rng.random() < 0.8 else 2)
+        letters.append((BLANK if letter == before else "") + repeated + BLANK * gap)
     return "".join(letters)
 
 
 def respell(sentence: str, language: str) -> str:
-    """The sentence's sounds in a language's own spelling; "en" leaves it as it is.
+    """Spell the sentence's sounds as the language would; "en" leaves it unchanged.
 
-    Devanagari has two letters for a vowel: the first stands alone, the second follows a consonant, where `अ` is not written; a
-    consonant without a vowel behind it bears a virama.
+    Devanagari has two forms of each vowel: the first is used on its own, and the second after a consonant, where `अ` is not written. A
+    consonant without a following vowel has a virama.
     """
     if language == "en":
         return sentence
@@ -150,20 +150,20 @@ def respell(sentence: str, language: str) -> str:
 
 def _alphabetic(table: dict[str, str], word: str, language: str) -> str:
     letters = "".join(table.get(sound, sound.lower()) for sound in PRONUNCIATION[word].split())
-    # A final consonant is silent in French, unless an e follows.
+    # A final consonant is silent in French unless an e follows.
     return letters + "e" if language == "fr" and letters[-1] not in "aeiouôèï" else letters
 
 
 def _devanagari(table: dict[str, str], word: str) -> str:
     sounds = " ".join(PRONUNCIATION[word].split()).replace("ER", "AH R").replace("AW", "AA UW").replace("AY", "AA IY").split()
-    written, behind_consonant = "", False
+    written, after_consonant = "", False
     for sound in sounds:
         letters, vowel = table[sound], sound[0] in "AEIOU"
         if not vowel:
-            written += ("्" if behind_consonant else "") + letters
-        elif not behind_consonant:
+            written += ("्" if after_consonant else "") + letters
+        elif not after_consonant:
             written += letters[0]
         else:
             written += letters[1:]
-        behind_consonant = not vowel
-    return written + ("्" if behind_consonant else "")
+        after_consonant = not vowel
+    return written + ("्" if after_consonant else "")

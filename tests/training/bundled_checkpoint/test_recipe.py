@@ -1,4 +1,4 @@
-"""The recipe of the checkpoint inside the package, at a scale that a test can wait for: its stages, its pieces, what it writes."""
+"""The recipe of the bundled checkpoint at a small scale: its stages, resuming, and the files it writes."""
 
 import json
 import shutil
@@ -27,17 +27,17 @@ def write_data(folder):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """All stages in one go."""
+    """A training that ran all stages without a stop, and the weights after each stage."""
     training = Training(write_data(tmp_path_factory.mktemp("recipe")), RECIPE, progress=False)
     stages = {}
     train = training._train
 
-    def noting(stage, *arguments):
+    def record(stage, *arguments):
         finished = train(stage, *arguments)
         stages[stage] = {name: one.detach().clone() for name, one in training.model.named_parameters()}
         return finished
 
-    training._train = noting
+    training._train = record
     assert training.run()
     return training, stages
 
@@ -46,7 +46,7 @@ def losses(folder, stage):
     return [one["loss"] for one in map(json.loads, (folder / stage / "log.jsonl").read_text().splitlines()) if "loss" in one]
 
 
-def test_each_stage_trains_its_part_and_leaves_the_others(done):
+def test_each_stage_changes_only_its_part(done):
     _, stages = done
     encoder, language, projector, adapter = (stages[name] for name in recipe.STAGES)
 
@@ -59,7 +59,7 @@ def test_each_stage_trains_its_part_and_leaves_the_others(done):
     assert all(one.abs().max() > 0 for name, one in adapter.items() if "lora_B" in name)
 
 
-def test_in_pieces_it_is_the_same_training(done, tmp_path):
+def test_a_training_in_pieces_equals_one_without_a_stop(done, tmp_path):
     folder = write_data(tmp_path / "pieces")
     assert not Training(folder, RECIPE, seconds=0, progress=False).run()
     pieces = 0
@@ -72,12 +72,12 @@ def test_in_pieces_it_is_the_same_training(done, tmp_path):
         assert torch.equal(dict(step.model.named_parameters())[name], one), name
 
 
-def test_data_of_another_recipe_is_not_gone_on_with(done):
+def test_resuming_with_another_recipe_is_refused(done):
     with pytest.raises(InputError, match="lesson"):
         Training(done[0].folder, replace(RECIPE, lesson=3), progress=False).run()
 
 
-def test_a_stage_is_not_gone_on_with_on_other_earlier_stages(done, tmp_path):
+def test_resuming_a_stage_after_different_earlier_stages_is_refused(done, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(done[0].folder, folder)
     shutil.rmtree(folder / "language_model")
@@ -85,7 +85,7 @@ def test_a_stage_is_not_gone_on_with_on_other_earlier_stages(done, tmp_path):
         Training(folder, replace(RECIPE, texts=11), progress=False).run()
 
 
-def test_what_is_written_is_a_checkpoint_of_the_right_size_and_dtype(done, tmp_path):
+def test_the_written_checkpoint_is_small_and_loads_in_float32(done, tmp_path):
     training, _ = done
     expected = {name: one.detach().to(torch.bfloat16).float() for name, one in training.model.named_parameters()}
     training.write(tmp_path)
@@ -96,26 +96,26 @@ def test_what_is_written_is_a_checkpoint_of_the_right_size_and_dtype(done, tmp_p
     for name, one in model.named_parameters():
         assert torch.equal(one, expected[name]), name
     assert GraniteSpeechProcessor.from_pretrained(tmp_path).tokenizer.encode("seven") == training.tokenizer.encode("seven")
-    assert not list(tmp_path.glob("*.unfinished")), "nothing unfinished is left"
+    assert not list(tmp_path.glob("*.unfinished")), "no unfinished file remains"
 
 
-def test_the_curves_are_drawn(done, tmp_path):
+def test_the_curves_are_plotted(done, tmp_path):
     training, _ = done
     training.plot(tmp_path / "curve.svg")
-    drawn = (tmp_path / "curve.svg").read_text()
-    assert drawn.startswith("<?xml") and len(drawn) > 10_000
+    plot = (tmp_path / "curve.svg").read_text()
+    assert plot.startswith("<?xml") and len(plot) > 10_000
     curve = read_curve(training.folder / "encoder" / "log.jsonl")
     assert {"loss", "ctc_wer"} <= set().union(*curve) and [one["step"] for one in curve] == sorted(one["step"] for one in curve)
 
 
-def test_a_curve_is_thinned_to_means_and_keeps_validations(tmp_path):
+def test_a_curve_has_average_losses_and_all_validations(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"step": step, "loss": step / 10}) + "\n" for step in range(1, 121)) + '{"step": 70, "wer": 0.5}\n')
     curve = read_curve(log)
     assert curve == [{"step": 50, "loss": 2.55}, {"step": 70, "wer": 0.5}, {"step": 100, "loss": 7.55}, {"step": 120, "loss": 11.05}]
 
 
-def test_words_are_spelled_and_prompts_are_not():
+def test_words_are_tokenized_into_characters_and_prompts_are_not():
     tokenizer = make_tokenizer()
     pieces = [len(tokenizer.encode(" " + word)) / len(word) for word in VOCABULARY]
     assert sum(pieces) / len(pieces) > 0.75

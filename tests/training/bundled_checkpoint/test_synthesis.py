@@ -1,4 +1,4 @@
-"""Synthesis through programs that stand in for the synthesizers: voices, those that are held out, and the manifest that is written."""
+"""Synthesis with stand-ins for the synthesizers: voices, held-out voices, and the manifest."""
 
 import json
 import stat
@@ -15,7 +15,7 @@ from granite_speech.training.augmentation import RATE
 from granite_speech.training.bundled_checkpoint import synthesis
 from granite_speech.training.bundled_checkpoint.synthesis import Voice
 
-# Speaks a tone as long as the text, and answers what `find_voices` asks: the interface of all three programs in one.
+# The interfaces of all three programs in one: speaks a tone as long as the text, and answers the queries of `find_voices`.
 STAND_IN = """#!{python}
 import re, sys, wave, math, struct
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_festival_reads_each_language_in_its_encoding(synthesizers, monkeypatch)
     assert "tú".encode("iso-8859-2") in scripts[0] and "bäk".encode("iso-8859-1") in scripts[1] and "टू".encode() in scripts[2]
 
 
-def test_festival_goes_on_behind_a_crash(synthesizers):
+def test_festival_continues_after_a_crash(synthesizers):
     script = (synthesizers / "festival").read_text()
     crash = "def speak(text, file, rate):\n    if 'hundred' in text: sys.exit(1)"
     (synthesizers / "festival").write_text(script.replace("def speak(text, file, rate):", crash))
@@ -115,14 +115,14 @@ def test_synthesize_is_reproducible(synthesizers, tmp_path):
     for line in lines:
         assert set(line) == {"audio", "text", "voice"}
         samples, rate = soundfile.read(first.parent / line["audio"])
-        # The silence of a second at either end is gone.
+        # The second of silence at each end has been cut.
         assert rate == RATE and samples.size == pytest.approx(0.4 * RATE * len(line["text"].split()), abs=0.1 * RATE)
         assert (first.parent / line["audio"]).read_bytes() == (second.parent / line["audio"]).read_bytes()
     other = synthesis.synthesize(tmp_path / "c", 12, 4)
     assert [json.loads(line)["text"] for line in other.read_text().splitlines()] != [line["text"] for line in lines]
 
 
-def test_what_is_written_is_a_manifest(synthesizers, tmp_path):
+def test_the_written_manifest_can_be_read(synthesizers, tmp_path):
     manifest = synthesis.synthesize(tmp_path / "a", 6, 0)
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     utterances = read_manifest(manifest)
@@ -140,7 +140,7 @@ def test_synthesize_held_out_voices_and_given_sentences(synthesizers, tmp_path):
         assert Voice(engine, name).held_out
 
 
-def test_nothing_spoken_is_an_error(synthesizers, tmp_path):
+def test_no_speech_at_all_is_an_error(synthesizers, tmp_path):
     for name in ("flite", "festival", "espeak-ng"):
         script = (synthesizers / name).read_text()
         (synthesizers / name).write_text(script.replace("def speak(text, file, rate):", "def speak(text, file, rate):\n    return\n"))
@@ -160,7 +160,7 @@ def test_trim_silence():
 
 
 @pytest.mark.parametrize("sentence", ["stop the music", "", '") (quit', "-o stop"])
-def test_a_sentence_of_other_words_is_refused(sentence: str, tmp_path):
+def test_words_outside_the_vocabulary_are_refused(sentence: str, tmp_path):
     with pytest.raises(InputError, match="expected words of VOCABULARY"):
         synthesis.synthesize(tmp_path / "new", 1, 0, sentences=["stop", sentence])
     assert not (tmp_path / "new").exists()
