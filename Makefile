@@ -1,11 +1,11 @@
-# One environment, .venv, made by whichever target comes first.
+# Every target creates the environment .venv if it does not exist.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 AUDIO ?= granite_speech/assets/sample.flac
 
 .PHONY: transcribe test lint fuzz bench embedded clean
 
-# Text of a sound file: make transcribe AUDIO=speech.wav MODEL=ibm-granite/granite-speech-3.3-2b
+# For example: make transcribe AUDIO=speech.wav MODEL=ibm-granite/granite-speech-3.3-2b
 transcribe: .venv/installed
 	$(BIN)/granite-speech transcribe "$(AUDIO)" $(if $(MODEL),--model "$(MODEL)")
 
@@ -23,7 +23,7 @@ fuzz: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m bench model
 
-# The checkpoint inside the package, from nothing: two hours and 40 minutes on two cores. Stopped at any time, it goes on where it was.
+# Train the bundled checkpoint: two hours and 40 minutes on two cores. An interrupted run resumes when the command is repeated.
 embedded: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m granite_speech.training.bundled_checkpoint.recipe build/embedded \
 		--dtype bfloat16 --checkpoint granite_speech/assets/embedded --curve bench/results/embedded-training.svg

@@ -1,7 +1,7 @@
-"""Two import packages from two roots: granite_speech/ and kernels/granite_kernels/.
+"""Two import packages from two source roots: granite_speech/ and kernels/granite_kernels/.
 
-`kernels/` itself is no package and must not become one: Hugging Face ships an import package of that name, which
-transformers imports, and a folder without __init__.py loses to it, while a package would hide or overwrite it.
+`kernels/` must not have an __init__.py: transformers imports a package of that name from Hugging Face. As a plain folder ours
+loses to it; as a package it would hide or overwrite theirs.
 """
 
 import re
@@ -23,7 +23,7 @@ setup(
     package_data={"granite_speech": ["py.typed", "assets/*", "assets/embedded/*"], "granite_kernels": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
-        "torch>=2.11,<2.15",  # torch 2.15 is built for a later CUDA than torchaudio 2.11, and torchaudio then fails to import
+        "torch>=2.11,<2.15",  # torchaudio 2.11 cannot be imported with torch 2.15, which is built for a later CUDA
         "torchaudio>=2.11,<2.12",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
@@ -36,10 +36,10 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "train": ["jiwer>=4", "matplotlib>=3.9"],  # word error rates of `finetune --validation`; the recipe's curve
+        "train": ["jiwer>=4", "matplotlib>=3.9"],  # `finetune --validation`; the plot of `make embedded`
         "test": [
             "transformers==5.17.0",
-            "numpy<2.4",  # Triton 3.6's interpreter cannot run a loop over a runtime range with a later one
+            "numpy<2.4",  # with 2.4, Triton 3.6's interpreter cannot loop over a runtime range
             "peft>=0.21",
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench model` measures, `python -m bench report` puts what was measured into the README."""
+"""Benchmarks. `python -m bench --help` lists the commands; the results are in bench/results."""

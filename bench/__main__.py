@@ -10,78 +10,124 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
+    sys.exit(_run(_parser().parse_args()))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    measure = commands.add_parser("model", help="the 16 x 1024 encoder beside transformers', in one run")
-    measure.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
-    measure.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that is not (default: 5)")
-    measure.add_argument("--threads", type=int, default=None, help="threads of both (default: torch's)")
-    measure.add_argument("--device", default="cpu", help="of both (default: cpu)")
-    measure.add_argument("--dtype", choices=DTYPES, default="float32", help="of both (default: float32)")
-    measure.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the result file (default: bench/results)")
-    speed = commands.add_parser("kernels", help="every operation on the GPU, or its reference on the CPU where there is none")
-    speed.add_argument("--operation", action="append", metavar="NAME", help="measure this one alone (repeatable)")
-    speed.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="on a GPU (default: bfloat16); a CPU measures float32")
-    speed.add_argument("--no-compiled", action="store_true", help="on a GPU, do not time torch.compile of the references")
-    speed.add_argument("--predict", action="store_true", help="measure nothing: write the least times on an H200 to kernels/AUDIT.md")
-    speed.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the result file (default: bench/results)")
-    lent = commands.add_parser("gpu", help="all that a borrowed GPU should do: parity, kernels, model, sanitizer")
-    lent.add_argument("out", type=Path, help="folder of the results and logs")
-    lent.add_argument("--seconds", type=float, default=540, help="for all steps together (default: 540)")
-    inspect = commands.add_parser("audit", help="compile every kernel, without a GPU, and check registers, spills and tensor cores")
-    inspect.add_argument("--check", action="store_true", help="write nothing; fail if the committed table is out of date")
-    inspect.add_argument("--all", action="store_true", help="also compile configurations that the committed table has")
-    inspect.add_argument("--operation", action="append", metavar="NAME", help="audit only this one, and write nothing (repeatable)")
-    words = commands.add_parser("words", help="what the small checkpoint understands: unseen voices, real people, a word it is taught")
-    words.add_argument("--model", default="embedded", help="a checkpoint's folder or id (default: embedded)")
-    words.add_argument("--unseen", type=Path, default=Path("build/embedded/unseen/manifest.jsonl"), help="spoken where it is not there")
-    words.add_argument("--word", default="coffee", help="to be taught (default: coffee)")
-    words.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the result file (default: bench/results)")
-    commands.add_parser("report", help="tables of the newest result files, into the README")
-    sys.exit(_run(parser.parse_args()))
+    for add in (_add_model, _add_kernels, _add_gpu, _add_audit, _add_words):
+        add(commands)
+    commands.add_parser("report", help="update the generated tables in the README files from the newest results")
+    return parser
+
+
+def _add_model(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("model", help="time the 16 x 1024 encoder and transformers' in one run")
+    parser.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one warm-up round (default: 5)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    _add_out(parser)
+
+
+def _add_kernels(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("kernels", help="time every operation: the kernels on a GPU, or the references on a CPU")
+    parser.add_argument("--operation", action="append", metavar="NAME", help="time only this operation (repeatable)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="on a GPU (default: bfloat16); a CPU uses float32")
+    parser.add_argument("--no-compiled", action="store_true", help="on a GPU, skip torch.compile of the references")
+    parser.add_argument("--predict", action="store_true", help="time nothing: write the shortest possible times into kernels/AUDIT.md")
+    _add_out(parser)
+
+
+def _add_gpu(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("gpu", help="run every GPU check in one ten-minute command: tests, kernels, model, sanitizer")
+    parser.add_argument("out", type=Path, help="folder for results and logs")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit for all steps together (default: 540)")
+
+
+def _add_audit(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("audit", help="compile every kernel without a GPU and list registers, spills and tensor-core use")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the committed table is out of date")
+    parser.add_argument("--all", action="store_true", help="also recompile what the committed table already has")
+    parser.add_argument("--operation", action="append", metavar="NAME", help="compile only this operation, write nothing (repeatable)")
+
+
+def _add_words(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("words", help="word error rates of the bundled checkpoint: held-out voices, real people, a new word")
+    parser.add_argument("--model", default="embedded", help="a checkpoint's folder or hub id (default: embedded)")
+    parser.add_argument(
+        "--unseen",
+        type=Path,
+        default=Path("build/embedded/unseen/manifest.jsonl"),
+        help="manifest of the held-out voices; synthesized if it does not exist",
+    )
+    parser.add_argument("--word", default="coffee", help="the new word to fine-tune on (default: coffee)")
+    _add_out(parser)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the result file (default: bench/results)")
 
 
 def _run(options: argparse.Namespace) -> int:
-    # Imported when asked for: each needs other packages, and the audit must see kernels that are not interpreted.
-    if options.command == "report":
-        from bench import report
-
-        results.replace_section(results.README, "report", report.report())
-        results.replace_section(results.README, "words", report.report(["words"]))
-    elif options.command == "audit":
-        from bench import audit
-
-        return audit.run(check=options.check, everything=options.all, operations=options.operation or None)
-    elif options.command == "gpu":
-        from bench import gpu
-
-        return gpu.run(options.out, options.seconds)
-    elif options.command == "words":
-        from bench import words
-
-        print(words.run(unseen=options.unseen, word=options.word, model=options.model, out=options.out))
-    elif options.command == "kernels":
-        print(_kernels(options))
-    else:
-        from bench import model
-
-        sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
-        print(model.run(**sizes, device=options.device, dtype=options.dtype, out=options.out))
-    return 0
+    commands = {"audit": _audit, "gpu": _gpu, "kernels": _kernels, "model": _model, "words": _words, "report": _report}
+    return commands[options.command](options)
 
 
-def _kernels(options: argparse.Namespace) -> str:
+# Each command imports what it needs: their dependencies differ, and the audit needs kernels that are not interpreted.
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from bench import audit
+
+    return audit.run(check=options.check, everything=options.all, operations=options.operation or None)
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from bench import gpu
+
+    return gpu.run(options.out, options.seconds)
+
+
+def _kernels(options: argparse.Namespace) -> int:
     import torch
 
     from bench import kernels, kernels_cpu
 
     if options.predict:
-        results.replace_section(kernels.PREDICTIONS, "kernels --predict", kernels.predict())
-        return kernels.predict()
-    if not torch.cuda.is_available():
-        return kernels_cpu.run(operations=options.operation, out=options.out)
-    dtype = getattr(torch, options.dtype)
-    return kernels.run(operations=options.operation, dtype=dtype, compiled=not options.no_compiled, out=options.out)
+        text = kernels.predict()
+        results.replace_section(kernels.PREDICTIONS, "kernels --predict", text)
+    elif torch.cuda.is_available():
+        dtype = getattr(torch, options.dtype)
+        text = kernels.run(operations=options.operation, dtype=dtype, compiled=not options.no_compiled, out=options.out)
+    else:
+        text = kernels_cpu.run(operations=options.operation, out=options.out)
+    print(text)
+    return 0
+
+
+def _model(options: argparse.Namespace) -> int:
+    from bench import model
+
+    sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
+    print(model.run(**sizes, device=options.device, dtype=options.dtype, out=options.out))
+    return 0
+
+
+def _words(options: argparse.Namespace) -> int:
+    from bench import words
+
+    print(words.run(unseen=options.unseen, word=options.word, model=options.model, out=options.out))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from bench import report
+
+    report.write()
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Everything that a borrowed GPU should do inside ten minutes, most informative first; a result is written as soon as it exists."""
+"""Every GPU check in one ten-minute command, the most informative first. Each result is written as soon as it exists."""
 
 import contextlib
 import json
@@ -16,13 +16,14 @@ from bench import results
 __all__ = ["run"]
 
 ROOT = Path(__file__).parents[1]
-# Interpreted kernels would prove nothing here. The tests' own switch leaves a variable alone that is set.
+# tests/conftest.py turns Triton's interpreter on unless TRITON_INTERPRET is set.
 ENVIRONMENT = {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+LEAST_SECONDS = 10  # a step with less time left is not started
 
 
 @dataclass(frozen=True)
 class Step:
-    """One program, and the most seconds it may take of what is left."""
+    """One program and its time limit in seconds."""
 
     name: str
     command: list[str]
@@ -32,7 +33,7 @@ class Step:
 def steps(out: Path) -> list[Step]:
     python = sys.executable
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    # Nearly all of the time goes to compiling kernels, on one core each.
+    # Nearly all of the time goes into compiling kernels, on one core each.
     parity = [*tests, "-n", str(max(1, min(14, (os.cpu_count() or 1) - 2))), "tests"]
     kernels = [python, "-m", "bench", "kernels", "--out"]
     planned = [
@@ -42,30 +43,31 @@ def steps(out: Path) -> list[Step]:
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
-        odd = [*tests, "tests/test_gpu.py", "-k", "small and float16"]
-        planned.append(Step("sanitizer", [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *odd], 90))
-    # In a folder of its own: cut short, it must not replace the complete file of the step above. Of the others nothing can be compiled.
-    planned.append(Step("kernels beside torch.compile", [*kernels, str(out / "compiled"), "--operation", "lora_linear"], 240))
+        small = [*tests, "tests/kernels/test_gpu.py", "-k", "small and float16"]
+        planned.append(Step("sanitizer", [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *small], 90))
+    # A separate folder: if this step is cut short, its file must not replace the complete one of the step above.
+    # lora_linear is the only reference that torch.compile can compile.
+    planned.append(Step("kernels and torch.compile", [*kernels, str(out / "compiled"), "--operation", "lora_linear"], 240))
     return planned
 
 
 def run(out: Path, budget: float) -> int:
-    """Run every step that fits into `budget` seconds; returns the number of steps that failed or were cut short.
+    """Run as many steps as fit into `budget` seconds; returns the number of steps that failed, were cut short or did not fit.
 
-    `out` takes the result files, one log a step, and `summary.json`, which is written after each step.
+    `out` gets the result files, one log per step, and `summary.json`, which is rewritten after each step.
     """
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + budget
     summary: list[dict[str, object]] = []
     for step in steps(out):
         seconds = min(step.seconds, end - time.monotonic())
-        if seconds < 10:
+        if seconds < LEAST_SECONDS:
             summary.append({"step": step.name, "status": "no time left"})
         else:
             summary.append(_run_step(step, seconds, out / f"{step.name.replace(' ', '-')}.log"))
         print(json.dumps(summary[-1]), flush=True)
         (out / "summary.json").write_text(json.dumps({"run": results.describe_run(), "steps": summary}, indent=2) + "\n")
-    return sum(one["status"] != 0 for one in summary)
+    return sum(entry["status"] != 0 for entry in summary)
 
 
 def _run_step(step: Step, seconds: float, log: Path) -> dict[str, object]:
@@ -79,13 +81,13 @@ def _run_step(step: Step, seconds: float, log: Path) -> dict[str, object]:
         except subprocess.TimeoutExpired:
             status = f"stopped after {seconds:.0f} s"
         finally:
-            _end_session(process)
+            _kill_session(process)
     lines = log.read_text(errors="replace").splitlines()
     return {"step": step.name, "status": status, "seconds": round(time.monotonic() - start, 1), "last line": lines[-1] if lines else ""}
 
 
-def _end_session(process: subprocess.Popen) -> None:
-    """End a step and the processes that it started: one that is left would share the GPU with the next step."""
+def _kill_session(process: subprocess.Popen) -> None:
+    """Kill a step and its child processes: a survivor would share the GPU with the next step."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,6 +1,6 @@
-"""Device time of calls in a CUDA graph: once captured, a call's launches cost the host nothing that could be measured for the kernel.
+"""Device time of calls, measured in a CUDA graph so that the host's launch time is not counted.
 
-Everything that needs a GPU is in `CapturedCalls`, `side_stream` and `l2_bytes`; tests on a CPU replace them.
+Only `CapturedCalls`, `side_stream` and `l2_bytes` need a GPU; tests on a CPU replace them.
 """
 
 import functools
@@ -15,10 +15,10 @@ import torch
 
 __all__ = ["HostBoundError", "HostWaitError", "copies_needed", "copy_rate", "matmul_rate", "side_stream", "time_calls"]
 
-# Copies of the inputs that are used in turn: together this many times the L2 cache, counted by what the kernel must move. A
-# library call does part of the work on at least two thirds of those bytes, so that its copies too are more than five times the cache.
+# Calls cycle through copies of their inputs that together hold this many times the L2 cache, counted in bytes the kernel must move.
+# A library call touches at least two thirds of those bytes, so its copies also exceed five times the cache.
 COLD = 8
-# Few and short calls would show the start of the graph instead.
+# With fewer calls, the start of the graph would dominate.
 LEAST_CALLS = 10
 # The first replays upload the graph and let the host get ahead of the device.
 WARM_UP = 3
@@ -27,29 +27,29 @@ Call = Callable[[], Any]
 
 
 class HostWaitError(RuntimeError):
-    """A call waits for the device on the host, which no CUDA graph can hold."""
+    """A call makes the host wait for the device, which cannot be captured in a CUDA graph."""
 
 
 class HostBoundError(RuntimeError):
-    """The host takes longer to launch the graph than the device to run it: the replays would time the host."""
+    """Launching the graph takes longer than running it, so the replays would measure the host."""
 
 
 def copies_needed(bytes_moved: int, l2: int) -> int:
-    """How many copies of a call's inputs keep the L2 cache cold when the calls use them in turn."""
+    """Number of input copies that keep the L2 cache cold when the calls cycle through them."""
     return max(1, math.ceil(COLD * l2 / bytes_moved))
 
 
 def time_calls(calls: Sequence[Call], replays: int = 20) -> tuple[dict[str, float], list[Any]]:
-    """Seconds of one call on the device, and what the calls returned.
+    """Seconds per call on the device, and the calls' results.
 
-    The calls are captured in order, repeated until there are `LEAST_CALLS`, and the graph is replayed; a result stays in memory,
-    so that no call writes where the one before has just written. A call's time includes the gap to the next.
+    The calls are captured in order, repeated until there are at least `LEAST_CALLS`, and the graph is replayed. All results stay in
+    memory, so no call writes to memory that the previous one has just written. A call's time includes the gap before the next call.
 
     Returns:
         Median, 20th and 80th percentile over the replays; and the results in the order of the captured calls.
 
     Raises:
-        HostWaitError: a call waits for the device. Found before the capture begins, which it would break.
+        HostWaitError: a call makes the host wait. Raised before the capture, which the wait would break.
         HostBoundError: the graph is too short for this host.
     """
     captured = CapturedCalls([*calls] * math.ceil(LEAST_CALLS / len(calls)))
@@ -57,13 +57,13 @@ def time_calls(calls: Sequence[Call], replays: int = 20) -> tuple[dict[str, floa
     median, p20, p80 = (seconds[round(q * (len(seconds) - 1))] for q in (0.5, 0.2, 0.8))
     launch = captured.launch_seconds()
     if launch > median:
-        raise HostBoundError(f"the graph takes {median * 1e6:.0f} µs on the device, and the host {launch * 1e6:.0f} µs to launch it")
+        raise HostBoundError(f"the graph takes {median * 1e6:.0f} µs on the device, but {launch * 1e6:.0f} µs to launch")
     count = len(captured.results)
     return {"median": median / count, "p20": p20 / count, "p80": p80 / count}, captured.results
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy much larger than the L2 cache."""
+    """Bytes per second, read plus written, for a copy much larger than the L2 cache."""
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     seconds, _ = time_calls([lambda: target.copy_(source)])
@@ -71,7 +71,7 @@ def copy_rate() -> float:
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    """FLOPs a second of a product of two large random square matrices."""
+    """FLOP/s of the product of two large random square matrices."""
     a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     with torch.no_grad():
@@ -90,10 +90,10 @@ def _stream() -> torch.cuda.Stream:
 
 @contextmanager
 def side_stream() -> Iterator[None]:
-    """Everything that is to be captured, inputs and forward passes included, happens within this.
+    """Run on a side stream everything to be captured, including making the inputs and forward passes.
 
-    The default stream cannot be captured, and a backward runs on the stream of its forward. Leaving it also undoes what
-    `torch.cuda.graph` leaves behind when a capture fails: it ends the capture before it restores the stream.
+    The default stream cannot be captured, and a backward pass runs on the stream of its forward pass. Leaving this context also
+    restores the stream after a failed capture: `torch.cuda.graph` does not, because ending the capture fails first.
     """
     stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -103,10 +103,10 @@ def side_stream() -> Iterator[None]:
 
 
 class CapturedCalls:
-    """Calls in one CUDA graph, captured on the current stream, and what they return."""
+    """Calls captured in one CUDA graph on the current stream, and their results."""
 
     def __init__(self, calls: Sequence[Call]):
-        for _ in range(2):  # compiles, loads modules, chooses algorithms and allocates workspaces, none of which may happen in a capture
+        for _ in range(2):  # compiles, loads modules, picks algorithms and allocates workspaces: not allowed during a capture
             calls[0]()
         _refuse_host_waits(calls)
         self._graph = torch.cuda.CUDAGraph()
@@ -114,7 +114,7 @@ class CapturedCalls:
             self.results = [call() for call in calls]
 
     def replay_seconds(self, replays: int) -> list[float]:
-        """Seconds of each replay. All are queued at once: a wait in between would add the launch of the next one."""
+        """Seconds of each replay. All are queued at once: waiting between them would add the next launch to the time."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UP + replays + 1)]
         events[0].record()
         for event in events[1:]:
@@ -124,7 +124,7 @@ class CapturedCalls:
         return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)][WARM_UP:]
 
     def launch_seconds(self) -> float:
-        """Seconds that the host takes to launch the graph while the device is idle."""
+        """Seconds the host takes to launch the graph while the device is idle."""
         seconds = []
         for _ in range(5):
             torch.cuda.synchronize()
@@ -136,10 +136,10 @@ class CapturedCalls:
 
 
 def _refuse_host_waits(calls: Sequence[Call]) -> None:
-    """Make every call once, with PyTorch's waits for the device forbidden.
+    """Make every call once in PyTorch's mode that refuses synchronizing operations.
 
-    A wait inside a capture ends it in a way that PyTorch does not recover from: its allocator and random generators stay in
-    capture mode, and the calls after it fail or hang.
+    PyTorch does not recover from a synchronization inside a capture: its allocator and random generators stay in capture mode, and
+    later calls fail or hang.
     """
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -148,6 +148,6 @@ def _refuse_host_waits(calls: Sequence[Call]) -> None:
     except RuntimeError as error:
         if "synchronizing CUDA operation" not in str(error):
             raise
-        raise HostWaitError("it waits for the device on the host, to read an index tensor or to send one") from error
+        raise HostWaitError("the host waits for the device, to read or send an index tensor") from error
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,7 +1,7 @@
-"""Every operation's kernels on a GPU: against their bound, the reference, torch.compile of it, and the nearest library call.
+"""Times of every operation's kernels on a GPU, with their lower bound, the reference, torch.compile of it, and the nearest library call.
 
-Every time is of calls in a CUDA graph with a cold L2 cache (`bench.graphs`). A case is timed only after its result and gradients were
-compared with float64 truth, and what a graph computes must have the bits of that result.
+All times are of calls in a CUDA graph with a cold L2 cache (`bench.graphs`). A case is timed only after its result and gradients were
+compared with float64 truth, and the results inside the graph must equal those outside bit for bit.
 """
 
 import copy
@@ -24,21 +24,21 @@ __all__ = ["predict", "run"]
 
 PREDICTIONS = Path(__file__).parents[1] / "kernels/AUDIT.md"
 DEVICE = "cuda"
-# A prediction's ceilings: an H200's copy and bfloat16 matrix rates. Stated, not measured by this program.
+# Ceilings for predictions: an H200's copy rate and bfloat16 matmul rate. They are given, not measured by this program.
 PREDICTED = {"machine": "NVIDIA H200", "bytes_a_second": 4.3e12, "flops_a_second": 790e12}
 METHOD = [
-    f"All times, and the machine's rates, are of CUDA graphs of at least {graphs.LEAST_CALLS} calls, which use in turn copies of the "
-    f"inputs that are together {graphs.COLD} times the L2 cache",
+    f"All times and the two ceilings were measured in CUDA graphs of at least {graphs.LEAST_CALLS} calls, which cycle through copies of "
+    f"their inputs that together hold {graphs.COLD} times the L2 cache",
     "A backward is torch.autograd.grad alone, after a forward outside the graph",
 ]
-NOT_COMPILED = "not tried: torch.compile does not remove a host wait of the reference"
+NOT_COMPILED = "not tried: torch.compile does not remove a host wait from the reference"
 
 
 def run(*, operations: list[str] | None, dtype: torch.dtype, compiled: bool, out: Path) -> str:
     """Measure all released shapes, write the result file after each measurement, and return the table.
 
     Args:
-        compiled: also time torch.compile of the references, which takes seconds a shape to compile.
+        compiled: also time torch.compile of the references, which takes seconds per shape to compile.
     """
     with graphs.side_stream():
         rates = {"bytes_a_second": graphs.copy_rate(), "flops_a_second": graphs.matmul_rate(dtype)}
@@ -67,92 +67,100 @@ def measure(
     rates: dict[str, float],
     call: Callable[..., Outcome],
 ) -> Iterator[None]:
-    """Fill `measurements`, one entry for each shape and direction; yields after every change.
+    """Fill `measurements` with one entry per shape and direction; yields after every change.
 
     Args:
-        call: `call(function, *arguments)` returns the function's outcome, from a process that earlier failures did not spoil.
+        call: `call(function, *arguments)` returns the function's outcome, from a process that no earlier failure has made unusable.
     """
     entries: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for name, case, direction, way in plan(operations, compiled):
+    for name, case, direction, variant in plan(operations, compiled):
         key = (name, case.name, direction)
         if key not in entries:
-            entries[key] = begin(OPERATIONS[name], case, dtype, direction, rates)
+            entries[key] = new_entry(OPERATIONS[name], case, dtype, direction, rates)
             measurements.append(entries[key])
         entry = entries[key]
         if "wrong" in entry:
             continue
-        if way == "compiled" and entries[name, case.name, "forward"]["not_timed"].get("torch", "").startswith(HostWaitError.__name__):
+        if variant == "compiled" and _reference_waits(entries[name, case.name, "forward"]):
             outcome = Outcome(not_timed=NOT_COMPILED)
         else:
-            outcome = call(time_way, name, case.name, direction, way, dtype)
-        if outcome.not_timed:
-            entry["not_timed"][way] = outcome.not_timed
-        elif "wrong" in outcome.found:
-            entry |= outcome.found | {"seconds": {}}
-        else:
-            entry["seconds"][way] = outcome.found
+            outcome = call(time_variant, name, case.name, direction, variant, dtype)
+        _record(entry, variant, outcome)
         yield
 
 
+def _reference_waits(forward: dict[str, Any]) -> bool:
+    return forward["not_timed"].get("torch", "").startswith(HostWaitError.__name__)
+
+
+def _record(entry: dict[str, Any], variant: str, outcome: Outcome) -> None:
+    if outcome.not_timed:
+        entry["not_timed"][variant] = outcome.not_timed
+    elif "wrong" in outcome.values:
+        entry |= outcome.values | {"seconds": {}}
+    else:
+        entry["seconds"][variant] = outcome.values
+
+
 def plan(operations: list[str], compiled: bool) -> Iterator[tuple[str, Case, str, str]]:
-    """Operation, case, direction and way of every measurement, most informative first: the kernels of all shapes and the library, then
-    the references, then what takes long to compile."""
+    """Operation, case, direction and variant of every measurement, the most informative first: the kernels of all shapes and the library
+    calls, then the references, then the slow compilations."""
     cases = [(OPERATIONS[name], case) for name in operations for case in OPERATIONS[name].cases if case.released]
-    for ways in (("triton", "library"), ("torch",), *([("compiled",)] if compiled else [])):
+    for variants in (("triton", "library"), ("torch",), *([("compiled",)] if compiled else [])):
         for operation, case in cases:
-            for way in ways:
-                if way != "library" or operation.library is not None:
-                    yield operation.name, case, "forward", way
-                if way != "library" and operation.differentiable:
-                    yield operation.name, case, "backward", way
+            for variant in variants:
+                if variant != "library" or operation.library is not None:
+                    yield operation.name, case, "forward", variant
+                if variant != "library" and operation.differentiable:
+                    yield operation.name, case, "backward", variant
 
 
-def begin(operation: Operation, case: Case, dtype: torch.dtype, direction: str, rates: dict[str, float]) -> dict[str, Any]:
-    """What is known of a measurement before it: cost and bound. The backward's cost is not declared, so it has no bound."""
-    one = {"operation": operation.name, "case": case.name, "direction": direction, "seconds": {}, "not_timed": {}}
+def new_entry(operation: Operation, case: Case, dtype: torch.dtype, direction: str, rates: dict[str, float]) -> dict[str, Any]:
+    """An entry without times. A forward has its cost and lower bound; no operation declares its backward's cost."""
+    entry = {"operation": operation.name, "case": case.name, "direction": direction, "seconds": {}, "not_timed": {}}
     if direction == "forward":
         cost = operation.cost(**case.sizes(dtype))
-        one |= {"flops": cost.flops, "bytes": cost.bytes, "bound_seconds": bound_seconds(cost, **rates)}
-    return one
+        entry |= {"flops": cost.flops, "bytes": cost.bytes, "bound_seconds": bound_seconds(cost, **rates)}
+    return entry
 
 
 def bound_seconds(cost: Cost, bytes_a_second: float, flops_a_second: float) -> float:
-    """The time that a call cannot go below at these rates."""
+    """The shortest possible time of a call at these rates."""
     return max(cost.bytes / bytes_a_second, cost.flops / flops_a_second)
 
 
-def time_way(name: str, case_name: str, direction: str, way: str, dtype: torch.dtype) -> Outcome:
-    """Time one way of making one call. Runs in the worker's process."""
+def time_variant(name: str, case_name: str, direction: str, variant: str, dtype: torch.dtype) -> Outcome:
+    """Time one variant of one call. Runs in the worker's process."""
     try:
         with graphs.side_stream():
-            return _time_way(OPERATIONS[name], case_name, direction, way, dtype)
+            return _time_variant(OPERATIONS[name], case_name, direction, variant, dtype)
     except (HostWaitError, HostBoundError) as error:
         return Outcome(not_timed=f"{type(error).__name__}: {error}")
-    except Exception as error:  # whatever a call raises is the reason why it has no time; a new process times the other calls
-        return Outcome(not_timed=_reason(error), spoiled=True)
+    except Exception as error:  # reported in place of a time; a new process makes the remaining measurements
+        return Outcome(not_timed=_reason(error), unusable=True)
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, first things first: PyTorch reports that it could not end a capture after what broke the capture."""
-    said = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
-    return said if error.__context__ is None else f"{_reason(error.__context__)}; then {said}"
+    """The error and its causes, the first cause first: PyTorch reports the failed end of a capture after the error that broke it."""
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+    return text if error.__context__ is None else f"{_reason(error.__context__)}; then {text}"
 
 
-def _time_way(operation: Operation, case_name: str, direction: str, way: str, dtype: torch.dtype) -> Outcome:
+def _time_variant(operation: Operation, case_name: str, direction: str, variant: str, dtype: torch.dtype) -> Outcome:
     case = _case(operation, case_name)
-    if way == "triton" and (fault := _fault(operation.name, case_name, dtype)):
-        return Outcome({"wrong": fault})  # a wrong kernel has no speed
+    if variant == "triton" and (fault := _fault(operation.name, case_name, dtype)):
+        return Outcome({"wrong": fault})  # a wrong kernel is not timed
     count = graphs.copies_needed(operation.cost(**case.sizes(dtype)).bytes, graphs.l2_bytes())
-    copies = rotation(_inputs(operation.name, case_name, dtype), count)
-    calls = calls_of(operation, copies, direction, way)
-    expected = calls[0]() if way == "triton" else None
-    seconds, found = graphs.time_calls(calls)
-    if way == "triton" and not all(_same_bits(one, expected) for one in found):
-        return Outcome({"wrong": f"{direction}: the results inside a CUDA graph are not those outside"})
-    return Outcome(seconds | {"copies": len(copies), "calls": len(found)})
+    copies = input_copies(_inputs(operation.name, case_name, dtype), count)
+    calls = make_calls(operation, copies, direction, variant)
+    expected = calls[0]() if variant == "triton" else None
+    seconds, outputs = graphs.time_calls(calls)
+    if variant == "triton" and not all(_same_bits(output, expected) for output in outputs):
+        return Outcome({"wrong": f"{direction}: the results inside a CUDA graph differ from those outside"})
+    return Outcome(seconds | {"copies": len(copies), "calls": len(outputs)})
 
 
-# The ways of one case follow each other: its inputs are made and checked once.
+# All variants of a case are timed one after another, so its inputs are made and checked once.
 @functools.lru_cache(maxsize=1)
 def _inputs(name: str, case_name: str, dtype: torch.dtype) -> dict[str, Any]:
     return _case(OPERATIONS[name], case_name).inputs(dtype, DEVICE)
@@ -172,18 +180,18 @@ def _case(operation: Operation, name: str) -> Case:
     return next(case for case in operation.cases if case.name == name)
 
 
-def rotation(inputs: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The inputs and copies of them, `count` in all. A copy keeps the strides, and what shares memory: q, k and v of one projection do."""
+def input_copies(inputs: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The inputs and `count - 1` copies. A copy keeps the strides and the sharing of memory, as between q, k and v of one projection."""
     return [inputs, *(copy.deepcopy(inputs) for _ in range(count - 1))]
 
 
-def calls_of(operation: Operation, copies: list[dict[str, Any]], direction: str, way: str) -> list[Call]:
-    """One function of no arguments for each copy of the inputs."""
-    if way == "library":
+def make_calls(operation: Operation, copies: list[dict[str, Any]], direction: str, variant: str) -> list[Call]:
+    """One function without arguments for each copy of the inputs."""
+    if variant == "library":
         return [operation.library(**inputs) for inputs in copies]
-    function = partial(operation.call, impl="triton") if way == "triton" else operation.reference
-    if way == "compiled":
-        torch.compiler.reset()  # after eight shapes of one function PyTorch stops compiling it
+    function = partial(operation.call, impl="triton") if variant == "triton" else operation.reference
+    if variant == "compiled":
+        torch.compiler.reset()  # PyTorch stops compiling a function after eight shapes
         function = torch.compile(function, dynamic=False, fullgraph=True)
     if direction == "forward":
         return [torch.no_grad()(partial(function, **inputs)) for inputs in copies]
@@ -191,34 +199,35 @@ def calls_of(operation: Operation, copies: list[dict[str, Any]], direction: str,
 
 
 def _backward(function: Callable[..., torch.Tensor], differentiable: tuple[str, ...], inputs: dict[str, Any]) -> Call:
-    """The backward of one call whose forward has run."""
+    """The backward of a call; its forward runs here."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable if inputs[name] is not None}
     out = function(**{**inputs, **leaves})
     incoming = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device).to(out.dtype)
     return partial(torch.autograd.grad, out, list(leaves.values()), incoming, retain_graph=True, allow_unused=True)
 
 
-def _same_bits(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    return one is other if one is None else all(map(_same_bits, one, other))
+def _same_bits(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    return left is right if left is None else all(map(_same_bits, left, right))
 
 
 def predict() -> str:
-    """Markdown of the least time of every released shape on an H200, from its cost alone: no GPU is needed."""
-    rows = ["| operation | case | GFLOP | MB | bound by | predicted least, µs |", "|---|---|---|---|---|---|"]
+    """Markdown of the shortest possible time of every released shape on an H200, from its cost alone: no GPU is needed."""
     rates = {name: PREDICTED[name] for name in ("bytes_a_second", "flops_a_second")}
+    lines = [
+        f"Predicted, not measured: bfloat16 on an {PREDICTED['machine']} at {rates['bytes_a_second'] / 1e12:.1f} TB/s and "
+        f"{rates['flops_a_second'] / 1e12:.0f} TFLOP/s, each call by itself, launches not counted:",
+        "",
+        "| operation | case | GFLOP | MB | bound by | predicted least, µs |",
+        "|---|---|---|---|---|---|",
+    ]
     for operation in OPERATIONS.values():
         for case in operation.cases:
             if case.released:
                 cost = operation.cost(**case.sizes(torch.bfloat16))
                 seconds = bound_seconds(cost, **rates)
-                by = "memory" if cost.bytes / rates["bytes_a_second"] >= seconds else "tensor cores"
-                rows.append(
-                    f"| `{operation.name}` | {case.name} | {cost.flops / 1e9:.2f} | {cost.bytes / 1e6:.2f} | {by} | {seconds * 1e6:.1f} |"
-                )
-    head = (
-        f"Predicted, not measured: bfloat16 on an {PREDICTED['machine']} at {PREDICTED['bytes_a_second'] / 1e12:.1f} TB/s and "
-        f"{PREDICTED['flops_a_second'] / 1e12:.0f} TFLOP/s, each call by itself, launches not counted:"
-    )
-    return "\n".join([head, "", *rows])
+                limit = "memory" if cost.bytes / rates["bytes_a_second"] >= seconds else "tensor cores"
+                sizes = f"{cost.flops / 1e9:.2f} | {cost.bytes / 1e6:.2f}"
+                lines.append(f"| `{operation.name}` | {case.name} | {sizes} | {limit} | {seconds * 1e6:.1f} |")
+    return "\n".join(lines)

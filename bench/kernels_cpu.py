@@ -1,6 +1,6 @@
-"""The references on this machine's CPU, beside torch.compile of them and the nearest library call, timed by pytest-benchmark.
+"""Times of the references on this machine's CPU, with torch.compile of them and the nearest library call, by pytest-benchmark.
 
-Not collected with the tests: `python -m bench kernels` runs this file where there is no GPU.
+The test run does not collect this file; `python -m bench kernels` runs it on a machine without a GPU.
 """
 
 import json
@@ -21,34 +21,34 @@ from bench import results
 
 __all__ = ["run", "table"]
 
-WAYS = ("torch", "compiled", "library")
-# A released shape beyond these takes a CPU seconds a call.
+VARIANTS = ("torch", "compiled", "library")
+# Larger released shapes take seconds per call on a CPU.
 MOST_FLOPS, MOST_BYTES = 4e9, 1e8
 
 
 def cases() -> list[tuple[Operation, Case]]:
-    """The released shapes that a CPU is asked for."""
+    """The released shapes that are small enough for a CPU."""
     pairs = [(operation, case) for operation in OPERATIONS.values() for case in operation.cases if case.released]
     costs = (operation.cost(**case.sizes(torch.float32)) for operation, case in pairs)
     return [pair for pair, cost in zip(pairs, costs, strict=True) if cost.flops <= MOST_FLOPS and cost.bytes <= MOST_BYTES]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("operation", "case"), [pytest.param(*pair, id=f"{pair[0].name}: {pair[1].name}") for pair in cases()])
-def test_speed(benchmark: Any, operation: Operation, case: Case, way: str):
+def test_speed(benchmark: Any, operation: Operation, case: Case, variant: str):
     inputs = case.inputs(torch.float32)
-    benchmark.extra_info.update(operation=operation.name, case=case.name, way=way)
-    if way == "library":
+    benchmark.extra_info.update(operation=operation.name, case=case.name, variant=variant)
+    if variant == "library":
         call = operation.library(**inputs)
     else:
         assert_operation_accurate(operation, inputs, impl="torch")
-        function = operation.reference if way == "torch" else torch.compile(operation.reference, dynamic=False)
+        function = operation.reference if variant == "torch" else torch.compile(operation.reference, dynamic=False)
 
         def call():
             return function(**inputs)
 
     with torch.no_grad():
-        call()  # compiles, and fills the caches of the allocator
+        call()  # compiles, and fills the allocator's caches
         benchmark(call)
 
 
@@ -56,41 +56,49 @@ def run(*, operations: list[str] | None, out: Path, options: tuple[str, ...] = (
     """Measure, write the result file, and return the table.
 
     Args:
-        options: of pytest-benchmark.
+        options: pytest-benchmark's options.
 
     Raises:
         SystemExit: a reference was wrong or a call failed; nothing is written.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "benchmark.json"
-        chosen = " or ".join(f"{name}:" for name in operations or OPERATIONS)
-        command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", chosen, f"--benchmark-json={raw}", "-p", "no:cacheprovider"]
-        # Under pytest-xdist, which a test may run this from, pytest-benchmark measures nothing.
-        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        status = subprocess.run([*command, *options], cwd=Path(__file__).parents[1], env=alone, check=False).returncode
-        if status != 0:
-            raise SystemExit(f"pytest-benchmark ended with status {status}: nothing is written")
-        measured = json.loads(raw.read_text())["benchmarks"]
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for one in measured:
-        operation, case, way = (one["extra_info"][name] for name in ("operation", "case", "way"))
-        cost = OPERATIONS[operation].cost(**next(c for c in OPERATIONS[operation].cases if c.name == case).sizes(torch.float32))
-        row = rows.setdefault((operation, case), {"operation": operation, "case": case, "flops": cost.flops, "bytes": cost.bytes})
-        row.setdefault("seconds", {})[way] = {name: one["stats"][name] for name in ("median", "q1", "q3", "rounds")}
-    result = {"kind": "kernels-cpu", "run": results.describe_run(), "dtype": "float32", "measurements": list(rows.values())}
+    measurements: dict[tuple[str, str], dict[str, Any]] = {}
+    for benchmark in _benchmarks(operations or list(OPERATIONS), options):
+        name, case_name, variant = (benchmark["extra_info"][key] for key in ("operation", "case", "variant"))
+        if (name, case_name) not in measurements:
+            case = next(case for case in OPERATIONS[name].cases if case.name == case_name)
+            cost = OPERATIONS[name].cost(**case.sizes(torch.float32))
+            entry = {"operation": name, "case": case_name, "flops": cost.flops, "bytes": cost.bytes, "seconds": {}}
+            measurements[name, case_name] = entry
+        seconds = {key: benchmark["stats"][key] for key in ("median", "q1", "q3", "rounds")}
+        measurements[name, case_name]["seconds"][variant] = seconds
+    result = {"kind": "kernels-cpu", "run": results.describe_run(), "dtype": "float32", "measurements": list(measurements.values())}
     file = results.write(out, "kernels-cpu", result)
     return f"{table(result)}\n\n{file}"
 
 
+def _benchmarks(operations: list[str], options: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Run this file with pytest-benchmark; returns the "benchmarks" of its JSON file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "benchmark.json"
+        chosen = " or ".join(f"{name}:" for name in operations)
+        command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", chosen, f"--benchmark-json={file}", "-p", "no:cacheprovider"]
+        # pytest-benchmark measures nothing under pytest-xdist, which may be running the test that calls this.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        status = subprocess.run([*command, *options], cwd=Path(__file__).parents[1], env=environment, check=False).returncode
+        if status != 0:
+            raise SystemExit(f"pytest-benchmark ended with status {status}; nothing was written")
+        return json.loads(file.read_text())["benchmarks"]
+
+
 def table(result: dict[str, Any]) -> str:
-    """Markdown of one run on a CPU."""
+    """Markdown of one CPU run."""
     run = result["run"]
     head = f"{run['machine']}, {run['threads']} threads, {result['dtype']}, torch {run['versions']['torch']}, commit {run['commit'][:8]}:"
-    titles = ["operation", "case", *(f"{way}, ms" for way in WAYS), "GFLOP/s", "GB/s"]
-    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for one in result["measurements"]:
-        medians = {way: one["seconds"][way]["median"] for way in WAYS if way in one["seconds"]}
-        times = " | ".join(f"{medians[way] * 1e3:.2f}" if way in medians else "" for way in WAYS)
-        rates = f"{one['flops'] / medians['torch'] / 1e9:.1f} | {one['bytes'] / medians['torch'] / 1e9:.1f}"
-        rows.append(f"| `{one['operation']}` | {one['case']} | {times} | {rates} |")
-    return "\n".join([head, "", *rows])
+    titles = ["operation", "case", *(f"{variant}, ms" for variant in VARIANTS), "GFLOP/s", "GB/s"]
+    lines = [head, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for entry in result["measurements"]:
+        medians = {variant: seconds["median"] for variant, seconds in entry["seconds"].items()}
+        times = " | ".join(f"{medians[variant] * 1e3:.2f}" if variant in medians else "" for variant in VARIANTS)
+        rates = f"{entry['flops'] / medians['torch'] / 1e9:.1f} | {entry['bytes'] / medians['torch'] / 1e9:.1f}"
+        lines.append(f"| `{entry['operation']}` | {entry['case']} | {times} | {rates} |")
+    return "\n".join(lines)

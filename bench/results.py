@@ -1,4 +1,4 @@
-"""Result files: one JSON a run, named by what ran, machine, date and commit."""
+"""Result files: one JSON file per run, named by kind, machine, date and commit."""
 
 import json
 import math
@@ -9,15 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "README", "describe_run", "newest", "replace_section", "time_text", "write"]
+__all__ = ["FOLDER", "describe_run", "newest", "replace_section", "time_text", "write"]
 
 FOLDER = Path(__file__).parent / "results"
-README = FOLDER.parents[1] / "README.md"
 _PACKAGES = ("torch", "torchaudio", "triton", "transformers", "numpy")
 
 
 def describe_run() -> dict[str, Any]:
-    """Where and with what a run happens: commit, machine, versions, threads."""
+    """Commit, machine, versions and threads of this run."""
     import torch
 
     return {
@@ -47,7 +46,7 @@ def _processor() -> str:
 
 
 def write(folder: Path, kind: str, result: dict[str, Any]) -> Path:
-    """Write one run; the name tells kind, machine, day and commit."""
+    """Write one run to a file named by kind, machine, date and commit; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     run = result["run"]
     machine = "-".join(run["machine"].lower().split()).replace("/", "-")
@@ -68,17 +67,19 @@ def newest() -> list[dict[str, Any]]:
 
 
 def time_text(seconds: float) -> str:
-    """Three significant digits in the unit that suits them: "11.7 s", "26.4 ms", "8.78 µs"."""
+    """Three significant digits and a unit: "11.7 s", "26.4 ms", "8.78 µs"."""
     rounded = float(f"{seconds:.3g}")
-    value, unit = next(((rounded * scale, unit) for scale, unit in ((1, "s"), (1e3, "ms")) if rounded * scale >= 1), (rounded * 1e6, "µs"))
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0}f} {unit}"
+    scale, unit = (1, "s") if rounded >= 1 else (1e3, "ms") if rounded * 1e3 >= 1 else (1e6, "µs")
+    value = rounded * scale
+    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{decimals}f} {unit}"
 
 
 def replace_section(file: Path, command: str, text: str) -> None:
-    """Write `text` into a Markdown file, between `<!-- python -m bench <command> -->` and `<!-- end of <command> -->`.
+    """Replace the text between `<!-- python -m bench <command> -->` and `<!-- end of <command> -->` in a Markdown file.
 
     Raises:
-        ValueError: the file has no such pair of lines.
+        ValueError: the file does not have both markers.
     """
     begin, end = f"<!-- python -m bench {command} -->", f"<!-- end of {command} -->"
     before, found, rest = file.read_text().partition(begin)

@@ -1,13 +1,13 @@
-"""A stand-in for a GPU: tensors that say they are on "cuda", compute on the CPU, and report every time the host would wait.
+"""A stand-in for a GPU: its tensors report device "cuda" and compute on the CPU, and it records each time the host would wait.
 
     with StandInGPU() as gpu:
         model = gpu.move(model)
         model(**gpu.move(inputs))
     print(gpu.waits)
 
-Values are real, so code that branches on them takes the path that it takes on a GPU, and Triton kernels run in the interpreter.
-The host waits for the device when a value or a tensor is read back, when a shape depends on values, and when data is copied
-to the device from memory that is not pinned. Mixing a CPU tensor with device tensors is an error, as it is on a GPU.
+Values are real, so code that branches on them takes the same path as on a GPU; Triton kernels run in the interpreter. The host
+waits when a value or a tensor is read back, when a shape depends on values, and when data is copied to the device from memory that
+is not pinned. Mixing CPU and device tensors is an error, as on a GPU.
 """
 
 import traceback
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
 
-# Operations that read values, or need them to know the shape of their result.
+# Operations that read values, or whose result's shape depends on them.
 READS = {
     aten._local_scalar_dense.default,
     aten.bincount.default,
@@ -43,7 +43,7 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 
 class _DeviceTensor(torch.Tensor):
-    """Says that it is on the GPU; `values` is the CPU tensor that it stands for."""
+    """A tensor that reports device "cuda"; `values` is the CPU tensor with its values."""
 
     values: torch.Tensor
 
@@ -59,27 +59,27 @@ class _DeviceTensor(torch.Tensor):
         raise RuntimeError(f"{func} on a tensor of a StandInGPU outside its `with` block")
 
     def tolist(self) -> Any:
-        return self.cpu().tolist()  # PyTorch's own refuses subclasses
+        return self.cpu().tolist()  # Tensor.tolist refuses subclasses
 
     def __repr__(self) -> str:
         return f"_DeviceTensor({self.values!r})"
 
 
 class StandInGPU(TorchDispatchMode):
-    """In its `with` block, device "cuda" exists.
+    """Device "cuda" exists inside its `with` block.
 
     Attributes:
-        waits: each time the host waited: the operation, and the line of the project that called it.
+        waits: one entry per wait: the operation, and the line of this project that called it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
-        self._pinned: dict[int, torch.Tensor] = {}  # by address; held here, so that no address is used twice
+        self._pinned: dict[int, torch.Tensor] = {}  # by address; keeping the tensors prevents the reuse of an address
         self._modes = ExitStack()
 
     def __enter__(self) -> Self:
-        # Inside a fake mode PyTorch creates tensors on "cuda" without looking for a driver. No operation gets through to it.
+        # In a fake mode PyTorch creates tensors on "cuda" without a driver. No operation reaches that mode.
         self._modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         return super().__enter__()
 
@@ -89,21 +89,21 @@ class StandInGPU(TorchDispatchMode):
 
     @torch.no_grad()
     def move(self, what: Any) -> Any:
-        """A model (in place), or the tensors in dictionaries and lists, moved to the stand-in. Counts no wait."""
+        """Move a model (in place), or the tensors in dictionaries and lists, to the stand-in. Records no wait."""
         if not isinstance(what, nn.Module):
             return pytree.tree_map_only(torch.Tensor, _DeviceTensor, what)
-        moved: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+        moved: dict[int, nn.Parameter] = {}  # keeps tied parameters tied
         for module in what.modules():
-            for name, one in module._parameters.items():
-                if one is not None:
-                    module._parameters[name] = moved.setdefault(id(one), nn.Parameter(_DeviceTensor(one.data), one.requires_grad))
-            module._buffers.update({name: _DeviceTensor(one) for name, one in module._buffers.items() if one is not None})
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = moved.setdefault(id(weight), nn.Parameter(_DeviceTensor(weight.data), weight.requires_grad))
+            module._buffers.update({name: _DeviceTensor(buffer) for name, buffer in module._buffers.items() if buffer is not None})
         return what
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-        takes_device = any(isinstance(one, _DeviceTensor) for one in tensors)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        takes_device = any(isinstance(tensor, _DeviceTensor) for tensor in tensors)
         target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
         if target is not None:
             kwargs["device"] = torch.device("cpu")
@@ -116,35 +116,38 @@ class StandInGPU(TorchDispatchMode):
         if takes_device and not is_copy:
             self._check_devices(func, tensors)
         if self._waits(func, args, kwargs, target):
-            self._note(func)
+            self._record(func)
         out = self._on_cpu(func, args, kwargs)
-        if func is aten._to_copy.default:
-            stays = target == "cuda" or (target is None and takes_device)
-        else:
-            stays = target == "cuda" or (isinstance(args[0], _DeviceTensor) if func is aten.copy_.default else takes_device)
-        if not stays:
+        if not self._is_on_device(func, args, target, takes_device):
             return args[0] if func is aten.copy_.default else out
         out = pytree.tree_map_only(torch.Tensor, _DeviceTensor, out)
         return return_and_correct_aliasing(func, args, kwargs, out) if takes_device and func is not aten._to_copy.default else out
 
     @staticmethod
+    def _is_on_device(func: Any, args: tuple, target: str | None, takes_device: bool) -> bool:
+        """Whether the result of an operation is on the device."""
+        if func is aten._to_copy.default:
+            return target == "cuda" or (target is None and takes_device)
+        return target == "cuda" or (isinstance(args[0], _DeviceTensor) if func is aten.copy_.default else takes_device)
+
+    @staticmethod
     def _on_cpu(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        args, kwargs = pytree.tree_map_only(_DeviceTensor, lambda one: one.values, (args, dict(kwargs)))
+        args, kwargs = pytree.tree_map_only(_DeviceTensor, lambda tensor: tensor.values, (args, dict(kwargs)))
         with _disable_current_modes():
             return func(*args, **kwargs)
 
     @staticmethod
     def _check_devices(func: Any, tensors: list[torch.Tensor]) -> None:
-        # A tensor without dimensions is passed as a number.
-        if stray := [one for one in tensors if not isinstance(one, _DeviceTensor) and one.dim()]:
-            raise RuntimeError(f"{func} on tensors on {DEVICE} and a CPU tensor of shape {tuple(stray[0].shape)}")
+        # Zero-dimensional CPU tensors are allowed: PyTorch passes them as numbers.
+        if stray := [tensor for tensor in tensors if not isinstance(tensor, _DeviceTensor) and tensor.dim()]:
+            raise RuntimeError(f"{func} called with tensors on {DEVICE} and a CPU tensor of shape {tuple(stray[0].shape)}")
 
     def _waits(self, func: Any, args: tuple, kwargs: Mapping[str, Any], target: str | None) -> bool:
         if func in READS:
             return isinstance(args[0], _DeviceTensor)
         if func in INDEXING:
-            chosen = [one for one in args[1] if isinstance(one, _DeviceTensor)]
-            return any(one.dtype in (torch.bool, torch.uint8) for one in chosen)
+            indices = [index for index in args[1] if isinstance(index, _DeviceTensor)]
+            return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         if func is aten.repeat_interleave.Tensor:
             return isinstance(args[0], _DeviceTensor) and kwargs.get("output_size") is None
         if func is aten._to_copy.default:
@@ -159,8 +162,9 @@ class StandInGPU(TorchDispatchMode):
         is_pinned = host is not None and not isinstance(host, _DeviceTensor) and host.data_ptr() in self._pinned
         return crosses and not (is_pinned and non_blocking)
 
-    def _note(self, func: Any) -> None:
-        frames = [one for one in traceback.extract_stack() if Path(one.filename).is_relative_to(ROOT) and one.filename != __file__]
-        here = next((one for one in reversed(frames) if "/.venv/" not in one.filename), None)
-        where = f"{Path(here.filename).name}:{here.lineno} {here.line}" if here else "outside the project"
+    def _record(self, func: Any) -> None:
+        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
+        ours = (frame for frame in reversed(frames) if frame.filename != __file__ and "/.venv/" not in frame.filename)
+        frame = next(ours, None)
+        where = f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" if frame else "outside the project"
         self.waits.append(f"{func} in {where}")

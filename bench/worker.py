@@ -1,4 +1,4 @@
-"""A process that measures one thing after another, and is replaced when a failure may have left CUDA unusable in it."""
+"""A process that makes one measurement after another, and is replaced when a failure may have left CUDA unusable in it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,28 +8,28 @@ from typing import Any, Self
 
 __all__ = ["Outcome", "Worker"]
 
-# Spawned: a forked child could not use CUDA once its parent has.
+# Spawned: a forked child cannot use CUDA if its parent has.
 _CONTEXT = get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a measurement came to.
+    """The outcome of one measurement.
 
     Args:
-        found: entries for the result file; empty if it was not timed.
-        not_timed: why not.
-        spoiled: nothing else may be measured in that process: a failed capture leaves PyTorch's allocator and random generators
-            in capture mode, and after an illegal memory access every CUDA call fails.
+        values: entries for the result file; empty if nothing was timed.
+        not_timed: the reason, if nothing was timed.
+        unusable: the process must make no further measurement. After a failed capture, PyTorch's allocator and random generators stay
+            in capture mode; after an illegal memory access, every CUDA call fails.
     """
 
-    found: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     not_timed: str = ""
-    spoiled: bool = False
+    unusable: bool = False
 
 
 class Worker:
-    """Runs functions of modules, one at a time, in one process until an outcome is spoiled; then a new process runs the next."""
+    """Runs module-level functions one at a time in a child process, which is replaced after an outcome that makes it unusable."""
 
     def __init__(self) -> None:
         self._process: Any = None
@@ -42,7 +42,7 @@ class Worker:
         self._stop()
 
     def call(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
-        """The outcome of the function; of one whose process dies, that it died."""
+        """The function's outcome. If its process dies, the outcome says so."""
         if self._process is None:
             self._start()
         try:
@@ -50,21 +50,21 @@ class Worker:
             outcome = self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
-            outcome = Outcome(not_timed=f"its process ended with exit code {self._process.exitcode}", spoiled=True)
-        if outcome.spoiled:
+            outcome = Outcome(not_timed=f"its process ended with exit code {self._process.exitcode}", unusable=True)
+        if outcome.unusable:
             self._stop()
         return outcome
 
     def _start(self) -> None:
-        self._connection, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(theirs,))
+        self._connection, child_end = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_serve, args=(child_end,))
         self._process.start()
-        # The process then has the only other end: it reads an end of file when this process is gone.
-        theirs.close()
+        # Only the child then holds this end, so it reads an end of file when this process is gone.
+        child_end.close()
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._process.kill()  # a spoiled process may wait for its device forever
+            self._process.kill()  # an unusable process may wait for its device forever
             self._process.join()
             self._connection.close()
             self._process = self._connection = None

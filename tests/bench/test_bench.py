@@ -1,9 +1,10 @@
-"""The benchmark runs, refuses to time wrong results, and the README shows what was measured."""
+"""The benchmarks run, refuse to time wrong results, and the README files show the newest results."""
 
 import contextlib
 import inspect
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,15 +21,25 @@ from granite_speech.modules.cache import PagedCache
 from tests.support.paths import ROOT
 from tests.support.spoken import SPEECH, load, sentences
 
-README = ROOT / "README.md"
+
+def test_readmes_show_the_newest_results():
+    sections = report.sections()
+    assert {file.relative_to(ROOT).as_posix() for file, _, _ in sections} == {
+        "README.md",
+        "bench/results/README.md",
+        "granite_speech/assets/README.md",
+    }
+    for file, command, text in sections:
+        assert text and section(file, command) == text
 
 
-def test_the_readme_shows_the_newest_results():
-    assert section(README, "report") == report.report()
-    assert section(README, "words") == report.report(["words"])
+def test_the_readme_shows_where_transformers_is_faster():
+    lines = report.headline().splitlines()
+    assert len(lines) == 6
+    assert any(float(line.split(" | ")[-1].rstrip("x |")) < 1 for line in lines[2:])
 
 
-def test_result_files_say_where_they_come_from():
+def test_result_files_have_commit_machine_and_versions():
     files = list(results.FOLDER.glob("*.json"))
     assert files
     for file in files:
@@ -38,7 +49,7 @@ def test_result_files_say_where_they_come_from():
 
 @pytest.fixture
 def small(monkeypatch):
-    """The benchmark's two encoders at a size that a test can wait for."""
+    """The benchmark's two encoders, small enough for a test."""
     from transformers import GraniteSpeechEncoderConfig as ReferenceConfig
     from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechCTCEncoder as Reference
 
@@ -52,7 +63,7 @@ def small(monkeypatch):
     return ours
 
 
-def test_a_run_writes_its_result(small, tmp_path):
+def test_an_encoder_run_writes_its_result(small, tmp_path):
     table = model.run(layers=2, rounds=2, threads=None, out=tmp_path)
     (file,) = tmp_path.glob("*.json")
     result = json.loads(file.read_text())
@@ -65,8 +76,8 @@ def test_a_run_writes_its_result(small, tmp_path):
     assert "one clip of 30 s" in table
 
 
-def test_on_a_gpu_the_matmul_rate_is_that_of_a_graph(small, tmp_path, monkeypatch):
-    """The device "cpu:0" takes the way of a GPU: all but the product and its capture runs here."""
+def test_a_gpu_run_uses_the_matmul_rate_of_a_cuda_graph(small, tmp_path, monkeypatch):
+    """Device "cpu:0" takes the code path of a GPU; only the product and its capture are replaced."""
     monkeypatch.setattr(graphs, "side_stream", contextlib.nullcontext)
     monkeypatch.setattr(graphs, "matmul_rate", lambda dtype: {torch.float32: 6e12}[dtype])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
@@ -86,8 +97,8 @@ def test_a_wrong_encoder_is_not_timed(small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_matmul_flops_are_those_of_the_projections():
-    """Counted by hand for one block: two feed-forwards, q, k, v and output, the convolution's two, and the ends."""
+def test_matmul_flops_count_the_projections():
+    """Counted by hand: per block two feed-forwards, q, k, v and output, and the convolution's two; plus the first and last layers."""
     from granite_speech import GraniteSpeechCTCEncoder, GraniteSpeechEncoderConfig
 
     encoder = GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(num_layers=1, hidden_dim=32, num_heads=2, output_dim=10))
@@ -99,24 +110,24 @@ def section(file: Path, command: str) -> str:
     return re.search(rf"<!-- python -m bench {command} -->\n(.*)\n<!-- end of {command} -->", file.read_text(), re.DOTALL).group(1)
 
 
-def test_the_catalogue_shows_what_the_costs_predict():
+def test_the_audit_page_shows_the_predicted_times():
     assert section(kernels.PREDICTIONS, "kernels --predict") == kernels.predict()
     assert "Predicted, not measured" in kernels.predict()
 
 
-def test_released_cases_have_the_models_pages():
+def test_released_cases_use_the_models_page_size():
     default = inspect.signature(PagedCache).parameters["page_size"].default
     assert {case.shape["page_size"] for case in OPERATIONS["paged_attention"].cases if case.released} == {default}
 
 
-def test_a_cost_needs_no_values():
+def test_costs_depend_only_on_shapes():
     for operation in OPERATIONS.values():
         for case in operation.cases:
             if not case.released:
                 assert operation.cost(**case.sizes(torch.bfloat16)) == operation.cost(**case.inputs(torch.bfloat16))
 
 
-def test_a_section_is_replaced_and_a_file_without_one_refused(tmp_path):
+def test_replace_section_needs_both_markers(tmp_path):
     file = tmp_path / "README.md"
     file.write_text("a\n<!-- python -m bench audit -->\nold\n<!-- end of audit -->\nb\n")
     results.replace_section(file, "audit", "new")
@@ -125,7 +136,7 @@ def test_a_section_is_replaced_and_a_file_without_one_refused(tmp_path):
         results.replace_section(file, "report", "new")
 
 
-def test_a_cpu_run_measures_and_writes(tmp_path):
+def test_a_cpu_run_of_the_kernels_writes_its_result(tmp_path):
     quick = ("--benchmark-max-time=0.05", "--benchmark-min-rounds=2", "-k", "lora_linear and v_proj and not 128 and not compiled")
     text = kernels_cpu.run(operations=["lora_linear"], out=tmp_path, options=quick)
     (file,) = tmp_path.glob("kernels-cpu-*.json")
@@ -135,7 +146,7 @@ def test_a_cpu_run_measures_and_writes(tmp_path):
     assert measured[0]["case"] in text
 
 
-def test_a_borrowed_gpus_steps_are_timed_logged_and_cut_short(tmp_path, monkeypatch):
+def test_gpu_steps_are_logged_and_stopped_with_their_children(tmp_path, monkeypatch):
     def step(name: str, program: str, seconds: float) -> gpu.Step:
         return gpu.Step(name, [sys.executable, "-c", program], seconds)
 
@@ -153,34 +164,41 @@ def test_a_borrowed_gpus_steps_are_timed_logged_and_cut_short(tmp_path, monkeypa
     assert gpu.run(tmp_path, budget=5) == 3
     assert "no time left" in (tmp_path / "summary.json").read_text()
     time.sleep(4)
-    assert started.exists() and not survived.exists(), "what a step started would share the GPU with the next step"
+    assert started.exists() and not survived.exists(), "a surviving child would share the GPU with the next step"
 
 
-def test_a_borrowed_gpus_steps_are_commands_that_exist_and_keep_each_others_files(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(command_line, "_run", lambda options: asked.append(options) or 0)
-    for step in gpu.steps(tmp_path):
+def test_gpu_steps_are_valid_commands_with_separate_result_files(tmp_path, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(command_line, "_run", lambda options: parsed.append(options) or 0)
+    monkeypatch.setattr(shutil, "which", lambda program: program)
+    steps = gpu.steps(tmp_path)
+    assert any("compute-sanitizer" in step.command for step in steps)
+    for step in steps:
+        assert all((ROOT / argument).exists() for argument in step.command if argument.startswith("tests"))
         if "bench" in step.command:
             monkeypatch.setattr(sys, "argv", step.command[step.command.index("bench") :])
             with pytest.raises(SystemExit, match="0"):
                 command_line.main()
-    assert [one.command for one in asked] == ["kernels", "model", "kernels"]
-    quick, _, compiled = asked
+    assert [options.command for options in parsed] == ["kernels", "model", "kernels"]
+    quick, _, compiled = parsed
     assert quick.no_compiled and not compiled.no_compiled and quick.out != compiled.out
     assert set(compiled.operation) <= set(OPERATIONS)
 
 
-def test_people_are_heard_from_wave_and_raw_files(monkeypatch, tmp_path):
-    """Made speech stands in for theirs: a file as it is, one without a header, and one of which something else is expected."""
-    spoken = sorted(sentences(), key=lambda one: len(one.text.split()))[:3]
+def test_recordings_of_people_may_be_wav_or_raw_files(monkeypatch, tmp_path):
+    """Replaces their recordings by synthetic ones: a file with a header, one without, and one with another text than the expected one."""
+    spoken = sorted(sentences(), key=lambda utterance: len(utterance.text.split()))[:3]
     files = {SPEECH / spoken[0].audio: spoken[0].text, tmp_path / "headless.raw": spoken[1].text, SPEECH / spoken[2].audio: "zero"}
     samples, rate = soundfile.read(SPEECH / spoken[1].audio)
     soundfile.write(tmp_path / "headless.raw", samples, rate, subtype="PCM_16", format="RAW")
     monkeypatch.setattr(people, "RECORDINGS", files)
     (tmp_path / "copies").mkdir()
-    heard = people.hear(*load(), tmp_path / "copies")
-    assert heard["recordings"] == 3 and heard["misheard"] == [("zero", spoken[2].text)] and heard["wer"] == 0.3333
-    assert f'"zero" as "{spoken[2].text}"' in people.sentence(heard)
+    measured = people.measure(*load(), tmp_path / "copies")
+    assert measured["recordings"] == 3 and measured["misheard"] == [("zero", spoken[2].text)] and measured["wer"] == 0.3333
+    assert f'"zero" as "{spoken[2].text}"' in people.sentence(measured)
+
+
+def test_missing_recordings_of_people_raise(monkeypatch, tmp_path):
     monkeypatch.setattr(people, "RECORDINGS", {tmp_path / "none.wav": "one"})
     with pytest.raises(MissingDependencyError, match="apt-get install"):
-        people.hear(*load(), tmp_path / "copies")
+        people.measure(*load(), tmp_path)

@@ -1,4 +1,4 @@
-"""Tables of result files: units, losses, what was not measured, and what an old file measured wrongly."""
+"""Tables of result files: units, slower results, missing measurements, and the host times in an older file."""
 
 import json
 
@@ -32,15 +32,15 @@ RATES = {"bytes_a_second": 4e12, "flops_a_second": 8e14}
         (1234.0, "1230 s"),
     ],
 )
-def test_a_time_has_three_digits_and_the_unit_that_suits_it(seconds, text):
+def test_times_have_three_digits_and_a_fitting_unit(seconds, text):
     assert results.time_text(seconds) == text
 
 
 def measurement(case, direction="forward", *, seconds=(), not_timed=(), bytes_moved=4_000_000, **more):
-    one = {"operation": "o", "case": case, "direction": direction, "not_timed": dict(not_timed)}
+    entry = {"operation": "o", "case": case, "direction": direction, "not_timed": dict(not_timed)}
     if direction == "forward":
-        one |= {"bytes": bytes_moved, "bound_seconds": bytes_moved / 4e12}
-    return one | {"seconds": {way: {"median": value * 1e-6} for way, value in dict(seconds).items()}} | more
+        entry |= {"bytes": bytes_moved, "bound_seconds": bytes_moved / 4e12}
+    return entry | {"seconds": {variant: {"median": value * 1e-6} for variant, value in dict(seconds).items()}} | more
 
 
 def kernels_run(*measurements, **more):
@@ -55,8 +55,8 @@ def kernels_run(*measurements, **more):
     } | more
 
 
-def test_the_kernels_table_shows_what_lost_what_was_wrong_and_why_there_is_no_time():
-    text = kernels_table.table(
+def test_the_kernels_table_shows_slow_wrong_and_missing_results():
+    table = kernels_table.table(
         kernels_run(
             measurement("c", seconds={"triton": 4, "torch": 40, "library": 2}),
             measurement("d", seconds={"library": 2}, not_timed={"triton": "OutOfMemoryError: no memory", "torch": "it waits"}),
@@ -65,9 +65,9 @@ def test_the_kernels_table_shows_what_lost_what_was_wrong_and_why_there_is_no_ti
             measurement("e", "backward", not_timed={"torch": "it waits"}),
         )
     )
-    head, _, titles, _, *lines = text.splitlines()
-    for said in ("bfloat16", "a GPU", "torch 2", "triton 3", "commit 01234567", "4.00 TB/s and 800 TFLOP/s"):
-        assert said in head
+    head, _, titles, _, *lines = table.splitlines()
+    for text in ("bfloat16", "a GPU", "torch 2", "triton 3", "commit 01234567", "4.00 TB/s and 800 TFLOP/s"):
+        assert text in head
     assert titles == "| operation | case | | bound | Triton | reference | library | bound / Triton |"
     assert lines[:4] == [
         "| `o` | c | forward | 1.0 | 4.0 | 40.0 | 2.0 | 25% |",
@@ -82,80 +82,96 @@ def test_the_kernels_table_shows_what_lost_what_was_wrong_and_why_there_is_no_ti
 
 
 def events_run():
-    """Timed with events: up to 260 µs of launching, whatever the work; the last case takes the device longer."""
+    """A run timed with events: launching takes up to 260 µs whatever the work; only in the last case does the device take longer."""
     cases = {"one": (80, 1e6), "two": (140, 8e6), "eight": (260, 32e6), "many": (700, 512e6)}
     forward = [measurement(case, seconds={"triton": time, "library": time / 2}, bytes_moved=moved) for case, (time, moved) in cases.items()]
     backward = [measurement(case, "backward", seconds={"triton": 900 if case != "many" else 5000, "torch": 6000}) for case in cases]
     run = kernels_run(*forward, *backward)
     del run["timing"], run["method"]
-    for one in run["measurements"]:
-        del one["not_timed"]
+    for entry in run["measurements"]:
+        del entry["not_timed"]
     return run
 
 
-def times(run, way="triton", direction="forward"):
+def times(run, variant="triton", direction="forward"):
     return {
-        one["case"]: round(one["seconds"][way]["median"] * 1e6, 1)
-        for one in run["measurements"]
-        if one["direction"] == direction and way in one["seconds"]
+        entry["case"]: round(entry["seconds"][variant]["median"] * 1e6, 1)
+        for entry in run["measurements"]
+        if entry["direction"] == direction and variant in entry["seconds"]
     }
 
 
-def test_times_with_events_are_shown_only_if_the_device_was_slower_than_the_host():
+def test_event_times_are_shown_only_if_the_device_was_slower_than_the_host():
     run = events_run()
     shown = kernels_table.without_host_times(run, None)
     assert times(shown) == {"many": 700}
     assert times(shown, "library") == {"many": 350}
     assert times(shown, direction="backward") == {"many": 5000}
-    assert "torch" not in {way for one in shown["measurements"] for way in one["seconds"]}
+    assert "torch" not in {variant for entry in shown["measurements"] for variant in entry["seconds"]}
     assert "| `o` | eight | forward | 8.0 | – | – | – |" in kernels_table.table(shown)
-    run["measurements"][2]["seconds"]["triton"]["median"] = 351e-6  # twice as long as "two", and more than half of "many"
+    run["measurements"][2]["seconds"]["triton"]["median"] = 351e-6  # more than twice "two", and more than half of "many"
     assert times(kernels_table.without_host_times(run, None)) == {"eight": 351}
 
 
-def test_times_in_graphs_of_both_files_come_before_those_with_events():
+def test_graph_times_from_both_files_replace_event_times():
     run = events_run()
     run["measurements"][0]["seconds"]["triton in a graph"] = {"median": 8e-6}
     sweep = {"cases": ["one", "many"], "rows": {"default": [8.5, 690.0], "(1, 2)": [1.0, 2.0]}, "library (warm)": [3.0, 300.0]}
-    for one in run["measurements"]:
-        one["operation"] = "block_attention"
+    for entry in run["measurements"]:
+        entry["operation"] = "block_attention"
     shown = kernels_table.without_host_times(run, {"sweep.json": {"block": sweep}})
     assert times(shown) == {"one": 8, "many": 690}
     assert times(shown, "warm") == {"one": 3, "many": 300}
     assert "library, L2 warm" in kernels_table.table(shown)
 
 
-def test_the_committed_run_with_events_shows_no_time_of_the_host():
-    """Such a figure is up to thirty times that of the kernel."""
+def test_no_host_time_of_the_committed_run_is_shown():
+    """A host time is up to thirty times the kernel's."""
     (run,) = [json.loads(file.read_text()) for file in results.FOLDER.glob("kernels-nvidia-h200-2026-11-26-cdd1619a.json")]
     (experiments,) = [json.loads(file.read_text()) for file in results.FOLDER.glob("experiments-nvidia-h200-2026-11-26-cdd1619a.json")]
-    in_graphs = {one["seconds"]["triton in a graph"]["median"] for one in run["measurements"] if "triton in a graph" in one["seconds"]}
+    seconds = [entry["seconds"] for entry in run["measurements"]]
+    in_graphs = {found["triton in a graph"]["median"] for found in seconds if "triton in a graph" in found}
     in_graphs |= {time / 1e6 for sweep in experiments["sweep.json"].values() for time in sweep["rows"]["default"]}
     shown = kernels_table.without_host_times(run, experiments)
-    found = [(one["operation"], way, seconds["median"]) for one in shown["measurements"] for way, seconds in one["seconds"].items()]
-    assert len(found) > 20
-    for operation, way, median in found:
-        assert way == "warm" or median in in_graphs or median >= 250e-6
-        # A launch of this operation took 250 to 350 µs there, and its kernels 7 to 15.
+    medians = [
+        (entry["operation"], variant, found["median"]) for entry in shown["measurements"] for variant, found in entry["seconds"].items()
+    ]
+    assert len(medians) > 20
+    for operation, variant, median in medians:
+        assert variant == "warm" or median in in_graphs or median >= 250e-6
+        # On that machine a launch of this operation took 250 to 350 µs, and its kernels 7 to 15 µs.
         assert operation != "lora_linear" or median < 20e-6
 
 
+def test_the_kernels_summary_compares_with_the_cold_library_call_if_it_was_timed():
+    run = kernels_run(
+        measurement("a", seconds={"triton": 4, "library": 2, "warm": 1}),
+        measurement("b", seconds={"triton": 2, "warm": 4}),
+        measurement("c", seconds={"triton": 10}),
+        measurement("d", seconds={"library": 2}),
+        measurement("a", "backward", seconds={"triton": 9}),
+    )
+    head, *_, line = kernels_table.summary(run).splitlines()
+    assert "a GPU" in head and "commit 01234567" in head
+    assert line == "| `o` | – | 0.50 to 2.00 | 2 | 10% to 50% | 3 |"
+
+
 def encoder_run(**share):
-    one = {"what": "one clip", "seconds": 0.0264, "reference_seconds": 0.0351, "ratio": 1.33} | share
+    measured = {"what": "one clip", "seconds": 0.0264, "reference_seconds": 0.0351, "ratio": 1.33} | share
     return {
         "kind": "encoder",
         "run": RUN,
         "shape": {"layers": 16, "hidden_dim": 1024, "dtype": "bfloat16"},
         "rounds": 3,
-        "measurements": [one],
+        "measurements": [measured],
     }
 
 
-def test_the_encoders_table_has_digits_and_a_dash_for_a_share_that_was_not_measured():
+def test_the_encoder_table_has_a_dash_for_an_unmeasured_share():
     assert model.table(encoder_run(matmul_share=0.325)).endswith("| one clip | 26.4 ms | 35.1 ms | 1.33x | 32% |")
     text = model.table(encoder_run())
     assert text.endswith("| one clip | 26.4 ms | 35.1 ms | 1.33x | – |")
-    assert all(said in text for said in ("16 x 1024", "bfloat16", "a GPU", "torch 2, transformers 5", "commit 01234567", "median of 3"))
+    assert all(part in text for part in ("16 x 1024", "bfloat16", "a GPU", "torch 2, transformers 5", "commit 01234567", "median of 3"))
 
 
 def whole_run():
@@ -184,10 +200,10 @@ def whole_run():
     }
 
 
-def test_the_whole_model_is_shown_beside_transformers_where_that_was_run():
+def test_the_whole_model_table_shows_transformers_times_if_measured():
     lines = whole_model.table(whole_run()).splitlines()
     assert all(
-        said in lines[0] for said in ("bfloat16", "clips of 10 s", "40 new tokens", "a GPU", "torch 2", "transformers 5", "01234567")
+        part in lines[0] for part in ("bfloat16", "clips of 10 s", "40 new tokens", "a GPU", "torch 2", "transformers 5", "01234567")
     )
     assert lines[4:7] == [
         "| a | 1 | 30.0 ms / 15.0 ms | 100 ms / 50.0 ms | 50.0 ms / 50.0 ms | 2.00 s / 1.00 s | 5.0 / 10.0 |",
@@ -197,12 +213,28 @@ def test_the_whole_model_is_shown_beside_transformers_where_that_was_run():
     assert lines[7] == ""
 
 
-def test_the_captured_decode_step_is_called_an_experiment():
+def test_the_captured_decode_step_is_labelled_an_experiment():
     text = whole_model.table(whole_run())
-    assert "The capture is an experiment, which the package does not do yet" in text
+    assert "captured in a CUDA graph (an experiment, not yet in the package)" in text
     assert text.splitlines()[-2:] == [
         "| a | 1 | 1,669 | 4.22 ms | 46.2 ms | 4.91 ms |",
         "| b with adapter | 1 | – | – | 73.4 ms | 6.26 ms |",
+    ]
+
+
+def test_the_headline_shows_whole_runs_that_transformers_made_too():
+    assert whole_model.comparisons(whole_run()) == ["| whole run of a, 1 clip of 10 s | 2.00 s | 1.00 s | 0.50x |"]
+
+
+def test_the_headline_is_of_one_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    for name, run in (("a", whole_run()), ("b", encoder_run()), ("c", encoder_run(what="another") | {"run": RUN | {"machine": "a CPU"}})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    assert report.headline().splitlines() == [
+        "| a GPU, bfloat16 | here | transformers 5 | speedup |",
+        "|---|---|---|---|",
+        "| encoder, one clip | 26.4 ms | 35.1 ms | 1.33x |",
+        "| whole run of a, 1 clip of 10 s | 2.00 s | 1.00 s | 0.50x |",
     ]
 
 
@@ -212,23 +244,24 @@ def test_the_report_has_the_newest_run_of_each_machine(monkeypatch, tmp_path):
         run = encoder_run(seconds=seconds)
         run["run"] = RUN | {"machine": machine, "date": date}
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
-    text = report.report()
+    text = report.report("encoder")
     assert "| 2.00 s |" in text and "| 3.00 s |" in text and "| 1.00 s |" not in text
     graph = kernels_run(measurement("c", seconds={"triton": 4}))
     (tmp_path / "graph.json").write_text(json.dumps(graph))
-    assert kernels_table.table(graph) in report.report()
+    assert report.report("kernels") == kernels_table.table(graph)
+    assert report.report("encoder", "kernels summary") == f"{text}\n\n{kernels_table.summary(graph)}"
 
 
-def test_a_run_with_events_is_shown_with_the_experiments_of_its_machine_and_commit(monkeypatch, tmp_path):
+def test_an_event_run_is_completed_by_experiments_of_its_machine_and_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     run = events_run()
-    for one in run["measurements"]:
-        one["operation"] = "block_attention"
+    for entry in run["measurements"]:
+        entry["operation"] = "block_attention"
     sweep = {"cases": ["one"], "rows": {"default": [8.5]}, "library (warm)": [3.0]}
     experiments = {"kind": "experiments", "run": RUN, "sweep.json": {"block": sweep}}
     (tmp_path / "kernels.json").write_text(json.dumps(run))
-    assert " 8.5 | " not in report.report()
+    assert " 8.5 | " not in report.report("kernels")
     (tmp_path / "experiments.json").write_text(json.dumps(experiments))
-    assert " 8.5 | " in report.report()
+    assert " 8.5 | " in report.report("kernels")
     (tmp_path / "experiments.json").write_text(json.dumps(experiments | {"run": RUN | {"commit": "f" * 16}}))
-    assert " 8.5 | " not in report.report()
+    assert " 8.5 | " not in report.report("kernels")

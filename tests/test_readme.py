@@ -1,0 +1,44 @@
+"""The README's Python example runs, and the files and names that the documents mention exist."""
+
+import re
+
+import pytest
+import soundfile
+
+from granite_speech.transcription.transcriber import PROMPT_3, PROMPT_4
+from tests.support.paths import ROOT
+
+README = ROOT / "README.md"
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "bench/results/README.md", "granite_speech/assets/README.md", "kernels/README.md")
+
+
+def test_the_python_example_transcribes_its_files(tmp_path, monkeypatch):
+    samples, rate = soundfile.read(ROOT / "granite_speech/assets/sample.flac")
+    soundfile.write(tmp_path / "speech.wav", samples, rate)
+    soundfile.write(tmp_path / "interview.mp3", samples, rate)
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    for written, bundled in (("ibm-granite/granite-speech-3.3-2b", "embedded"), (PROMPT_3, PROMPT_4)):
+        assert example.count(written) == 1
+        example = example.replace(written, bundled)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(example, str(README), "exec"), names)
+    assert names["texts"] == [" open menu seven two five stop"] * 2
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_mentioned_files_exist(document):
+    text = (ROOT / document).read_text()
+    folder = (ROOT / document).parent
+    missing = [link for link in re.findall(r"\]\((?!https?:)([^)#]+)", text) if not (folder / link).exists()]
+    missing += [path for path in re.findall(r"`([\w.-]+/[\w./*-]*)`", text) if not [*ROOT.glob(path), *folder.glob(path)]]
+    assert not missing
+
+
+def test_names_in_the_where_is_table_are_in_the_file_before_them():
+    (table,) = re.findall(r"\| Where is .*?\n\n", README.read_text(), re.DOTALL)
+    found = re.findall(r"`([\w./]+\.py)`: ((?:`\w+`(?:, )?)+)", table)
+    assert found
+    for file, names in found:
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(def )?{name}\b", (ROOT / file).read_text(), re.MULTILINE), f"{file} has no {name}"
