@@ -113,7 +113,7 @@ def _print_error(message: object) -> None:
     print(f"granite-speech: {message}", file=sys.stderr)
 
 
-# Commands import what they need themselves: torch takes seconds, and --help and usage errors should not wait for it.
+# Each command has its own imports, because torch takes seconds to import, and --help and usage errors need not wait for it.
 
 
 def _transcribe(options: argparse.Namespace) -> int:

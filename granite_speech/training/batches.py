@@ -107,7 +107,7 @@ class Batch:
 class BatchSource(Protocol):
     """Supplies a plan for each epoch, and the batch for each entry of a plan.
 
-    Both methods must depend on their arguments alone. That makes a resumed training see the same batches as an uninterrupted one.
+    Both methods must depend on their arguments alone. That makes a resumed run see the same batches as an uninterrupted one.
     """
 
     def plan(self, epoch: int) -> list[list[int]]:

@@ -32,7 +32,7 @@ class FinetuneReport:
     Attributes:
         folder: the tuned checkpoint.
         steps: number of optimizer steps.
-        loss: of the first and last step. Either is None if the log of a resumed training lacks it.
+        loss: of the first and last step. Either is None if the log of a resumed run lacks it.
         wer: word error rates before and after, either None in the same case; None without validation.
     """
 
@@ -79,11 +79,11 @@ def finetune(
         validation: a second manifest, whose word error rate is measured.
         augment: as for `SpeechData`.
         device: CUDA by default if available. With several processes, "cuda" is the GPU with each one's LOCAL_RANK.
-        resume: resume from the checkpoint in `output/training`, or start if there is none. A finished training writes its model again.
+        resume: resume from the checkpoint in `output/training`, or start if there is none. A finished run writes its model again.
         progress: whether to show a progress bar on standard error.
 
     Raises:
-        InputError: a bad line or option, an output folder that is in use, a training that cannot be resumed, or processes that cannot
+        InputError: a bad line or option, an output folder that is in use, a run that cannot be resumed, or processes that cannot
             share the work.
         AudioError: a sound file that cannot be used.
         CheckpointError: a model that cannot be loaded, or a folder that cannot be written.
@@ -182,14 +182,14 @@ def _figure(trainer: Trainer, name: str, step: int) -> float | None:
 
 
 def _check_output(output: Path, model: str | Path, resume: bool) -> None:
-    """Refuse to overwrite the model, another checkpoint, or a training that is not being resumed."""
+    """Refuse to overwrite the model, another checkpoint, or a run that is not being resumed."""
     if output.exists() and output.samefile(resolve(model)):
         raise InputError(got=f"{str(output)!r}, the model's own folder", expected="another folder", remedy="Choose a new output folder")
     taken = [name for name in ("training", "config.json") if (output / name).exists()]
     if taken and not (resume and "training" in taken):
         raise InputError(
             got=f"{str(output)!r} with {' and '.join(taken)} in it",
-            expected="a new folder" + (", or permission to resume the training there" if "training" in taken else ""),
+            expected="a new folder" + (", or permission to resume the run there" if "training" in taken else ""),
             remedy="Choose another folder" + (", or resume" if "training" in taken else ""),
         )
 

@@ -63,7 +63,7 @@ class TrainerOptions:
                 )
 
     def identity(self) -> dict[str, Any]:
-        """The values that affect the losses, ready for JSON. A training is only resumed with the same ones."""
+        """The values that affect the losses, ready for JSON. A run is only resumed with the same ones."""
         values = {name: value for name, value in asdict(self).items() if name not in ("checkpoint_every", "validate_every")}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""The files of a running training: its checkpoint, a safetensors file replaced by a rename, and its log, in JSON lines."""
+"""The files of a training run: its checkpoint, a safetensors file replaced by a rename, and its log, in JSON lines."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _STATE, _LOG = "state.safetensors", "log.jsonl"
 
 
 class TrainingFolder:
-    """The folder with a training's checkpoint and log. `create` makes it."""
+    """The folder with the checkpoint and log of a training run. `create` makes it."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -80,7 +80,7 @@ class TrainingFolder:
             ) from error
 
     def check_identity(self, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Refuse to resume a training with different values from those it was started with.
+        """Refuse to resume a run with different values from those it was started with.
 
         Raises:
             InputError: names the values that differ.
@@ -90,9 +90,9 @@ class TrainingFolder:
         if differing:
             pairs = ", ".join(f"{name} = {own.get(name)!r:.60} (was {stored.get(name)!r:.60})" for name in differing)
             raise InputError(
-                got=f"resuming the training in {str(self.folder)!r} with {pairs}",
+                got=f"resuming the run in {str(self.folder)!r} with {pairs}",
                 expected="the values it was started with",
-                remedy="Use those values, or start a new training in another folder",
+                remedy="Use those values, or start a new run in another folder",
             )
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:

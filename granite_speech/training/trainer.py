@@ -54,7 +54,7 @@ class Trainer:
 
     Attributes:
         step: number of steps done.
-        steps: number of steps in the whole training.
+        steps: number of steps in the whole run.
         history: the log's records. A step has `step`, `epoch`, `loss`, its parts, `learning_rate`, `gradient_norm` and `audio_seconds`;
             a validation has `step` and its results.
 

@@ -180,7 +180,7 @@ def finished(base, manifest, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(base, manifest, tmp_path_factory):
-    """Output folder of a training that was interrupted after its second step."""
+    """Output folder of a run that was interrupted after its second step."""
     output, step = tmp_path_factory.mktemp("stopped") / "out", Trainer._step
 
     def interrupted(trainer, batches):
@@ -216,7 +216,7 @@ def damaged(folder, target, state):
 
 
 @pytest.mark.parametrize("state", LOGS)
-def test_a_finished_training_resumes_with_any_log(base, manifest, finished, tmp_path, state):
+def test_a_finished_run_resumes_with_any_log(base, manifest, finished, tmp_path, state):
     folder = damaged(finished.folder, tmp_path / "out", state)
     (folder / "model.safetensors").unlink()
     report = finetune(manifest, base, folder, FOUR, validation=manifest, resume=True, progress=False)
@@ -231,7 +231,7 @@ def test_a_finished_training_resumes_with_any_log(base, manifest, finished, tmp_
 
 
 @pytest.mark.parametrize("state", LOGS)
-def test_an_interrupted_training_resumes_with_any_log(base, manifest, finished, stopped, tmp_path, state):
+def test_an_interrupted_run_resumes_with_any_log(base, manifest, finished, stopped, tmp_path, state):
     report = finetune(manifest, base, damaged(stopped, tmp_path / "out", state), FOUR, validation=manifest, resume=True, progress=False)
     assert (report.folder / "model.safetensors").read_bytes() == (finished.folder / "model.safetensors").read_bytes()
     assert report.loss[1] == finished.loss[1] and report.wer[1] == finished.wer[1]
@@ -271,7 +271,7 @@ def test_existing_checkpoints_are_not_overwritten(base, manifest, tmp_path):
     with pytest.raises(InputError, match="the model's own folder"):
         finetune(manifest, base, base, resume=True, progress=False)
     (tmp_path / "config.json").write_text("{}")
-    for resume in (False, True):  # there is no training to resume
+    for resume in (False, True):  # there is no run to resume
         with pytest.raises(InputError, match=r"config\.json in it"):
             finetune(manifest, base, tmp_path, resume=resume, progress=False)
     with pytest.raises(CheckpointNotFoundError):

@@ -134,7 +134,7 @@ def test_a_failed_checkpoint_write_keeps_the_previous_checkpoint(folder, tmp_pat
     assert make_trainer(folder, tmp_path, steps=2, checkpoint_every=1).resume()
 
 
-def test_a_checkpoint_of_a_different_training_is_refused(folder, tmp_path):
+def test_a_checkpoint_of_a_different_run_is_refused(folder, tmp_path):
     make_trainer(folder, tmp_path, identity={"model": "a"}).run(seconds=0)
     cases = (
         ({"learning_rate": 1e-4}, "learning_rate = 0.0001 (was 0.003)"),

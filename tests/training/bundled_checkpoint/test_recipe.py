@@ -27,7 +27,7 @@ def write_data(folder):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A training that ran all stages without a stop, and the weights after each stage."""
+    """A run of all stages without a stop, and the weights after each stage."""
     training = Training(write_data(tmp_path_factory.mktemp("recipe")), RECIPE, progress=False)
     stages = {}
     train = training._train
@@ -59,7 +59,7 @@ def test_each_stage_changes_only_its_part(done):
     assert all(one.abs().max() > 0 for name, one in adapter.items() if "lora_B" in name)
 
 
-def test_a_training_in_pieces_equals_one_without_a_stop(done, tmp_path):
+def test_a_run_in_pieces_equals_one_without_a_stop(done, tmp_path):
     folder = write_data(tmp_path / "pieces")
     assert not Training(folder, RECIPE, seconds=0, progress=False).run()
     pieces = 0
