@@ -101,7 +101,11 @@ def test_the_first_wrong_stage_is_named(float32_folder, monkeypatch, stage, weig
     """One weight is 5 % larger, or the feature extractor amplifies the audio by 1 %."""
     if weight is None:
         call = GraniteSpeechFeatureExtractor.__call__
-        monkeypatch.setattr(GraniteSpeechFeatureExtractor, "__call__", lambda self, audio, **device: call(self, audio * 1.01, **device))
+
+        def amplified(self, clips, **device):
+            return call(self, [1.01 * clip for clip in clips], **device)
+
+        monkeypatch.setattr(GraniteSpeechFeatureExtractor, "__call__", amplified)
     else:
         alter(monkeypatch, lambda model: model.state_dict()[weight].mul_(1.05))
     (comparison,) = verify.verify(float32_folder, device="cpu", max_new_tokens=2)

@@ -255,7 +255,11 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "a header of 2 GB": (in_file("a.wav", wav_header(claimed=2**31 - 100000)), AudioError, "cut off"),
     "a header of 10**12 frames": (in_file("a.wav", rf64_header(10**12)), AudioError, "cut off"),
     # the processor's files
-    "no such folder": (lambda good, tmp_path: AutoProcessor.from_pretrained(tmp_path / "x"), CheckpointNotFoundError, "no folder"),
+    "no such folder": (
+        lambda good, tmp_path: AutoProcessor.from_pretrained(tmp_path / "x"),
+        CheckpointNotFoundError,
+        "not an existing folder",
+    ),
     "no name": (lambda good, tmp_path: AutoProcessor.from_pretrained(""), CheckpointNotFoundError, "''"),
     "an option that is none": (lambda good, tmp_path: AutoProcessor.from_pretrained(tmp_path, use_fast=True), InputError, "use_fast"),
     "no tokenizer.json": (processor_with("tokenizer.json", None), CheckpointNotFoundError, "tokenizer.json"),
