@@ -9,7 +9,8 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, NamedTuple
 
 from granite_speech.errors import AudioError, MissingDependencyError
-from granite_speech.inputs.audio_headers import Header, Promise, Source, find_promise, whole_frame
+from granite_speech.inputs.audio_headers import Header, Source
+from granite_speech.inputs.audio_mpeg import Promise, find_promise, whole_frame
 
 if TYPE_CHECKING:
     import numpy as np

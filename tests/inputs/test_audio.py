@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granite_speech.errors import AudioError, MissingDependencyError
-from granite_speech.inputs.audio import load_audio, read_blocks, resample
+from granite_speech.inputs import audio
+from granite_speech.inputs.audio import load_audio, measure_seconds, read_blocks, resample
 
 SAMPLES = 24000
 
@@ -32,9 +33,9 @@ def written(sound: np.ndarray, rate: int = 16000, kind: str = "WAV", subtype: st
     return file.getvalue()
 
 
-def patched(content: bytes, offset: int, form: str, value: int) -> bytes:
+def patched(content: bytes, offset: int, form: str, *values: int) -> bytes:
     changed = bytearray(content)
-    struct.pack_into(form, changed, offset, value)
+    struct.pack_into(form, changed, offset, *values)
     return bytes(changed)
 
 
@@ -264,6 +265,61 @@ def test_an_open_file_is_read_from_its_beginning_and_left_open(tmp_path):
         assert len(list(read_blocks(file, block_seconds=1))) == 2 and not file.closed
     with open(path, "rb", buffering=0) as file:
         assert load_audio(file).shape == (SAMPLES,)
+
+
+# --- lengths -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [(kind, subtype) for kind in ("WAV", "WAVEX", "RF64") for subtype in ("PCM_U8", "PCM_16", "PCM_24", "FLOAT")] + [("FLAC", "PCM_16")],
+)
+def test_pcm_wav_and_flac_are_measured_from_the_header(monkeypatch, kind, subtype):
+    content = written(np.repeat(wave(samples=12345)[:, None], 2, axis=1), 44100, kind, subtype)
+    monkeypatch.setattr(audio, "decode", lambda *_: pytest.fail("the file was decoded"))
+    assert measure_seconds(io.BytesIO(content)) == 12345 / 44100
+
+
+@pytest.mark.parametrize("content", [WAV, FLAC, written(wave(), kind="OGG")], ids=["wav", "flac", "ogg"])
+def test_appended_files_are_measured_together(content):
+    assert measure_seconds(io.BytesIO(content * 2)) == 3.0
+
+
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "CAF", "W64", "OGG", "MP3"])
+def test_other_formats_are_measured_by_decoding(kind):
+    content = written(wave(22050, 30000), 22050, kind)
+    assert measure_seconds(io.BytesIO(content)) == len(load_audio(io.BytesIO(content), 22050)) / 22050
+
+
+def test_headers_without_a_true_length_are_measured_by_decoding():
+    far_too_long = patched(patched(FLAC, 21, "B", FLAC[21] | 0x0F), 22, ">I", 0xFFFFFFFF)
+    with pytest.raises(AudioError, match="cut off"):
+        measure_seconds(io.BytesIO(far_too_long))
+    for length in (0xFFFFFFFF, 0x7FFFF000):
+        assert measure_seconds(io.BytesIO(patched(WAV, DATA_LENGTH, "<I", length))) == 1.5
+    with pytest.warns(audio.AudioWarning, match="never filled in") as warned:
+        assert measure_seconds(io.BytesIO(patched(patched(WAV, DATA_LENGTH, "<I", 0), 4, "<I", 0))) == 1.5
+    assert warned[0].filename == __file__
+    assert measure_seconds(io.BytesIO(patched(FLAC, 21, ">BI", FLAC[21] & 0xF0, 0))) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(WAV[:-100], "cut off"), (written(wave(), kind="OGG")[:-500], "cut off"), (b"words" * 99, "does not decode"), (b"", "empty")],
+)
+def test_a_file_that_cannot_be_read_is_not_measured(content, words):
+    with pytest.raises(AudioError, match=words):
+        measure_seconds(io.BytesIO(content))
+
+
+def test_the_measured_file_is_left_open_only_if_it_was_open(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(WAV)
+    with open(path, "rb") as file:
+        assert measure_seconds(file) == measure_seconds(path) == 1.5 and not file.closed
+
+
+# --- damage at random --------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
