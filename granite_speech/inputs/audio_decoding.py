@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from granite_speech.errors import AudioError, MissingDependencyError
 from granite_speech.inputs.audio_headers import Header, Source
-from granite_speech.inputs.audio_mpeg import Promise, find_promise, whole_frame
+from granite_speech.inputs.audio_mpeg import StreamLength, find_stream_length, whole_frame
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,7 +163,7 @@ class _Packets:
         self.failed_since_good, self.last_error = 0, None
         self.good, self.last_is_whole = 0, True
         self.end = 0  # position in samples after the last frame, by its timestamp; includes skipped packets
-        self.promised = Promise(0, 0, 0)
+        self.stated = StreamLength(0, 0, 0)
         self.ogg_start, self.ogg_samples = None, 0
 
     def frames(self):
@@ -175,7 +175,7 @@ class _Packets:
             if not is_sound and packet.dts is not None:
                 continue  # an empty sample of a container; a decoder would take it for the end
             if self.is_mp3 and is_sound:
-                is_sound = not self._take_promise(packet)
+                is_sound = not self._add_stream_length(packet)
             try:
                 # None at the end of the stream: the decoder returns the frames that it still holds.
                 frames = self.decoder.decode(packet if packet.size else None)
@@ -223,7 +223,7 @@ class _Packets:
                 if not progress:
                     return
 
-    def _take_promise(self, packet) -> bool:
+    def _add_stream_length(self, packet) -> bool:
         """Adds up the lengths in Xing frames: the one before the first packet, and those of appended files.
 
         Returns:
@@ -231,23 +231,23 @@ class _Packets:
         """
         data = bytes(packet)
         self.last_is_whole = whole_frame(data)
-        inside = find_promise(data)
+        inside = find_stream_length(data)
         found = inside
         if found is None and not self.good and not self.failed_since_good and packet.pos is not None:
             begin = max(0, packet.pos - BYTES_BEFORE_FIRST_FRAME)
-            found = find_promise(self.source.at(begin, packet.pos - begin))
+            found = find_stream_length(self.source.at(begin, packet.pos - begin))
             found = found and found._replace(begin=begin + found.begin)
         elif found is not None and packet.pos is not None:
             found = found._replace(begin=packet.pos + found.begin)
         if found is not None:
-            self.promised = Promise(self.promised.frames + found.frames, found.size, found.begin)
+            self.stated = StreamLength(self.stated.frames + found.frames, found.size, found.begin)
         return inside is not None
 
     def shortfall(self) -> str | None:
         """How much is missing at the end, in words, if that is known. Anything may follow the last frame of an mp3."""
         if not self.is_mp3:
             return f"its end does not decode: {_reason(self.last_error)}" if self.failed_since_good else None
-        frames, size, begin = self.promised
+        frames, size, begin = self.stated
         whole = self.good - (not self.last_is_whole)
         # The size in bytes tells missing frames from frames in the middle that were damaged and skipped. If it is not given, allow one
         # frame less: some encoders count the Xing frame too.

@@ -6,7 +6,7 @@ Sources: ISO/IEC 11172-3 and 13818-3 for the frame header; the Xing, Info and VB
 import struct
 from typing import NamedTuple
 
-__all__ = ["Promise", "find_promise", "whole_frame"]
+__all__ = ["StreamLength", "find_stream_length", "whole_frame"]
 
 # kbit/s by index 1 to 14: for MPEG 1 layers 1, 2, 3; for MPEG 2 layer 1 and layers 2 and 3.
 BITRATES = {
@@ -38,7 +38,7 @@ def whole_frame(packet: bytes) -> bool:
     return len(packet) >= (72 if generation == 2 and layer == 3 else 144) * bits // RATES[version][rate] + padding
 
 
-class Promise(NamedTuple):
+class StreamLength(NamedTuple):
     """The length of an mp3 stream that its encoder noted in the first frame, which holds no sound.
 
     Args:
@@ -52,7 +52,7 @@ class Promise(NamedTuple):
     begin: int
 
 
-def find_promise(data: bytes) -> Promise | None:
+def find_stream_length(data: bytes) -> StreamLength | None:
     """The first Xing, Info or VBRI frame in `data`."""
     for mark in (b"Xing", b"Info", b"VBRI"):
         found = data.find(mark)
@@ -64,9 +64,9 @@ def find_promise(data: bytes) -> Promise | None:
                     continue
                 if mark == b"VBRI":
                     size, frames = struct.unpack(">II", fields[6:14])
-                    return Promise(frames, size, begin)
+                    return StreamLength(frames, size, begin)
                 flags, *numbers = struct.unpack(">III", fields[:12])
                 frames = numbers.pop(0) if flags & 1 else 0
-                return Promise(frames, numbers[0] if flags & 2 else 0, begin)
+                return StreamLength(frames, numbers[0] if flags & 2 else 0, begin)
             found = data.find(mark, found + 1)
     return None

@@ -161,29 +161,7 @@ class GraniteSpeechProcessor:
         folder = resolve(
             pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
-        file, legacy_file = folder / "processor_config.json", folder / "preprocessor_config.json"
-        config = load_json(file) if file.is_file() else {}
-        extractor, audio_token = config.get("audio_processor"), config.get("audio_token", "<|audio|>")
-        if not isinstance(extractor, dict | None) or not isinstance(audio_token, str) or not audio_token:
-            raise CheckpointError(
-                got=f"{file} with audio_processor {extractor!r:.100} and audio_token {audio_token!r:.100}",
-                expected="an object and a token",
-                remedy="Download it again",
-            )
-        if extractor is None:
-            if not legacy_file.is_file():
-                raise CheckpointNotFoundError(
-                    got=f"no feature extractor in {folder}",
-                    expected="processor_config.json with an audio_processor, or preprocessor_config.json",
-                    remedy="Name a whole checkpoint folder or a hub id",
-                )
-            extractor = load_json(legacy_file)
-        extractor = {name: value for name, value in extractor.items() if name != "processor_class"}
-        kind = extractor.pop("feature_extractor_type", EXTRACTOR_TYPE)
-        if kind != EXTRACTOR_TYPE:
-            raise UnsupportedError(
-                got=f"feature_extractor_type = {kind!r}", expected=EXTRACTOR_TYPE, remedy="Name a Granite Speech checkpoint"
-            )
+        extractor, audio_token = _read_configuration(folder)
         tokenizer = GraniteSpeechTokenizer.from_folder(folder)
         return cls(GraniteSpeechFeatureExtractor(**extractor), tokenizer, audio_token=audio_token)
 
@@ -202,3 +180,29 @@ class GraniteSpeechProcessor:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_configuration(folder: Path) -> tuple[dict[str, Any], str]:
+    """The feature extractor's arguments and the audio token."""
+    file, legacy_file = folder / "processor_config.json", folder / "preprocessor_config.json"
+    config = load_json(file) if file.is_file() else {}
+    extractor, audio_token = config.get("audio_processor"), config.get("audio_token", "<|audio|>")
+    if not isinstance(extractor, dict | None) or not isinstance(audio_token, str) or not audio_token:
+        raise CheckpointError(
+            got=f"{file} with audio_processor {extractor!r:.100} and audio_token {audio_token!r:.100}",
+            expected="an object and a token",
+            remedy="Download it again",
+        )
+    if extractor is None:
+        if not legacy_file.is_file():
+            raise CheckpointNotFoundError(
+                got=f"no feature extractor in {folder}",
+                expected="processor_config.json with an audio_processor, or preprocessor_config.json",
+                remedy="Name a whole checkpoint folder or a hub id",
+            )
+        extractor = load_json(legacy_file)
+    extractor = {name: value for name, value in extractor.items() if name != "processor_class"}
+    kind = extractor.pop("feature_extractor_type", EXTRACTOR_TYPE)
+    if kind != EXTRACTOR_TYPE:
+        raise UnsupportedError(got=f"feature_extractor_type = {kind!r}", expected=EXTRACTOR_TYPE, remedy="Name a Granite Speech checkpoint")
+    return extractor, audio_token

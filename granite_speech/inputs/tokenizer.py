@@ -74,7 +74,7 @@ class GraniteSpeechTokenizer:
             MissingDependencyError: tokenizers is not installed.
         """
         try:
-            from tokenizers import AddedToken, Tokenizer
+            from tokenizers import Tokenizer
         except ImportError as error:
             raise MissingDependencyError(got="no tokenizers", expected="the package tokenizers", remedy="pip install tokenizers") from error
         folder = Path(folder)
@@ -88,25 +88,12 @@ class GraniteSpeechTokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(got=f"{file}, unreadable ({error})", expected="a tokenizer", remedy="Download it again") from error
         config = _read(folder / "tokenizer_config.json")
-        added = config.get("added_tokens_decoder")
-        if added is None:
+        if config.get("added_tokens_decoder") is None:
             # Folders older than added_tokens_decoder: special_tokens_map.json overrides tokenizer_config.json there.
             config.update(_read(folder / "special_tokens_map.json"))
-            special = set(_special_tokens(config).values())
-            for token, _ in sorted(_read(folder / "added_tokens.json").items(), key=lambda item: item[1]):
-                if backend.token_to_id(token) is None:
-                    backend.add_tokens([AddedToken(token, special=token in special, normalized=token not in special)])
+            _add_legacy_tokens(backend, _read(folder / "added_tokens.json"), config)
         else:
-            known = {str(index) for index in backend.get_added_tokens_decoder()}
-            try:
-                late = sorted(((int(index), token) for index, token in added.items() if index not in known), key=itemgetter(0))
-                backend.add_tokens([AddedToken(**token) for _, token in late])
-            except (AttributeError, TypeError, ValueError) as error:
-                raise CheckpointError(
-                    got=f"added_tokens_decoder in {folder / 'tokenizer_config.json'}, which describes no tokens ({error})",
-                    expected="ids and their tokens",
-                    remedy="Download it again",
-                ) from error
+            _add_tokens(backend, config["added_tokens_decoder"], folder / "tokenizer_config.json")
         return cls(backend, config, read_chat_template(folder, config))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -306,6 +293,32 @@ class GraniteSpeechTokenizer:
 
 def _read(file: Path) -> dict[str, Any]:
     return load_json(file) if file.is_file() else {}
+
+
+def _add_legacy_tokens(backend: "tokenizers.Tokenizer", added: dict[str, int], config: dict[str, Any]) -> None:
+    """Adds the tokens of added_tokens.json that the vocabulary lacks, in the order of their ids."""
+    from tokenizers import AddedToken
+
+    special = set(_special_tokens(config).values())
+    for token, _ in sorted(added.items(), key=lambda item: item[1]):
+        if backend.token_to_id(token) is None:
+            backend.add_tokens([AddedToken(token, special=token in special, normalized=token not in special)])
+
+
+def _add_tokens(backend: "tokenizers.Tokenizer", added: Any, file: Path) -> None:
+    """Adds the tokens of added_tokens_decoder, from `file`, that tokenizer.json lacks, in the order of their ids."""
+    from tokenizers import AddedToken
+
+    known = {str(index) for index in backend.get_added_tokens_decoder()}
+    try:
+        late = sorted(((int(index), token) for index, token in added.items() if index not in known), key=itemgetter(0))
+        backend.add_tokens([AddedToken(**token) for _, token in late])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            got=f"added_tokens_decoder in {file}, which does not describe tokens ({error})",
+            expected="ids and their tokens",
+            remedy="Download it again",
+        ) from error
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Sound files: every kind that should load, and every kind of damage that should be named."""
+"""Sound files: the formats that load, and the errors for damaged ones."""
 
 import io
 import os
@@ -92,7 +92,7 @@ def test_rates(rate):
     assert abs(float(sound[2000:14000].abs().max()) - 0.4) < 0.01
 
 
-def test_another_rate_can_be_asked_for():
+def test_other_sampling_rates():
     assert load_audio(io.BytesIO(WAV), sampling_rate=8000).shape == (SAMPLES // 2,)
     assert resample(torch.zeros(2, 100), 16000, 16000).shape == (2, 100)
     for rate in (0, 1, -5, 2**31):
@@ -174,7 +174,7 @@ def damaged() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [(name, *what) for name, what in damaged().items()], ids=list(damaged()))
-def test_damage_is_named(tmp_path, name, content, words):
+def test_errors_for_damaged_files(tmp_path, name, content, words):
     path = tmp_path / "sound"
     path.write_bytes(content)
     tracemalloc.start()
@@ -186,14 +186,14 @@ def test_damage_is_named(tmp_path, name, content, words):
     assert "0x" not in str(raised.value)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_errors_for_sources_that_are_not_sound_files(tmp_path):
     with pytest.raises(AudioError, match="does not exist"):
         load_audio(tmp_path / "none.wav")
     with pytest.raises(AudioError, match="is a folder"):
         load_audio(tmp_path)
     misnamed = tmp_path / "headerless.raw"
     misnamed.write_bytes(WAV)
-    assert load_audio(misnamed).shape == (SAMPLES,), "a file's content says what it is, not its name"
+    assert load_audio(misnamed).shape == (SAMPLES,), "the content decides the format, not the name"
     for source in (None, 3, b"bytes"):
         with pytest.raises(AudioError, match="open binary file"):
             load_audio(source)
@@ -218,8 +218,8 @@ def test_an_address_is_not_a_file(address):
             load_audio(file)
 
 
-def test_names_in_other_encodings(tmp_path):
-    """Names that are not UTF-8 reach Python with surrogates in place of their bytes."""
+def test_file_names_in_other_encodings(tmp_path):
+    """Python replaces the bytes of names that are not UTF-8 by surrogates."""
     folder = os.fsencode(tmp_path)
     name = os.path.join(folder, b"caf\xe9.wav")
     with open(name, "wb") as file:
@@ -242,7 +242,7 @@ def test_an_empty_file_is_called_empty(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read(tmp_path):
+def test_a_file_without_read_permission(tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(WAV)
     path.chmod(0)
@@ -250,7 +250,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
         load_audio(path)
 
 
-def test_a_pipe_without_end_is_not_read_without_end():
+def test_an_endless_pipe_is_read_up_to_the_limit():
     with pytest.raises(AudioError, match="more than 1000000 bytes"):
         load_audio("/dev/zero", max_bytes=10**6)
 
