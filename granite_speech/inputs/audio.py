@@ -1,42 +1,36 @@
 """Sound files to waveforms: any common format, any rate, any number of channels.
 
-The model takes 16 kHz mono. Channels are averaged (`channels`), rates are changed by torchaudio's windowed-sinc filter.
-A header is never believed: files are decoded in small pieces, and what came out is compared with what was claimed.
+The model takes 16 kHz mono. Channels are averaged (`channels`) and torchaudio's windowed-sinc filter changes the rate.
+Headers are not trusted: files are decoded in small pieces, and the result is compared with what the header claims.
 """
 
-import io
 import math
 import os
-import re
-import stat
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import TYPE_CHECKING, BinaryIO
 
 from granite_speech.errors import AudioError, InputError
-from granite_speech.inputs.audio_decoding import REMEDY_CONVERT, Piece, decode
+from granite_speech.inputs.audio_decoding import REMEDY_CONVERT, Piece, check_claims, decode
 from granite_speech.inputs.audio_headers import Source, read_header
+from granite_speech.inputs.audio_opening import find_start, open_seekable
 from granite_speech.inputs.resampling import BlockResampler, check_rate, resample
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["AudioWarning", "load_audio", "read_blocks", "resample"]
+__all__ = ["AudioWarning", "load_audio", "measure_seconds", "read_blocks", "resample"]
 
 MAX_BYTES = 2 << 30
 BYTES_PER_SAMPLE = 4
-# No format begins with this many zeros.
-FIRST_BYTES = 64
-# Of zeros before an mp3 stream, as many are left in as FFmpeg's own command can have without a difference to what it decodes.
-ZEROS_KEPT = 1024
-URL = re.compile(r"(https?|ftps?|s3|gs|hf|file):/|data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# A longer recording than this is measured by decoding: such a length in a header is more likely damage.
+LONGEST_SECONDS_FROM_HEADER = 24 * 3600
 
 
 class AudioWarning(UserWarning):
-    """A recording was loaded although something is wrong with its file."""
+    """Something is wrong with a sound file, but it was loaded."""
 
 
 def load_audio(
@@ -47,33 +41,33 @@ def load_audio(
     max_bytes: int | None = MAX_BYTES,
     errors: str = "raise",
 ) -> "torch.Tensor":
-    """Reads a recording.
+    """Loads a recording.
 
-    Any container and codec that people record in and FFmpeg decodes: wav, flac, mp3, ogg, opus, m4a, mp4, mov, 3gp, webm, mkv, wma,
-    amr, aac, ac3, aiff, au, caf and others. Channels are averaged; if they cancel out, the loudest one is used alone. Nothing but
-    the file is opened, even if it is a playlist that names others.
+    Reads the containers and codecs in common use: wav, flac, mp3, ogg, opus, m4a, mp4, mov, 3gp, webm, mkv, wma, amr, aac, ac3,
+    aiff, au, caf and others. Channels are averaged; if they cancel out, only the loudest one is used. No other file and no network
+    address is opened, even if the file is a playlist.
 
     Args:
         file: a path, "-" for standard input, or an open binary file, which is read from its beginning.
-        sampling_rate: wanted, in Hz.
+        sampling_rate: of the result, in Hz.
         max_seconds: the longest recording to accept; None for any.
-        max_bytes: the most memory that the samples may take, 4 bytes each; None for any. The default is 9 hours at 16 kHz.
-            Standard input and pipes, which are read into memory first, may not be larger than this either.
-        errors: "raise", or "warn" to load what is intact of a file whose end is damaged or missing.
+        max_bytes: the most memory that the samples may take, 4 bytes each; None for no limit. The default is 9 hours at 16 kHz.
+            Also limits the size of standard input and pipes, which are read into memory first.
+        errors: "raise", or "warn" to load the intact part of a file whose end is damaged or missing.
 
     Returns:
         `(samples,)` float32 on the CPU, mono, PCM scaled to [-1, 1).
 
     Raises:
-        AudioError: there is no such file; it does not decode, is shorter than its header says, exceeds a limit, holds no samples or
-            samples that are not finite, or has a rate that no recording has. An mp3 without a Xing header does not say how long
-            it should be, so nobody can tell whether it was cut off.
-        InputError: an option that is not what it should be.
+        AudioError: the file does not exist, does not decode, is shorter than its header says, exceeds a limit, has no samples,
+            samples that are not finite, or an impossible rate. An mp3 without a Xing header does not say how long it should be, so
+            it is not known whether its end is missing.
+        InputError: an invalid option.
         MissingDependencyError: PyAV is not installed; or the rate differs and torchaudio cannot be imported.
 
     Warns:
-        AudioWarning: the lengths in a header were never filled in, because the recorder was killed: the file is read to its end. With
-            `errors="warn"` also: the end is damaged or missing.
+        AudioWarning: the lengths in a header were never filled in, because the recorder was killed: the file is read to its end.
+            With `errors="warn"`, also if the end is damaged or missing.
     """
     import torch
 
@@ -101,29 +95,60 @@ def read_blocks(
     max_seconds: float | None = None,
     errors: str = "raise",
 ) -> Iterator["torch.Tensor"]:
-    """Reads a recording block by block, as it is decoded, in memory that does not grow with its length.
+    """Loads a recording block by block, in memory that does not grow with its length.
 
-    The blocks, joined, are what `load_audio` returns. A file with several channels is decoded twice, because only its end shows
-    whether they cancel out. A damaged end is reported after the last intact block.
+    The blocks, joined, equal what `load_audio` returns. A file with several channels is decoded twice, because whether they cancel
+    out is only known at the end. A damaged end is reported after the last intact block.
 
     Args:
-        file, sampling_rate, max_seconds, errors: as for `load_audio`. Standard input and pipes are read into memory first, up to 2 GiB.
+        file, sampling_rate, max_seconds, errors: as in `load_audio`. Standard input and pipes are read into memory first, up to 2 GiB.
         block_seconds: length of each block; the last one may be shorter.
 
     Yields:
         `(samples,)` float32 on the CPU, mono.
 
     Raises:
-        AudioError, InputError, MissingDependencyError: as `load_audio`; at once for what the path and the options show, and otherwise
-            where it is found.
+        AudioError, InputError, MissingDependencyError: as `load_audio`: at once if the path or an option is wrong, otherwise when
+            the decoder reaches the fault.
     """
     _check_positive(block_seconds=block_seconds)
     recording = _Recording(file, sampling_rate, max_seconds, None, errors)
     return _regroup(recording, max(1, round(block_seconds * sampling_rate)))
 
 
+def measure_seconds(file: str | os.PathLike | BinaryIO) -> float:
+    """The length of a recording, without keeping its samples.
+
+    PCM WAV and FLAC are measured from their headers, so damage to their samples is not found here. Any other file is decoded once,
+    piece by piece.
+
+    Args:
+        file: as in `load_audio`. Standard input and pipes are read into memory first, up to 2 GiB.
+
+    Returns:
+        Seconds. They are exact: the number of samples divided by the file's rate.
+
+    Raises:
+        AudioError, MissingDependencyError: the file cannot be loaded, as in `load_audio`.
+
+    Warns:
+        AudioWarning: the lengths in the header were never filled in.
+    """
+    recording = _Recording(file, 16000, None, None, "raise")
+    try:
+        seconds = recording.seconds_from_headers()
+        if seconds is not None:
+            return seconds
+        for _ in recording.pieces():
+            pass
+    finally:
+        recording.close()
+    recording.report()
+    return recording.seconds
+
+
 def _regroup(recording: "_Recording", length: int) -> Iterator["torch.Tensor"]:
-    """Blocks of one length from pieces of any."""
+    """Joins and splits the decoded pieces into blocks of `length` samples."""
     import torch
 
     from granite_speech.inputs.channels import ChannelEnergies
@@ -157,7 +182,7 @@ def _regroup(recording: "_Recording", length: int) -> Iterator["torch.Tensor"]:
 
 
 class _Recording:
-    """One file, which can be decoded more than once, and what is found out about it on the way."""
+    """One file that can be decoded more than once, and what the last pass over it found."""
 
     def __init__(self, file, sampling_rate: int, max_seconds: float | None, max_bytes: int | None, errors: str):
         check_rate(sampling_rate)
@@ -166,20 +191,33 @@ class _Recording:
         if errors not in ("raise", "warn"):
             raise InputError(got=f"errors={errors!r:.40}", expected="'raise' or 'warn'", remedy="Pass one of them")
         self.sampling_rate, self.max_seconds, self.max_bytes, self.errors = sampling_rate, max_seconds, max_bytes, errors
-        self.name, self.file, self.is_ours = _open(file, MAX_BYTES if max_bytes is None else max_bytes)
-        self.begin = _begin(self.file, self.name)
+        self.name, self.file, self.is_ours = open_seekable(file, MAX_BYTES if max_bytes is None else max_bytes)
+        self.begin = find_start(self.file, self.name)
         self.seconds, self.damage, self.unfilled = 0.0, None, False
 
     def close(self) -> None:
         if self.is_ours:
             self.file.close()
 
+    def seconds_from_headers(self) -> float | None:
+        """The length that the headers give, if the file is PCM WAV or FLAC and they are filled in; otherwise None."""
+        seconds, begin = 0.0, self.begin
+        while begin is not None:
+            header = read_header(Source(self.file, begin))
+            samples = header.samples or header.samples_of_wav
+            if not samples or header.missing:
+                return None
+            check_claims(self.name, header.channels, header.rate)
+            seconds += samples / header.rate
+            begin = None if header.next is None else begin + header.next
+        return seconds if seconds <= LONGEST_SECONDS_FROM_HEADER else None
+
     def pieces(self) -> Iterator[Piece]:
         """The samples as they are decoded, checked against the limits. Sets `seconds`, `damage` and `unfilled` at the end."""
         import numpy as np
 
         seconds, damage, unfilled, begin = 0.0, None, False, self.begin
-        while begin is not None:  # files that were appended to one another
+        while begin is not None:  # one file may be appended to another
             header = read_header(Source(self.file, begin))
             unfilled = unfilled or header.unfilled
             end = None if header.next is None else begin + header.next
@@ -200,7 +238,7 @@ class _Recording:
                 if not np.isfinite(piece.samples).all():
                     raise AudioError(
                         got=f"{self.name!r} with NaN or infinite samples",
-                        expected="finite ones",
+                        expected="finite samples",
                         remedy="Write the file again from its source",
                     )
                 yield piece
@@ -214,11 +252,11 @@ class _Recording:
                 raise AudioError(
                     got=f"{self.name!r}, which exceeds {option}={limit}",
                     expected="a recording within the limit",
-                    remedy=f"Raise {option}, or take the recording in parts with granite_speech.read_blocks",
+                    remedy=f"Raise {option}, or read the recording in parts with granite_speech.read_blocks",
                 )
 
     def stretches(self) -> Iterator[tuple[int, Piece]]:
-        """The pieces, and a number that changes with rate and channels."""
+        """The pieces, each with the number of its stretch; a new stretch begins where the rate or the number of channels changes."""
         number, previous = -1, None
         for piece in self.pieces():
             number += (piece.rate, len(piece.samples)) != previous
@@ -226,10 +264,10 @@ class _Recording:
             yield number, piece
 
     def resampled(self, mixed: Callable[[int, "np.ndarray"], "np.ndarray"]) -> Iterator["torch.Tensor"]:
-        """The recording at the wanted rate, in pieces `(samples,)`.
+        """The recording at `sampling_rate`, in pieces `(samples,)`.
 
         Args:
-            mixed: makes one channel of several, given their stretch's number and the samples `(channels, samples)`.
+            mixed: turns several channels into one, given the number of the stretch and the samples `(channels, samples)`.
         """
         import torch
 
@@ -245,7 +283,7 @@ class _Recording:
             yield resampler.finish()
 
     def report(self) -> None:
-        """Raise or warn about what the last pass over the file found."""
+        """Raises or warns about what the last pass over the file found."""
         intact = f"{self.name!r}, which is cut off or damaged ({self.damage}); its first {self.seconds:.2f} s are intact"
         if self.damage and self.errors == "raise":
             raise AudioError(
@@ -259,101 +297,11 @@ class _Recording:
             warnings.warn(f"{intact} and were loaded", AudioWarning, stacklevel=3)
         elif self.unfilled:
             warnings.warn(
-                f"{self.name!r} does not say how long it is, because its header was never filled in: its recorder may have been killed. "
-                f"All {self.seconds:.2f} s to its end were loaded",
+                f"{self.name!r} does not say how long it is, because its header was never filled in: the recorder may have been killed. "
+                f"It was read to its end, {self.seconds:.2f} s",
                 AudioWarning,
                 stacklevel=3,
             )
-
-
-# --- opening -----------------------------------------------------------------------------------------------------------------------
-
-
-def _open(file: str | os.PathLike | BinaryIO, most: int) -> tuple[str, BinaryIO, bool]:
-    """A file's name for messages, the seekable binary file, and whether it was opened here.
-
-    Args:
-        most: bytes to take from what cannot be sought in.
-    """
-    if isinstance(file, (str, os.PathLike)):
-        if os.fspath(file) == "-":
-            return "standard input", _in_memory(sys.stdin.buffer, "standard input", most), True
-        path = os.fsdecode(file)
-        opened = _open_path(path)
-        if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):  # a device such as /dev/zero can be sought in, and has no end
-            return path, opened, True
-        with opened:
-            return path, _in_memory(opened, path, most), True
-    if not hasattr(file, "read"):
-        raise AudioError(got=f"a {type(file).__name__}", expected="a path, '-' or an open binary file", remedy="Wrap bytes in io.BytesIO")
-    name = str(getattr(file, "name", "the file"))
-    try:
-        is_text = isinstance(file.read(0), str)
-    except (OSError, ValueError) as error:  # closed, or opened for writing
-        raise AudioError(got=f"{name} that cannot be read ({error})", expected="an open binary file", remedy="Open it again") from error
-    if is_text:
-        raise AudioError(got=f"{name}, opened as text", expected="a binary file", remedy="Open it with mode 'rb'")
-    if hasattr(file, "seekable") and file.seekable():
-        return name, file, False
-    return name, _in_memory(file, name, most), True
-
-
-def _open_path(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a zero byte, or characters that no file name can have
-        raise _not_opened(path, error) from error
-
-
-def _not_opened(path: str, error: Exception) -> AudioError:
-    if URL.match(path):
-        return AudioError(got=f"the URL {path!r}", expected="a local file", remedy="Download it first; nothing is fetched from here")
-    if os.path.isdir(path):
-        return AudioError(got=f"{path!r}, which is a folder", expected="a sound file", remedy="Name the files in it one by one")
-    if os.path.exists(path):
-        return AudioError(got=f"{path!r}, which cannot be read ({error})", expected="a readable file", remedy="Check its permissions")
-    if not path.isprintable() or any("\udc80" <= character <= "\udcff" for character in path):
-        return AudioError(
-            got=f"{path!r}, which does not exist and whose name is not valid UTF-8",
-            expected="a sound file",
-            remedy="Names in Latin-1 or another old encoding work as os.listdir gives them, or as bytes through os.fsdecode",
-        )
-    return AudioError(got=f"{path!r}, which does not exist", expected="a sound file", remedy="Check the path")
-
-
-def _in_memory(file, name: str, most: int) -> io.BytesIO:
-    content = file.read(most + 1)
-    if len(content) > most:
-        raise AudioError(
-            got=f"{name!r} with more than {most} bytes",
-            expected="a recording within max_bytes",
-            remedy="Raise max_bytes, or save it to a file and name that",
-        )
-    return io.BytesIO(content)
-
-
-def _begin(file: BinaryIO, name: str) -> int:
-    """Where a file begins: after a tag that some program has put before a format without a place for it, and after zeros.
-
-    Some recorders write zeros first, and FFmpeg gives up on many of them.
-    """
-    file.seek(0)
-    block, count = file.read(FIRST_BYTES), 0
-    if not block:
-        raise AudioError(
-            got=f"{name!r}, which is empty (0 bytes) and does not decode", expected="a sound file", remedy="Record or copy it again"
-        )
-    if block[:3] == b"ID3" and len(block) == FIRST_BYTES:
-        # Its length has 7 bits a byte.
-        tag = 10 + sum(value << shift for value, shift in zip(block[6:10], (21, 14, 7, 0), strict=True))
-        return tag if read_header(Source(file, tag)).kind else 0
-    if block.strip(b"\0"):
-        return 0
-    while block and not block.strip(b"\0"):
-        count += len(block)
-        block = file.read(1 << 16)
-    count += len(block) - len(block.lstrip(b"\0"))
-    return count if read_header(Source(file, count)).kind else max(0, count - ZEROS_KEPT)
 
 
 def _check_positive(**options: float) -> None:

@@ -1,7 +1,7 @@
-"""From a file's bytes to samples, with FFmpeg through PyAV: every container and codec that people record in.
+"""From a file's bytes to samples, with FFmpeg through PyAV.
 
-FFmpeg is handed an open file and a list of formats, and no way to open anything else: playlists, which name other files or
-addresses, are not among the formats.
+FFmpeg gets an open file, a list of formats, and no way to open anything else. Playlists, which name other files or addresses, are
+not among the formats.
 """
 
 import importlib
@@ -9,7 +9,8 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, NamedTuple
 
 from granite_speech.errors import AudioError, MissingDependencyError
-from granite_speech.inputs.audio_headers import Header, Promise, Source, find_promise, whole_frame
+from granite_speech.inputs.audio_headers import Header, Source
+from granite_speech.inputs.audio_mpeg import StreamLength, find_stream_length, whole_frame
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["HIGHEST_RATE", "LOWEST_RATE", "REMEDY_CONVERT", "Piece", "check_claims", "decode"]
 
 REMEDY_CONVERT = "Check that it plays, or convert it: ffmpeg -i IN -ac 1 -ar 16000 OUT.wav"
-# Outside of these a rate in a header is damage, not a recording.
+# A rate in Hz outside of this range is damage in a header.
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 # 250 channels at 16 kHz, 83 at 48 kHz, 5 at 768 kHz.
 MOST_VALUES_A_SECOND = 4_000_000
@@ -27,26 +28,26 @@ FORMATS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,gsm,loas,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,nistsphere,ogg,"
     "tta,voc,w64,wav,wv"
 )
-# "none" is the name of no protocol. The file itself is read through Python.
+# No protocol is called "none". The file itself is read through Python.
 OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "none", "enable_drefs": "0"}
-# numpy's names of FFmpeg's packed sample formats.
+# From FFmpeg's packed sample formats to numpy's dtypes.
 DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 BYTES_BEFORE_FIRST_FRAME = 4096
 # Two of Vorbis's longest blocks.
 LONGEST_OGG_SURPLUS = 2 * 8192
-# A demuxer that fails is asked again: what follows the damage may be whole.
+# Retries after a demuxer fails: what follows the damage may be intact.
 MOST_FAILURES = 100
 
 
 class Piece(NamedTuple):
-    """Some samples in a row: `(channels, samples)` float32, PCM scaled to [-1, 1), and their rate in Hz."""
+    """Consecutive samples: `(channels, samples)` float32, PCM scaled to [-1, 1), and their rate in Hz."""
 
     rate: int
     samples: "np.ndarray"
 
 
 def check_claims(name: str, channels: int, rate: int) -> None:
-    """Refuses what no recording has, before a decoder is made for it."""
+    """Refuses an impossible rate or number of channels, before a decoder is created."""
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise AudioError(
             got=f"{name!r} with a sampling rate of {rate} Hz", expected=f"{LOWEST_RATE} to {HIGHEST_RATE} Hz", remedy=REMEDY_CONVERT
@@ -60,20 +61,20 @@ def check_claims(name: str, channels: int, rate: int) -> None:
 
 
 def decode(source: Source, header: Header, name: str) -> Generator[Piece, None, str | None]:
-    """Yields a file's samples as they are decoded. A bad packet that is followed by good ones is skipped.
+    """Yields a file's samples as they are decoded. A bad packet followed by good ones is skipped.
 
-    Rate and number of channels may change from one piece to the next.
+    The rate and the number of channels may change from one piece to the next.
 
     Args:
         source: the file.
-        header: what `read_header` says of it.
+        header: from `read_header`.
         name: for messages.
 
     Returns:
-        How the file is cut off or damaged at its end; None if it is whole, or does not say how long it should be.
+        How the end of the file is missing or damaged, in words; None if it is whole, or does not say how long it should be.
 
     Raises:
-        AudioError: no format that is read here, no audio in it, not one packet that decodes, impossible claims.
+        AudioError: an unknown format, no audio track, no packet that decodes, or an impossible rate or number of channels.
         MissingDependencyError: PyAV is not installed.
     """
     if header.channels is not None and header.rate is not None:
@@ -92,7 +93,7 @@ def decode(source: Source, header: Header, name: str) -> Generator[Piece, None, 
                 yield piece
     except AudioError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:  # ValueError: PyAV's own, on values that it cannot express
+    except (av.error.FFmpegError, OSError, ValueError) as error:  # ValueError: PyAV raises it for values that it cannot express
         raise _undecodable(name, error, header) from error
     if not seen and packets.failed_since_good:
         raise _undecodable(name, packets.last_error, header)
@@ -102,7 +103,7 @@ def decode(source: Source, header: Header, name: str) -> Generator[Piece, None, 
 def _import_av():
     try:
         return importlib.import_module("av")
-    except (ImportError, OSError) as error:  # OSError: a library that it needs is missing
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
         raise MissingDependencyError(
             got=f"no working PyAV ({error})", expected="PyAV, to read sound files", remedy="pip install av"
         ) from error
@@ -127,16 +128,16 @@ def _check_stream(stream, container, name: str) -> None:
         raise AudioError(
             got=f"{name!r}, which has no audio track (only {', '.join(kinds) or 'nothing'})",
             expected="a file with sound",
-            remedy="Check that this is the right file, and that its recorder had the microphone on",
+            remedy="Check that this is the right file, and that the microphone was on",
         )
     if stream.codec_context is None:
         raise AudioError(got=f"{name!r}, whose sound is in an unknown codec", expected="a common codec", remedy=REMEDY_CONVERT)
-    if stream.codec_context.sample_rate:  # 0: some codecs say it in their packets only
+    if stream.codec_context.sample_rate:  # 0: some codecs give it only in their packets
         check_claims(name, max(1, stream.codec_context.channels), stream.codec_context.sample_rate)
 
 
 def _decoder(stream):
-    """The stream's decoder; for Opus the reference one, as FFmpeg's own puts bursts into some files of low rates."""
+    """The stream's decoder; libopus for Opus, because FFmpeg's own adds bursts of noise to some files of low bit rates."""
     context = stream.codec_context
     if context.name != "opus" or not context.extradata:
         return context
@@ -153,7 +154,7 @@ def _samples_short(header: Header, end: int) -> str | None:
 
 
 class _Packets:
-    """The packets of one stream, decoded one by one, and what has gone wrong on the way."""
+    """The packets of one stream, decoded one by one, and a count of failures."""
 
     def __init__(self, container, stream, source: Source):
         self.container, self.stream, self.source = container, stream, source
@@ -161,22 +162,22 @@ class _Packets:
         self.is_mp3, self.is_ogg = container.format.name == "mp3", container.format.name == "ogg"
         self.failed_since_good, self.last_error = 0, None
         self.good, self.last_is_whole = 0, True
-        self.end = 0  # in samples from the beginning, skipped packets included, by the last frame's own time
-        self.promised = Promise(0, 0, 0)
+        self.end = 0  # position in samples after the last frame, by its timestamp; includes skipped packets
+        self.stated = StreamLength(0, 0, 0)
         self.ogg_start, self.ogg_samples = None, 0
 
     def frames(self):
-        """Every frame that decodes; None and a number of samples to be cut off at the end of an Ogg stream."""
+        """Every frame that decodes, with 0; for Ogg also None with the number of samples to drop from the end."""
         from av.error import FFmpegError
 
         for packet in self._demux():
             is_sound = packet.size > 0
             if not is_sound and packet.dts is not None:
-                continue  # an empty sample of a container, which a decoder would take for the end
+                continue  # an empty sample of a container; a decoder would take it for the end
             if self.is_mp3 and is_sound:
-                is_sound = not self._take_promise(packet)
+                is_sound = not self._add_stream_length(packet)
             try:
-                # An empty packet asks for what the decoder still holds.
+                # None at the end of the stream: the decoder returns the frames that it still holds.
                 frames = self.decoder.decode(packet if packet.size else None)
             except FFmpegError as error:
                 self.failed_since_good, self.last_error = self.failed_since_good + 1, error
@@ -192,10 +193,10 @@ class _Packets:
                 yield None, self._ogg_surplus(packet, frames)
 
     def _ogg_surplus(self, packet, frames) -> int:
-        """How many of the samples so far come after the end that the last page of an Ogg stream gives.
+        """How many of the samples so far lie after the end that the last page of an Ogg stream gives.
 
-        FFmpeg cuts the last packet where the sound ends. If it ends even before that packet, FFmpeg keeps the packet, and shows the
-        contradiction as a negative duration.
+        FFmpeg trims the last packet. If the sound ends before that packet begins, FFmpeg keeps the packet and gives it a negative
+        duration.
         """
         if self.ogg_start is None and packet.pts is not None:
             self.ogg_start = max(0, packet.pts)
@@ -222,40 +223,40 @@ class _Packets:
                 if not progress:
                     return
 
-    def _take_promise(self, packet) -> bool:
-        """Add up what Xing frames promise: the one before the first packet, and those of files that were appended.
+    def _add_stream_length(self, packet) -> bool:
+        """Adds up the lengths in Xing frames: the one before the first packet, and those of appended files.
 
         Returns:
             Whether the packet is such a frame.
         """
         data = bytes(packet)
         self.last_is_whole = whole_frame(data)
-        inside = find_promise(data)
+        inside = find_stream_length(data)
         found = inside
         if found is None and not self.good and not self.failed_since_good and packet.pos is not None:
             begin = max(0, packet.pos - BYTES_BEFORE_FIRST_FRAME)
-            found = find_promise(self.source.at(begin, packet.pos - begin))
+            found = find_stream_length(self.source.at(begin, packet.pos - begin))
             found = found and found._replace(begin=begin + found.begin)
         elif found is not None and packet.pos is not None:
             found = found._replace(begin=packet.pos + found.begin)
         if found is not None:
-            self.promised = Promise(self.promised.frames + found.frames, found.size, found.begin)
+            self.stated = StreamLength(self.stated.frames + found.frames, found.size, found.begin)
         return inside is not None
 
     def shortfall(self) -> str | None:
-        """What is missing at the end, as far as it can be known. Anything may follow the last frame of an mp3."""
+        """How much is missing at the end, in words, if that is known. Anything may follow the last frame of an mp3."""
         if not self.is_mp3:
             return f"its end does not decode: {_reason(self.last_error)}" if self.failed_since_good else None
-        frames, size, begin = self.promised
+        frames, size, begin = self.stated
         whole = self.good - (not self.last_is_whole)
-        # A length in bytes tells frames that were cut off from frames that are damaged in the middle, and skipped. Without one, some
-        # encoders count the frame with the promise too.
+        # The size in bytes tells missing frames from frames in the middle that were damaged and skipped. If it is not given, allow one
+        # frame less: some encoders count the Xing frame too.
         is_cut = self.source.size - begin < size if size else whole < frames - 1
         return f"{whole} of {frames} frames" if is_cut and whole < frames else None
 
 
 def _pieces(packets: _Packets, name: str):
-    """Frames of equal rate and channels, joined to pieces of a fair size."""
+    """Frames of equal rate and channels, joined into pieces of up to VALUES_PER_PIECE values."""
     import numpy as np
 
     arrays, key, count = [], None, 0

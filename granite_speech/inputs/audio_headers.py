@@ -1,31 +1,31 @@
 """What a sound file's header claims: how long it is, how many channels, at what rate.
 
-Decoders trust the header and stop quietly where the file ends. So the few fields that reveal a cut-off file, or a header that
-promises the impossible, are read here first, from a few hundred bytes and without allocating what they claim.
+Decoders trust the header and stop silently at the end of the file. So the few fields that reveal a cut-off file or an impossible
+header are read here first, from a few hundred bytes and without allocating what they claim.
 
 Sources: RIFF (Microsoft, 1991), RF64 (EBU Tech 3306), Sony Wave64, AIFF (Apple, 1989), Sun .au, CAF (Apple), FLAC (RFC 9639), Ogg (RFC
-3533), ISO base media (ISO/IEC 14496-12), Matroska (RFC 9559), ASF (Microsoft), MPEG audio with Xing, Info and VBRI frames.
+3533), ISO base media (ISO/IEC 14496-12), Matroska (RFC 9559), ASF (Microsoft).
 """
 
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-__all__ = ["Header", "Promise", "Source", "find_promise", "read_header", "whole_frame"]
+__all__ = ["Header", "Source", "read_header"]
 
-# A length of this much or more is what programs that write to a pipe put for "unknown".
+# Programs that write to a pipe put a length of this much or more for "unknown".
 UNKNOWN_32, UNKNOWN_64 = 0x7FFF0000, 1 << 62
 LARGEST_OGG_HEADER = 27 + 255
 BYTES_PER_SEARCH = 1 << 20
-# Chunks before the sound, in any format. A file with more is not one.
+# Chunks before the sound, in any format. More of them are damage.
 MOST_CHUNKS = 10_000
 
 
 class Source:
     """A seekable binary file as the decoder sees it: from `start` to `end`, with some bytes of its header replaced.
 
-    It has a position of its own, so that several readers can share one file.
+    It keeps its own position, so several readers can share one file.
     """
 
     def __init__(self, file: BinaryIO, start: int = 0, end: int | None = None, patches: Sequence[tuple[int, bytes]] = ()):
@@ -46,7 +46,7 @@ class Source:
         return data
 
     def at(self, offset: int, count: int) -> bytes:
-        """Up to `count` bytes from an absolute position."""
+        """Up to `count` bytes at `offset`; leaves the position as it is."""
         if offset < 0 or count <= 0 or offset >= self.size:
             return b""
         self.file.seek(self.start + offset)
@@ -58,7 +58,7 @@ class Source:
         return data
 
     def find(self, mark: bytes, position: int) -> int | None:
-        """Where `mark` comes next, at `position` or later."""
+        """The first place of `mark` at `position` or later."""
         while position + len(mark) <= self.size:
             found = (block := self.at(position, BYTES_PER_SEARCH)).find(mark)
             if found >= 0:
@@ -69,16 +69,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Header:
-    """What is known before anything is decoded; None where the format does not say.
+    """What is known before anything is decoded; None if the format does not say.
 
     Args:
-        kind: the format; "" if its first bytes name none that is read here.
+        kind: the format; "" if it is not one of those read here.
         channels, rate: of uncompressed formats and FLAC.
         samples: of each channel, in FLAC.
-        missing: how the file is shorter than its header says.
-        unfilled: the header's lengths were never filled in; the sound reaches to the end of the file.
-        empty: its lengths say that there is no sound, though other chunks follow. FFmpeg would take those for sound.
-        patches: positions and contents of lengths that make a decoder read to the end of such a file.
+        samples_of_wav: of each channel, in PCM WAV whose lengths are filled in.
+        missing: how much of the file is missing, in words.
+        unfilled: the header's lengths were never filled in; the sound extends to the end of the file.
+        empty: there are no samples, but other chunks follow. FFmpeg would decode those as sound.
+        patches: positions and bytes to replace, so that a decoder reads an unfilled file to its end.
         next: where another file begins that was appended to this one.
     """
 
@@ -86,6 +87,7 @@ class Header:
     channels: int | None = None
     rate: int | None = None
     samples: int | None = None
+    samples_of_wav: int | None = None
     missing: str | None = None
     unfilled: bool = False
     empty: bool = False
@@ -94,24 +96,25 @@ class Header:
 
 
 def read_header(source: Source) -> Header:
-    """The claims of a file of any format; an empty `Header` for a format without any, or a header that makes no sense."""
+    """The claims of a file of any format; an empty `Header` if the format makes none, or the header makes no sense."""
     start = source.at(0, 64)
     try:
         for matches, read in READERS:
             if matches(start):
                 return read(source)
-    except struct.error:  # the header itself is cut off, which the decoder will say
+    except struct.error:  # the header itself is cut off; the decoder reports that
         pass
     return Header()
 
 
 def _with_length(source: Source, header: Header, field: tuple[int, str], claimed: int, begin: int, unknown: int, outer_end: int) -> Header:
-    """`header` with what follows from a claimed length of the sound.
+    """`header`, completed from the claimed length of the sound.
 
     Args:
         field: where that length is stored, and its struct format.
+        claimed: that length, in bytes.
         begin: where the sound begins.
-        unknown: lengths from here on mean that the writer did not know.
+        unknown: this length or more means that the writer did not know it.
         outer_end: where the outermost chunk ends according to its own length.
     """
     actual = source.size - begin
@@ -119,7 +122,7 @@ def _with_length(source: Source, header: Header, field: tuple[int, str], claimed
         return header
     if claimed > actual:
         return replace(header, missing=f"{max(0, actual)} of {claimed} bytes of sound")
-    # A recording without any samples may be followed by other chunks. Then the outer length, filled in as well, counts them.
+    # Other chunks may follow a recording without samples. Then the outer length is filled in and includes them.
     if claimed == 0 and actual > 0:
         if abs(outer_end - source.size) <= 1:
             return replace(header, empty=True)
@@ -128,13 +131,13 @@ def _with_length(source: Source, header: Header, field: tuple[int, str], claimed
 
 
 def _patched(header: Header, form: str, *lengths: tuple[int, int]) -> Header:
-    """`header` with these positions and lengths as its patches, if its own were never filled in."""
+    """`header` with these positions and lengths as its patches, if it is unfilled."""
     patches = tuple((position, struct.pack(form, min(length, UNKNOWN_32) if form[1] == "I" else length)) for position, length in lengths)
     return replace(header, patches=patches) if header.unfilled else header
 
 
 def _appended(source: Source, end: int, mark: bytes) -> int | None:
-    """Where a chunk like the outermost one follows it, perhaps after a byte of padding."""
+    """Where another outermost chunk follows the first, perhaps after a byte of padding."""
     return next((position for position in (end, end + 1) if position > 12 and source.at(position, 4) == mark), None)
 
 
@@ -146,7 +149,7 @@ def _read_riff(source: Source) -> Header:
     if start[8:12] == b"AVI ":
         short = source.size < outer + 8 and outer < UNKNOWN_32
         return Header("avi", missing=f"{source.size} of {outer + 8} bytes" if short else None)
-    header, position, size_of_data = Header("wav", next=appended), 12, None
+    header, position, size_of_data, block = Header("wav", next=appended), 12, None, None
     for _ in range(MOST_CHUNKS):
         chunk = source.at(position, 64)
         if len(chunk) < 8:
@@ -157,17 +160,27 @@ def _read_riff(source: Source) -> Header:
             ds64 = position
         elif name == b"fmt ":
             channels, rate = struct.unpack(order + "HI", chunk[10:16])
-            header = replace(header, channels=channels, rate=rate)
+            header, block = replace(header, channels=channels, rate=rate), _pcm_block(chunk, order)
         elif name == b"data":
-            begin = position + 8
+            field, unknown = (position + 4, order + "I"), UNKNOWN_32
             if size_of_data is not None and length == 0xFFFFFFFF:
-                return _with_length(source, header, (ds64 + 16, "<Q"), size_of_data, begin, UNKNOWN_64, outer + 8)
-            return _with_length(source, header, (position + 4, order + "I"), length, begin, UNKNOWN_32, outer + 8)
+                field, unknown, length = (ds64 + 16, "<Q"), UNKNOWN_64, size_of_data
+            if block and length < unknown:
+                header = replace(header, samples_of_wav=length // block)
+            return _with_length(source, header, field, length, position + 8, unknown, outer + 8)
         elif name == b"LIST":
-            # Names and dates. FFmpeg may read as many of them as the length claims, past the end of the file.
+            # Names and dates. FFmpeg allocates as much for them as the length claims, past the end of the file.
             header = replace(header, patches=(*header.patches, (position, b"JUNK")))
         position += 8 + length + length % 2
     return header
+
+
+def _pcm_block(chunk: bytes, order: str) -> int | None:
+    """Bytes of one sample of all channels, from a WAV's fmt chunk; None if it is not PCM or contradicts itself."""
+    form, channels, _, _, block, bits = struct.unpack(order + "HHIIHH", chunk[8:24])
+    if form == 0xFFFE:  # extensible: the format is in the GUID
+        (form,) = struct.unpack(order + "H", chunk[32:34])
+    return block if form in (1, 3) and bits % 8 == 0 and block == channels * bits // 8 else None
 
 
 def _read_w64(source: Source) -> Header:
@@ -179,7 +192,7 @@ def _read_w64(source: Source) -> Header:
         if name == b"fmt ":
             channels, rate = struct.unpack("<HI", chunk[26:32])
             header = replace(header, channels=channels, rate=rate)
-        elif name == b"data":  # whose length counts its own 24 bytes
+        elif name == b"data":  # the length includes its own 24 bytes
             found = _with_length(source, header, (position + 16, "<Q"), max(0, length - 24), position + 24, UNKNOWN_64 - 24, outer)
             lengths = ((16, source.size), (position + 16, source.size - position))
             return _patched(found, "<Q", *lengths)
@@ -200,7 +213,7 @@ def _read_aiff(source: Source) -> Header:
             exponent, mantissa = struct.unpack(">HQ", chunk[16:26])
             shift = 16383 + 63 - (exponent & 0x7FFF)
             header = replace(header, channels=channels, rate=mantissa >> shift if 0 <= shift < 64 else 0)
-        elif name == b"SSND":  # whose length counts an offset and a block size, 8 bytes
+        elif name == b"SSND":  # the length includes an offset and a block size, 8 bytes
             found = _with_length(source, header, (position + 4, ">I"), max(0, length - 8), position + 16, UNKNOWN_32, outer + 8)
             lengths = ((4, source.size - 8), (position + 4, source.size - position - 8))
             return _patched(found, ">I", *lengths)
@@ -237,9 +250,9 @@ def _read_flac(source: Source) -> Header:
 
 
 def _read_ogg(source: Source) -> Header:
-    """Streams may follow one another, with any codec each: a page that begins one, after others that do not, begins the next.
+    """Streams of different codecs may follow one another: a first page that comes after other pages begins the next stream.
 
-    The last page of the last stream has to be whole, and has to say that it is the last.
+    The last page of the last stream must be whole and marked as the last.
     """
     position, has_sound, last = 0, False, "within its last page"
     while position is not None and position < source.size:
@@ -313,7 +326,7 @@ def _read_asf(source: Source) -> Header:
 
 
 EBML = b"\x1a\x45\xdf\xa3"
-# With the header of the metadata block that has to come first.
+# With the header of STREAMINFO, which must come first.
 FLAC_START = b"fLaC\0\0\0\x22"
 ISO_BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx", b"uuid", b"mfra", b"udta", b"meta", b"pnot"}
 ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -329,69 +342,3 @@ READERS: tuple[tuple[Callable[[bytes], bool], Callable[[Source], Header]], ...] 
     (lambda start: start[:4] == EBML, _read_matroska),
     (lambda start: start[:16] == bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), _read_asf),
 )
-
-
-# --- MPEG audio --------------------------------------------------------------------------------------------------------------------
-
-# kbit/s by index 1 to 14: for MPEG 1 layers 1, 2, 3; for MPEG 2 layer 1 and layers 2 and 3.
-BITRATES = {
-    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
-    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
-    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-# From a frame's first byte: 4 bytes of header, perhaps 2 of a checksum, 9, 17 or 32 of side information.
-DISTANCES_TO_MARK = (13, 15, 21, 23, 36, 38)
-RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-
-
-def whole_frame(packet: bytes) -> bool:
-    """Whether a packet of MPEG audio holds the whole frame that its header announces."""
-    if len(packet) < 4 or packet[0] != 0xFF or packet[1] < 0xE0:
-        return False
-    version, layer = packet[1] >> 3 & 3, 4 - (packet[1] >> 1 & 3)
-    bitrate, rate, padding = packet[2] >> 4, packet[2] >> 2 & 3, packet[2] >> 1 & 1
-    if version == 1 or layer == 4 or rate == 3 or bitrate == 15:
-        return False
-    if bitrate == 0:  # free format: its header does not say how long a frame is
-        return True
-    generation = 1 if version == 3 else 2
-    bits = 1000 * BITRATES[generation, layer if generation == 1 else min(layer, 2)][bitrate - 1]
-    if layer == 1:
-        return len(packet) >= (12 * bits // RATES[version][rate] + padding) * 4
-    return len(packet) >= (72 if generation == 2 and layer == 3 else 144) * bits // RATES[version][rate] + padding
-
-
-class Promise(NamedTuple):
-    """What an encoder noted about an mp3 stream in its first frame, which holds no sound.
-
-    Args:
-        frames: how many follow; 0 if it does not say.
-        size: bytes from this frame to the end of the stream; 0 if it does not say.
-        begin: where the frame begins in the data that was searched.
-    """
-
-    frames: int
-    size: int
-    begin: int
-
-
-def find_promise(data: bytes) -> Promise | None:
-    """The first Xing, Info or VBRI frame in `data`."""
-    for mark in (b"Xing", b"Info", b"VBRI"):
-        found = data.find(mark)
-        while found >= 0:
-            fields = data[found + 4 : found + 18]
-            for back in DISTANCES_TO_MARK:
-                begin = found - back
-                if begin < 0 or data[begin] != 0xFF or data[begin + 1] < 0xE0 or len(fields) < 14:
-                    continue
-                if mark == b"VBRI":
-                    size, frames = struct.unpack(">II", fields[6:14])
-                    return Promise(frames, size, begin)
-                flags, *numbers = struct.unpack(">III", fields[:12])
-                frames = numbers.pop(0) if flags & 1 else 0
-                return Promise(frames, numbers[0] if flags & 2 else 0, begin)
-            found = data.find(mark, found + 1)
-    return None

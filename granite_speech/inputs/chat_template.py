@@ -1,4 +1,4 @@
-"""Chat templates: Jinja from a checkpoint, rendered within bounds (`template_sandbox`); their files."""
+"""Chat templates: rendering them with bounded time and memory (`template_sandbox`), reading and writing their files."""
 
 import io
 import re
@@ -10,19 +10,18 @@ from granite_speech.errors import CheckpointError, InputError, MissingDependency
 
 __all__ = ["LONGEST_PROMPT", "read_chat_template", "render_chat_template", "write_chat_template", "write_text"]
 
-# A prompt of a few million characters fills any context window many times over; a template that writes more is stuck.
+# This is many times longer than any context window; a template that writes more is stuck in a loop.
 LONGEST_PROMPT = 1 << 22
 
 
 def render_chat_template(template: str, **names) -> str:
-    """Renders a Jinja chat template in a sandbox, with the names and filters that transformers gives one.
+    """Renders a Jinja chat template in a sandbox, with the names and filters that transformers provides.
 
-    A template comes with a checkpoint, from whoever made it: it can reach neither attributes of Python objects nor the
-    arguments' own lists. Its time and memory are bounded by counting what it does (`Sandbox`), and its output by LONGEST_PROMPT
-    characters.
+    A template comes with a checkpoint and is not trusted: it cannot reach attributes of Python objects or change the arguments.
+    `Sandbox` bounds its time and memory by counting operations. Its output is limited to LONGEST_PROMPT characters.
 
     Raises:
-        InputError: the template is wrong, raises, writes too much, or takes more work than any prompt does.
+        InputError: the template is invalid, raises, writes too much, or takes more work than any prompt needs.
         MissingDependencyError: jinja2 is not installed.
     """
     try:
@@ -42,7 +41,7 @@ def render_chat_template(template: str, **names) -> str:
                 )
     except InputError:
         raise
-    except Exception as error:  # a template runs whatever it likes of jinja2 and of Python's types, and may raise any of their errors
+    except Exception as error:  # a template can raise any error of jinja2 or of Python's types
         raise InputError(
             got=f"a chat template that failed ({type(error).__name__}: {str(error)[:500]})",
             expected="messages that fit the template",
@@ -52,7 +51,7 @@ def render_chat_template(template: str, **names) -> str:
 
 
 def write_chat_template(folder: Path, chat_template: str | dict[str, str] | None) -> None:
-    """Writes chat_template.jinja, and further templates by name into additional_chat_templates."""
+    """Writes the default template to chat_template.jinja and others, by name, to additional_chat_templates."""
     templates = {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
     for name, template in templates.items():
         if not re.fullmatch(r"[\w-]+", name):
@@ -68,10 +67,10 @@ def write_text(file: Path, text: str) -> None:
 
 
 def read_chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
-    """Files of their own come before tokenizer_config.json, as in transformers.
+    """The template, or several by name; None if there are none. Template files override tokenizer_config.json, as in transformers.
 
     Raises:
-        CheckpointError: a template that is not text, or not named.
+        CheckpointError: a template that is not text, or has no name.
     """
     templates = {file.stem: _read_text(file) for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     file, legacy = folder / "chat_template.jinja", folder / "chat_template.json"

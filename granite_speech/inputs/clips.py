@@ -1,4 +1,4 @@
-"""Clips as callers have them, and as the feature extractor needs them: float32, one dimension, finite."""
+"""Converts clips from the forms that callers pass to the one that the feature extractor needs: float32, one dimension, finite."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from granite_speech.inputs.channels import mix
 
 __all__ = ["as_clips", "check_clips", "clips_of_prompt"]
 
-# An axis of this length or less can be channels; samples and clips are told from it by being more.
+# Only an axis of this length or less can be channels.
 MOST_CHANNELS = 8
 
 # A sample beyond this would overflow the float32 power spectrum. Sound lies in [-1, 1].
@@ -19,7 +19,7 @@ LARGEST_SAMPLE = 1e15
 
 
 def as_clips(audios) -> list[torch.Tensor]:
-    """The forms `GraniteSpeechFeatureExtractor.__call__` takes, as float32 tensors `(samples,)`. int16 is scaled by 1 / 32768."""
+    """The clips that `GraniteSpeechFeatureExtractor.__call__` takes, as float32 tensors `(samples,)`. int16 is scaled by 1 / 32768."""
     if isinstance(audios, (np.ndarray, torch.Tensor)):
         if audios.ndim not in (1, 2):
             raise _bad_clip(0, f"shape {tuple(audios.shape)}", "(samples,) or (batch, samples)")
@@ -34,19 +34,19 @@ def as_clips(audios) -> list[torch.Tensor]:
 
 
 def clips_of_prompt(audios, placeholders: int, audio_token: str) -> list[torch.Tensor]:
-    """The clips that belong to a prompt's placeholders, each as float32 `(samples,)`; several channels become one (`channels.mix`).
+    """The clips for a prompt's placeholders, each as float32 `(samples,)`; several channels become one (`channels.mix`).
 
-    Shapes decide, and are all looked at before any sample is. One array of two dimensions is as many clips as it has rows, if there are
-    as many placeholders. Otherwise it is one clip with channels, along its axis of length 8 or less.
+    Shapes alone decide the layout, and all are checked before any sample is read. The rows of an array of two dimensions are clips if
+    there is one placeholder for each. Otherwise the array is one clip, with channels along the axis of length 8 or less.
 
     Args:
-        audios: an array or tensor `(samples,)`, `(clips, samples)`, `(samples, channels)` or `(channels, samples)`; or a list with an
-            array for each clip, each with or without channels.
-        placeholders: how many there are in the prompts.
-        audio_token: their text, for messages.
+        audios: an array or tensor `(samples,)`, `(clips, samples)`, `(samples, channels)` or `(channels, samples)`; or a list with one
+            array for each clip, with or without channels.
+        placeholders: their number in all prompts.
+        audio_token: the placeholder's text, for messages.
 
     Raises:
-        AudioError: another layout, or another number of clips than of placeholders.
+        AudioError: another layout, or a number of clips that differs from the number of placeholders.
         InputError: neither an array nor a list.
     """
     if not isinstance(audios, (np.ndarray, torch.Tensor)):
@@ -72,7 +72,7 @@ def clips_of_prompt(audios, placeholders: int, audio_token: str) -> list[torch.T
 
 
 def _channel_axis(shape: tuple[int, ...]) -> int | None:
-    """Which axis of a clip are its channels: -1 if there is no such axis, None if the shape is not a clip's."""
+    """The axis of a clip's channels: -1 if it has no such axis, None if this is not the shape of a clip."""
     if len(shape) == 1:
         return -1
     if len(shape) != 2 or shape[0] == shape[1]:
@@ -95,9 +95,9 @@ def _as_arrays(audios) -> list[np.ndarray | torch.Tensor]:
 
 
 def check_clips(clips: Sequence[torch.Tensor]) -> None:
-    """Refuses what has no features. One pass over the samples; for clips on an accelerator one wait for all of them."""
+    """Refuses clips that have no features. Reads all samples once; clips on an accelerator cost one wait for each device."""
     if not clips:
-        raise AudioError(got="no clips", expected="at least one", remedy="Leave audio out for a request without sound")
+        raise AudioError(got="no clips", expected="at least one", remedy="Omit audio for a request without sound")
     for index, clip in enumerate(clips):
         if clip.ndim != 1 or clip.dtype != torch.float32:
             raise _bad_clip(index, f"shape {tuple(clip.shape)}, {clip.dtype}", "(samples,) in torch.float32")
@@ -124,7 +124,7 @@ def _as_float32(audio: np.ndarray | torch.Tensor, index: int) -> torch.Tensor:
         raise _bad_clip(index, f"samples of type {audio.dtype}", "floating point in [-1, 1], or int16")
     if is_tensor:
         return audio.detach().to(torch.float32)
-    # A copy where torch could not share the memory: other byte order, negative strides, read-only.
+    # Copied if torch cannot share the memory: other byte order, negative strides, read-only.
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(audio, dtype=np.float32)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
@@ -134,5 +134,5 @@ def _bad_clip(index: int, got: str, expected: str) -> AudioError:
     return AudioError(
         got=f"clip {index} has {got}",
         expected=expected,
-        remedy="Load the recording again with granite_speech.load_audio, or leave the clip out",
+        remedy="Load the recording again with granite_speech.load_audio, or omit the clip",
     )

@@ -1,9 +1,9 @@
 """Log-mel features of 16 kHz speech: from waveforms to the encoder's frames.
 
-A clip's features depend on that clip alone. Clips are packed end to end, never padded to a common length, so a batch
-costs one FFT over all frames, and a clip in a batch has the features it has alone.
+Clips are packed end to end, never padded to a common length. So a batch costs one FFT over all frames, and a clip has the
+same features in a batch as alone.
 
-The definition is the one of transformers' `GraniteSpeechFeatureExtractor` for a single clip: the power mel spectrogram
+The definition is that of transformers' `GraniteSpeechFeatureExtractor` for a single clip: the power mel spectrogram
 of `torchaudio.transforms.MelSpectrogram` (periodic Hann window, centred frames, reflected edges, HTK triangles without
 normalisation), log10 floored at the clip's own maximum less 8, mapped by x / 4 + 1, and mel frames stacked in pairs.
 torchaudio itself is not needed.
@@ -21,11 +21,11 @@ from granite_speech.inputs.clips import as_clips, check_clips
 
 __all__ = ["BatchFeature", "FrameCounts", "GraniteSpeechFeatureExtractor", "count_frames"]
 
-# Mel frames transformed at once: bounds the scratch memory of an hour of audio to what two minutes would need on a CPU.
+# Mel frames transformed at once. Limits the scratch memory of an hour of audio to that of about three minutes on a CPU.
 ROWS_PER_BLOCK = {"cpu": 1 << 14, "cuda": 1 << 18}
-# Of any size in a file: the largest sampling rates are below it. The filters, bins times bands, have a limit of their own.
+# The limit for every size in a file, and for the filters (bins times bands). The largest sampling rates are below it.
 LARGEST_SIZE, LARGEST_FILTERS = 1_000_000, 1 << 24
-# The values torchaudio's MelSpectrogram has for what the released files leave unsaid. Nothing else is computed here.
+# torchaudio's defaults for options that the released files do not set. No other values are supported.
 FIXED_MELSPEC = {
     "f_min": 0.0,
     "f_max": None,
@@ -43,7 +43,7 @@ FIXED_MELSPEC = {
 class BatchFeature(dict):
     """A dictionary whose entries are attributes too, and whose tensors move together.
 
-    Entries that are not tensors (`input_features_lengths`, say) stay as they are, on the host, whatever is done.
+    Entries that are not tensors (such as `input_features_lengths`) stay on the host, unchanged.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -69,7 +69,7 @@ class BatchFeature(dict):
 
 
 class FrameCounts(NamedTuple):
-    """How long one clip is at each stage."""
+    """The length of one clip at each stage."""
 
     mel: int
     encoder: int
@@ -79,8 +79,8 @@ class FrameCounts(NamedTuple):
 def count_frames(samples: int, *, hop_length: int = 160, window_size: int = 15, downsample_rate: int = 5) -> FrameCounts:
     """Lengths of a clip of `samples` samples: mel frames, encoder frames (pairs of mel frames), audio tokens.
 
-    The last projector window counts in full. A clip shorter than one hop has no pair of mel frames, so no encoder frame and no token;
-    the feature extractor refuses it.
+    A partly filled last projector window gives as many tokens as a full one. A clip shorter than one hop has no encoder frame and no
+    token; the feature extractor refuses it.
     """
     mel = samples // hop_length + 1
     encoder = mel // 2
@@ -92,20 +92,20 @@ class GraniteSpeechFeatureExtractor:
     """Turns clips into log-mel features.
 
     Args:
-        sampling_rate: in Hz, of every clip that comes in; nothing resamples here (`granite_speech.inputs.audio` does).
+        sampling_rate: of every clip, in Hz; clips are not resampled here (see `granite_speech.inputs.audio`).
         n_fft: FFT size in samples, even.
         win_length: Hann window in samples, at most n_fft.
         hop_length: samples from one mel frame to the next.
         n_mels: mel bands.
-        projector_window_size: encoder frames a projector window takes in.
-        projector_downsample_rate: divides projector_window_size; window / rate audio tokens come out of a window.
-        padding_value, feature_size: kept for files that name them; neither has an effect.
+        projector_window_size: encoder frames in a projector window.
+        projector_downsample_rate: divides projector_window_size; a window gives window / rate audio tokens.
+        padding_value, feature_size: kept for files that have them; neither has an effect.
         melspec_kwargs: as written by transformers 4.x. Its entries (sample_rate, n_fft, win_length, hop_length,
             n_mels) take precedence over the arguments of the same meaning.
-        **kwargs: kept, and written by `to_dict`.
+        **kwargs: kept for `to_dict`.
 
     Raises:
-        ConfigError: a size that is not a positive integer or beyond all reason, or sizes that do not fit each other.
+        ConfigError: a size that is not a positive integer or is too large, or sizes that contradict each other.
         UnsupportedError: melspec_kwargs asks for another kind of spectrogram.
     """
 
@@ -186,7 +186,7 @@ class GraniteSpeechFeatureExtractor:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """What a file should hold: transformers 5.x reads the plain names, 4.x files have melspec_kwargs."""
+        """The contents of a configuration file: plain names for transformers 5.x, melspec_kwargs for 4.x."""
         mel = dict(self.melspec_kwargs)
         del mel["sample_rate"]
         return {
@@ -216,17 +216,17 @@ class GraniteSpeechFeatureExtractor:
         Args:
             audios: one clip `(samples,)`, clips of one length `(batch, samples)`, or a list of clips `(samples,)` or
                 `(1, samples)` of any lengths; numpy arrays or tensors, floating point in [-1, 1] or int16.
-            device: where the features are computed and stay; None for the device of the first clip.
+            device: of the computation and the result; None for the device of the first clip.
 
         Returns:
-            input_features `(batch, max_frames, 2 * n_mels)` float32, zeros after a clip's end; audio_embed_sizes, audio
-            tokens of each clip; input_features_mask `(batch, max_tokens)` bool on the CPU; input_features_lengths,
-            encoder frames of each clip. Both lists are plain integers.
+            input_features `(batch, max_frames, 2 * n_mels)` float32, zero after a clip's end; audio_embed_sizes, the list of
+            audio tokens of each clip; input_features_mask `(batch, max_tokens)` bool on the CPU; input_features_lengths, the
+            list of encoder frames of each clip.
 
         Raises:
             AudioError: no clips, or a clip that is empty, too short for one audio token, not finite, complex, of another integer type
                 or another rank.
-            InputError: what holds no clips at all, or no such device.
+            InputError: neither an array nor a list, or no such device.
         """
         clips = as_clips(audios)
         counts = [self.count_frames(clip.numel()) for clip in clips]
@@ -237,7 +237,7 @@ class GraniteSpeechFeatureExtractor:
             raise AudioError(
                 got=f"clip {index} has {clips[index].numel()} samples, too few for one audio token",
                 expected=f"at least {hop} samples, {hop / self.sampling_rate:.3g} s",
-                remedy="Leave the clip out: nothing can be said in so short a time",
+                remedy="Omit the clip: it is too short for speech",
             )
         mask = torch.arange(max(tokens), device="cpu").view(1, -1) < torch.tensor(tokens, device="cpu").view(-1, 1)
         return BatchFeature(
@@ -251,12 +251,12 @@ class GraniteSpeechFeatureExtractor:
     def extract_packed(self, audios: Sequence[torch.Tensor], device: str | torch.device) -> tuple[torch.Tensor, list[int]]:
         """Features of all clips, end to end.
 
-        Clips on the CPU are joined there and reach the device in one copy, without waiting for it. Clips that are on an
-        accelerator already cost one wait, to learn whether they are finite.
+        Clips on the CPU are joined there and copied to the device once, without waiting for it. Clips on an accelerator cost
+        one wait, to check that they are finite.
 
         Args:
-            audios: clips `(samples,)`, float32, at least one sample each, on any device. One under a hop has no frame.
-            device: where to compute.
+            audios: clips `(samples,)`, float32, at least one sample each, on any device. A clip shorter than a hop has no frame.
+            device: of the computation and the result.
 
         Returns:
             `(total_frames, 2 * n_mels)` float32 on device, and each clip's number of encoder frames.
@@ -269,8 +269,8 @@ class GraniteSpeechFeatureExtractor:
         hop, n_fft, n_mels = (self.melspec_kwargs[name] for name in ("hop_length", "n_fft", "n_mels"))
         check_clips(audios)
         counts = [self.count_frames(clip.numel()) for clip in audios]
-        # Each clip's stretch of the buffer begins at a multiple of hop, so that one strided view holds the frames of all
-        # clips; the few frames that lie across a border are computed with the others and never read.
+        # Each clip's part of the buffer begins at a multiple of hop, so that one strided view holds the frames of all
+        # clips. The few frames that cross a border between clips are computed too, but never read.
         rows = [-(-(clip.numel() + n_fft) // hop) for clip in audios]
         first_row = np.cumsum([0, *rows])
         total_rows = int(first_row[-1])
@@ -280,12 +280,12 @@ class GraniteSpeechFeatureExtractor:
         per_clip = np.array([[count.mel, row] for count, row in zip(counts, rows, strict=True)], dtype=np.int64)
         within = np.arange(total_rows) - np.repeat(first_row[:-1], per_clip[:, 1])
         mel_count = np.repeat(per_clip[:, 0], per_clip[:, 1])
-        # Border rows are counted to a clip of their own, whose maximum nobody reads.
+        # Rows that cross a border belong to an extra clip, whose maximum is never read.
         owner = np.where(within < mel_count, np.repeat(np.arange(len(audios)), per_clip[:, 1]), len(audios))
         keep = np.flatnonzero(within < mel_count // 2 * 2)
         owner, keep = torch.from_numpy(owner).to(device), torch.from_numpy(keep).to(device)
 
-        # The odd last frame is dropped after it has had its say in the maximum.
+        # The odd last frame counts towards the maximum, then is dropped.
         loudest = torch.full((len(audios) + 1,), -math.inf, device=device, dtype=torch.float32)
         loudest.scatter_reduce_(0, owner, log_mel.amax(dim=1), "amax")
         floor = (loudest - 8.0)[owner[keep]].unsqueeze(1)
@@ -293,7 +293,7 @@ class GraniteSpeechFeatureExtractor:
         return features.view(-1, 2 * n_mels), [count.encoder for count in counts]
 
     def _lay_out(self, audios: Sequence[torch.Tensor], starts: np.ndarray, size: int, device: torch.device) -> torch.Tensor:
-        """One buffer `(size,)` with every clip at its start, half an FFT of reflected samples on either side."""
+        """One buffer `(size,)` with every clip from its start on, and half an FFT of reflected samples on either side of it."""
         half = self.melspec_kwargs["n_fft"] // 2
         on_host = all(clip.device.type == "cpu" for clip in audios)
         pinned = on_host and device.type == "cuda"
@@ -305,7 +305,7 @@ class GraniteSpeechFeatureExtractor:
         samples = np.array([clip.numel() for clip in audios], dtype=np.int64)[:, None]
         edge = np.tile(np.arange(half), (len(audios), 1))
         position = np.concatenate([edge - half, edge + samples], axis=1)
-        # The reflection repeats with period 2 * (n - 1): a clip shorter than half an FFT is walked to and fro.
+        # The reflection repeats with period 2 * (n - 1): a clip shorter than half an FFT is reflected several times.
         period = np.maximum(2 * (samples - 1), 1)
         folded = position % period
         source = np.where(samples == 1, 0, np.minimum(folded, period - folded))
@@ -325,13 +325,13 @@ class GraniteSpeechFeatureExtractor:
             end = min(begin + block, total_rows)
             spectrum = torch.fft.rfft(frames[begin:end] * window)
             power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-            # In float64, which no setting for faster float32 products and no autocast can make coarser.
+            # In float64, which neither autocast nor settings for faster float32 products affect.
             mel = torch.mm(power.double(), filters)
             log_mel[begin:end] = mel.float().clamp_(min=1e-10).log10_()
         return log_mel
 
     def _constants_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Window `(n_fft,)` float32 and filters `(n_fft // 2 + 1, n_mels)` float64, made once for a device."""
+        """Window `(n_fft,)` float32 and filters `(n_fft // 2 + 1, n_mels)` float64, cached for each device."""
         if device not in self._constants:
             kwargs = self.melspec_kwargs
             window = torch.hann_window(kwargs["win_length"], periodic=True, dtype=torch.float32, device="cpu")
@@ -345,8 +345,8 @@ class GraniteSpeechFeatureExtractor:
 def mel_filters(num_bins: int, n_mels: int, sampling_rate: int) -> torch.Tensor:
     """HTK triangles, `(num_bins, n_mels)` float32 on the CPU.
 
-    Rounded to float32 at each step, in torchaudio's order: a tone that falls on the foot of a triangle shows the
-    rounding of the triangle's corners, and a more exact filter would differ there by far more than the tolerance.
+    Rounded to float32 at each step, in torchaudio's order. A tone at the foot of a triangle shows how its corners were
+    rounded, and a more exact filter would differ there by far more than the tolerance.
     """
     top = float(sampling_rate // 2)
     bins = torch.linspace(0, top, num_bins, dtype=torch.float32, device="cpu")
@@ -362,4 +362,4 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InputError(got=f"device {device!r:.100}", expected="a device of torch's", remedy="Pass 'cpu' or 'cuda'") from error
+        raise InputError(got=f"device {device!r:.100}", expected="a torch device", remedy="Pass 'cpu' or 'cuda'") from error

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["BlockResampler", "check_rate", "resample"]
 
 # The filter has numerator x denominator taps of the reduced ratio: 44101 Hz to 16 kHz would take 3 GB. With this bound it takes
-# tens of MB; every customary rate is exact, and any other is at most one part in 4,000 off in speed.
+# tens of MB. All common rates are exact; others are off by at most one part in 4,000 in speed.
 LARGEST_DENOMINATOR = 2_000
 # Zero crossings of the sinc on either side, and its roll-off: torchaudio's defaults.
 FILTER_WIDTH, ROLLOFF = 6, 0.99
 
 
 def resample(samples: "torch.Tensor", rate: int, sampling_rate: int = 16000) -> "torch.Tensor":
-    """Brings a waveform `(…, samples)` float32 from `rate` to `sampling_rate`, both in Hz (`torchaudio.functional.resample`).
+    """Resamples a waveform `(…, samples)` float32 from `rate` to `sampling_rate`, both in Hz (`torchaudio.functional.resample`).
 
     Raises:
-        AudioError: a rate that is no integer, below 1 kHz or above 768 kHz.
+        AudioError: a rate that is not an integer, or not from 1 kHz to 768 kHz.
         MissingDependencyError: torchaudio cannot be imported.
     """
     check_rate(rate)
@@ -36,7 +36,7 @@ def resample(samples: "torch.Tensor", rate: int, sampling_rate: int = 16000) -> 
 
 
 def check_rate(rate: int) -> None:
-    """Refuses a rate that no recording has."""
+    """Refuses an impossible rate."""
     if not isinstance(rate, Integral) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise AudioError(
             got=f"a sampling rate of {rate!r:.40} Hz", expected=f"{LOWEST_RATE} to {HIGHEST_RATE} Hz", remedy="Correct the rate"
@@ -52,10 +52,10 @@ def _torchaudio(rate: int, sampling_rate: int):
     try:
         import torchaudio.functional
         import torchaudio.transforms
-    except (ImportError, OSError, RuntimeError) as error:  # OSError, RuntimeError: built for another CUDA than torch
+    except (ImportError, OSError, RuntimeError) as error:  # OSError, RuntimeError: built for a different CUDA from torch
         raise MissingDependencyError(
             got=f"sound at {rate} Hz and no working torchaudio ({error})",
-            expected=f"torchaudio, to bring it to {sampling_rate} Hz",
+            expected=f"torchaudio, to resample it to {sampling_rate} Hz",
             remedy="Install the torchaudio that belongs to the installed torch, or convert the file to "
             f"{sampling_rate} Hz: ffmpeg -i IN -ac 1 -ar {sampling_rate} OUT.wav",
         ) from error
@@ -63,20 +63,20 @@ def _torchaudio(rate: int, sampling_rate: int):
 
 
 class BlockResampler:
-    """`resample` for a waveform that comes in blocks: their results, joined, are that of the whole.
+    """`resample` for a waveform that comes in blocks. The results, joined, equal that for the whole waveform.
 
-    The filter is applied to blocks that overlap by its width, and what its edges have touched is left out.
+    The filter runs on blocks that overlap by its width, and results near the edges are discarded.
     """
 
     def __init__(self, rate: int, sampling_rate: int):
         import torch
 
         ratio = _ratio(rate, sampling_rate)
-        # `period` samples come in for `outputs` that go out; blocks are cut at periods, where the phases of the filter are equal.
+        # `period` input samples give `outputs` output samples. Blocks are cut at whole periods, where the filter's phase is the same.
         self.period, self.outputs = ratio.numerator, ratio.denominator
         self.is_identity = self.period == self.outputs
         self.waiting = torch.zeros(0)
-        self.before = 0  # samples at the head of `waiting` whose output has gone out
+        self.before = 0  # samples at the start of `waiting` whose output was already returned
         if not self.is_identity:
             width = math.ceil(FILTER_WIDTH * self.period / (min(self.period, self.outputs) * ROLLOFF))
             self.overlap = math.ceil(width / self.period) * self.period
@@ -86,7 +86,7 @@ class BlockResampler:
             )
 
     def push(self, samples: "torch.Tensor") -> "torch.Tensor":
-        """Take in `(samples,)` float32; returns what is final by now, possibly nothing."""
+        """Takes `(samples,)` float32 and returns the output that is final so far, possibly empty."""
         if self.is_identity:
             return samples
         import torch
@@ -102,7 +102,7 @@ class BlockResampler:
         return result
 
     def finish(self) -> "torch.Tensor":
-        """What is left when no more samples come."""
+        """The rest of the output, after the last `push`."""
         if self.is_identity or not len(self.waiting):
             return self.waiting[:0]
         result = self.filter(self.waiting)[self._outputs(self.before) :]

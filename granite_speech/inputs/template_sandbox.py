@@ -1,9 +1,9 @@
-"""The Jinja sandbox of chat templates, which come with a checkpoint from whoever made it: what a template may do, and how much of it.
+"""The Jinja sandbox for chat templates, which come with a checkpoint and are not trusted: what a template may do, and how much.
 
-jinja2's own sandbox keeps a template away from Python's internals and from the arguments' own lists, but bounds neither its time nor
-its memory: nested loops need write nothing, `'x' * 10**9` is a single operation, and a list that holds itself twice, forty times
-over, takes years to print. So each rendering has a budget of "bytes". Every operation and every iteration costs `STEP`, every
-item of a list `ITEM`; text costs what is read of it and what is built from it; operations that take longer than their size says cost
+jinja2's own sandbox keeps a template away from Python's internals and from changing its arguments, but does not limit time or memory.
+Nested loops may run for hours and write nothing, `'x' * 10**9` is a single operation, and a list that holds another one twice, forty
+levels deep, takes years to print. So each rendering has a budget of "bytes". Every operation and every iteration costs `STEP`,
+every item of a list `ITEM`. Text costs the bytes that are read and built. Operations that are slow for the size of their input cost
 more.
 jinja2 compiles some operations inline; `_Metering` rewrites these as filters, which can be counted.
 """
@@ -29,19 +29,19 @@ from jinja2.visitor import NodeTransformer
 
 __all__ = ["BUDGET", "LONGEST_TEMPLATE", "Sandbox"]
 
-# Measured at up to 10 ns for each, so that a template is stopped within some 2 s, and all that it builds together is below 200 MB. For a
-# conversation of 2,000 messages of 200 characters, templates in the style of Llama, Qwen and Mistral spend 6 to 12 % of it.
+# Measured at up to 10 ns each, so a template is stopped within about 2 s and builds less than 200 MB in all. For a conversation of
+# 2,000 messages of 200 characters, templates in the style of Llama, Qwen and Mistral spend 6 to 12 % of it.
 BUDGET = 200_000_000
 STEP = 128
 ITEM = 64
-NODE = 32  # of a loop's or a macro's body, each time it runs
-LARGEST = 1 << 24  # what a single operation may cost, so that none overshoots the budget by much
+NODE = 32  # of the body of a loop or macro, each time it runs
+LARGEST = 1 << 24  # the most that one operation may cost, so that none exceeds the budget by much
 DEEPEST = 100  # lists in lists: hashing a deeper tuple would overflow the stack
 BITS = 4096  # of an integer
-LONGEST_TEMPLATE = 1 << 16  # compiling takes about a second for this many characters; the longest in use have half as many
+LONGEST_TEMPLATE = 1 << 16  # takes about a second to compile; the longest in use are half as long
 LONGEST_TIME_FORMAT = 200
 
-# Filters and tests that look at no more than one item.
+# Filters and tests that read at most one item.
 _FLAT_FILTERS = {"attr", "count", "d", "default", "first", "last", "length", "random"}
 _FLAT_TESTS = {
     "boolean", "callable", "defined", "divisibleby", "escaped", "even", "false", "filter", "float", "integer", "iterable", "mapping",
@@ -53,18 +53,18 @@ _SEARCHES = {
     "count", "find", "in", "index", "lstrip", "partition", "removeprefix", "removesuffix", "rfind", "rindex", "rpartition", "rsplit",
     "rstrip", "split", "strip", "trim",
 }  # fmt: skip
-# Given a text, these make an object of each of its characters or words.
+# For a text, these create an object for each character or word.
 _BY_CHARACTER = {
     "batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "slice", "sort", "sum",
     "title", "unique", "urlencode", "wordcount",
 }  # fmt: skip
 _COMPARING = set(TESTS) - {"in"}  # no more work than reading both
-# Numbers given to these are no widths, and no numbers of copies.
+# Numbers passed to these are neither widths nor numbers of copies.
 _UNSIZED = _COMPARING | _SEARCHES | {
     "float", "int", "map", "reject", "rejectattr", "replace", "select", "selectattr", "sum", "truncate",
 }  # fmt: skip
-_IN_DEPTH = {"pprint", "string", "tojson", "urlencode", "xmlattr"}  # the arguments matter to all that a list holds
-_QUADRATIC = {"pprint", "round", "striptags", "urlize", "wordwrap"}  # in the length of what they are given
+_IN_DEPTH = {"pprint", "string", "tojson", "urlencode", "xmlattr"}  # these read everything that a list holds
+_QUADRATIC = {"pprint", "round", "striptags", "urlize", "wordwrap"}  # in the length of their input
 _COMPARISONS = {
     "eq": operator.eq,
     "ne": operator.ne,
@@ -78,7 +78,7 @@ _COMPARISONS = {
 
 
 class _Generation(Extension):
-    """{% generation %} … {% endgeneration %} marks the assistant's words for training; here it is just its contents."""
+    """{% generation %} … {% endgeneration %} marks the assistant's words for training; here it only renders its contents."""
 
     tags = frozenset({"generation"})
 
@@ -154,7 +154,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self):
-        # Not optimized: the optimizer would run the counting filters when it compiles, and leave their results in the code.
+        # Not optimized: the optimizer would run the counting filters once, while compiling, and store their results.
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False, finalize=self.weighed
         )
@@ -181,12 +181,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("more work than any prompt takes; it may never end")
 
     def step(self, cost: int = 0) -> bool:
-        """Pay for an operation, and what it costs beyond that; true, so that it can stand in a condition."""
+        """Pays for one operation and its extra cost. Returns True, so that it can be used in a condition."""
         self.spend(STEP + cost)
         return True
 
     def weigh(self, value: Any, depth: int = DEEPEST) -> int:
-        """Pay for reading all of a value; returns its bytes, with ITEM for each item of what it holds."""
+        """Pays for reading all of a value. Returns its bytes, with ITEM for each item in it."""
         size = 0
         if isinstance(value, str | bytes):
             size = _bytes(value)
@@ -213,18 +213,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def made(self, value: Any) -> Any:
-        """Pay for a new list, dictionary or text, and not for what it holds, which was there before."""
+        """Pays for a new list, dictionary or text, but not for its items, which existed before."""
         self.step(sys.getsizeof(value))
         return value
 
     def items(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Pay for each item when a loop comes to it."""
+        """Pays for each item when a loop reaches it."""
         for value in values:
             self.step()
             yield value
 
     def _pay(self, name: str, value: Any, arguments: Iterable[Any]) -> None:
-        """Pay for a filter, a test or a method of a text: its input times what the arguments can make of it."""
+        """Pays for a filter, a test or a method of a text: its input times the factor by which the arguments can enlarge it."""
         size = 0 if name in _FROM_THE_ENDS else self.weigh(value)
         if isinstance(value, str | bytes) and (name in _BY_CHARACTER or name in ("format", "format_map")):
             size *= ITEM
@@ -240,7 +240,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             numbers += _widths(name, value)
         factor = 0 if name in _COMPARING else texts // 16 if name in _SEARCHES else texts + numbers
         cost = (size + 1) * (factor + 1) + ((size + factor) ** 2 // 64 if name in _QUADRATIC else 0)
-        if name == "sum" and texts:  # of lists, each of which would be copied as often as there are lists
+        if name == "sum" and texts:  # of lists: each is copied once for every list
             cost *= size + 1
         self._single(name, cost)
 
@@ -250,7 +250,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.step(cost)
 
     def _built(self, result: Any, value: Any = None) -> Any:
-        """Pay for a result. An iterator becomes a list, so that no work is put off to where nobody counts it."""
+        """Pays for a result. An iterator becomes a list, so that its work is counted now."""
         if isinstance(result, Iterator) and not isinstance(result, LoopContext):
             result = list(result)
         if result is not value and not isinstance(result, Namespace):
@@ -279,7 +279,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return call
 
     def call(self, context, function, /, *args, **kwargs):
-        # Compiled calls also hand over the variables of the loop and block that they are in; nothing reads these here.
+        # Compiled calls also pass the variables of the enclosing loop and block, which no function here reads.
         given = (*args, *(one for key, one in kwargs.items() if key not in ("_loop_vars", "_block_vars")))
         method = getattr(function, "__wrapped__", function)  # jinja2 has a wrapper around str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
@@ -299,7 +299,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._built(super().call(context, function, *args, **kwargs), owner)
 
     def call_filter(self, name, *args, **kwargs):
-        """What `map` calls, which gets names as texts."""
+        """`map` calls this with a filter's name."""
         if str(name).startswith("|"):
             raise SecurityError(f"the filter {name!r} is not for templates")
         return super().call_filter(name, *args, **kwargs)
@@ -341,7 +341,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(map(str, values))
 
     def concat(self, parts: Iterable[str]) -> str:
-        """Of blocks: {% set x %} … {% endset %}, macros."""
+        """Joins the parts of a block: {% set x %} … {% endset %}, or a macro."""
         parts = list(parts)
         self._single("a block", sum(_bytes(part) for part in parts))
         return "".join(parts)
@@ -355,14 +355,14 @@ def _compiled(source: str):
 
 
 def _bytes(value: Any) -> int:
-    """What a value takes in memory by itself, at most."""
+    """An upper bound of the memory of a value, without its items."""
     if isinstance(value, str | bytes):
         return len(value) if value.isascii() else 4 * len(value)
     return sys.getsizeof(value)
 
 
 def _widths(name: str, text: str) -> int:
-    """The sum of the field widths and precisions that a format string spells out."""
+    """The sum of the field widths and precisions in a format string."""
     percent = re.findall(r"[%)][-+ #]*([\d.]+)", text) if name == "%" else []
     braces = [] if name == "%" else [spec for _, _, spec, _ in Formatter().parse(text) if spec]
     return sum(min(int(digits[:12]), 1 << 40) for field in percent + braces for digits in re.findall(r"\d+", field))

@@ -1,7 +1,7 @@
-"""Text to token ids and back, over the `tokenizers` library alone.
+"""Text to token ids and back, with the `tokenizers` library.
 
-A folder's `tokenizer.json` says how text is split, and that is what is done here, whichever class
-`tokenizer_config.json` names. Of the configuration come the special tokens' roles, the padding side and the chat template.
+Text is split as the folder's `tokenizer.json` says, whichever class `tokenizer_config.json` names. That file gives only the
+roles of special tokens, the padding side and the chat template.
 """
 
 import json
@@ -30,12 +30,12 @@ class GraniteSpeechTokenizer:
 
     Args:
         backend: the `tokenizers.Tokenizer`.
-        config: contents of tokenizer_config.json: `*_token` entries, padding_side ("right" where it is not given), and
-            what else should survive a round trip.
+        config: contents of tokenizer_config.json: `*_token` entries, padding_side ("right" if not given), and other
+            entries, which are kept for saving.
         chat_template: a Jinja template, several by name, or None.
 
-    Attributes: bos_token, eos_token, unk_token, pad_token … and the same with `_id`, None where there is none; further
-    roles that the configuration names (`audio_token`); padding_side, "left" or "right"; chat_template.
+    Attributes: bos_token, eos_token, unk_token, pad_token … and the same with `_id`, None for a role without a token; other
+    roles in the configuration (`audio_token`); padding_side, "left" or "right"; chat_template.
 
     Raises:
         CheckpointError: padding_side is neither "left" nor "right".
@@ -70,11 +70,11 @@ class GraniteSpeechTokenizer:
 
         Raises:
             CheckpointNotFoundError: there is no tokenizer.json.
-            CheckpointError: a file that is not what its name says.
+            CheckpointError: a file with invalid contents.
             MissingDependencyError: tokenizers is not installed.
         """
         try:
-            from tokenizers import AddedToken, Tokenizer
+            from tokenizers import Tokenizer
         except ImportError as error:
             raise MissingDependencyError(got="no tokenizers", expected="the package tokenizers", remedy="pip install tokenizers") from error
         folder = Path(folder)
@@ -88,32 +88,19 @@ class GraniteSpeechTokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(got=f"{file}, unreadable ({error})", expected="a tokenizer", remedy="Download it again") from error
         config = _read(folder / "tokenizer_config.json")
-        added = config.get("added_tokens_decoder")
-        if added is None:
-            # Folders from before added_tokens_decoder: the roles file has the last word there.
+        if config.get("added_tokens_decoder") is None:
+            # Folders older than added_tokens_decoder: special_tokens_map.json overrides tokenizer_config.json there.
             config.update(_read(folder / "special_tokens_map.json"))
-            special = set(_special_tokens(config).values())
-            for token, _ in sorted(_read(folder / "added_tokens.json").items(), key=lambda item: item[1]):
-                if backend.token_to_id(token) is None:
-                    backend.add_tokens([AddedToken(token, special=token in special, normalized=token not in special)])
+            _add_legacy_tokens(backend, _read(folder / "added_tokens.json"), config)
         else:
-            known = {str(index) for index in backend.get_added_tokens_decoder()}
-            try:
-                late = sorted(((int(index), token) for index, token in added.items() if index not in known), key=itemgetter(0))
-                backend.add_tokens([AddedToken(**token) for _, token in late])
-            except (AttributeError, TypeError, ValueError) as error:
-                raise CheckpointError(
-                    got=f"added_tokens_decoder in {folder / 'tokenizer_config.json'}, which describes no tokens ({error})",
-                    expected="ids and their tokens",
-                    remedy="Download it again",
-                ) from error
+            _add_tokens(backend, config["added_tokens_decoder"], folder / "tokenizer_config.json")
         return cls(backend, config, read_chat_template(folder, config))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template, as transformers 4.x and 5.x read them.
 
-        The class is written as PreTrainedTokenizerFast, which takes tokenizer.json at its word; transformers 5.x builds
-        a GPT2Tokenizer from the vocabulary alone and would lose the file's own way of splitting text.
+        The class is written as PreTrainedTokenizerFast, which follows tokenizer.json. For GPT2Tokenizer, transformers 5.x
+        uses the vocabulary alone and ignores how tokenizer.json splits text.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +117,7 @@ class GraniteSpeechTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary without added tokens; `len` counts those too."""
+        """Size of the vocabulary without added tokens; `len` includes them."""
         return self.backend.get_vocab_size(with_added_tokens=False)
 
     def __len__(self) -> int:
@@ -142,7 +129,7 @@ class GraniteSpeechTokenizer:
         return sorted(index for index, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
-        """The id of a token, or of each; the unknown token's id, or None, where it is not in the vocabulary."""
+        """The id of a token, or of each. Outside the vocabulary it is the unknown token's id, or None if there is no such token."""
         if isinstance(tokens, str):
             index = self.backend.token_to_id(tokens)
             return self.unk_token_id if index is None else index
@@ -153,13 +140,13 @@ class GraniteSpeechTokenizer:
         return self.backend.id_to_token(ids) if isinstance(ids, int) else [self.backend.id_to_token(int(index)) for index in ids]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of one text. add_special_tokens: whether tokenizer.json's post-processor may add its own."""
+        """Token ids of one text. add_special_tokens: whether tokenizer.json's post-processor adds its tokens."""
         return self._encode([text], add_special_tokens)[0]
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         try:
             return [one.ids for one in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
-        except (TypeError, UnicodeError) as error:  # the library takes strings alone, and of those none with half a character
+        except (TypeError, UnicodeError) as error:  # the library refuses lone surrogates
             raise InputError(
                 got=f"text that is not Unicode, such as a lone surrogate ({error})",
                 expected="text",
@@ -179,14 +166,14 @@ class GraniteSpeechTokenizer:
 
         Args:
             text: one text or a list.
-            padding: fill up to the longest text, on padding_side (None: the tokenizer's own). Generation wants "left".
+            padding: pad to the longest text, on padding_side (None: the tokenizer's own). Generation needs "left".
             return_tensors: "pt" for int64 tensors `(texts, tokens)`; None for lists, flat for one text.
-            add_special_tokens: as `encode`.
+            add_special_tokens: as in `encode`.
 
         Returns: input_ids, and attention_mask with 1 for tokens and 0 for padding.
 
         Raises:
-            InputError: not text; tensors of texts of unequal lengths without padding; padding without a pad token.
+            InputError: not text; unequal lengths with return_tensors="pt" and no padding; padding without a pad token.
         """
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
@@ -218,12 +205,12 @@ class GraniteSpeechTokenizer:
         return BatchFeature(as_tensor)
 
     def decode(self, token_ids, skip_special_tokens: bool = False) -> str | list[str]:
-        """Text of token ids: an id, a list or tensor `(tokens,)`; a list of texts for `(texts, tokens)`.
+        """The text of an id or of ids `(tokens,)`, in a list or tensor; a list of texts for `(texts, tokens)`.
 
-        Ids outside the vocabulary have no text. Bytes that are no UTF-8 become U+FFFD.
+        Ids outside the vocabulary are skipped. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            InputError: what is no id, or a negative one.
+            InputError: a value that is not an id, or is negative.
         """
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, int):
@@ -240,7 +227,7 @@ class GraniteSpeechTokenizer:
     def batch_decode(self, sequences, skip_special_tokens: bool = False, *, add_special_tokens: bool = False) -> list[str]:
         """Texts of several sequences of token ids; see `decode`.
 
-        add_special_tokens is taken because model cards pass it; it says nothing about text, here or in transformers.
+        add_special_tokens is accepted because model cards pass it; it has no effect, here or in transformers.
         """
         return [self.decode(row, skip_special_tokens) for row in sequences]
 
@@ -257,15 +244,15 @@ class GraniteSpeechTokenizer:
         return_dict: bool = True,
         **kwargs,
     ) -> str | list[str] | BatchFeature | list:
-        """Writes messages as the prompt the model was trained on. Defaults as in transformers.
+        """Formats messages as the prompt that the model was trained on. The defaults are those of transformers.
 
         Args:
             conversation: messages with "role" and "content"; or a list of conversations.
-            tools, documents: handed to the template; tools as JSON schemas.
+            tools, documents: passed to the template; tools as JSON schemas.
             chat_template: a template, or the name of one of this tokenizer's; None for its own.
-            add_generation_prompt: end with the opening of the assistant's turn.
-            tokenize: return what `__call__` gives for the prompt (its input_ids alone if return_dict is false), else text.
-            **kwargs: handed to the template.
+            add_generation_prompt: whether to end with the beginning of the assistant's turn.
+            tokenize: whether to return the result of `__call__` for the prompt (only input_ids if return_dict is False) or text.
+            **kwargs: passed to the template.
 
         Raises:
             InputError: no messages, no template, or a template that fails or writes more than LONGEST_PROMPT characters.
@@ -290,7 +277,7 @@ class GraniteSpeechTokenizer:
         return encoded if return_dict else encoded["input_ids"]
 
     def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
-        """The template `apply_chat_template` would use for the same two arguments."""
+        """The template that `apply_chat_template` uses for the same two arguments."""
         own = self.chat_template
         if isinstance(own, dict):
             name = chat_template or ("tool_use" if tools and "tool_use" in own else "default")
@@ -306,6 +293,32 @@ class GraniteSpeechTokenizer:
 
 def _read(file: Path) -> dict[str, Any]:
     return load_json(file) if file.is_file() else {}
+
+
+def _add_legacy_tokens(backend: "tokenizers.Tokenizer", added: dict[str, int], config: dict[str, Any]) -> None:
+    """Adds the tokens of added_tokens.json that the vocabulary lacks, in the order of their ids."""
+    from tokenizers import AddedToken
+
+    special = set(_special_tokens(config).values())
+    for token, _ in sorted(added.items(), key=lambda item: item[1]):
+        if backend.token_to_id(token) is None:
+            backend.add_tokens([AddedToken(token, special=token in special, normalized=token not in special)])
+
+
+def _add_tokens(backend: "tokenizers.Tokenizer", added: Any, file: Path) -> None:
+    """Adds the tokens of added_tokens_decoder, from `file`, that tokenizer.json lacks, in the order of their ids."""
+    from tokenizers import AddedToken
+
+    known = {str(index) for index in backend.get_added_tokens_decoder()}
+    try:
+        late = sorted(((int(index), token) for index, token in added.items() if index not in known), key=itemgetter(0))
+        backend.add_tokens([AddedToken(**token) for _, token in late])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            got=f"added_tokens_decoder in {file}, which does not describe tokens ({error})",
+            expected="ids and their tokens",
+            remedy="Download it again",
+        ) from error
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

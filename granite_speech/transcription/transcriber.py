@@ -1,4 +1,4 @@
-"""The main job in one object: a recording in, its words out."""
+"""From a recording to its text, with a model and its processor in one object."""
 
 import io
 from os import PathLike
@@ -19,22 +19,22 @@ from granite_speech.model import GraniteSpeechForConditionalGeneration
 
 __all__ = ["Transcriber", "TruncatedAnswerWarning", "transcript_request"]
 
-# What the releases were trained to answer: 3.x after this system text, 4.x without one.
+# The requests that the releases were trained on: 3.x with this system text, 4.x without one.
 PROMPT_3 = "can you transcribe the speech into a written format?"
 SYSTEM_3 = "You are Granite, developed by IBM. You are a helpful AI assistant"
 PROMPT_4 = "transcribe the speech with proper punctuation and capitalization."
 
 
 class TruncatedAnswerWarning(UserWarning):
-    """An answer was cut off before the model had finished: the text is incomplete."""
+    """An answer reached a limit before the model finished it, so the text is incomplete."""
 
 
 class Transcriber:
     """A model and its processor.
 
     Args:
-        model: on the device where it is to run.
-        processor: of the same checkpoint.
+        model: the model, on the device where it should run.
+        processor: the processor of the same checkpoint.
     """
 
     def __init__(self, model: GraniteSpeechForConditionalGeneration, processor: GraniteSpeechProcessor):
@@ -44,22 +44,22 @@ class Transcriber:
     def from_pretrained(
         cls, name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
     ) -> Self:
-        """Load both from a folder or hub id.
+        """Loads both from a folder or hub id.
 
         Args:
             name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
-            device: CUDA if there is one, unless given.
-            dtype: of the weights; the checkpoint's, unless given.
+            device: of the model; None for CUDA if available, else the CPU.
+            dtype: of the weights; None for the checkpoint's.
 
         Raises:
             CheckpointError, ConfigError, InputError: a checkpoint, device or dtype that cannot be used.
-            KernelError: kernels that GRANITE_SPEECH_KERNELS asks for and that cannot run on the device.
+            KernelError: GRANITE_SPEECH_KERNELS asks for kernels that cannot run on the device.
         """
         chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
         processor = GraniteSpeechProcessor.from_pretrained(name_or_path)
         model = GraniteSpeechForConditionalGeneration.from_pretrained(name_or_path, device=chosen, dtype=dtype)
         for operation in OPERATIONS.values():
-            operation.resolve(None, model.device, model.dtype)  # refused now, not at every recording
+            operation.resolve(None, model.device, model.dtype)  # fails here rather than at the first recording
         return cls(model, processor)
 
     def transcribe(
@@ -70,14 +70,14 @@ class Transcriber:
         *,
         sampling_rate: int | None = None,
     ) -> str:
-        """The words of one recording.
+        """The text of one recording.
 
         Args:
             audio: a file that `granite_speech.load_audio` reads: a path, "-" for standard input, an open binary file, or its
                 content as bytes; or an array or tensor `(samples,)`, `(samples, channels)` or `(channels, samples)`.
-            prompt: what to ask of the speech; the release's own request for a transcript if omitted.
-            max_new_tokens: the answer's greatest length.
-            sampling_rate: of an array, in Hz; None for the processor's. A file says its own.
+            prompt: the request; the release's own request for a transcript if omitted.
+            max_new_tokens: the longest answer.
+            sampling_rate: of an array, in Hz; None for the processor's. Not used for files.
 
         Warns:
             TruncatedAnswerWarning: the answer reached max_new_tokens, or the end of the model's context, before it ended.
@@ -106,17 +106,17 @@ class Transcriber:
         return self.processor.decode(ids, skip_special_tokens=True).strip()
 
     def _has_ended(self, ids: list[int], limit: int) -> bool:
-        """Whether an answer of at most `limit` tokens is whole."""
+        """Whether an answer of at most `limit` tokens is complete."""
         model = self.model
-        told = GenerationOptions.resolve({}, None, model.generation_config, model.config.text_config, columns=0)
-        return len(ids) < limit or not set(told.eos_token_id).isdisjoint(ids[-1:])
+        options = GenerationOptions.resolve({}, None, model.generation_config, model.config.text_config, columns=0)
+        return len(ids) < limit or not set(options.eos_token_id).isdisjoint(ids[-1:])
 
     def _request(self, prompt: str | None) -> str:
         return transcript_request(self.processor, prompt)
 
 
 def transcript_request(processor: GraniteSpeechProcessor, prompt: str | None = None) -> str:
-    """The whole prompt for one recording, in the checkpoint's template where it has one; the release's own request without `prompt`."""
+    """The full prompt for one recording, in the checkpoint's chat template if it has one. None asks for a transcript."""
     template, audio_token = processor.chat_template, processor.audio_token
     if not template:
         return f"{audio_token}{prompt or PROMPT_4}"

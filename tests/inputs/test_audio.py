@@ -1,4 +1,4 @@
-"""Sound files: every kind that should load, and every kind of damage that should be named."""
+"""Sound files: the formats that load, and the errors for damaged ones."""
 
 import io
 import os
@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granite_speech.errors import AudioError, MissingDependencyError
-from granite_speech.inputs.audio import load_audio, read_blocks, resample
+from granite_speech.inputs import audio
+from granite_speech.inputs.audio import load_audio, measure_seconds, read_blocks, resample
 
 SAMPLES = 24000
 
@@ -32,9 +33,9 @@ def written(sound: np.ndarray, rate: int = 16000, kind: str = "WAV", subtype: st
     return file.getvalue()
 
 
-def patched(content: bytes, offset: int, form: str, value: int) -> bytes:
+def patched(content: bytes, offset: int, form: str, *values: int) -> bytes:
     changed = bytearray(content)
-    struct.pack_into(form, changed, offset, value)
+    struct.pack_into(form, changed, offset, *values)
     return bytes(changed)
 
 
@@ -91,7 +92,7 @@ def test_rates(rate):
     assert abs(float(sound[2000:14000].abs().max()) - 0.4) < 0.01
 
 
-def test_another_rate_can_be_asked_for():
+def test_other_sampling_rates():
     assert load_audio(io.BytesIO(WAV), sampling_rate=8000).shape == (SAMPLES // 2,)
     assert resample(torch.zeros(2, 100), 16000, 16000).shape == (2, 100)
     for rate in (0, 1, -5, 2**31):
@@ -173,7 +174,7 @@ def damaged() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [(name, *what) for name, what in damaged().items()], ids=list(damaged()))
-def test_damage_is_named(tmp_path, name, content, words):
+def test_errors_for_damaged_files(tmp_path, name, content, words):
     path = tmp_path / "sound"
     path.write_bytes(content)
     tracemalloc.start()
@@ -185,14 +186,14 @@ def test_damage_is_named(tmp_path, name, content, words):
     assert "0x" not in str(raised.value)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_errors_for_sources_that_are_not_sound_files(tmp_path):
     with pytest.raises(AudioError, match="does not exist"):
         load_audio(tmp_path / "none.wav")
     with pytest.raises(AudioError, match="is a folder"):
         load_audio(tmp_path)
     misnamed = tmp_path / "headerless.raw"
     misnamed.write_bytes(WAV)
-    assert load_audio(misnamed).shape == (SAMPLES,), "a file's content says what it is, not its name"
+    assert load_audio(misnamed).shape == (SAMPLES,), "the content decides the format, not the name"
     for source in (None, 3, b"bytes"):
         with pytest.raises(AudioError, match="open binary file"):
             load_audio(source)
@@ -217,8 +218,8 @@ def test_an_address_is_not_a_file(address):
             load_audio(file)
 
 
-def test_names_in_other_encodings(tmp_path):
-    """Names that are not UTF-8 reach Python with surrogates in place of their bytes."""
+def test_file_names_in_other_encodings(tmp_path):
+    """Python replaces the bytes of names that are not UTF-8 by surrogates."""
     folder = os.fsencode(tmp_path)
     name = os.path.join(folder, b"caf\xe9.wav")
     with open(name, "wb") as file:
@@ -241,7 +242,7 @@ def test_an_empty_file_is_called_empty(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read(tmp_path):
+def test_a_file_without_read_permission(tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(WAV)
     path.chmod(0)
@@ -249,7 +250,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
         load_audio(path)
 
 
-def test_a_pipe_without_end_is_not_read_without_end():
+def test_an_endless_pipe_is_read_up_to_the_limit():
     with pytest.raises(AudioError, match="more than 1000000 bytes"):
         load_audio("/dev/zero", max_bytes=10**6)
 
@@ -264,6 +265,61 @@ def test_an_open_file_is_read_from_its_beginning_and_left_open(tmp_path):
         assert len(list(read_blocks(file, block_seconds=1))) == 2 and not file.closed
     with open(path, "rb", buffering=0) as file:
         assert load_audio(file).shape == (SAMPLES,)
+
+
+# --- lengths -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [(kind, subtype) for kind in ("WAV", "WAVEX", "RF64") for subtype in ("PCM_U8", "PCM_16", "PCM_24", "FLOAT")] + [("FLAC", "PCM_16")],
+)
+def test_pcm_wav_and_flac_are_measured_from_the_header(monkeypatch, kind, subtype):
+    content = written(np.repeat(wave(samples=12345)[:, None], 2, axis=1), 44100, kind, subtype)
+    monkeypatch.setattr(audio, "decode", lambda *_: pytest.fail("the file was decoded"))
+    assert measure_seconds(io.BytesIO(content)) == 12345 / 44100
+
+
+@pytest.mark.parametrize("content", [WAV, FLAC, written(wave(), kind="OGG")], ids=["wav", "flac", "ogg"])
+def test_appended_files_are_measured_together(content):
+    assert measure_seconds(io.BytesIO(content * 2)) == 3.0
+
+
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "CAF", "W64", "OGG", "MP3"])
+def test_other_formats_are_measured_by_decoding(kind):
+    content = written(wave(22050, 30000), 22050, kind)
+    assert measure_seconds(io.BytesIO(content)) == len(load_audio(io.BytesIO(content), 22050)) / 22050
+
+
+def test_headers_without_a_true_length_are_measured_by_decoding():
+    far_too_long = patched(patched(FLAC, 21, "B", FLAC[21] | 0x0F), 22, ">I", 0xFFFFFFFF)
+    with pytest.raises(AudioError, match="cut off"):
+        measure_seconds(io.BytesIO(far_too_long))
+    for length in (0xFFFFFFFF, 0x7FFFF000):
+        assert measure_seconds(io.BytesIO(patched(WAV, DATA_LENGTH, "<I", length))) == 1.5
+    with pytest.warns(audio.AudioWarning, match="never filled in") as warned:
+        assert measure_seconds(io.BytesIO(patched(patched(WAV, DATA_LENGTH, "<I", 0), 4, "<I", 0))) == 1.5
+    assert warned[0].filename == __file__
+    assert measure_seconds(io.BytesIO(patched(FLAC, 21, ">BI", FLAC[21] & 0xF0, 0))) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(WAV[:-100], "cut off"), (written(wave(), kind="OGG")[:-500], "cut off"), (b"words" * 99, "does not decode"), (b"", "empty")],
+)
+def test_a_file_that_cannot_be_read_is_not_measured(content, words):
+    with pytest.raises(AudioError, match=words):
+        measure_seconds(io.BytesIO(content))
+
+
+def test_the_measured_file_is_left_open_only_if_it_was_open(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(WAV)
+    with open(path, "rb") as file:
+        assert measure_seconds(file) == measure_seconds(path) == 1.5 and not file.closed
+
+
+# --- damage at random --------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""How much of a damaged file is intact, limits on what is decoded, and headers that promise too much or were never filled in."""
+"""The intact part of damaged files, limits on decoding, and headers that claim too much or were never filled in."""
 
 import io
 import resource
@@ -104,7 +104,7 @@ def test_an_appended_mp3_that_is_cut():
         load_audio(io.BytesIO(one + one[: len(one) // 2]))
 
 
-def test_nothing_intact():
+def test_a_file_without_an_intact_part_is_an_error():
     for kind in ("wav", "flac", "vorbis", "mp3"):
         with pytest.raises(AudioError):
             load_audio(io.BytesIO(made(kind)[:60]), errors="warn")
@@ -151,7 +151,7 @@ def test_other_headers_that_were_never_filled_in(kind):
     torch.testing.assert_close(sound, expected, rtol=0, atol=1e-4)
 
 
-def test_a_recording_without_samples_stays_one():
+def test_a_recording_without_samples_but_with_other_chunks():
     content = wav_header(data=b"") + b"LIST" + struct.pack("<I", 4) + b"INFO"
     content = content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
     with pytest.raises(AudioError, match="no samples"):
@@ -162,7 +162,7 @@ def test_a_recording_without_samples_stays_one():
 
 
 @pytest.mark.parametrize("kind", ["wav", "mp3", "opus"])
-def test_limits_are_named(kind):
+def test_errors_name_the_limit_that_was_exceeded(kind):
     content = made(kind)
     samples = len(load_audio(io.BytesIO(content)))
     seconds = samples / RATE
@@ -175,7 +175,7 @@ def test_limits_are_named(kind):
         list(read_blocks(io.BytesIO(content), max_seconds=5, errors="warn"))
 
 
-def test_limits_stop_decoding_where_they_are_reached():
+def test_decoding_stops_at_the_limit():
     """An hour of silence in 100 kB."""
     content = encoded("flac", "flac", np.zeros(RATE * 3600, np.float32))
     tracemalloc.start()
@@ -191,12 +191,12 @@ def test_limits_stop_decoding_where_they_are_reached():
     "options",
     [{"max_seconds": 0}, {"max_seconds": "9"}, {"max_bytes": -1}, {"max_seconds": float("nan")}, {"errors": "ignore"}, {"max_bytes": True}],
 )
-def test_options_that_are_not_what_they_should_be(options):
+def test_invalid_options(options):
     with pytest.raises(InputError):
         load_audio(io.BytesIO(made("wav")), **options)
 
 
-def test_blocks_have_options_too():
+def test_invalid_options_of_read_blocks():
     for block_seconds in (0, -1, "1", float("nan"), float("inf"), None):
         with pytest.raises(InputError):
             read_blocks(io.BytesIO(made("wav")), block_seconds=block_seconds)

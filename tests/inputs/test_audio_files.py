@@ -1,6 +1,6 @@
-"""Recordings as people have them: every container and codec, appended files, pictures and subtitles beside the sound.
+"""Common recordings: every container and codec, appended files, pictures and subtitles next to the sound.
 
-What is expected of the committed files was decoded by another program: see audio_files/README.md.
+The expected sound of the committed files was decoded by another program: see audio_files/README.md.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ CASES = {
 
 
 def assert_holds(sound: np.ndarray, parts: list[np.ndarray], frame: int, least: float = 0.999) -> None:
-    """Each part, in order, at its place within one codec frame, and nothing else for more than one."""
+    """Each part is in its place, to within one codec frame, and there is at most one frame of other sound."""
     place = 0
     for part in parts:
         begin = max(0, place - frame)
@@ -178,8 +178,8 @@ def test_tags_before_and_after_are_no_damage(recwarn, container, codec, rate):
     assert not recwarn.list
 
 
-def test_three_links_and_a_cut():
-    """The last link says how it ends, and what comes before a damaged one is intact."""
+def test_the_last_of_appended_files_may_be_cut_off():
+    """The sound before a damaged file is intact."""
     link = encoded("ogg", "libopus", rate=48000)
     length = len(load_audio(io.BytesIO(link)))
     assert len(load_audio(io.BytesIO(link * 3))) == 3 * length
@@ -199,7 +199,7 @@ def test_bad_packets_among_good_ones_are_skipped():
         content[middle : middle + 300] = np.random.default_rng(0).bytes(300)
         sound = load_audio(io.BytesIO(bytes(content))).numpy()
         assert len(sound) > 2.7 * len(voice())
-        assert best_match(sound[-len(voice()) :], voice(), 2 * AAC)[0] > 0.98, f"{codec}: what follows the damage"
+        assert best_match(sound[-len(voice()) :], voice(), 2 * AAC)[0] > 0.98, f"{codec}: the sound after the damage"
 
 
 # --- recordings of real people -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Three hundred damaged sound files, as `make fuzz` reads thousands: typed errors only, no crash, bounded time and memory."""
+"""Three hundred of the damaged sound files of `make fuzz`: typed errors only, no crash, bounded time and memory."""
 
 import sys
 

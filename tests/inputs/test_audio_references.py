@@ -1,4 +1,4 @@
-"""Files that name other files or addresses: nothing but the file itself is opened, whatever it asks for and whatever it is called."""
+"""Files that name other files or addresses: nothing but the file itself is opened, whatever it contains and whatever its name."""
 
 import ctypes
 import io
@@ -11,15 +11,17 @@ from contextlib import suppress
 import pytest
 
 from granite_speech.errors import AudioError
+from granite_speech.inputs import audio_decoding
 from granite_speech.inputs.audio import load_audio, read_blocks
+from granite_speech.inputs.audio_headers import Source
 from tests.support.made_sounds import boxes, encoded
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="inotify, which sees what C code opens, is Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs inotify, which Linux alone has, to see what C code opens")
 IN_OPEN, IN_NONBLOCK = 0x20, 0o4000
 
 
 class Watched:
-    """A real sound file beside the others, and a server: each would notice the first touch."""
+    """A second sound file and a server, which report whether they were opened."""
 
     def __init__(self, folder):
         self.path = folder / "second.wav"
@@ -52,7 +54,7 @@ class Watched:
 
 @pytest.fixture
 def watched(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # relative names in an open file are looked up here
+    monkeypatch.chdir(tmp_path)  # relative names are resolved here
     watched = Watched(tmp_path)
     yield watched
     watched.close()
@@ -94,7 +96,9 @@ def sdp(server: tuple[str, int]) -> str:
 
 
 @pytest.mark.parametrize("ending", ["", ".mp3", ".wav", ".mp4", ".m3u8", ".ffconcat", ".mpd"])
-def test_playlists_play_nothing(tmp_path, watched, ending):
+def test_playlists_play_nothing(tmp_path, watched, monkeypatch, ending):
+    # FFmpeg does not learn the file's name. Here it does, so that its HLS reader, which checks the name, is tried too.
+    monkeypatch.setattr(Source, "name", f"sound{ending}", raising=False)
     path = str(watched.path)
     addresses = [path, watched.path.name, f"file://{path}", f"http://{watched.url}", f"tcp://{watched.url.partition('/')[0]}"]
     addresses += [f"concat:{path}", f"subfile,,start,0,end,0,,:{path}", f"data:audio/wav;base64,UklGRg==#{path}"]
@@ -114,10 +118,13 @@ def test_playlists_play_nothing(tmp_path, watched, ending):
 
 
 def alias(path: str) -> bytes:
-    """A Macintosh alias record, as QuickTime writes it for media in another file. FFmpeg reads the absolute path of type 2."""
+    """A Macintosh alias record, as QuickTime writes it for media in another file.
+
+    It says that the target is in the movie's own folder, which is the only kind that FFmpeg follows by default.
+    """
     name = os.fsencode(path.rpartition("/")[2])[:62]
     record = b"\0" * 8 + b"\0\0" + b"\4disk".ljust(28, b"\0") + b"\0" * 12 + bytes([len(name)]) + name.ljust(63, b"\0")
-    record += b"\0" * 16 + struct.pack(">hh", 0, 0) + b"\0" * 16
+    record += b"\0" * 16 + struct.pack(">hh", 1, 1) + b"\0" * 16
     for kind in (2, 18):
         content = os.fsencode(path)
         record += struct.pack(">HH", kind, len(content)) + content + b"\0" * (len(content) % 2)
@@ -125,7 +132,7 @@ def alias(path: str) -> bytes:
 
 
 def replaced(content: bytes, place: list[bytes], new: bytes) -> bytes:
-    """An MP4 file in which the box at the end of that path of types is another; the sizes of those around it follow."""
+    """An MP4 file with the box at the end of that path of types replaced, and the sizes of the boxes around it corrected."""
     for kind, begin, end in boxes(content):
         if kind == place[0]:
             inside = new if len(place) == 1 else content[begin : begin + 8] + replaced(content[begin + 8 : end], place[1:], new)
@@ -133,14 +140,40 @@ def replaced(content: bytes, place: list[bytes], new: bytes) -> bytes:
     raise LookupError(place)
 
 
+def movie(kind: bytes, record: bytes) -> bytes:
+    """A QuickTime movie whose sound is in the file that `record` names."""
+    entry = struct.pack(">I", 12 + len(record)) + kind + b"\0\0\0\0" + record
+    references = struct.pack(">I4sII", 16 + len(entry), b"dref", 0, 1) + entry
+    return replaced(encoded("mov", "pcm_s16le"), [b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"], references)
+
+
 def test_movies_with_their_sound_in_another_file(tmp_path, watched):
-    movie = encoded("mov", "pcm_s16le")
     for kind, record in ((b"alis", alias(str(watched.path))), (b"url ", os.fsencode(f"file://{watched.path}") + b"\0")):
-        entry = struct.pack(">I", 12 + len(record)) + kind + b"\0\0\0\0" + record
-        references = struct.pack(">I4sII", 16 + len(entry), b"dref", 0, 1) + entry
         file = tmp_path / "movie.mov"
-        file.write_bytes(replaced(movie, [b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"], references))
+        file.write_bytes(movie(kind, record))
         for source in (file, io.BytesIO(file.read_bytes())):
             with suppress(AudioError):
                 load_audio(source)
     assert not watched.file_was_opened()
+
+
+@pytest.mark.parametrize("attack", ["ffconcat", "hls", "hls from a server", "movie"])
+def test_without_our_options_ffmpeg_would_open_what_these_files_name(watched, monkeypatch, attack):
+    """The tests above prove something only if their files work."""
+    server = f"tcp://{watched.url.partition('/')[0]}?timeout=100000"
+    name, content = {
+        "ffconcat": ("sound", playlists(watched.path.name)["concat"].encode()),
+        "hls": ("sound.m3u8", playlists(watched.path.name)["hls"].encode()),
+        "hls from a server": ("sound.m3u8", playlists(server)["hls of hls"].encode()),
+        "movie": ("sound", movie(b"alis", alias(str(watched.path)))),
+    }[attack]
+    monkeypatch.setattr(Source, "name", name, raising=False)
+    with suppress(AudioError):
+        load_audio(io.BytesIO(content))
+    assert not watched.file_was_opened() and not watched.server_was_called()
+    for option in ("format_whitelist", "protocol_whitelist"):
+        monkeypatch.delitem(audio_decoding.OPTIONS, option, raising=False)
+    monkeypatch.setitem(audio_decoding.OPTIONS, "enable_drefs", "1")
+    with suppress(AudioError):
+        load_audio(io.BytesIO(content))
+    assert watched.server_was_called() if attack == "hls from a server" else watched.file_was_opened()

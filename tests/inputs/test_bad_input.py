@@ -1,7 +1,7 @@
-"""Whatever is wrong with an input: one clear error of this package, at once, and nothing allocated that a file merely claims.
+"""Bad input of every kind gives one clear error of this package, quickly, without allocating what a file claims.
 
-One table. Each case has a name, what it does with `good` (a model, its processor and the files of its checkpoint), the class of
-the error and a piece of what the error says it got.
+Each case in the table has a name, a call on `good` (a model, its processor and the files of its checkpoint), the class of the
+error and a part of its message.
 """
 
 import io
@@ -49,7 +49,7 @@ def memory(line: str) -> int:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> SimpleNamespace:
-    """What is right. Every path was walked once, so that what stays is imported and allocated before memory is looked at."""
+    """Valid objects and files. Each path runs once, so that imports and lasting allocations come before memory is measured."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(folder)
     transcriber = Transcriber.from_pretrained(folder, device="cpu")
@@ -66,13 +66,13 @@ def good(tmp_path_factory) -> SimpleNamespace:
         soundfile.write(file, noise.repeat(4).numpy(), 16000)
         assert load_audio(file).shape[0] > 60000
         good.sounds[kind] = file.read_bytes()
-    with suppress(OSError):  # where it is forbidden, an earlier peak of this process hides smaller ones
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    with suppress(OSError):  # if this is forbidden, an earlier peak of this process hides smaller ones
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     good.memory_before = memory("VmHWM")
     return good
 
 
-# --- how a case is made --------------------------------------------------------------------------------------------------------------
+# --- how a case is built --------------------------------------------------------------------------------------------------------------
 
 
 def in_file(name: str, content: bytes | Callable[[Any], bytes]) -> Callable:
@@ -86,7 +86,7 @@ def in_file(name: str, content: bytes | Callable[[Any], bytes]) -> Callable:
 
 
 def with_file(load: Callable, name: str, content: bytes | str | dict | Callable[[bytes], bytes] | None) -> Callable:
-    """`load` on a copy of the checkpoint of which one file has another content, or is gone."""
+    """`load` on a copy of the checkpoint with one file changed or removed."""
 
     def act(good, tmp_path):
         for file in good.folder.iterdir():
@@ -146,7 +146,7 @@ def half(kind: str) -> Callable[[Any], bytes]:
 
 
 def noisy(kind: str) -> Callable[[Any], bytes]:
-    """The file's first bytes, which say what it is, and then anything."""
+    """The file's first bytes, which identify the format, then noise."""
     return lambda good: good.sounds[kind][:4] + np.random.default_rng(0).bytes(5000)
 
 
@@ -171,13 +171,13 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "an empty list": (extract([]), AudioError, "no clips"),
     "NaN": (extract(NAN), AudioError, "NaN"),
     "infinity": (extract(np.array([0.0, np.inf])), AudioError, "infinite"),
-    "less infinity": (extract([SOUND, torch.tensor([-torch.inf])]), AudioError, "clip 1 has NaN or infinite"),
+    "minus infinity": (extract([SOUND, torch.tensor([-torch.inf])]), AudioError, "clip 1 has NaN or infinite"),
     "a float64 beyond float32": (extract(np.array([1e300])), AudioError, "infinite"),
     "a sample too large": (extract(torch.tensor([1e20])), AudioError, "1e\\+20"),
     "complex samples": (extract(torch.zeros(9, dtype=torch.complex64)), AudioError, "complex64"),
     "int32 samples": (extract(np.zeros(9, dtype=np.int32)), AudioError, "int32"),
     "bool samples": (extract(torch.zeros(9, dtype=torch.bool)), AudioError, "bool"),
-    "samples that are words": (extract(np.array(["a", "b"])), AudioError, "<U1"),
+    "samples that are text": (extract(np.array(["a", "b"])), AudioError, "<U1"),
     "samples that are objects": (extract(np.array([None, 1.0])), AudioError, "object"),
     "rank 0": (extract(torch.tensor(0.5)), AudioError, r"shape \(\)"),
     "rank 3": (extract(np.zeros((1, 1, 9))), AudioError, r"shape \(1, 1, 9\)"),
@@ -188,7 +188,7 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "None for samples": (extract(None), InputError, "NoneType"),
     "samples of no device": (extract(torch.zeros(9, device="meta")), AudioError, "meta"),
     "sparse samples": (extract(torch.zeros(9).to_sparse()), AudioError, "sparse"),
-    "a device that is none": (extract(SOUND, device="abacus"), InputError, "abacus"),
+    "a device that does not exist": (extract(SOUND, device="abacus"), InputError, "abacus"),
     "an FFT of 10**12": (lambda good, tmp_path: GraniteSpeechFeatureExtractor(n_fft=10**12), ConfigError, "n_fft"),
     "10**9 mel bands": (lambda good, tmp_path: GraniteSpeechFeatureExtractor(n_mels=10**9), ConfigError, "n_mels"),
     "a hop of 0": (lambda good, tmp_path: GraniteSpeechFeatureExtractor(hop_length=0), ConfigError, "hop_length"),
@@ -197,15 +197,15 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
         UnsupportedError,
         "power",
     ),
-    "melspec_kwargs that are none": (lambda good, tmp_path: GraniteSpeechFeatureExtractor(melspec_kwargs=[1]), ConfigError, "melspec"),
+    "melspec_kwargs that are a list": (lambda good, tmp_path: GraniteSpeechFeatureExtractor(melspec_kwargs=[1]), ConfigError, "melspec"),
     # the processor
-    "audio without a place": (process("what?"), InputError, "0 placeholder"),
-    "a place without audio": (lambda good, tmp_path: good.processor(PROMPT), InputError, "0 clip"),
-    "two clips for one place": (process(PROMPT, [SOUND, SOUND]), InputError, "2 clip"),
-    "one clip for two places": (process(PROMPT * 2), InputError, "2 placeholder"),
+    "audio without a placeholder": (process("what?"), InputError, "0 placeholder"),
+    "a placeholder without audio": (lambda good, tmp_path: good.processor(PROMPT), InputError, "0 clip"),
+    "two clips for one placeholder": (process(PROMPT, [SOUND, SOUND]), InputError, "2 clip"),
+    "one clip for two placeholders": (process(PROMPT * 2), InputError, "2 placeholder"),
     "nine channels": (process(PROMPT, torch.zeros(1000, 9)), AudioError, r"shape \(1000, 9\)"),
-    "three rows for two places": (process(PROMPT * 2, torch.zeros(3, 1000)), AudioError, r"shape \(3, 1000\)"),
-    "two channels for two places": (process(PROMPT * 2, torch.zeros(1000, 2)), AudioError, r"shape \(1000, 2\)"),
+    "three rows for two placeholders": (process(PROMPT * 2, torch.zeros(3, 1000)), AudioError, r"shape \(3, 1000\)"),
+    "two channels for two placeholders": (process(PROMPT * 2, torch.zeros(1000, 2)), AudioError, r"shape \(1000, 2\)"),
     "clips with channels in one array": (process(PROMPT * 2, torch.zeros(2, 2, 1000)), AudioError, r"shape \(2, 2, 1000\)"),
     "a hundred thousand clips of two samples": (process(PROMPT, torch.zeros(10**5, 9)), AudioError, r"shape \(100000, 9\)"),
     "a clip too short for a token": (process(PROMPT, torch.zeros(159)), AudioError, "159 samples"),
@@ -223,17 +223,17 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "a rate in words": (process(PROMPT, sampling_rate="16000"), AudioError, "'16000'"),
     "NaN at another rate": (process(PROMPT, NAN, sampling_rate=44100), AudioError, "NaN"),
     "ids below 0": (lambda good, tmp_path: good.processor.decode([3, -100]), InputError, "-100"),
-    "ids that are words": (lambda good, tmp_path: good.processor.decode("abc"), InputError, "abc|str"),
-    "ids beyond any": (lambda good, tmp_path: good.processor.decode([2**70]), InputError, str(2**70)),
+    "ids that are text": (lambda good, tmp_path: good.processor.decode("abc"), InputError, "abc|str"),
+    "an id beyond 64 bits": (lambda good, tmp_path: good.processor.decode([2**70]), InputError, str(2**70)),
     # sound files
-    "a file that is not there": (lambda good, tmp_path: load_audio(tmp_path / "a.wav"), AudioError, "does not exist"),
+    "a missing file": (lambda good, tmp_path: load_audio(tmp_path / "a.wav"), AudioError, "does not exist"),
     "a folder for a file": (lambda good, tmp_path: load_audio(tmp_path), AudioError, "a folder"),
     "a name with a zero byte": (lambda good, tmp_path: load_audio("a\0b.wav"), AudioError, "does not exist"),
     "a number for a file": (lambda good, tmp_path: load_audio(5), AudioError, "int"),
     "None for a file": (lambda good, tmp_path: load_audio(None), AudioError, "NoneType"),
-    "a file of text": (lambda good, tmp_path: load_audio(io.StringIO("RIFF")), AudioError, "as text"),
+    "a file opened as text": (lambda good, tmp_path: load_audio(io.StringIO("RIFF")), AudioError, "as text"),
     "a closed file": (lambda good, tmp_path: load_audio(closed_file()), AudioError, "closed"),
-    "a wanted rate of 0": (lambda good, tmp_path: load_audio(io.BytesIO(good.sounds["wav"]), 0), AudioError, "rate of 0"),
+    "a requested rate of 0": (lambda good, tmp_path: load_audio(io.BytesIO(good.sounds["wav"]), 0), AudioError, "rate of 0"),
     "an empty file": (in_file("a.wav", b""), AudioError, "does not decode"),
     "words in a wav": (in_file("a.wav", b"this is no sound" * 99), AudioError, "does not decode"),
     "a raw file": (in_file("a.raw", b"\0" * 999), AudioError, "does not decode"),
@@ -261,7 +261,11 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
         "not an existing folder",
     ),
     "no name": (lambda good, tmp_path: AutoProcessor.from_pretrained(""), CheckpointNotFoundError, "''"),
-    "an option that is none": (lambda good, tmp_path: AutoProcessor.from_pretrained(tmp_path, use_fast=True), InputError, "use_fast"),
+    "an option that does not exist": (
+        lambda good, tmp_path: AutoProcessor.from_pretrained(tmp_path, use_fast=True),
+        InputError,
+        "use_fast",
+    ),
     "no tokenizer.json": (processor_with("tokenizer.json", None), CheckpointNotFoundError, "tokenizer.json"),
     "half a tokenizer.json": (processor_with("tokenizer.json", lambda all: all[: len(all) // 2]), CheckpointError, "tokenizer.json"),
     "a tokenizer.json of another kind": (processor_with("tokenizer.json", "[]"), CheckpointError, "tokenizer.json"),
@@ -269,7 +273,7 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "a list for tokenizer_config.json": (processor_with("tokenizer_config.json", "[1]"), CheckpointError, "a list"),
     "JSON ten thousand deep": (processor_with("tokenizer_config.json", "[" * 10**4 + "]" * 10**4), CheckpointError, "not parse"),
     "padding upwards": (processor_with("tokenizer_config.json", {"padding_side": "up"}), CheckpointError, "'up'"),
-    "added tokens that are none": (
+    "added tokens that are numbers": (
         processor_with("tokenizer_config.json", {"added_tokens_decoder": {"x": 1}}),
         CheckpointError,
         "added_tokens_decoder",
@@ -306,7 +310,7 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "no model_type": (model_with("config.json", {"model_type": None}), ConfigError, "model_type"),
     "10**9 layers": (config_with("encoder_config", num_layers=10**9), ConfigError, "num_layers"),
     "a width of 10**12": (config_with("text_config", hidden_size=10**12), ConfigError, "hidden_size"),
-    "a vocabulary that the file has not": (config_with("text_config", vocab_size=10**7), CheckpointError, "embed_tokens"),
+    "a vocabulary larger than the file's": (config_with("text_config", vocab_size=10**7), CheckpointError, "embed_tokens"),
     "no weights": (model_with("model.safetensors", None), CheckpointNotFoundError, "weights|safetensors"),
     "empty weights": (model_with("model.safetensors", b""), CheckpointError, "model.safetensors"),
     "half the weights": (model_with("model.safetensors", lambda all: all[: len(all) // 2]), CheckpointError, "model.safetensors"),
@@ -315,26 +319,26 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
         CheckpointError,
         "model.safetensors",
     ),
-    "a header that is no JSON": (
+    "a header that is not JSON": (
         model_with("model.safetensors", lambda all: all[:8] + b"x" + all[9:]),
         CheckpointError,
         "model.safetensors",
     ),
     "half an adapter": (model_with("adapter_config.json", None), CheckpointError, "adapter"),
     "half an adapter's weights": (model_with("adapter_model.safetensors", lambda all: all[:99]), CheckpointError, "adapter_model"),
-    "weights of a dtype that is none": (
+    "weights of a dtype that is not supported": (
         lambda good, tmp_path: AutoModelForSpeechSeq2Seq.from_pretrained(good.folder, dtype="int8"),
         InputError,
         "int8",
     ),
-    "weights to a device that is none": (
+    "weights on a device that does not exist": (
         lambda good, tmp_path: AutoModelForSpeechSeq2Seq.from_pretrained(good.folder, device_map="abacus"),
         InputError,
         "abacus",
     ),
     # the chat template
     "no messages": (render("x", []), InputError, "no messages"),
-    "messages that are words": (render("{{ messages[0].role.x.y }}", "hello"), InputError, "messages|str"),
+    "messages that are text": (render("{{ messages[0].role.x.y }}", "hello"), InputError, "messages|str"),
     "one message for many": (render("x", CHAT[0]), InputError, "dict|messages"),
     "a role the template refuses": (render(None, [{"role": "king", "content": "x"}]), InputError, "unknown role king"),
     "contents that do not fit": (render(None, [{"role": "user", "content": 5}]), InputError, "failed"),
@@ -362,16 +366,16 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "10**9 characters, by replace": (render("{{ ('x' * 10**5).replace('x', 'y' * 10**4) }}"), InputError, "failed"),
     "10**9 numbers in a range": (render("{{ range(10**9) | list | length }}"), InputError, "failed"),
     "a number of 10**9 digits": (render("{{ 10 ** 1000000000 }}"), InputError, "size"),
-    "a tool that is none": (render("x", tools=[print]), UnsupportedError, "a tool"),
-    "a message to go on with": (render("x", continue_final_message=True), UnsupportedError, "continue_final_message"),
+    "a tool that is a function": (render("x", tools=[print]), UnsupportedError, "a tool"),
+    "a message to continue": (render("x", continue_final_message=True), UnsupportedError, "continue_final_message"),
     # forward
     "ids that are floats": (forward(input_ids=torch.zeros(1, 3)), InputError, "float32"),
     "ids of rank 1": (forward(input_ids=torch.zeros(3, dtype=torch.int64)), InputError, r"\(3,\)"),
     "no ids": (forward(input_ids=None), InputError, "neither"),
     "an id beyond the vocabulary": (forward(input_ids=ids(1, 10**6), attention_mask=None, input_features=None), InputError, "1000000"),
     "an id below 0": (forward(input_ids=ids(1, -5), attention_mask=None, input_features=None), InputError, "-5"),
-    "audio vectors without places": (forward(input_ids=ids(1, 2), attention_mask=None), InputError, "0 audio tokens"),
-    "places without audio": (forward(input_features=None), InputError, "0 audio vectors"),
+    "audio vectors without placeholders": (forward(input_ids=ids(1, 2), attention_mask=None), InputError, "0 audio tokens"),
+    "placeholders without audio": (forward(input_features=None), InputError, "0 audio vectors"),
     "features of rank 2": (forward(input_features=torch.zeros(50, 160)), InputError, r"\(50, 160\)"),
     "features of another width": (forward(input_features=torch.zeros(1, 50, 80)), InputError, "80 features"),
     "features in a list": (forward(input_features=[[0.0]]), InputError, "list"),
@@ -385,7 +389,7 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "an unknown argument": (forward(audio=1), InputError, "audio"),
     # generate
     "no beams": (generate(num_beams=0), InputError, "num_beams"),
-    "fewer than no tokens": (generate(max_new_tokens=-1), InputError, "-1"),
+    "a negative number of tokens": (generate(max_new_tokens=-1), InputError, "-1"),
     "tokens in words": (generate(max_new_tokens="5"), InputError, "'5'"),
     "a length shorter than the prompt": (generate(max_new_tokens=None, max_length=3), InputError, "max_length=3"),
     "an end that is a word": (generate(eos_token_id="end"), InputError, "end"),
@@ -396,16 +400,16 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     ),
     "a prompt in a list": (generate(input_ids=[[1, 2]]), InputError, "list"),
     # transcribe
-    "a recording that is not there": (transcribe("nowhere.wav"), AudioError, "nowhere.wav"),
+    "a missing recording": (transcribe("nowhere.wav"), AudioError, "nowhere.wav"),
     "a recording of NaN": (transcribe(NAN), AudioError, "NaN"),
-    "a recording of nothing": (transcribe(torch.zeros(0)), AudioError, "no samples"),
+    "a recording without samples": (transcribe(torch.zeros(0)), AudioError, "no samples"),
     "a recording that is a number": (transcribe(5), AudioError, "int"),
     "two recordings": (transcribe([SOUND, SOUND]), AudioError, "2 clip"),
     "a recording too short for a token": (transcribe(torch.zeros(159)), AudioError, "159 samples"),
     "a file too short for a token": (transcribe(io.BytesIO(wav_header(data=b"\1\2" * 159))), AudioError, "159 samples"),
-    "bytes of no sound": (transcribe(b"RIFF"), AudioError, "does not decode"),
-    "a prompt with a second place": (transcribe(SOUND, prompt=PROMPT), InputError, "2 placeholder"),
-    "an answer of fewer than no tokens": (transcribe(SOUND, max_new_tokens=-1), InputError, "-1"),
+    "bytes without sound": (transcribe(b"RIFF"), AudioError, "does not decode"),
+    "a prompt with a second placeholder": (transcribe(SOUND, prompt=PROMPT), InputError, "2 placeholder"),
+    "a negative max_new_tokens": (transcribe(SOUND, max_new_tokens=-1), InputError, "-1"),
 }
 
 
@@ -419,14 +423,14 @@ def _without_template(good, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(good, tmp_path, name):
     act, kind, said = CASES[name]
-    started = time.process_time()  # not of the wall: the machine may be busy
+    started = time.process_time()  # not wall-clock time: the machine may be busy
     with pytest.raises(kind, match=said) as caught:
         act(good, tmp_path)
     seconds = time.process_time() - started
     error = caught.value
     assert isinstance(error, GraniteSpeechError)
     assert all((error.got, error.expected, error.remedy)) and str(error) == f"{error.got}; expected {error.expected}. {error.remedy}."
-    assert len(str(error)) < 1500, "an error quotes what it got, and not all of it"
+    assert len(str(error)) < 1500, "an error quotes only a part of a long value"
     assert seconds < SECONDS
     assert memory("VmHWM") - good.memory_before < MEGABYTES * 1e6
 
@@ -441,13 +445,13 @@ GOOD: dict[str, Callable] = {
     "no new tokens": transcribe(SOUND, max_new_tokens=0),
     "a wav of one sample": in_file("a.wav", wav_header()),
     "a whole ogg in memory": lambda good, tmp_path: load_audio(io.BytesIO(good.sounds["ogg"])),
-    "an RF64 that says its length": in_file("a.wav", rf64_header(100)),
+    "an RF64 with its length": in_file("a.wav", rf64_header(100)),
     "a wav of an unknown length": in_file("a.wav", wav_header(data=b"\1\2" * 99, claimed=2**32 - 1)),
 }
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_what_is_strange_and_right(good, tmp_path, name):
+def test_unusual_but_valid_input(good, tmp_path, name):
     assert GOOD[name](good, tmp_path) is not None
 
 
@@ -461,7 +465,7 @@ BUILDING = """
 """
 
 
-def test_what_templates_build_within_bounds_is_what_jinja_builds():
+def test_templates_within_bounds_render_as_in_jinja():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(BUILDING).render(messages=CHAT)

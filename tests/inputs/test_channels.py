@@ -1,4 +1,4 @@
-"""Several channels: the layouts in which callers have them, and how one channel is made of them."""
+"""Several channels: the layouts that are accepted, and how they become one channel."""
 
 import io
 from pathlib import Path
@@ -95,17 +95,17 @@ def test_channels_at_another_rate(processor):
         (2, [np.zeros(1000, np.float32), np.zeros((12, 1000), np.float32)]),
     ],
 )
-def test_other_layouts_are_one_error_before_anything_is_computed(processor, monkeypatch, placeholders, audio):
+def test_other_layouts_are_refused_before_anything_is_computed(processor, monkeypatch, placeholders, audio):
     for work in ("extract_packed", "__call__"):
         monkeypatch.setattr(GraniteSpeechFeatureExtractor, work, lambda *_, **__: pytest.fail("features were computed"))
     monkeypatch.setattr("granite_speech.inputs.clips._as_float32", lambda *_: pytest.fail("samples were converted"))
     with pytest.raises(AudioError) as caught:
-        processor(PROMPT * placeholders or "no place", audio)
+        processor(PROMPT * placeholders or "no placeholder", audio)
     for part in (f"{placeholders} placeholder(s)", "(clips, samples)", "(samples, channels)", "(channels, samples)"):
         assert part in str(caught.value)
 
 
-def test_what_is_no_audio_stays_an_input_error(processor):
+def test_values_that_are_not_audio_are_input_errors(processor):
     for audio in ("speech.wav", b"RIFF", {"array": 1}, 5):
         with pytest.raises(InputError, match="audio of type"):
             processor(PROMPT, audio)
@@ -130,7 +130,7 @@ def test_the_louder_of_channels_that_cancel_is_used(louder):
     noisy = torch.stack(pair) + 0.02 * torch.stack([voice(seed=3), voice(seed=4)])
     assert torch.equal(mix(noisy), noisy[louder])
     offset = torch.stack(pair) + 0.5
-    assert torch.equal(mix(offset), offset[louder]), "a constant offset is no sound"
+    assert torch.equal(mix(offset), offset[louder]), "a constant offset is not sound"
 
 
 def stereo_file(channels: list[torch.Tensor], rate: int = 16000) -> io.BytesIO:
@@ -140,14 +140,14 @@ def stereo_file(channels: list[torch.Tensor], rate: int = 16000) -> io.BytesIO:
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])
-def test_files_are_judged_as_a_whole(rate):
-    """A voice that is inverted in one channel only after a long silence: the first block alone would not show it."""
+def test_whether_channels_cancel_is_decided_for_the_whole_file(rate):
+    """The voice, inverted in one channel, begins after a long silence, so the first block alone does not show it."""
     one = torch.cat([torch.zeros(20 * rate), voice(10 * rate)])
     file = stereo_file([0.9 * one, -one], rate)
     expected = load_audio(stereo_file([-one], rate))
     torch.testing.assert_close(load_audio(file), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(torch.cat(list(read_blocks(file, block_seconds=1))), expected, rtol=0, atol=1e-6)
-    # Loud and equal in both channels first: the mean loses nothing that matters, and stays.
+    # Loud and equal in both channels first: the mean keeps most of the energy, so it is used.
     mixed = stereo_file([torch.cat([one.flip(0), one]), torch.cat([one.flip(0), -0.1 * one])], rate)
     samples, _ = soundfile.read(io.BytesIO(mixed.getvalue()), dtype="float32")
     mean = load_audio(stereo_file([torch.from_numpy(samples.mean(1))], rate))

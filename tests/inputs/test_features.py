@@ -1,4 +1,4 @@
-"""Log-mel features against torchaudio, and what the extractor promises about lengths, batches and bad input."""
+"""Log-mel features against torchaudio; lengths, batches and bad input."""
 
 import json
 import math
@@ -47,7 +47,7 @@ SIGNALS = {
 
 
 def torchaudio_features(samples: np.ndarray) -> torch.Tensor:
-    """The definition, through torchaudio, with numpy's reflection for clips that torch.stft would refuse."""
+    """The definition, computed by torchaudio, with numpy's reflection for clips that torch.stft refuses."""
     from torchaudio.transforms import MelSpectrogram
 
     mode = "reflect" if samples.size > 1 else "edge"
@@ -121,7 +121,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(lengths, order):
         assert not batch["input_features"][index, frames[index] :].any()
 
 
-def test_long_clips_go_through_in_blocks(extractor, monkeypatch):
+def test_features_computed_in_blocks_are_the_same(extractor, monkeypatch):
     clips = [noise(20000), tone(300, 33333)]
     whole, frames = extractor.extract_packed(clips, "cpu")
     monkeypatch.setitem(sys.modules["granite_speech.inputs.features"].ROWS_PER_BLOCK, "cpu", 37)
@@ -224,7 +224,7 @@ def test_melspec_kwargs_are_honoured():
         GraniteSpeechFeatureExtractor(melspec_kwargs={"window_fn": "hamming"})
 
 
-def test_to_dict_makes_the_same_extractor_and_keeps_what_it_does_not_know():
+def test_to_dict_gives_the_same_extractor_and_keeps_unknown_entries():
     extractor = GraniteSpeechFeatureExtractor(n_mels=64, return_attention_mask=True, feature_size=80, padding_value=0.5)
     written = json.loads(json.dumps(extractor.to_dict()))
     assert written["return_attention_mask"] is True and written["n_mels"] == 64
@@ -233,7 +233,7 @@ def test_to_dict_makes_the_same_extractor_and_keeps_what_it_does_not_know():
     assert again.to_dict() == extractor.to_dict() and again.melspec_kwargs == extractor.melspec_kwargs
 
 
-def test_global_settings_do_not_reach_the_features(extractor):
+def test_global_settings_do_not_affect_the_features(extractor):
     expected = extractor(SIGNALS["chirp"])["input_features"]
     torch.set_default_dtype(torch.bfloat16)
     torch.set_float32_matmul_precision("medium")
@@ -258,8 +258,8 @@ def test_batch_moves_its_tensors_and_nothing_else():
         _ = batch.labels
 
 
-def test_nothing_heavy_is_imported():
-    """Features come out, text is encoded and files are read where torchaudio, transformers and peft do not exist."""
+def test_optional_packages_are_not_imported():
+    """Features are computed without torchaudio, transformers and peft, and other packages are imported on first use."""
     code = """
 import sys
 for name in ("torchaudio", "transformers", "peft", "torchcodec"):

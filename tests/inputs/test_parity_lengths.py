@@ -1,4 +1,4 @@
-"""Lengths: what the processor promises to the language model is what the features and the model deliver, at every length."""
+"""The processor, the features and the model agree on the number of audio tokens at every length."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from granite_speech.inputs.features import count_frames
 from tests.support.random_checkpoint import write_checkpoint
 
 HOP, PAIR, WINDOW, CONTEXT = 160, 320, 15 * 320, 200 * 320
-# transformers pads by reflection and cannot hear fewer samples than it reflects.
+# transformers pads by reflection, which needs more samples than it reflects.
 FIRST = 257
 LENGTHS = sorted(
     {
@@ -34,7 +34,7 @@ def test_there_are_enough_lengths():
 
 
 @pytest.mark.parametrize("samples", LENGTHS)
-def test_inputs_are_those_of_transformers(samples, checkpoint):
+def test_inputs_equal_those_of_transformers(samples, checkpoint):
     _, ours, theirs = checkpoint
     audio = 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(samples))
     text = "USER: <|audio|>transcribe the speech\n ASSISTANT:"
@@ -46,7 +46,7 @@ def test_inputs_are_those_of_transformers(samples, checkpoint):
     assert mine["input_features_lengths"] == [mine["input_features"].shape[1]]
 
 
-def test_tokens_are_as_many_as_features_at_every_length(checkpoint):
+def test_token_counts_match_features_and_projector_at_every_length(checkpoint):
     """From one sample to twelve seconds in steps of 37 samples: counted, extracted, and projected."""
     model, processor, _ = checkpoint
     samples = list(range(1, 12 * 16000, 37))

@@ -1,4 +1,4 @@
-"""The processor against transformers' GraniteSpeechProcessor: lone clips at lengths around every boundary, and files."""
+"""The processor against transformers' GraniteSpeechProcessor: single clips at lengths around every boundary, and files."""
 
 import importlib
 import json
@@ -33,9 +33,9 @@ LENGTHS = sorted(
 
 
 def clip(samples: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(samples + seed)
+    rng = torch.Generator().manual_seed(samples + seed)
     time = torch.arange(samples) / 16000
-    return 0.3 * torch.sin(2 * torch.pi * (200 + 400 * time) * time) + 0.05 * torch.randn(samples, generator=generator)
+    return 0.3 * torch.sin(2 * torch.pi * (200 + 400 * time) * time) + 0.05 * torch.randn(samples, generator=rng)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def assert_alike(batch, expected):
 
 
 @pytest.mark.parametrize("samples", LENGTHS)
-def test_lone_clips(ours, theirs, samples):
+def test_single_clips(ours, theirs, samples):
     sound = clip(samples)
     assert_alike(ours(PROMPT, sound, return_tensors="pt"), theirs(PROMPT, sound, return_tensors="pt"))
 
@@ -82,7 +82,7 @@ def test_any_length_and_level(ours, theirs, samples, level):
     assert_alike(ours(PROMPT, sound), theirs(PROMPT, sound, return_tensors="pt"))
 
 
-def test_forms(ours, theirs):
+def test_every_form_of_audio(ours, theirs):
     sound = clip(20000)
     for form in (sound, sound[None], sound.numpy(), [sound.numpy()], [sound], torch.stack([sound, clip(20000, seed=1)])):
         many = getattr(form, "ndim", 1) == 2 and form.shape[0] == 2
@@ -91,7 +91,7 @@ def test_forms(ours, theirs):
     assert_alike(ours(["no sound", "USER: none either"]), theirs(["no sound", "USER: none either"], return_tensors="pt", padding=True))
 
 
-def test_unequal_clips_have_what_each_has_alone(ours, theirs):
+def test_clips_of_unequal_lengths_give_the_same_as_alone(ours, theirs):
     clips = [clip(n) for n in (30000, 257, 4799, 16000)]
     batch = ours([PROMPT] * 4, clips)
     expected = theirs([PROMPT] * 4, clips, return_tensors="pt")
@@ -107,7 +107,7 @@ def test_unequal_clips_have_what_each_has_alone(ours, theirs):
 
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(160, 12000), min_size=1, max_size=4), split=st.integers(0, 4))
-def test_tokens_are_as_many_as_features(ours, lengths, split):
+def test_token_counts_match_the_clips(ours, lengths, split):
     texts = ["<|audio|>" * len(lengths[:split]) + "x", "y" + "<|audio|> and " * len(lengths[split:])]
     batch = ours(texts, [torch.zeros(n) for n in lengths])
     audio_token = ours.tokenizer.convert_tokens_to_ids("<|audio|>")
@@ -128,7 +128,7 @@ def test_integers_and_devices(ours):
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])
 def test_clips_of_another_rate_are_resampled(ours, theirs, rate):
-    """Beside transformers on what torchaudio makes of the clips; clips of unequal lengths, one of them int16."""
+    """Compared with transformers on clips that torchaudio resampled; unequal lengths, one of them int16."""
     import torchaudio
 
     clips = [clip(rate), (clip(rate // 3) * 32767).to(torch.int16).numpy()]
@@ -172,7 +172,7 @@ def test_refusals(ours):
             ours([PROMPT, PROMPT], [sound, torch.full((9,), torch.nan)], sampling_rate=rate)
 
 
-def test_text_goes_to_the_tokenizer(ours, theirs):
+def test_text_methods_use_the_tokenizer(ours, theirs):
     ids = ours("the speech<|end_of_text|>").input_ids
     assert ours.batch_decode(ids, skip_special_tokens=True) == theirs.batch_decode(ids, skip_special_tokens=True) == ["the speech"]
     assert ours.decode(ids[0]) == theirs.decode(ids[0]) == "the speech<|end_of_text|>"
@@ -199,8 +199,8 @@ def test_transformers_reads_what_is_saved(ours, folder, tmp_path):
             assert getattr(theirs.audio_processor, name) == getattr(again.audio_processor, name) == getattr(extractor, name)
 
 
-def test_files_of_4_x(ours, folder, tmp_path):
-    """A preprocessor_config.json with melspec_kwargs, and a processor_config.json that says hardly anything."""
+def test_files_of_transformers_4(ours, folder, tmp_path):
+    """A preprocessor_config.json with melspec_kwargs, and a minimal processor_config.json."""
     write_tokenizer(tmp_path)
     melspec = {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 80}
     legacy = {
@@ -230,11 +230,8 @@ def test_files_of_4_x(ours, folder, tmp_path):
         GraniteSpeechProcessor.from_pretrained(tmp_path)
 
 
-def test_the_files_own_split_survives_saving(tmp_path):
-    """Released folders name the class GPT2Tokenizer, which transformers 5.x rebuilds without tokenizer.json's split.
-
-    What is saved here names a class that keeps it.
-    """
+def test_saving_keeps_how_tokenizer_json_splits_text(tmp_path):
+    """Released folders name GPT2Tokenizer, for which transformers 5.x ignores that split. We save a class that keeps it."""
     from tokenizers import Regex, Tokenizer, pre_tokenizers
 
     write_tokenizer(tmp_path)

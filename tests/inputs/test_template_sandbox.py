@@ -1,4 +1,4 @@
-"""Chat templates that would run forever or fill the memory are refused within seconds; long conversations in real ones are not."""
+"""Chat templates that would run forever or fill the memory are refused within seconds; long conversations are not."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from granite_speech.inputs.chat_template import render_chat_template
 from granite_speech.inputs.template_sandbox import BUDGET, Sandbox
 from tests.support.paths import ROOT
 
-# A refusal takes up to 2 s and 150 MB on the machine that the budget was measured on; a runaway takes hours.
+# A refusal took up to 2 s and 150 MB where the budget was measured; a runaway template takes hours.
 SECONDS, MEGABYTES, HANGS_AFTER = 5.0, 250, 60
 
-# Renders one template a line, so that a template that hangs takes this process with it and not the tests.
+# Renders the template on each line of its input, in a process of its own, so that a hanging template does not stop the tests.
 WORKER = """
 import json, resource, sys, time
 from granite_speech.inputs.chat_template import render_chat_template
@@ -62,7 +62,7 @@ def workers():
 
 
 def render(workers, template):
-    """(what came of it, CPU seconds, megabytes above the start)."""
+    """(length or error message, CPU seconds, megabytes above the start)."""
     if not workers:
         workers.append(Worker())
     workers[0].process.stdin.write(json.dumps(template) + "\n")
@@ -75,7 +75,7 @@ def render(workers, template):
 
 
 def again(body, before=""):
-    """Something done again and again, which writes nothing."""
+    """Evaluates an expression in nested loops, without output."""
     return f"{before}{{% for i in range(99999) %}}{{% for j in range(99999) %}}{{% set x = {body} %}}{{% endfor %}}{{% endfor %}}"
 
 
@@ -174,19 +174,19 @@ RUNAWAYS = {
 
 
 @pytest.mark.parametrize("name", RUNAWAYS)
-def test_a_runaway_is_refused_within_seconds(workers, name):
+def test_a_runaway_template_is_refused_within_seconds(workers, name):
     said, seconds, megabytes = render(workers, RUNAWAYS[name])
     assert "a chat template that failed" in said or "a chat template that wrote more" in said, said
     assert "MemoryError" not in said and len(said) < 800
     assert seconds < SECONDS and megabytes < MEGABYTES
 
 
-def test_a_body_and_a_list_within_bounds_are_not_refused(workers):
+def test_large_loops_and_lists_within_bounds_are_not_refused(workers):
     for template in ("{{ range(99999) | list | length }}", again("1").replace("99999", "300"), "{{ 'x' * 4000000 }}"):
         assert render(workers, template)[0].startswith("wrote ")
 
 
-# --- what people use --------------------------------------------------------------------------------------------------------------------
+# --- templates in common use -------------------------------------------------------------------------------------------------------------
 
 HEADERS = """
 {{- bos }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}
@@ -233,7 +233,7 @@ def conversation(count, length):
 
 @pytest.mark.parametrize("count, length", [(2, 20), (2000, 500), (2000, 1800), (4000, 300)])
 @pytest.mark.parametrize("template", [HEADERS, THINKING, INSTRUCTIONS], ids=["headers", "thinking", "instructions"])
-def test_long_conversations_are_rendered_as_jinja_renders_them(template, count, length):
+def test_long_conversations_render_as_in_jinja(template, count, length):
     names = {"messages": conversation(count, length), "bos": "<s>", "eos": "</s>", "add_generation_prompt": True}
     names["tools"] = [{"name": f"tool {number}", "parameters": {"a": {"type": "string"}}} for number in range(20)]
     plain = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -243,14 +243,14 @@ def test_long_conversations_are_rendered_as_jinja_renders_them(template, count, 
 
 
 @pytest.mark.parametrize("template", [HEADERS, THINKING, INSTRUCTIONS], ids=["headers", "thinking", "instructions"])
-def test_a_conversation_of_2000_messages_leaves_most_of_the_budget(template):
+def test_2000_messages_use_little_of_the_budget(template):
     sandbox = Sandbox()
     names = {"messages": conversation(2000, 200), "bos": "<s>", "eos": "</s>", "tools": None}
     assert sum(map(len, sandbox.template(template).generate(**names))) > 400_000
     assert sandbox.left > 0.7 * BUDGET
 
 
-# Statements and expressions that the sandbox rewrites, in their rarer forms.
+# The rarer forms of statements and expressions that the sandbox rewrites.
 FORMS = """
 {{ 1 < 2 <= 2 < 3 }}{{ 1 < 2 > 2 }}{{ 'a' in 'abc' }}{{ 'a' not in ['b'] }}{{ 1 in [1] in [[1]] }}{{ missing == none }}{{ 'x' in d }}
 {%- for k, v in d.items() if v > 1 %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ k }}{{ v }}{% else %}none{% endfor %}
@@ -271,13 +271,13 @@ FORMS = """
 """
 
 
-def test_every_form_gives_what_jinja_gives():
+def test_every_form_renders_as_in_jinja():
     names = {"d": {"x": 1, "y": 2}}
     plain = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     assert render_chat_template(FORMS, **names) == plain.from_string(FORMS).render(**names)
 
 
-def test_a_template_is_compiled_once_and_rendered_with_a_new_budget_each_time():
+def test_each_rendering_has_a_budget_of_its_own():
     template = "{% for i in range(90000) %}{% set x = i ~ i %}{% endfor %}{{ x }}"
     assert {render_chat_template(template, x=5) for _ in range(20)} == {"5"}
     with pytest.raises(InputError, match="more work than any prompt takes"):

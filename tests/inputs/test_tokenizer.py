@@ -77,7 +77,7 @@ def test_any_text_equal_to_transformers_and_back(ours, theirs, text):
     assert ours.decode(ids) == text
 
 
-def test_saved_folder_reads_alike(ours, theirs, tmp_path):
+def test_a_saved_folder_loads_the_same_tokenizer(ours, theirs, tmp_path):
     import transformers
 
     ours.save_pretrained(tmp_path)
@@ -90,7 +90,7 @@ def test_saved_folder_reads_alike(ours, theirs, tmp_path):
 
 
 def test_legacy_files(folder, tmp_path):
-    """special_tokens_map.json and added_tokens.json count where tokenizer_config.json has no added_tokens_decoder."""
+    """special_tokens_map.json and added_tokens.json are used if tokenizer_config.json has no added_tokens_decoder."""
     import transformers
 
     write_tokenizer(tmp_path)
@@ -239,7 +239,7 @@ def test_templates_are_found_where_transformers_finds_them(tmp_path, place):
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_templates_that_fail_or_run_away(template):
+def test_failing_and_runaway_templates_are_input_errors(template):
     with pytest.raises(InputError, match="a chat template that"):
         render_chat_template(template, messages=[{"role": "user", "content": "x"}])
 
@@ -259,7 +259,7 @@ def test_template_refusals(ours):
         bare.apply_chat_template(MESSAGES)
 
 
-def test_the_small_tokenizer_is_what_it_says(folder, ours, tmp_path):
+def test_the_small_tokenizer_has_its_special_tokens(folder, ours, tmp_path):
     size, audio_token_id = write_tokenizer(tmp_path)
     assert size == len(ours) and audio_token_id == ours.convert_tokens_to_ids(AUDIO_TOKEN) == size - 1
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

@@ -1,4 +1,4 @@
-"""Sound files of any container and codec, made by PyAV's encoders from the same voice."""
+"""Encodes the same voice into any container and codec, with PyAV."""
 
 import io
 from fractions import Fraction
@@ -43,7 +43,7 @@ def encoded(
         codec: FFmpeg's name of the encoder.
         sound: None for `voice(rate)`.
         movflags: of the MP4 family.
-        path: where to write; for muxers that read their file again.
+        path: where to write; None for memory. Some muxers need a file that they can read again.
     """
     sound = voice(rate) if sound is None else sound
     file = io.BytesIO() if path is None else path
@@ -69,9 +69,9 @@ def encoded(
 
 
 def best_match(sound: np.ndarray, expected: np.ndarray, shift: int) -> tuple[float, int]:
-    """The largest correlation of `expected` with `sound` from a place at most `shift` samples off, and that place.
+    """The largest correlation of `expected` with `sound` moved by at most `shift` samples, and the place where it is largest.
 
-    Samples that one of them lacks, `shift` at most at either end, do not count.
+    Only the samples that both have at that place count; each may lack at most `shift` at either end.
     """
     size = 1 << (len(sound) + len(expected) + shift).bit_length()
     products = np.fft.irfft(np.fft.rfft(sound, size) * np.conj(np.fft.rfft(expected, size)), size)
@@ -86,7 +86,7 @@ def best_match(sound: np.ndarray, expected: np.ndarray, shift: int) -> tuple[flo
 
 
 def boxes(content: bytes, begin: int = 0, end: int | None = None):
-    """The boxes of an MP4 file, or of one box's inside: type, beginning and end of each."""
+    """The boxes of an MP4 file, or inside one of its boxes: type, beginning and end of each."""
     end = len(content) if end is None else end
     while begin + 8 <= end:
         length = int.from_bytes(content[begin : begin + 4], "big")

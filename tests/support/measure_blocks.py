@@ -27,8 +27,8 @@ def memory(line: str) -> int:
 
 
 def read(path: Path, short: Path) -> None:
-    """In a process of its own, whose memory nothing else has used."""
-    sum(map(len, read_blocks(short)))  # what is imported and allocated once
+    """Runs in a process of its own, so that its memory is measured alone."""
+    sum(map(len, read_blocks(short)))  # imports and lasting allocations come before memory is measured
     before, started = memory("VmHWM"), time.perf_counter()
     samples = sum(map(len, read_blocks(path)))
     seconds, grown = time.perf_counter() - started, (memory("VmHWM") - before) / 2**20

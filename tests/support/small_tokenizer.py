@@ -20,7 +20,7 @@ SENTENCES = (
     "USER: transcribe the speech to text. Keywords: granite, conformer, projector\n ASSISTANT: this is the text.",
 )
 
-# Digits one by one, words with the space before them: a split that plain byte-level BPE does not make.
+# Splits into single digits and words with their leading space, unlike plain byte-level BPE.
 PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 

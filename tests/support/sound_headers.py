@@ -1,4 +1,4 @@
-"""Sound files by hand, whose headers may claim anything."""
+"""Builds sound files whose headers claim whatever a test needs."""
 
 import struct
 

@@ -2,12 +2,15 @@
 
 import json
 import wave
+from pathlib import Path
 
 import pytest
 
 from granite_speech.errors import AudioError, InputError
 from granite_speech.training import finetune, read_manifest
 from tests.support.tiny_speech import write_sound
+
+PHONE = Path(__file__).parents[1] / "audio_files" / "phone.m4a"
 
 
 @pytest.fixture
@@ -113,7 +116,17 @@ def test_an_unknown_length_in_a_header_is_ignored(tmp_path):
     assert one.count_samples(16000) == len(one.waveform(16000)) == 4000
 
 
-def test_an_undecodable_sound_file_names_its_line(folder):
+def test_a_manifest_of_m4a_recordings_is_read_and_measured(tmp_path):
+    (tmp_path / "phone.m4a").write_bytes(PHONE.read_bytes())
+    (tmp_path / "cut.m4a").write_bytes(PHONE.read_bytes()[:-1000])
+    whole, cut = read_manifest(write(tmp_path, {"audio": "phone.m4a", "text": "a"}, {"audio": "cut.m4a", "text": "a"}))
+    for rate in (8000, 16000):
+        assert whole.count_samples(rate) == len(whole.waveform(rate)) > rate
+    with pytest.raises(AudioError, match=r"m\.jsonl, line 2: .*cut\.m4a"):
+        cut.count_samples(16000)
+
+
+def test_sound_that_does_not_decode_names_its_line(folder):
     manifest = write(folder, GOOD, GOOD | {"audio": "noise.wav"})
     utterance = read_manifest(manifest)[1]
     for call in (utterance.count_samples, utterance.waveform):

@@ -1,4 +1,4 @@
-"""The main job beside transformers: the same folder and recording in, the same ids and words out."""
+"""Transcription against transformers: the same folder and recording give the same ids and words."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def theirs(folder) -> tuple:
 
 
 def sweep(seconds: float, low: float, high: float) -> torch.Tensor:
-    """A tone that rises, in a little noise."""
+    """A rising tone with a little noise."""
     time = torch.arange(int(16000 * seconds)) / 16000
     noise = torch.randn(len(time), generator=torch.Generator().manual_seed(int(low)))
     return 0.3 * torch.sin(2 * torch.pi * (low + (high - low) * time / (2 * seconds)) * time) + 0.01 * noise
@@ -65,7 +65,7 @@ def test_ids_and_words(recording, ours, theirs):
     assert len(set(expected[0, -STEPS:].tolist())) > 5  # a model that repeats itself would agree with anything
 
 
-def test_recordings_and_prompts_are_heard(ours):
+def test_the_recording_and_the_prompt_affect_the_answer(ours):
     speech, tone = load_audio(SAMPLE), sweep(3.0, 100, 900)
     answers = {ours.transcribe(speech, max_new_tokens=STEPS), ours.transcribe(tone, max_new_tokens=STEPS)}
     answers.add(ours.transcribe(speech, prompt="translate the speech to German.", max_new_tokens=STEPS))
@@ -74,7 +74,7 @@ def test_recordings_and_prompts_are_heard(ours):
 
 
 def test_a_clip_too_short_for_an_audio_token_is_refused(ours):
-    """Without audio in the prompt the model makes words up."""
+    """Without audio tokens the model would invent words."""
     short, clip = torch.zeros(159), sweep(1.0, 300, 600)
     with pytest.raises(AudioError, match="clip 0 has 159 samples, too few for one audio token"):
         ours.transcribe(short)

@@ -22,12 +22,12 @@ def shortest():
 
 
 def tokens_of(transcriber: Transcriber, text: str) -> int:
-    """Tokens of an answer, with the one that ends it."""
+    """Tokens of an answer, including the end token."""
     return len(transcriber.processor.tokenizer.encode(" " + text, add_special_tokens=False)) + 1
 
 
 def test_a_whole_answer_gives_no_warning(transcriber, shortest):
-    """Not even one that ends with the last token that it may have."""
+    """Even if the end token is the last one allowed."""
     needed = tokens_of(transcriber, shortest.text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
