@@ -1,10 +1,12 @@
 """Training in several processes, started by torchrun: joining, choosing devices, and stopping together if one fails."""
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ __all__ = ["gather", "process_count", "process_group", "rank", "share_of", "shar
 
 # The others wait while process 0 validates and writes. torchrun ends them if it dies, so a long timeout does no harm.
 _PATIENCE = timedelta(hours=12)
+_GROUP_NUMBERS = itertools.count()
 _SET_BY_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
@@ -45,7 +48,7 @@ def process_group(device: str | torch.device | None = None) -> Iterator[str | to
     chosen = _own_device(device, shared=joins or process_count() > 1)
     on_gpu = str(chosen).startswith("cuda") and torch.cuda.is_available()
     if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+        _join("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         if on_gpu and process_count() > 1:
             torch.cuda.set_device(chosen)
@@ -56,6 +59,14 @@ def process_group(device: str | torch.device | None = None) -> Iterator[str | to
     finally:
         if joins:
             dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    store, number, processes = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    store.set_timeout(_PATIENCE)
+    # All groups use torchrun's store. Under the same keys, a process could read the others' addresses in the previous group.
+    store = dist.PrefixStore(f"granite_speech/{next(_GROUP_NUMBERS)}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=_PATIENCE)
 
 
 def _own_device(device: str | torch.device | None, *, shared: bool) -> str | torch.device:
