@@ -71,7 +71,7 @@ class Utterance:
             return load_audio(self.audio, sampling_rate)
 
     def count_samples(self, sampling_rate: int) -> int:
-        """Length at that rate in Hz.
+        """Length in samples at this rate in Hz.
 
         Raises:
             AudioError: a file that cannot be used; names the line.

@@ -17,7 +17,7 @@ __all__ = ["gather", "process_count", "process_group", "rank", "share_of", "shar
 
 # The others wait while process 0 validates and writes. torchrun ends them if it dies, so a long timeout does no harm.
 _PATIENCE = timedelta(hours=12)
-_GROUPS = itertools.count()  # all processes count the same
+_GROUP_NUMBERS = itertools.count()
 _SET_BY_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
@@ -61,10 +61,11 @@ def process_group(device: str | torch.device | None = None) -> Iterator[str | to
 
 
 def _join(backend: str) -> None:
-    # torchrun's store keeps the addresses of a group that has gone, and a second group would connect to those: each needs keys of its own.
-    store, number, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
-    store = dist.PrefixStore(f"granite_speech/{next(_GROUPS)}", store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
+    store, number, processes = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    store.set_timeout(_PATIENCE)
+    # All groups use torchrun's store. Under the same keys, a process could read the others' addresses in the previous group.
+    store = dist.PrefixStore(f"granite_speech/{next(_GROUP_NUMBERS)}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=_PATIENCE)
 
 
 def _own_device(device: str | torch.device | None, *, shared: bool) -> str | torch.device:

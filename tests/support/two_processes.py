@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from granite_speech.cli import main
 from granite_speech.errors import AudioError, GraniteSpeechError
 from granite_speech.training import FinetuneOptions, finetune
+from granite_speech.training.processes import gather, process_group, rank
 from tests.support.tiny_speech import make_trainer
 
 OPTIONS = FinetuneOptions(train=("all",), steps=3, learning_rate=1e-3, batch_seconds=0.8, accumulate=2, checkpoint_every=2)
@@ -26,6 +28,17 @@ FAILURES = {  # the process that fails, and the function that raises
     "validating": (0, "granite_speech.training.finetuning.transcripts"),
     "writing": (0, "granite_speech.training.state.TrainingFolder.write"),
 }
+
+
+def join_repeatedly() -> list[list]:
+    """What the processes gather in four groups, one after another. Each process is late once or more."""
+    gathered = []
+    for number in range(4):
+        with process_group("cpu"):
+            gathered.append(gather([number, rank()]))
+            late = rank() == number % 2
+        time.sleep(0.3 * late)
+    return gathered
 
 
 def tune(manifest: str, model: str, output: Path) -> dict:
@@ -72,9 +85,9 @@ def train(folder: Path, output: Path, seconds: float | None = None) -> list[dict
 
 
 def run(group: str, manifest: str, model: str, folder: Path, output: Path) -> dict:
-    results = {"tuned": tune(manifest, model, output / "tuned")}
     if group == "finetune":
-        return results
+        return {"joined": join_repeatedly(), "tuned": tune(manifest, model, output / "tuned")}
+    results = {"tuned": tune(manifest, model, output / "tuned")}
     results["failures"] = {place: tune_with_failure(place, manifest, model, output / place) for place in FAILURES}
     command = [manifest, "--model", model, "--batch-seconds", "0.8", "--steps", "2", "--output", str(output / "tuned")]
     results["taken"] = run_command(*command, "--accumulate", "2")

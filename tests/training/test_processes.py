@@ -98,6 +98,13 @@ def test_two_processes_tune_like_one(request, manifest, alone, group):
 
 
 @needs_processes
+def test_processes_can_join_again_after_leaving(in_group_of_finetune):
+    """A process that joins again first must not use the other's address in the previous group."""
+    results, _ = in_group_of_finetune
+    assert [one["joined"] for one in results] == [[[[number, 0], [number, 1]] for number in range(4)]] * 2
+
+
+@needs_processes
 def test_the_command_in_two_processes_reports_once(base, manifest, tmp_path):
     command = ["-m", "granite_speech.cli", "finetune", manifest, "--model", base, "--output", tmp_path / "out", "--batch-seconds", "0.8"]
     status, out, err = torchrun(tmp_path, *command, "--steps", "2", "--accumulate", "2")
