@@ -34,11 +34,12 @@ _HOMES = {
         "MissingDependencyError",
         "UnsupportedError",
     ),
-    "inputs.audio": ("load_audio", "read_blocks"),
+    "inputs.audio": ("AudioWarning", "load_audio", "read_blocks"),
     "inputs.features": ("GraniteSpeechFeatureExtractor",),
     "inputs.processor": ("GraniteSpeechProcessor",),
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
     "modules.encoder": ("GraniteSpeechCTCEncoder",),
+    "transcription.transcriber": ("Transcriber", "TruncatedAnswerWarning"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from granite_speech.errors import KernelError as KernelError
     from granite_speech.errors import MissingDependencyError as MissingDependencyError
     from granite_speech.errors import UnsupportedError as UnsupportedError
+    from granite_speech.inputs.audio import AudioWarning as AudioWarning
     from granite_speech.inputs.audio import load_audio as load_audio
     from granite_speech.inputs.audio import read_blocks as read_blocks
     from granite_speech.inputs.features import GraniteSpeechFeatureExtractor as GraniteSpeechFeatureExtractor
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
     from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
     from granite_speech.modules.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
+    from granite_speech.transcription.transcriber import Transcriber as Transcriber
+    from granite_speech.transcription.transcriber import TruncatedAnswerWarning as TruncatedAnswerWarning
 
 
 def _warn_of_ibms_package() -> None:

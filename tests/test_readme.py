@@ -1,4 +1,4 @@
-"""The README's Python example runs, and the files and names that the documents mention exist."""
+"""The README's Python examples run, and the files and names that the documents mention exist."""
 
 import re
 
@@ -12,11 +12,23 @@ README = ROOT / "README.md"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "bench/results/README.md", "granite_speech/assets/README.md", "kernels/README.md")
 
 
-def test_the_python_example_transcribes_its_files(tmp_path, monkeypatch):
+def python_examples() -> tuple[str, str]:
+    """Of one recording, and of a batch."""
+    one, batch = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return one, batch
+
+
+def test_the_example_of_one_recording_prints_its_words(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(compile(python_examples()[0], str(README), "exec"), {})
+    assert capsys.readouterr().out == "open menu seven two five stop\n"
+
+
+def test_the_example_of_a_batch_transcribes_its_files(tmp_path, monkeypatch):
     samples, rate = soundfile.read(ROOT / "granite_speech/assets/sample.flac")
     soundfile.write(tmp_path / "speech.wav", samples, rate)
     soundfile.write(tmp_path / "interview.mp3", samples, rate)
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = python_examples()[1]
     for written, bundled in (("ibm-granite/granite-speech-3.3-2b", "embedded"), (PROMPT_3, PROMPT_4)):
         assert example.count(written) == 1
         example = example.replace(written, bundled)
