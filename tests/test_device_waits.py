@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.stand_in_gpu import StandInGPU
 from granite_speech import GraniteSpeechForConditionalGeneration
+from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.language_model import Tokens
+from granite_speech.modules.packing import Segments
 from granite_speech.modules.transfers import on_device, on_host
 from tests.support.small_models import batch, small_model
 
@@ -81,6 +85,19 @@ def test_a_decode_step_does_not_wait(gpu):
         model.generate(**inputs, max_new_tokens=steps, eos_token_id=[])
         waits[steps] = len(gpu.waits)
     assert waits == {2: 2, 9: 3}, gpu.waits
+
+
+def test_a_decode_step_runs_with_fake_tensors():
+    """Without values and without a GPU, which is how launches and allocations of the released shapes are counted."""
+    config, device = small_model().config, torch.device("cuda")
+    with FakeTensorMode(), torch.no_grad():
+        with device:
+            model = GraniteSpeechForConditionalGeneration(config).eval()
+        rows = Segments((1,) * 4, device)
+        step = PagedCache(config.text_config, 4, dtype=torch.float32, device=device).begin(rows)
+        tokens = Tokens(segments=rows, positions=on_device([0] * 4, device), adapter_index=on_device([0, -1, 0, -1], device), step=step)
+        logits = model.language_model.logits(model.decoder(model.embed_tokens(on_device([3] * 4, device)), tokens))
+    assert (logits.shape, logits.device.type) == ((4, config.text_config.vocab_size), "cuda")
 
 
 # --- the stand-in ----------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ therefore reads once, and writes from pinned memory, which does not wait.
 from collections.abc import Sequence
 
 import torch
+from granite_kernels.launch import has_memory
 from torch import Tensor
 
 __all__ = ["on_device", "on_host"]
@@ -28,4 +29,7 @@ def on_host(*tensors: Tensor | None) -> list[Tensor | None]:
 def on_device(values: Tensor | Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers on the host as a tensor on `device`, without a wait."""
     host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and host.device.type == "cpu" else host.to(device)
+    if device.type != "cuda" or host.device.type != "cpu":
+        return host.to(device)
+    pinned = host.pin_memory() if has_memory(host) else host  # a fake tensor has no memory to pin
+    return pinned.to(device, non_blocking=True)

@@ -69,10 +69,10 @@ def recording() -> bool:
 
 def launching(tensor: torch.Tensor) -> bool:
     """Whether a launcher given `tensor` should call `launch` after allocating its results."""
-    return _has_memory(tensor) or recording()
+    return has_memory(tensor) or recording()
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
+def has_memory(tensor: torch.Tensor) -> bool:
     """False for meta tensors, and for the fake tensors of torch.compile and FakeTensorMode."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
@@ -114,7 +114,7 @@ def _architecture_of(index: int) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
     """Run `kernel` over `grid` on the device of its first tensor. `arguments` are all but the constants in `tile`."""
     first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
-    if not _has_memory(first):
+    if not has_memory(first):
         _recording.launches.append(Launch(kernel, grid, tile, arguments))
     elif 0 not in grid:
         with _current(first.device):
