@@ -222,3 +222,13 @@ def test_kernels_are_compiled_while_transformers_runs(monkeypatch, folder):
     assert len(verify.verify(folder)) == len(launches) == 2
     for names, device in launches:
         assert device.type == "cuda" and {"_block_attention_fwd_kernel", "_paged_attention_decode_kernel"} <= set(names)
+
+
+def test_nothing_is_compiled_if_the_references_run(monkeypatch, folder):
+    run = verify._Run({"logits": torch.zeros(1, 2)}, torch.zeros(1, dtype=torch.int64), [torch.zeros(2)], 0.0, "")
+    monkeypatch.setenv("GRANITE_SPEECH_KERNELS", "torch")
+    monkeypatch.setattr(verify, "choose_device", lambda *given: torch.device("cuda"))
+    monkeypatch.setattr(verify, "architecture", lambda device: 90)
+    monkeypatch.setattr(verify, "precompile_launches", lambda launches, device: pytest.fail("compiled"))
+    monkeypatch.setattr(verify, "_run", lambda *given: run)
+    assert len(verify.verify(folder)) == 2

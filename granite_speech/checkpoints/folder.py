@@ -151,7 +151,7 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, TensorEntry]]:
 
 
 def _read_model(folder: Path) -> dict[str, TensorEntry]:
-    """Tensors of model.safetensors, or if there is none of the shards in the index, by their names in the files."""
+    """Tensors of model.safetensors or, without that file, of the shards in the index, by their names in the files."""
     if (folder / _MODEL).exists():
         return read_header(folder / _MODEL)
     if (folder / _INDEX).exists():

@@ -207,7 +207,7 @@ def test_errors_for_sources_that_are_not_sound_files(tmp_path):
         "https://example.com/a.wav",
         "HTTP://x",
         "s3://bucket/a.mp3",
-        "file:///tmp/a.wav",
+        "file:///recordings/a.wav",
         "data:audio/wav;base64,UklGRg==",
         "hf://datasets/x/a.flac",
     ],
