@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -65,22 +66,35 @@ class _DeviceTensor(torch.Tensor):
         return f"_DeviceTensor({self.values!r})"
 
 
+class _Event:
+    """A CUDA event: waiting for it waits for the work before it alone."""
+
+    def __init__(self, gpu: "StandInGPU"):
+        self._gpu = gpu
+
+    def synchronize(self) -> None:
+        self._gpu.late_reads += 1
+
+
 class StandInGPU(TorchDispatchMode):
     """Device "cuda" exists inside its `with` block.
 
     Attributes:
         waits: one entry per wait: the operation, and the line of this project that called it.
+        late_reads: how often the host waited for a copy that was queued before later work.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.late_reads = 0
         self._pinned: dict[int, torch.Tensor] = {}  # by address; keeping the tensors prevents the reuse of an address
         self._modes = ExitStack()
 
     def __enter__(self) -> Self:
         # In a fake mode PyTorch creates tensors on "cuda" without a driver. No operation reaches that mode.
         self._modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        self._modes.enter_context(patch("granite_speech.modules.transfers.record_event", self._event))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -99,6 +113,9 @@ class StandInGPU(TorchDispatchMode):
                     module._parameters[name] = moved.setdefault(id(weight), nn.Parameter(_DeviceTensor(weight.data), weight.requires_grad))
             module._buffers.update({name: _DeviceTensor(buffer) for name, buffer in module._buffers.items() if buffer is not None})
         return what
+
+    def _event(self) -> "_Event":
+        return _Event(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})

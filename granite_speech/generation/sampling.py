@@ -51,7 +51,7 @@ class LogitsProcessor:
         if options.top_k:
             scores = keep_top_k(scores, max(options.top_k, self._at_least))
         if options.top_p < 1:
-            scores = keep_top_p(scores, options.top_p, self._at_least)
+            scores = keep_top_p(scores, 1 - options.top_p, self._at_least)
         return scores
 
     def extend(self, tokens: Tensor, rows: Tensor | None = None) -> None:
@@ -67,18 +67,31 @@ def penalize(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """−inf for all but the k best of each row (Fan et al., arXiv 1805.04833); ties with the k-th are kept."""
-    least = scores.topk(min(k, scores.shape[1])).values[:, -1:]
+def keep_top_k(scores: Tensor, most: int, k: Tensor | None = None) -> Tensor:
+    """−inf for all but the k best of each row (Fan et al., arXiv 1805.04833); ties with the k-th are kept.
+
+    Args:
+        scores: `(rows, vocabulary)`.
+        most: the largest k.
+        k: `(rows, 1)` int64, from 1 to `most`; None: `most` for every row.
+    """
+    best = scores.topk(min(most, scores.shape[1])).values
+    least = best[:, -1:] if k is None else best.gather(1, k - 1)
     return scores.masked_fill(scores < least, float("-inf"))
 
 
-def keep_top_p(scores: Tensor, p: float, at_least: int = 1) -> Tensor:
-    """−inf for all but the fewest best tokens whose probabilities add up to p (Holtzman et al., arXiv 1904.09751)."""
+def keep_top_p(scores: Tensor, dropped: Tensor | float, at_least: int = 1) -> Tensor:
+    """−inf for all but the fewest best tokens whose probabilities add up to p (Holtzman et al., arXiv 1904.09751).
+
+    Args:
+        scores: `(rows, vocabulary)`.
+        dropped: 1 − p, `(rows, 1)` or one number.
+        at_least: tokens of each row to keep in any case.
+    """
     ascending, order = scores.sort(dim=-1)
-    dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    dropped[:, -at_least:] = False
-    return scores.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
+    unlikely = ascending.softmax(-1).cumsum(-1) <= dropped
+    unlikely[:, -at_least:] = False
+    return scores.masked_fill(unlikely.scatter(1, order, unlikely), float("-inf"))
 
 
 def draw(scores: Tensor, count: int, rng: torch.Generator | None) -> Tensor:

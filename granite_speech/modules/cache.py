@@ -4,6 +4,7 @@ The cache also has the rest of what a decode step needs about a sequence: how ma
 and whether it has audio and therefore the adapter.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,72 @@ from granite_speech.errors import InputError
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.transfers import on_device
 
-__all__ = ["CacheStep", "PagedCache"]
+__all__ = ["CacheStep", "PagePool", "PagedCache"]
+
+
+class PagePool:
+    """Pages of keys and values, `(pages, page_size, num_kv_heads, head_dim)` for each layer, and which of them are free.
+
+    Page 0 is never handed out: in a step of fixed shape, rows that belong to no sequence write there.
+
+    Args:
+        config: of the language model.
+        dtype, device: of the pages.
+        page_size: tokens per page.
+
+    Attributes:
+        keys, values: one tensor per layer; other tensors after the pool has grown.
+        total: pages, page 0 included.
+    """
+
+    def __init__(self, config: GraniteConfig, *, dtype: torch.dtype, device: torch.device, page_size: int = 64):
+        self.page_size, self.total = page_size, 0
+        self._free: list[int] = []
+        shape = (0, page_size, config.num_key_value_heads, config.attention_head_dim)
+        with torch.inference_mode(False):  # see _grow
+            self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    def count(self, tokens: int) -> int:
+        """Pages that hold this many tokens of one sequence."""
+        return -(-tokens // self.page_size)
+
+    def require(self, pages: int) -> None:
+        """Grow until this many pages are free."""
+        missing = pages - len(self._free)
+        if missing > 0:
+            # At least doubled, so that growth token by token copies the pools only a logarithmic number of times.
+            self._grow(max(self.total + missing, 2 * self.total, missing + 1))
+
+    def take(self, pages: int) -> list[int]:
+        """Hand out pages."""
+        self.require(pages)
+        taken, self._free = self._free[:pages], self._free[pages:]
+        return taken
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """Pages that no sequence uses any more."""
+        self._free = sorted({*self._free, *pages})
+
+    def _grow(self, total: int) -> None:
+        """Enlarge every pool. If memory runs out, all pools keep their former size."""
+        kept = self.total
+        if kept == len(self._free) + 1:
+            # No sequence uses a page, so there is nothing to copy: free the old pools before the new ones need memory.
+            self.keys, self.values = ([pool[:0].clone() for pool in pools] for pools in (self.keys, self.values))
+            self._free, self.total, kept = [], 0, 0
+        # Inference mode is off here even if the caller uses it: a later call without it could not write to such tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                for pools in (self.keys, self.values):
+                    for layer, pool in enumerate(pools):
+                        pools[layer] = pool.new_empty(total, *pool.shape[1:])
+                        pools[layer][:kept] = pool
+            except BaseException:
+                self.keys, self.values = ([pool[:kept] for pool in pools] for pools in (self.keys, self.values))
+                raise
+        self._free += range(max(kept, 1), total)
+        self.total = total
 
 
 @dataclass(frozen=True)
@@ -22,32 +88,23 @@ class CacheStep:
     """One call's view of the cache: where its new tokens go, and the keys that its queries may read.
 
     Attributes:
-        cache: the pages.
+        pool: the pages.
         slots: `(tokens,)` int64, each new token's index into a pool viewed as `(pages * page_size, ...)`.
         block_table: `(sequences, max_pages)` int32.
         kv_lens: `(sequences,)` int32, keys of each sequence, including the new ones.
-        before: keys of each sequence before this call.
+        has_past: whether queries must read keys from pages, because some are not from this call.
     """
 
-    cache: "PagedCache"
+    pool: PagePool
     slots: Tensor
     block_table: Tensor
     kv_lens: Tensor
-    before: list[int]
-
-    @property
-    def has_past(self) -> bool:
-        """Whether any sequence had keys before this call."""
-        return any(self.before)
+    has_past: bool
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store `(tokens, num_kv_heads, head_dim)` keys and values of one layer, detached."""
-        for pool, new in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
+        for pool, new in ((self.pool.keys[layer], keys), (self.pool.values[layer], values)):
             pool.flatten(0, 1).index_copy_(0, self.slots, new.detach())
-
-    def undo(self) -> None:
-        """Forget the new tokens, because the call failed. Their pages stay reserved."""
-        self.cache.lengths = self.before
 
 
 class PagedCache:
@@ -58,21 +115,37 @@ class PagedCache:
         sequences: rows of the batch.
         dtype, device: of the pools.
         page_size: tokens per page.
+        pool: pages to use, shared with other caches; None: pages of its own.
     """
 
-    def __init__(self, config: GraniteConfig, sequences: int, *, dtype: torch.dtype, device: torch.device, page_size: int = 64):
-        self.page_size = page_size
+    def __init__(
+        self,
+        config: GraniteConfig,
+        sequences: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_size: int = 64,
+        pool: PagePool | None = None,
+    ):
+        self.pool = pool or PagePool(config, dtype=dtype, device=device, page_size=page_size)
         self.lengths = [0] * sequences  # keys of each sequence
         self.columns = 0  # width of the padded batch so far, for a caller that pads
         self.next_positions = [0] * sequences
         self.has_audio = [False] * sequences
         self._pages: list[list[int]] = [[] for _ in range(sequences)]
-        self._total_pages = 0
-        self._free: list[int] = []  # pages that belong to no sequence
-        shape = (0, page_size, config.num_key_value_heads, config.attention_head_dim)
-        with torch.inference_mode(False):  # see _grow
-            self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-            self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def keys(self) -> list[Tensor]:
+        return self.pool.keys
+
+    @property
+    def values(self) -> list[Tensor]:
+        return self.pool.values
+
+    @property
+    def page_size(self) -> int:
+        return self.pool.page_size
 
     def __len__(self) -> int:
         """Sequences in the batch."""
@@ -82,36 +155,24 @@ class PagedCache:
         """Tokens of the longest sequence."""
         return max(self.lengths, default=0)
 
-    def reserve(self, capacities: list[int]) -> None:
-        """Reserve pages for this many tokens of each sequence, so that the pools need not grow in later calls."""
-        missing = [max(0, self._page_count(capacity) - len(pages)) for pages, capacity in zip(self._pages, capacities, strict=True)]
-        if sum(missing) > len(self._free):
-            # At least doubled, so that growth token by token copies the pools only a logarithmic number of times.
-            self._grow(max(self._total_pages + sum(missing) - len(self._free), 2 * self._total_pages))
+    def reserve(self, capacities: list[int]) -> bool:
+        """Reserve pages for this many tokens of each sequence, so that later calls need none. Returns whether any were missing."""
+        missing = [max(0, self.pool.count(capacity) - len(pages)) for pages, capacity in zip(self._pages, capacities, strict=True)]
+        self.pool.require(sum(missing))
         for pages, count in zip(self._pages, missing, strict=True):
-            pages += self._take(count)
+            pages += self.pool.take(count)
+        return any(missing)
 
-    def _page_count(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
+    def release(self) -> None:
+        """Give all pages back. The cache is empty afterwards."""
+        self.pool.give_back(page for pages in self._pages for page in pages)
+        self._pages = [[] for _ in self._pages]
+        self.lengths = [0] * len(self)
 
-    def _take(self, count: int) -> list[int]:
-        taken, self._free = self._free[:count], self._free[count:]
-        return taken
-
-    def _grow(self, pages: int) -> None:
-        """Enlarge every pool. If memory runs out, all pools keep their former size."""
-        # Inference mode is off here even if the caller uses it: a later call without it could not write to such tensors.
-        with torch.inference_mode(False), torch.no_grad():
-            try:
-                for pools in (self.keys, self.values):
-                    for layer, pool in enumerate(pools):
-                        pools[layer] = pool.new_empty(pages, *pool.shape[1:])
-                        pools[layer][: self._total_pages] = pool
-            except BaseException:
-                self.keys, self.values = ([pool[: self._total_pages] for pool in pools] for pools in (self.keys, self.values))
-                raise
-        self._free += range(self._total_pages, pages)
-        self._total_pages = pages
+    def block_table(self, width: int | None = None) -> Tensor:
+        """`(sequences, width)` int32 on the host: the pages of each sequence, then zeros. None: as wide as needed."""
+        width = max(map(len, self._pages), default=0) if width is None else width
+        return torch.tensor([pages + [0] * (width - len(pages)) for pages in self._pages], dtype=torch.int32).view(len(self), width)
 
     def reorder(self, rows: list[int]) -> None:
         """Make sequence i the old sequence `rows[i]`; an old sequence may be used any number of times, or not at all.
@@ -120,10 +181,10 @@ class PagedCache:
         but the first, since each will write its own tokens there. Pages without a sequence become free.
         """
         full = [length // self.page_size for length in self.lengths]
-        held = [pages[: self._page_count(length)] for pages, length in zip(self._pages, self.lengths, strict=True)]
+        before = {page for pages in self._pages for page in pages}
+        held = [pages[: self.pool.count(length)] for pages, length in zip(self._pages, self.lengths, strict=True)]
         self._pages = [held[row][: full[row]] for row in rows]
-        in_use = {page for row in rows for page in held[row]}
-        self._free = [page for page in range(self._total_pages) if page not in in_use]
+        self.pool.give_back(before - {page for row in rows for page in held[row]})
 
         has_last, copies = set(), []
         for place, row in enumerate(rows):
@@ -133,9 +194,7 @@ class PagedCache:
             else:
                 self._pages[place] += last
                 has_last.add(row)
-        if len(copies) > len(self._free):
-            self._grow(max(self._total_pages + len(copies) - len(self._free), 2 * self._total_pages))
-        taken = self._take(len(copies))
+        taken = self.pool.take(len(copies))
         for (place, _), page in zip(copies, taken, strict=True):
             self._pages[place].append(page)
         if copies:
@@ -158,19 +217,16 @@ class PagedCache:
         before = self.lengths
         lengths = [old + more for old, more in zip(before, new.lengths, strict=True)]
         self.reserve(lengths)
-        device = self.keys[0].device
-        widest = max(map(len, self._pages), default=0)
-        table = torch.tensor([pages + [0] * (widest - len(pages)) for pages in self._pages], dtype=torch.int32).view(len(self), widest)
+        device, page_size = self.keys[0].device, self.page_size
+        table = self.block_table()
         spans = [torch.arange(old, now) for old, now in zip(before, lengths, strict=True)]
-        slots = [
-            row[span // self.page_size] * self.page_size + span % self.page_size for row, span in zip(table.long(), spans, strict=True)
-        ]
+        slots = [row[span // page_size] * page_size + span % page_size for row, span in zip(table.long(), spans, strict=True)]
         step = CacheStep(
-            cache=self,
+            pool=self.pool,
             slots=on_device(torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64), device),
             block_table=on_device(table, device),
             kv_lens=on_device(lengths, device, torch.int32),
-            before=before,
+            has_past=any(before),
         )
         self.lengths = lengths
         return step

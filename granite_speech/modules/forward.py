@@ -208,6 +208,7 @@ class SpeechToStates(nn.Module):
             two are None unless requested.
         """
         segments = prompt.rows.segments
+        before = None if cache is None else cache.lengths
         step = None if cache is None else cache.begin(segments)
         hidden_states = [] if inputs.output_hidden_states else None
         attentions = [] if inputs.output_attentions else None
@@ -221,8 +222,8 @@ class SpeechToStates(nn.Module):
             )
             states = self.decoder(prompt.embeddings, tokens, hidden_states)
         except BaseException:
-            if step is not None:
-                step.undo()
+            if cache is not None:
+                cache.lengths = before  # the new tokens' pages stay reserved
             raise
         if cache is not None:
             cache.has_audio = prompt.has_audio

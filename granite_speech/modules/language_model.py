@@ -17,7 +17,7 @@ from granite_speech.config import GraniteConfig
 from granite_speech.modules.activations import activation
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.cache import CacheStep
-from granite_speech.modules.packing import Segments
+from granite_speech.modules.packing import Bucket, Segments
 
 __all__ = ["GraniteForCausalLM", "GraniteModel", "Tokens"]
 
@@ -29,14 +29,14 @@ class Tokens:
     """Layout of packed tokens, as every layer needs it.
 
     Attributes:
-        segments: where each sequence lies.
+        segments: where each sequence lies; a Bucket only with a `step`.
         positions: `(total_tokens,)` int64, for the rotary embedding.
         adapter_index: `(total_tokens,)` int32, 0 with the adapter and −1 without; None: all tokens have it.
         step: this call's view of the cache; None: no cache.
         attentions: a list that takes each layer's softmax weights, one tensor `(heads, queries, keys)` per sequence.
     """
 
-    segments: Segments
+    segments: Segments | Bucket
     positions: Tensor
     adapter_index: Tensor | None = None
     step: CacheStep | None = None
@@ -79,7 +79,7 @@ class GraniteAttention(nn.Module):
         if step is not None:
             step.write(self.layer, k, v)
         if step is not None and (step.has_past or self._reads_own_pages(q)):
-            pools = step.cache.keys[self.layer], step.cache.values[self.layer]
+            pools = step.pool.keys[self.layer], step.pool.values[self.layer]
             extent = {"max_query_len": segments.longest, "scale": self.scaling}
             out = paged_attention(q, *pools, step.block_table, step.kv_lens, segments.cu_seqlens, **extent)
         else:

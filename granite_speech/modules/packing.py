@@ -14,7 +14,7 @@ from torch import Tensor
 from granite_speech.errors import InputError
 from granite_speech.modules.transfers import on_device
 
-__all__ = ["Segments", "host_lengths", "pack_clips"]
+__all__ = ["Bucket", "Segments", "host_lengths", "pack_clips"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,21 @@ class Segments:
         rows = self.rows_at(accumulate((width * count for count in windows[:-1]), initial=0) if windows else ())
         padded = packed.new_zeros(sum(windows) * width, *packed.shape[1:]).index_copy(0, rows, packed)
         return padded.view(sum(windows), width, *packed.shape[1:])
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Stands in for `Segments` in a step of fixed shape: where each segment lies is known on the device alone.
+
+    Attributes:
+        cu_seqlens: `(segments + 1,)` int32. Rows from its last entry on are padding.
+        total: rows, padding included.
+        longest: a bound on the rows of one segment.
+    """
+
+    cu_seqlens: Tensor
+    total: int
+    longest: int
 
 
 def host_lengths(lengths: list[int] | tuple[int, ...] | Tensor, clips: int, longest: int, name: str) -> tuple[int, ...]:

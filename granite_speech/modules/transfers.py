@@ -10,7 +10,7 @@ import torch
 from granite_kernels.launch import has_memory
 from torch import Tensor
 
-__all__ = ["on_device", "on_host"]
+__all__ = ["Reading", "on_device", "on_host"]
 
 
 def on_host(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -33,3 +33,33 @@ def on_device(values: Tensor | Sequence[float], device: torch.device, dtype: tor
         return host.to(device)
     pinned = host.pin_memory() if has_memory(host) else host  # a fake tensor has no memory to pin
     return pinned.to(device, non_blocking=True)
+
+
+class Reading:
+    """A copy of a device tensor on its way to the host. The device goes on with later work meanwhile.
+
+    Args:
+        tensor: may be overwritten by work that is queued later.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._arrived = None
+        if tensor.device.type == "cuda":
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
+            self._copy.copy_(tensor, non_blocking=True)
+            self._arrived = record_event()
+        else:
+            self._copy = tensor.clone()
+
+    def wait(self) -> Tensor:
+        """The copy, once it has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
+
+
+def record_event() -> torch.cuda.Event:
+    """An event after all work that is queued on the current stream."""
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -226,8 +226,8 @@ def test_top_k_and_top_p_keep_the_right_tokens():
     scores = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
     assert keep_top_k(scores, 2).isfinite().tolist() == [[True, True, True, False], [False, False, True, True]]
     assert torch.equal(keep_top_k(scores, 9), scores)
-    assert keep_top_p(scores, 0.45).isfinite().tolist() == [[True, False, False, False], [False, False, True, True]]
-    assert keep_top_p(scores, 0.01, at_least=2).isfinite().sum(1).tolist() == [2, 2]
+    assert keep_top_p(scores, 1 - 0.45).isfinite().tolist() == [[True, False, False, False], [False, False, True, True]]
+    assert keep_top_p(scores, 1 - 0.01, at_least=2).isfinite().sum(1).tolist() == [2, 2]
     drawn = draw(torch.zeros(50, 4), 3, torch.Generator().manual_seed(0))
     assert all(len(set(row)) == 3 for row in drawn.tolist())
 

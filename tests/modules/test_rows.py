@@ -315,7 +315,7 @@ def test_reserved_pages_need_no_growth():
     cache = new_cache(2, page_size=3)
     cache.reserve([10, 4])
     pool = cache.keys[0]
-    assert pool.shape == (4 + 2, 3, 1, 4)
+    assert pool.shape == (1 + 4 + 2, 3, 1, 4)  # page 0 belongs to no sequence
     for new in ((7, 1), (3, 3)):
         cache.begin(Segments(new, CPU))
     cache.reserve([2, 2])  # less than is reserved already

@@ -1,0 +1,253 @@
+"""Greedy decoding and sampling: steps on the device, tokens read one step late, rows that have ended dropped.
+
+The host hands out pages, launches steps and reads tokens. While it waits for the tokens of one step, a GPU already runs the next,
+so the last step of a request is wasted there. On a CPU tokens are read at once.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from granite_speech.engine.runtime import Runtime
+from granite_speech.engine.state import STEPS, StateSize, ladder
+from granite_speech.engine.step import DecodeStep, Selection
+from granite_speech.generation.options import GenerationOptions
+from granite_speech.generation.stop_strings import StopStrings
+from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.outputs import GenerateOutput
+from granite_speech.modules.transfers import Reading, on_device
+
+__all__ = ["Decoding", "Prompts", "StepKey"]
+
+# An answer gets pages for this many tokens at once, or for max_new_tokens if that is less; if it goes on, for twice as many.
+_RESERVED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts after their prefill, one for each answer.
+
+    Attributes:
+        cache: their keys and values.
+        logits: `(rows, vocabulary)` of each answer's first token.
+        ids: `(rows, width)` on the device.
+        kept: `(rows, width)` bool on the device, False for padding.
+        stops: the text of the rows, if there are stop strings.
+    """
+
+    cache: PagedCache
+    logits: Tensor
+    ids: Tensor
+    kept: Tensor
+    stops: StopStrings | None
+
+
+class StepKey(NamedTuple):
+    """What the launches of a step depend on, apart from the model and the state."""
+
+    rows: int
+    selection: Selection
+    mixed: bool
+    steps: int
+
+
+class _Launched(NamedTuple):
+    """Steps whose tokens are on their way to the host."""
+
+    reading: Reading
+    rows: list[int]  # the request's row in each row of the state
+    draws_from: int | None  # offset of the random generator before the step
+
+
+class Decoding:
+    """Answers to the prompts of one request.
+
+    Args:
+        model: the model.
+        runtime: its pages, state and graphs.
+        options: of the request.
+        prompts: after their prefill.
+        rng: for sampling; None: torch's default generator.
+        streamer: takes tokens as they are read, or None.
+    """
+
+    def __init__(
+        self, model: Any, runtime: Runtime, options: GenerationOptions, prompts: Prompts, rng: torch.Generator | None, streamer: Any
+    ):
+        cache, vocab_size = prompts.cache, prompts.logits.shape[1]
+        self._model, self._runtime, self._options, self._prompts = model, runtime, options, prompts
+        self._rng, self._streamer = rng, streamer
+        self._selection = Selection.of(options, vocab_size)
+        self._mixed = not all(cache.has_audio)
+        self._ends = frozenset(options.eos_token_id)
+        self._keeps_scores = options.return_dict_in_generate and options.output_scores
+        self._on_gpu = model.device.type == "cuda"
+        self._answers: list[list[int]] = [[] for _ in range(len(cache))]
+        self._open = [True] * len(cache)  # by row of the request: whether the answer goes on, as far as the host has read
+        self._rows = list(range(len(cache)))  # the request's row in each row of the state
+        self._texts = list(range(len(cache)))  # the request's row of each text that the stop strings know
+        self._chosen = 0  # tokens of each answer that steps were launched for
+        self._launched: deque[_Launched] = deque()
+        self._scores: list[Tensor] = []
+        self._eager: tuple[StepKey, DecodeStep] | None = None
+
+        self._reserved = min(options.max_new_tokens, _RESERVED_TOKENS)
+        cache.reserve([length + self._reserved for length in cache.lengths])
+        pages = cache.pool.count(max(cache.lengths) + options.max_new_tokens)
+        self._state = runtime.decode_state(StateSize.of(len(cache), pages, len(options.eos_token_id)), vocab_size)
+        self._state.fill(cache, options)
+        if self._selection.penalty:
+            self._state.see(prompts.ids, prompts.kept)
+
+    def run(self) -> GenerateOutput:
+        """Add tokens to every answer until it ends.
+
+        Returns:
+            `sequences`, the new tokens alone, and `scores` if the options ask for them.
+        """
+        self._choose_first()
+        while True:
+            ahead = 1 if self._on_gpu else 0
+            if self._chosen < self._options.max_new_tokens and len(self._launched) <= ahead and any(self._open):
+                self._launch()
+            elif self._launched and any(self._open):
+                self._read(self._launched.popleft())
+                self._drop_ended()
+            else:
+                break
+        self._forget_wasted_draws()
+        return self._output()
+
+    def launch_once(self) -> None:
+        """One step, without reading its tokens: for recording its launches."""
+        self._launch()
+
+    def _choose_first(self) -> None:
+        """The first tokens, from the logits of the prompts."""
+        key = StepKey(len(self._rows), self._selection, self._mixed, 1)
+        offset = self._draw()
+        self._record(self._eager_step(key).choose(self._prompts.logits, 0))
+        self._sent(key, offset)
+
+    def _launch(self) -> None:
+        """One step, or as many as a graph makes."""
+        steps = self._steps()
+        self._add_pages(steps)
+        offset = self._draw()
+        for key in (self._key(steps), self._key(1)):
+            if not self._keeps_scores and self._replayed(key):
+                break
+        else:
+            step = self._eager_step(key)
+            self._record(step.choose(step.logits(), 0))
+        self._sent(key, offset)
+
+    def _key(self, steps: int) -> StepKey:
+        rows = len(self._rows)
+        return StepKey(ladder(rows) if self._runtime.decoder_graphs.can_capture else rows, self._selection, self._mixed, steps)
+
+    def _replayed(self, key: StepKey) -> bool:
+        """Replay this step if it is captured; else have it captured after the request."""
+        graphs = self._runtime.decoder_graphs
+        if graphs.captured(key) is not None:
+            graphs.replay(key)
+            return True
+        make = partial(DecodeStep, self._model, self._state, key.selection, key.rows, mixed=key.mixed, steps=key.steps)
+        graphs.want(key, make)
+        return False
+
+    def _steps(self) -> int:
+        """Steps to launch at once: many if none of their tokens can end an answer or must be looked at, else one."""
+        options = self._options
+        if self._selection.sample or self._keeps_scores or self._streamer is not None or self._prompts.stops is not None:
+            return 1
+        last = options.min_new_tokens if self._ends else options.max_new_tokens
+        return STEPS if self._chosen + STEPS <= last else 1
+
+    def _eager_step(self, key: StepKey) -> DecodeStep:
+        if self._eager is None or self._eager[0] != key:
+            self._eager = key, DecodeStep(self._model, self._state, key.selection, key.rows, mixed=key.mixed)
+        return self._eager[1]
+
+    def _draw(self) -> int | None:
+        """Draw the random numbers of a step. Returns the generator's offset before, where it has one."""
+        if not self._selection.sample:
+            return None
+        offset = self._generator().get_offset() if self._on_gpu and torch.cuda.is_available() else None
+        self._state.draw(len(self._answers), self._rng)
+        return offset
+
+    def _generator(self) -> torch.Generator:
+        device = self._model.device
+        return self._rng or torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+    def _forget_wasted_draws(self) -> None:
+        """Leave the generator as if no step had run after the last answer's end."""
+        if self._launched and self._launched[0].draws_from is not None:
+            self._generator().set_offset(self._launched[0].draws_from)
+
+    def _sent(self, key: StepKey, offset: int | None) -> None:
+        history = self._state.history[: key.steps, : len(self._rows)]
+        self._launched.append(_Launched(Reading(history), self._rows, offset))
+        self._chosen += key.steps
+
+    def _add_pages(self, steps: int) -> None:
+        """Pages for the keys of the next steps."""
+        if self._chosen + steps <= self._reserved:
+            return
+        self._reserved = min(self._options.max_new_tokens, 2 * self._reserved)
+        cache = self._prompts.cache
+        cache.reserve([length + self._reserved if self._open[row] else 0 for row, length in enumerate(cache.lengths)])
+        self._runtime.follow_pages()
+        self._state.write_block_table(cache, self._rows)
+
+    def _read(self, launched: _Launched) -> None:
+        """Wait for the tokens of some steps, and append them to the answers that were going on."""
+        for tokens in launched.reading.wait().tolist():
+            new = [(row, token) for row, token in zip(launched.rows, tokens, strict=True) if self._open[row]]
+            for row, token in new:
+                self._answers[row].append(token)
+                if token in self._ends or len(self._answers[row]) == self._options.max_new_tokens:
+                    self._open[row] = False
+            if self._streamer is not None:
+                self._streamer.put(torch.tensor([token for _, token in new]))
+            if self._prompts.stops is not None and new:
+                self._stop(new)
+
+    def _stop(self, new: list[tuple[int, int]]) -> None:
+        """End the answers whose newest token completes a stop string."""
+        stops, tokens = self._prompts.stops, [token for _, token in new]
+        texts = [self._texts.index(row) for row, _ in new]  # `extend` keeps the texts of these rows alone, in this order
+        stopped = {row for (row, _), ended in zip(new, stops.ends(texts, tokens), strict=True) if ended}
+        stops.extend(texts, tokens)
+        self._texts = [row for row, _ in new]
+        if stopped:
+            self._open = [is_open and row not in stopped for row, is_open in enumerate(self._open)]
+            self._state.stop([row in stopped for row in self._rows])
+
+    def _drop_ended(self) -> None:
+        """Move the answers that go on together, if a step for them has fewer rows."""
+        going_on = [place for place, row in enumerate(self._rows) if self._open[row]]
+        size = ladder if self._runtime.decoder_graphs.can_capture else int
+        if going_on and size(len(going_on)) < size(len(self._rows)):
+            self._state.keep(going_on)
+            self._rows = [self._rows[place] for place in going_on]
+
+    def _record(self, scores: Tensor) -> None:
+        """Keep the scores of a step, for all rows of the request."""
+        if not self._keeps_scores:
+            return
+        full = scores.new_full((len(self._answers), scores.shape[1]), float("-inf"), dtype=torch.float32)
+        rows = on_device(self._rows, scores.device, torch.int64)
+        self._scores.append(full.index_copy_(0, rows, scores[: len(self._rows)].float()))
+
+    def _output(self) -> GenerateOutput:
+        longest = max(map(len, self._answers))
+        pad = self._options.pad_token_id
+        new = torch.tensor([answer + [pad] * (longest - len(answer)) for answer in self._answers], dtype=torch.int64)
+        scores = tuple(self._scores[:longest]) if self._options.output_scores else None
+        return GenerateOutput(on_device(new, self._model.device), scores=scores)

@@ -1,0 +1,138 @@
+"""What one model keeps between requests: pages, the state of the decode step, and captured graphs.
+
+Parameters are the only source of truth. Graphs read them at their addresses, so a weight that changes in place changes the next
+answer. When a parameter or a module is replaced or moved, everything that was captured is dropped.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+import torch
+from granite_kernels import OPERATIONS
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+
+from granite_speech.engine.graphs import CudaCapture, Graphs
+from granite_speech.engine.state import DecodeState, StateSize
+from granite_speech.modules.cache import PagePool
+
+__all__ = ["Runtime"]
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def _cuda_capture(device: torch.device) -> Capture | None:
+    return CudaCapture(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+class Runtime:
+    """Pages, state and graphs of one model. A copy of the model gets a new one.
+
+    Attributes:
+        use_graphs: whether to capture graphs.
+        make_capture: gives the function that captures on a device, or None if the device cannot.
+        encoder_graphs: of the encoder and projector.
+        decoder_graphs: of the language model: they read pages, and are dropped when those move.
+        pool: pages of all answers in progress.
+        state: of the decode step, once there was a request.
+    """
+
+    def __init__(self) -> None:
+        self.use_graphs = True
+        self.make_capture: Callable[[torch.device], Capture | None] = _cuda_capture
+        self._lock = threading.Lock()
+        self.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # for copy and pickle: nothing here is part of the model
+
+    def clear(self) -> None:
+        """Free all memory and drop all graphs."""
+        self.encoder_graphs, self.decoder_graphs = Graphs(None), Graphs(None)
+        self.pool: PagePool | None = None
+        self.state: DecodeState | None = None
+        self._weights: _Weights | None = None
+        self._pages: Tensor | None = None
+
+    @contextmanager
+    def session(self, model: nn.Module) -> Iterator["Runtime"]:
+        """One request. Another at the same time, from a second thread or a streamer, gets a runtime of its own, without graphs."""
+        if not self._lock.acquire(blocking=False):
+            alone = Runtime()
+            alone.use_graphs = False
+            alone._begin(model)
+            yield alone
+            return
+        try:
+            self._begin(model)
+            yield self
+        finally:
+            self._lock.release()
+
+    def _begin(self, model: nn.Module) -> None:
+        """Make pages and graphs fit the model as it is now, and capture what earlier requests asked for."""
+        if self.pool is None or (self.pool.keys[0].dtype, self.pool.keys[0].device) != (model.dtype, model.device):
+            self.clear()
+            self.pool = PagePool(model.config.text_config, dtype=model.dtype, device=model.device)
+        can_capture = self.use_graphs and _can_be_captured(model)
+        if not can_capture or self._weights is None or not self._weights.are_unchanged():
+            capture = self.make_capture(model.device) if can_capture else None
+            self._weights = None if capture is None else _Weights(model)
+            if capture is not None and self._weights.have_hooks():
+                capture = None  # hooks are Python code that must run at every step
+            self.encoder_graphs, self.decoder_graphs = Graphs(capture), Graphs(capture)
+        self.capture_wanted()
+
+    def capture_wanted(self) -> None:
+        """Capture what requests have asked for since the last time."""
+        self.encoder_graphs.capture_wanted()
+        self.decoder_graphs.capture_wanted()
+
+    def decode_state(self, size: StateSize, vocab_size: int) -> DecodeState:
+        """A state of at least this size on the present pages. Graphs of an earlier state or of earlier pages are dropped."""
+        state = self.state
+        size = size if state is None else size.union(state.size)
+        if state is None or (state.vocab_size, state.size) != (vocab_size, size):
+            self.state = DecodeState(size, vocab_size, self.pool)
+        if self.state is not state:
+            self.decoder_graphs.drop()
+        self.follow_pages()
+        return self.state
+
+    def follow_pages(self) -> None:
+        """Drop the graphs that read pages if those have moved, as they do when the pool grows."""
+        if self._pages is not self.pool.keys[0]:
+            self.decoder_graphs.drop()
+            self._pages = self.pool.keys[0]
+
+
+class _Weights:
+    """The modules and parameters of a model, to see whether they are still the same ones at the same addresses."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules) if table]
+        self._tables = [(table, tuple(table.values())) for table in tables]
+        self._addresses = [(one, one.data_ptr()) for one in (*model.parameters(), *model.buffers())]
+        self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
+        self._had_hooks = self.have_hooks()
+
+    def have_hooks(self) -> bool:
+        return any(self._hook_tables)
+
+    def are_unchanged(self) -> bool:
+        return (
+            self.have_hooks() == self._had_hooks
+            and all(len(table) == len(values) and all(map(is_, table.values(), values)) for table, values in self._tables)
+            and all(tensor.data_ptr() == address for tensor, address in self._addresses)
+        )
+
+
+def _can_be_captured(model: nn.Module) -> bool:
+    """Whether no step needs Python or a value on the host. References of our operations read lengths there."""
+    if model.training or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return False
+    return all(one.resolve(None, model.device, model.dtype) == "triton" for one in OPERATIONS.values())

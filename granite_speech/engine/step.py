@@ -1,0 +1,144 @@
+"""One decode step as a fixed sequence of launches: embed, layers, head, choose a token, write it back.
+
+Nothing here depends on a value on the host, so the step can be captured. Run eagerly it is the same step.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from granite_speech.engine.state import DecodeState
+from granite_speech.generation.options import GenerationOptions
+from granite_speech.generation.sampling import keep_top_k, keep_top_p, penalize
+from granite_speech.modules.cache import CacheStep
+from granite_speech.modules.language_model import GraniteForCausalLM, GraniteModel, Tokens
+from granite_speech.modules.packing import Bucket
+
+__all__ = ["DecodeStep", "Selection"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rules choose a token; their values are in the state. With the number of rows, this says which launches a step has.
+
+    Attributes:
+        penalty: a repetition penalty.
+        minimum: answers with a minimum length.
+        sample: draw from the scores; otherwise take the best.
+        temperature, top_p: whether sampling uses them.
+        top_k: the largest top_k of any row; 0: none.
+    """
+
+    penalty: bool = False
+    minimum: bool = False
+    sample: bool = False
+    temperature: bool = False
+    top_k: int = 0
+    top_p: bool = False
+
+    @classmethod
+    def of(cls, options: GenerationOptions, vocab_size: int) -> "Selection":
+        has_end = any(0 <= one < vocab_size for one in options.eos_token_id)
+        return cls(
+            penalty=options.repetition_penalty != 1,
+            minimum=options.min_new_tokens > 0 and has_end,
+            sample=options.do_sample,
+            temperature=options.do_sample and options.temperature != 1,
+            top_k=min(options.top_k, vocab_size) if options.do_sample else 0,
+            top_p=options.do_sample and options.top_p < 1,
+        )
+
+
+class _Model(Protocol):
+    decoder: GraniteModel
+    language_model: GraniteForCausalLM
+
+    def embed_tokens(self, ids: Tensor) -> Tensor: ...
+
+
+class DecodeStep:
+    """Steps of the first `rows` rows of a state.
+
+    Args:
+        model: the model.
+        state: the answers in progress.
+        selection: how tokens are chosen.
+        rows: rows to compute.
+        mixed: whether some of the rows have no audio, and therefore no adapter.
+        steps: made by one `run`; more than one only without sampling, whose random numbers are drawn before each step.
+    """
+
+    def __init__(self, model: _Model, state: DecodeState, selection: Selection, rows: int, *, mixed: bool = True, steps: int = 1):
+        self._model, self._state, self._selection, self._steps = model, state, selection, steps
+        self._page_size = state.pool.page_size
+        self._tokens, self._positions, self._kv_lens = state.tokens[:rows], state.positions[:rows], state.kv_lens[:rows]
+        self._active, self._limits, self._ends = state.active[:rows], state.limits[:rows], state.ends[:rows]
+        self._block_table, self._history = state.block_table[:rows], state.history[:, :rows]
+        self._adapter_index = state.adapter_index[:rows] if mixed else None
+        self._segments = Bucket(state.cu_seqlens[: rows + 1], rows, 1)
+        self._rows = rows
+
+    def run(self) -> None:
+        """`steps` times: store the newest token of each answer, and choose the next."""
+        for step in range(self._steps):
+            self.choose(self.logits(), step)
+
+    def reset(self) -> None:
+        self._state.reset()
+
+    def logits(self) -> Tensor:
+        """Store the newest token of each active row; `(rows, vocabulary)` logits of the next."""
+        self._kv_lens.add_(self._active)
+        self._positions.add_(self._active)
+        # A row that is not active has no keys, and writes to the first slot of page 0, which belongs to no sequence.
+        kv_lens = self._kv_lens * self._active
+        place = (kv_lens - self._active).long()
+        page = self._block_table.gather(1, (place // self._page_size).unsqueeze(1)).squeeze(1)
+        slots = (page * self._page_size + place % self._page_size) * self._active
+        step = CacheStep(self._state.pool, slots, self._block_table, kv_lens, has_past=True)
+        layout = Tokens(segments=self._segments, positions=self._positions, adapter_index=self._adapter_index, step=step)
+        model = self._model
+        return model.language_model.logits(model.decoder(model.embed_tokens(self._tokens), layout))
+
+    def choose(self, logits: Tensor, step: int) -> Tensor:
+        """Choose a token of each row from its logits, write it to the state and to `history[step]`.
+
+        Returns:
+            `(rows, vocabulary)` scores that the tokens were chosen from.
+        """
+        scores = self._scores(logits)
+        if self._selection.sample:
+            noise = self._state.noise.index_select(0, self._state.origin[: self._rows])
+            # Of independent waiting times with the probabilities as rates, the first: the draw of torch.multinomial.
+            chosen = (scores.softmax(-1) / noise).argmax(-1)
+        else:
+            chosen = scores.argmax(-1)
+        self._history[step].copy_(torch.where(self._active > 0, chosen, -1))
+        self._tokens.copy_(chosen)
+        if self._selection.penalty:
+            self._state.seen[: self._rows].scatter_(1, chosen.unsqueeze(1), True)
+        ended = (chosen.unsqueeze(1) == self._ends).any(1) | (self._kv_lens >= self._limits)
+        self._active.mul_(~ended)
+        return scores
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """Order and arithmetic are those of transformers 5.17's logits processors; see generation/sampling.py."""
+        state, selection, rows, scores = self._state, self._selection, self._rows, logits
+        if selection.penalty:
+            scores = penalize(scores.float(), state.seen[:rows, :-1], state.penalty[:rows])
+        if selection.minimum:
+            scores = scores.float()
+            early = (self._kv_lens < state.earliest_ends[:rows]).unsqueeze(1)
+            scores = scores.scatter(1, self._ends, scores.gather(1, self._ends).masked_fill(early, float("-inf")))
+        if not selection.sample:
+            return scores
+        scores = scores.float()
+        if selection.temperature:
+            scores = scores / state.temperature[:rows]
+        if selection.top_k:
+            scores = keep_top_k(scores, selection.top_k, state.top_k[:rows])
+        if selection.top_p:
+            scores = keep_top_p(scores, state.top_p[:rows])
+        return scores
