@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from granite_speech.checkpoints.folder import Checkpoint
 from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys
 from granite_speech.config import GraniteSpeechConfig
-from granite_speech.errors import InputError
 from granite_speech.engine.generate import Generation
+from granite_speech.errors import InputError
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.forward import SpeechToStates

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from granite_speech.checkpoints.folder import Checkpoint, load_json, resolve
 from granite_speech.checkpoints.weight_names import EMBEDDING
 from granite_speech.config import GraniteSpeechConfig, GraniteSpeechPlusConfig
-from granite_speech.errors import CheckpointError, GraniteSpeechError, InputError, MissingDependencyError, UnsupportedError
 from granite_speech.engine.generate import launches_of_generate
+from granite_speech.errors import CheckpointError, GraniteSpeechError, InputError, MissingDependencyError, UnsupportedError
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.model import GraniteSpeechForConditionalGeneration

@@ -1,6 +1,6 @@
 """`generate`: one packed prefill of all prompts, then one token per row and step through the paged cache."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any

@@ -99,6 +99,10 @@ class Graphs:
     def replay(self, key: Hashable) -> None:
         self._captured[key].replay()
 
+    def keys(self) -> list[Hashable]:
+        """Shapes of the captured stages."""
+        return list(self._captured)
+
     def want(self, key: Hashable, make: Callable[[], Stage]) -> None:
         """Have the stage that `make` returns captured by the next `capture_wanted`."""
         if self.can_capture and key not in self._captured:
