@@ -75,6 +75,9 @@ class _Event:
     def synchronize(self) -> None:
         self._gpu.late_reads += 1
 
+    def wait(self) -> None:
+        """Later work of the device waits, not the host."""
+
 
 class StandInGPU(TorchDispatchMode):
     """Device "cuda" exists inside its `with` block.

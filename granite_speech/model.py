@@ -153,6 +153,8 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         return headless._follow(self)
 
     def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.runtime.clear()  # training needs the memory of pages and graphs
         super().train(mode)
         self.model.training = mode
         return self

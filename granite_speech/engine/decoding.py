@@ -21,10 +21,15 @@ from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.outputs import GenerateOutput
 from granite_speech.modules.transfers import Reading, on_device
 
-__all__ = ["Decoding", "Prompts", "StepKey"]
+__all__ = ["Decoding", "Prompts", "StepKey", "reserved_tokens"]
 
 # An answer gets pages for this many tokens at once, or for max_new_tokens if that is less; if it goes on, for twice as many.
 _RESERVED_TOKENS = 256
+
+
+def reserved_tokens(options: GenerationOptions) -> int:
+    """Tokens of an answer that get pages before its first step."""
+    return min(options.max_new_tokens, _RESERVED_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Decoding:
         self._scores: list[Tensor] = []
         self._eager: tuple[StepKey, DecodeStep] | None = None
 
-        self._reserved = min(options.max_new_tokens, _RESERVED_TOKENS)
+        self._reserved = reserved_tokens(options)
         cache.reserve([length + self._reserved for length in cache.lengths])
         pages = cache.pool.count(max(cache.lengths) + options.max_new_tokens)
         self._state = runtime.decode_state(StateSize.of(len(cache), pages, len(options.eos_token_id)), vocab_size)

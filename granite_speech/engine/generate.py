@@ -10,7 +10,7 @@ from granite_kernels.launch import Launch, recorded_launches
 from torch import Tensor
 
 from granite_speech.engine.beams import search_beams
-from granite_speech.engine.decoding import Decoding, Prompts
+from granite_speech.engine.decoding import Decoding, Prompts, reserved_tokens
 from granite_speech.engine.runtime import Runtime
 from granite_speech.errors import InputError
 from granite_speech.generation.options import GenerationOptions
@@ -106,7 +106,9 @@ class Generation:
     @property
     def runtime(self) -> Runtime:
         """Pages, decode state and graphs, which stay between requests."""
-        return self.__dict__.setdefault("_runtime", Runtime())
+        if "_runtime" not in self.__dict__:
+            self.__dict__["_runtime"] = Runtime()  # not a submodule: it has no parameters and is not saved
+        return self.__dict__["_runtime"]
 
     @property
     def use_graphs(self) -> bool:
@@ -132,13 +134,17 @@ def _prefill(
         host: `inputs.on_host()`.
         tokenizer: for stop strings.
     """
+    mask = host.attention_mask
+    lengths = [host.input_ids.shape[1]] * len(host.input_ids) if mask is None else (mask != 0).sum(1).tolist()
+    copies = max(options.num_beams, options.num_return_sequences)
+    # All at once and before anything is stored, so that the pool grows at most once and copies nothing.
+    runtime.pool.require(copies * sum(runtime.pool.count(length + reserved_tokens(options)) for length in lengths))
     cache = PagedCache(model.config.text_config, len(host.input_ids), dtype=model.dtype, device=model.device, pool=runtime.pool)
     try:
         output = model.states(replace(inputs, past_key_values=cache), replace(host, past_key_values=cache))
         states = output.packed_states.index_select(0, output.rows.segments.cu_seqlens[1:] - 1)
         ids, host_ids = inputs.input_ids, host.input_ids
         kept = torch.ones_like(host_ids, dtype=torch.bool) if host.attention_mask is None else host.attention_mask != 0
-        copies = max(options.num_beams, options.num_return_sequences)
         if copies > 1:
             cache.reorder([row for row in range(len(cache)) for _ in range(copies)])
             states, ids, host_ids, kept = (one.repeat_interleave(copies, 0) for one in (states, ids, host_ids, kept))

@@ -5,6 +5,7 @@ Captures need warm-up runs and take as long as an eager run, so a shape that is 
 captured before the next request.
 """
 
+import gc
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,16 +47,25 @@ class CudaCapture:
             with torch.cuda.stream(self._stream):
                 function()  # compiles kernels, loads modules and creates handles, none of which can be captured
                 self._stream.synchronize()
-                # Another thread may use the GPU meanwhile; only this one's calls must be legal in a capture.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    function()
-                except BaseException:
-                    self._abandon(graph)
-                    raise
-                graph.capture_end()
+                self._capture(graph, function)
             torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], None]) -> None:
+        collects = gc.isenabled()
+        gc.disable()  # it might free another graph, which is not allowed in a capture
+        try:
+            # Another thread may use the GPU meanwhile; only this one's calls must be legal in a capture.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a capture that failed. Ending it raises too, before PyTorch's allocator has left the pool."""

@@ -17,6 +17,7 @@ from torch.nn.modules import module as every_module
 
 from granite_speech.engine.graphs import CudaCapture, Graphs
 from granite_speech.engine.state import DecodeState, StateSize
+from granite_speech.modules import transfers
 from granite_speech.modules.cache import PagePool
 
 __all__ = ["Runtime"]
@@ -40,14 +41,14 @@ class Runtime:
         state: of the decode step, once there was a request.
     """
 
-    def __init__(self) -> None:
-        self.use_graphs = True
+    def __init__(self, use_graphs: bool = True) -> None:
+        self.use_graphs = use_graphs
         self.make_capture: Callable[[torch.device], Capture | None] = _cuda_capture
         self._lock = threading.Lock()
         self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # for copy and pickle: nothing here is part of the model
+        return type(self), (self.use_graphs,)  # for copy and pickle: nothing else here is part of the model
 
     def clear(self) -> None:
         """Free all memory and drop all graphs."""
@@ -56,13 +57,13 @@ class Runtime:
         self.state: DecodeState | None = None
         self._weights: _Weights | None = None
         self._pages: Tensor | None = None
+        self._finished: torch.cuda.Event | None = None
 
     @contextmanager
     def session(self, model: nn.Module) -> Iterator["Runtime"]:
         """One request. Another at the same time, from a second thread or a streamer, gets a runtime of its own, without graphs."""
         if not self._lock.acquire(blocking=False):
-            alone = Runtime()
-            alone.use_graphs = False
+            alone = Runtime(use_graphs=False)
             alone._begin(model)
             yield alone
             return
@@ -70,10 +71,14 @@ class Runtime:
             self._begin(model)
             yield self
         finally:
+            if model.device.type == "cuda":
+                self._finished = transfers.record_event()
             self._lock.release()
 
     def _begin(self, model: nn.Module) -> None:
         """Make pages and graphs fit the model as it is now, and capture what earlier requests asked for."""
+        if self._finished is not None:
+            self._finished.wait()  # the last request may have run on another stream, and its last step is not waited for
         if self.pool is None or (self.pool.keys[0].dtype, self.pool.keys[0].device) != (model.dtype, model.device):
             self.clear()
             self.pool = PagePool(model.config.text_config, dtype=model.dtype, device=model.device)

@@ -48,9 +48,14 @@ class PagePool:
     def require(self, pages: int) -> None:
         """Grow until this many pages are free."""
         missing = pages - len(self._free)
-        if missing > 0:
+        if missing > 0 and self._is_unused():
+            self._grow(1 + pages)
+        elif missing > 0:
             # At least doubled, so that growth token by token copies the pools only a logarithmic number of times.
-            self._grow(max(self.total + missing, 2 * self.total, missing + 1))
+            self._grow(max(self.total + missing, 2 * self.total))
+
+    def _is_unused(self) -> bool:
+        return len(self._free) == max(0, self.total - 1)
 
     def take(self, pages: int) -> list[int]:
         """Hand out pages."""
@@ -65,8 +70,8 @@ class PagePool:
     def _grow(self, total: int) -> None:
         """Enlarge every pool. If memory runs out, all pools keep their former size."""
         kept = self.total
-        if kept == len(self._free) + 1:
-            # No sequence uses a page, so there is nothing to copy: free the old pools before the new ones need memory.
+        if self._is_unused():
+            # There is nothing to copy. Free the old pools before the new ones need memory.
             self.keys, self.values = ([pool[:0].clone() for pool in pools] for pools in (self.keys, self.values))
             self._free, self.total, kept = [], 0, 0
         # Inference mode is off here even if the caller uses it: a later call without it could not write to such tensors.

@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from granite_speech import GraniteSpeechForConditionalGeneration
+from granite_speech.engine.graphs import CudaCapture
+from granite_speech.engine.state import DecodeState, StateSize
+from granite_speech.engine.step import DecodeStep, Selection
+from granite_speech.generation.options import GenerationOptions
+from granite_speech.modules.cache import PagedCache, PagePool
 from tests.support.small_models import batch, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -104,3 +109,28 @@ def test_many_batches_of_different_sizes():
     model.use_graphs = True
     for _ in range(3):
         assert [answer(model, some[rows], max_new_tokens=new, eos_token_id=[]) for rows, new in sizes] == expected
+
+
+def test_choosing_a_token_can_be_captured_with_a_large_vocabulary():
+    """Sorting and top k take other paths there than in a small one."""
+    config, vocab_size, rows = small_model().config.text_config, 100_353, 3
+    pool = PagePool(config, dtype=torch.bfloat16, device=torch.device("cuda"))
+    pool.require(8)
+    selection = Selection(penalty=True, minimum=True, sample=True, temperature=True, top_k=50, top_p=True)
+    logits = torch.randn(rows, vocab_size, device="cuda").bfloat16()
+
+    def chosen(capture) -> list[int]:
+        state = DecodeState(StateSize.of(rows, 4, 2), vocab_size, pool)
+        state.top_k.fill_(50)
+        state.see(torch.zeros(rows, 1, dtype=torch.int64, device="cuda"), torch.zeros(rows, 1, dtype=torch.bool, device="cuda"))
+        cache = PagedCache(config, rows, dtype=torch.bfloat16, device=torch.device("cuda"), pool=pool)
+        options = {"repetition_penalty": 1.2, "min_new_tokens": 3, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "do_sample": True}
+        step = DecodeStep(None, state, selection, rows)
+        state.draw(rows, torch.Generator("cuda").manual_seed(1))
+        replay = capture(lambda: step.choose(logits, 0))  # runs it once, so the state is filled afterwards
+        state.fill(cache, GenerationOptions(eos_token_id=(5, 6), max_new_tokens=9, **options))
+        state.see(torch.arange(12, device="cuda").view(3, 4), torch.ones(3, 4, dtype=torch.bool, device="cuda"))
+        replay()
+        return state.history[0, :rows].tolist()
+
+    assert chosen(CudaCapture(torch.device("cuda", 0))) == chosen(lambda function: function)
