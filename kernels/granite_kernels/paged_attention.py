@@ -142,22 +142,23 @@ def _attend(inputs: PagedAttentionInputs, q: torch.Tensor, table: torch.Tensor, 
     n, group, dtype = q.shape[0] // sequences, q.shape[1] // num_kv_heads, accumulator(q.dtype)
     position = torch.arange(pages * page_size, device=q.device)
     ends = kv_lens[:, None]
-    slots = (table[:, :, None] * page_size + position[:page_size]).flatten(1)
+    slots = torch.add(position[:page_size], table[:, :, None], alpha=page_size).flatten(1)
     # The first key in place of those past the end, which get no weight but may hold NaN, and 0 · NaN is NaN.
     slots = torch.where(position < ends, slots, slots[:, :1]).flatten()
     keys, values = (
         cache.flatten(0, 1).index_select(0, slots).to(dtype).view(sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
         for cache in (inputs.k_cache, inputs.v_cache)
     )
-    # The query heads that share a KV head are queries of one head: (sequences, num_kv_heads, group · n, head_dim).
-    queries = q.to(dtype).reshape(sequences, n, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    causal = inputs.causal and n > 1
-    if causal:
+    if inputs.causal and n > 1:
         ends = ends + torch.arange(1 - n, 1, device=q.device)  # (sequences, n)
-    seen = (position < ends[..., None]).repeat(1, group if causal else 1, 1)[:, None]
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=inputs.scale)
-    out = out.unflatten(2, (group, n)).permute(0, 3, 1, 2, 4).reshape(q.shape).to(q.dtype)
-    if causal and n > (pages - 1) * page_size:  # a sequence may have more queries than keys
+    mask = torch.where(position < ends[..., None], 0.0, -torch.inf).to(dtype)
+    if mask.shape[1] > 1:
+        mask = mask.repeat_interleave(group, dim=1)
+    # The query heads that share a KV head are queries of one head: (sequences, num_kv_heads, n · group, head_dim).
+    queries = q.to(dtype).reshape(sequences, n, num_kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=inputs.scale)
+    out = out.unflatten(2, (n, group)).transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()
+    if ends.shape[1] > 1 and n > (pages - 1) * page_size:  # a sequence may have more queries than keys
         out = out.masked_fill(ends.flatten()[:, None, None] <= 0, 0)
     return out
 
