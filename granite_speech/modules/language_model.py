@@ -71,9 +71,7 @@ class GraniteAttention(nn.Module):
         self.o_proj = LoraLinear(queries, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, rotary: Rotary, tokens: Tokens) -> Tensor:
-        q, k, v = (
-            proj(x, tokens.adapter_index).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x, tokens.adapter_index).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         # Together, because each operation on one token costs more than its arithmetic.
         q, k = rotate(torch.cat((q, k), dim=1), *rotary).split((q.shape[1], k.shape[1]), dim=1)
         step, segments = tokens.step, tokens.segments
@@ -116,7 +114,7 @@ def rotary_embedding(config: GraniteConfig, positions: Tensor, dtype: torch.dtyp
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + head_dim / 2) of `(total_tokens, heads, head_dim)` by the angles of their positions."""
-    # Adding the products to the first in place rounds as eager code does, unlike addcmul in bfloat16.
+    # Not addcmul, which rounds only once: eager code in bfloat16 rounds both products.
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -98,32 +99,19 @@ def block_attention_reference(inputs: BlockAttentionInputs) -> torch.Tensor:
     q, k, v, rel_pos_emb = (tensor.to(accumulator(dtype)) for tensor in (inputs.q, inputs.k, inputs.v, inputs.rel_pos_emb))
     clips = bounds(inputs.cu_seqlens, frames)
     total = clips[-1][1] if clips else 0
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rel_pos_emb)):
-        return _together(q, k, v, rel_pos_emb, clips, inputs.context_size, scale).to(dtype)
-    pieces = []
-    for clip in clips:
-        # A clip's whole blocks, and then its shorter last one: views, because these blocks are adjacent.
-        for firsts, (length, *_) in _groups([clip], inputs.context_size):
-            rows = slice(firsts[0], firsts[-1] + length)
-            blocks = (tensor[rows].unflatten(0, (-1, length)).transpose(1, 2) for tensor in (q, k, v))
+    together = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rel_pos_emb))
+    groups = chain.from_iterable(_groups(some, inputs.context_size) for some in ([clips] if together else zip(clips)))
+    pieces, order = [], []
+    for firsts, lengths in groups:
+        longest, end = lengths[0], firsts[-1] + lengths[-1]
+        if lengths[-1] == longest and end - firsts[0] == len(firsts) * longest:
+            # (blocks, num_heads, length, dim_head): views, because these blocks are adjacent.
+            blocks = (tensor[firsts[0] : end].unflatten(0, (-1, longest)).transpose(1, 2) for tensor in (q, k, v))
             pieces.append(_attend(*blocks, rel_pos_emb, scale, None).transpose(1, 2).flatten(0, 1))
-    return join(pieces, q[total:]).contiguous().to(dtype)
-
-
-def _together(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_pos_emb: torch.Tensor,
-    clips: list[tuple[int, int]],
-    context_size: int,
-    scale: float,
-) -> torch.Tensor:
-    """The result of all clips, from blocks of similar length, whichever clips they belong to."""
-    total, pieces, order = clips[-1][1] if clips else 0, [], []
-    for firsts, lengths in _groups(clips, context_size):
+            order.append(torch.arange(firsts[0], end))
+            continue
         first, length = torch.tensor(firsts)[:, None], torch.tensor(lengths)[:, None]
-        place = torch.arange(lengths[0])
+        place = torch.arange(longest)
         exists = place < length
         # Past a block's end, repeat its last frame: it is masked, but must not be another block's NaN.
         rows = (first + torch.minimum(place, length - 1)).to(q.device)
@@ -132,7 +120,10 @@ def _together(
         pieces.append(attended.flatten(0, 1)[exists.flatten().nonzero().squeeze(1).to(q.device)])
         order.append((first + place)[exists])
     out = join(pieces, q[total:])
-    return out[torch.argsort(torch.cat([*order, torch.arange(total, q.shape[0])])).to(q.device)]
+    places = torch.cat([*order, torch.arange(total, frames)])
+    if len(order) > 1 and (places[1:] < places[:-1]).any():
+        out = out[torch.argsort(places).to(q.device)]
+    return out.to(dtype)
 
 
 def _groups(clips: Iterable[tuple[int, int]], context_size: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -154,15 +145,16 @@ def _attend(
 ) -> torch.Tensor:
     """Attention over blocks (blocks, num_heads, length, dim_head). `exists` (blocks, length) masks frames; None keeps all."""
     length, max_pos_emb = q.shape[2], rel_pos_emb.shape[0] // 2
-    # One product with the rows of all distances j - i, from last to first: column j - i + length - 1. In memory, the next frame's
-    # distance 0 comes one row less one column later, so a view with that stride has the columns j.
-    band = rel_pos_emb[max_pos_emb - length + 1 : max_pos_emb + length].flip(0)
-    bias = (q @ (band * scale).t()).contiguous()
-    size, (block, head, row, _) = (*q.shape[:3], length), bias.stride()
-    bias = bias.as_strided(size, (block, head, row - 1, 1), bias.storage_offset() + length - 1)
+    # Frame i needs the rows for the distances i - j. With the keys in reverse order, these rows are a window of rel_pos_emb that
+    # starts at i, so no (length, length, dim_head) table has to be gathered. Softmax does not depend on the order of keys.
+    k, v = k.flip(2), v.flip(2)
+    band = rel_pos_emb[max_pos_emb - length + 1 : max_pos_emb + length]
+    windows = band.unfold(0, length, 1)  # (length, dim_head, length): frame i, feature, key from last to first
+    q = q * scale
+    scores = q @ k.transpose(2, 3) + torch.einsum("bhid,idj->bhij", q, windows)
     if exists is not None:
-        bias = bias.masked_fill(~exists[:, None, None], -torch.inf)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        scores = scores.masked_fill(~exists.flip(1)[:, None, None], -torch.inf)
+    return torch.softmax(scores, dim=-1) @ v
 
 
 @called_with(BlockAttentionInputs)

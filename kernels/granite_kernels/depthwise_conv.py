@@ -94,9 +94,9 @@ def _check(inputs: DepthwiseConvInputs) -> None:
 
 @called_with(DepthwiseConvInputs)
 def depthwise_conv_reference(inputs: DepthwiseConvInputs) -> torch.Tensor:
-    """`depthwise_conv` in PyTorch: one convolution of all clips, separated by the zeros that pad them.
+    """`depthwise_conv` in PyTorch, clip by clip: a clip's bits do not depend on its neighbours.
 
-    A clip's bits do not depend on its neighbours: each frame is a sum over the taps in the same order.
+    With gradients, one convolution computes all clips, separated by the zeros that pad them.
     """
     x, weight, scale, shift, cu_seqlens = inputs
     frames, (channels, kernel_size) = x.shape[0], weight.shape
@@ -108,21 +108,25 @@ def depthwise_conv_reference(inputs: DepthwiseConvInputs) -> torch.Tensor:
         taps, bias = taps * scale.to(dtype)[:, None], shift.to(dtype)
     taps = taps[:, None, :, None]
 
-    clips = bounds(cu_seqlens, frames)
-    total = clips[-1][1] if clips else 0
-    gated, places = F.glu(x[:total].to(dtype), dim=1), None
-    if lengths := [end - first for first, end in clips if end > first]:
-        if len(lengths) > 1:
-            gap = torch.arange(len(lengths)) * (kernel_size // 2)
-            places = (torch.arange(total) + gap.repeat_interleave(torch.tensor(lengths))).to(x.device)
-            gated = gated.new_zeros(total + int(gap[-1]), channels).index_copy(0, places, gated)
+    def convolved(gated: torch.Tensor) -> torch.Tensor:
         # Both sides have the same padding, which gives an even kernel one frame too many at the end.
         image = F.conv2d(gated.T[None, :, :, None], taps, bias, padding=(kernel_size // 2, 0), groups=channels)
-        gated = image[0, :, : gated.shape[0], 0].T
-    y = gated if places is None else gated.index_select(0, places)
+        return image[0, :, : gated.shape[0], 0].T
+
+    clips = bounds(cu_seqlens, frames)
+    total = clips[-1][1] if clips else 0
+    clips = [(first, end) for first, end in clips if end > first]
+    if torch.is_grad_enabled() and len(clips) > 1 and any(one is not None and one.requires_grad for one in (x, weight, scale, shift)):
+        gap = kernel_size // 2
+        places = torch.cat([torch.arange(first, end) + number * gap for number, (first, end) in enumerate(clips)]).to(x.device)
+        gated = F.glu(x[:total].to(dtype), dim=1)
+        spaced = gated.new_zeros(total + (len(clips) - 1) * gap, channels).index_copy(0, places, gated)
+        pieces = [convolved(spaced).index_select(0, places)]
+    else:
+        pieces = [convolved(F.glu(x[first:end].to(dtype), dim=1)) for first, end in clips]
     if scale is not None:
-        y = F.silu(y, inplace=not y.requires_grad)
-    return join([y], x[total:, :channels].to(dtype)).to(x.dtype)
+        pieces = [F.silu(y, inplace=not y.requires_grad) for y in pieces]
+    return join(pieces, x[total:, :channels].to(dtype)).to(x.dtype)
 
 
 @called_with(DepthwiseConvInputs)

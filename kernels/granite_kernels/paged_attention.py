@@ -140,20 +140,20 @@ def _attend(inputs: PagedAttentionInputs, q: torch.Tensor, table: torch.Tensor, 
     """
     (sequences, pages), (page_size, num_kv_heads, head_dim) = table.shape, inputs.k_cache.shape[1:]
     n, group, dtype = q.shape[0] // sequences, q.shape[1] // num_kv_heads, accumulator(q.dtype)
-    position = torch.arange(pages * page_size, device=q.device)
-    ends = kv_lens[:, None]
+    position, ends = torch.arange(pages * page_size, device=q.device), kv_lens[:, None]
+    exists = position < ends
     slots = torch.add(position[:page_size], table[:, :, None], alpha=page_size).flatten(1)
     # The first key in place of those past the end, which get no weight but may hold NaN, and 0 · NaN is NaN.
-    slots = torch.where(position < ends, slots, slots[:, :1]).flatten()
+    slots = torch.where(exists, slots, slots[:, :1]).flatten()
     keys, values = (
         cache.flatten(0, 1).index_select(0, slots).to(dtype).view(sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
         for cache in (inputs.k_cache, inputs.v_cache)
     )
+    seen = exists[:, None]
     if inputs.causal and n > 1:
-        ends = ends + torch.arange(1 - n, 1, device=q.device)  # (sequences, n)
-    mask = torch.where(position < ends[..., None], 0.0, -torch.inf).to(dtype)
-    if mask.shape[1] > 1:
-        mask = mask.repeat_interleave(group, dim=1)
+        ends = ends + torch.arange(1 - n, 1, device=q.device)  # of each query, (sequences, n)
+        seen = (position < ends[:, :, None]).repeat_interleave(group, dim=1)
+    mask = torch.where(seen, 0.0, -torch.inf).to(dtype)
     # The query heads that share a KV head are queries of one head: (sequences, num_kv_heads, n · group, head_dim).
     queries = q.to(dtype).reshape(sequences, n, num_kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=inputs.scale)
