@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from granite_kernels import OPERATIONS, lora_linear
+from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
 from granite_speech.errors import CheckpointError, UnsupportedError
@@ -177,10 +177,10 @@ class LoraLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         if self.training and self.lora_dropout:
             return F.linear(x, self.weight, self.bias) + self._dropped_out_product(x, adapter_index)
-        rows = x.reshape(-1, self.in_features)
+        if x.dim() != 2:
+            return self.forward(x.reshape(-1, self.in_features), adapter_index).view(*x.shape[:-1], self.out_features)
         a, b = self.lora_A.weight.unsqueeze(0), self.lora_B.weight.unsqueeze(0)
-        out = lora_linear(rows, self.weight, self.bias, a, b, self._scaling_on(x.device), adapter_index)
-        return out.view(*x.shape[:-1], self.out_features)
+        return OPERATIONS["lora_linear"].run(x, self.weight, self.bias, a, b, self._scaling_on(x.device), adapter_index)
 
     def _dropped_out_product(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
         # Only the adapter's input has dropout, so base and adapter no longer share x and cannot be one operation.

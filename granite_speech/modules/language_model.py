@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from granite_kernels import OPERATIONS, paged_attention
-from granite_kernels.op import accumulator
+from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
 from granite_speech.config import GraniteConfig
@@ -52,8 +51,7 @@ class GraniteRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(accumulator(x.dtype))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
@@ -73,15 +71,16 @@ class GraniteAttention(nn.Module):
         self.o_proj = LoraLinear(queries, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, rotary: Rotary, tokens: Tokens) -> Tensor:
-        q, k, v = (proj(x, tokens.adapter_index).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = (proj(x, tokens.adapter_index).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # Together, because each operation on one token costs more than its arithmetic.
+        q, k = rotate(torch.cat((q, k), dim=1), *rotary).split((q.shape[1], k.shape[1]), dim=1)
         step, segments = tokens.step, tokens.segments
         if step is not None:
             step.write(self.layer, k, v)
         if step is not None and (step.has_past or self._reads_own_pages(q)):
             pools = step.pool.keys[self.layer], step.pool.values[self.layer]
             extent = {"max_query_len": segments.longest, "scale": self.scaling}
-            out = paged_attention(q, *pools, step.block_table, step.kv_lens, segments.cu_seqlens, **extent)
+            out = OPERATIONS["paged_attention"].run(q, *pools, step.block_table, step.kv_lens, segments.cu_seqlens, **extent)
         else:
             # All keys are from this call, so nothing needs to be read back from pages, and gradients flow.
             out = causal_attention(q, k, v, segments, self.scaling, self.dropout if self.training else 0.0)
@@ -100,20 +99,23 @@ class GraniteAttention(nn.Module):
 
 
 def rotary_embedding(config: GraniteConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Cosine and sine of every position, `(total_tokens, 1, head_dim)` each; computed in float32, rounded to dtype."""
+    """Cosine and signed sine of every position, `(total_tokens, 1, head_dim)` each, for `rotate`.
+
+    Computed in float32, rounded to dtype. The sine's first half is negative.
+    """
     rope, width = config.rope_parameters, config.attention_head_dim
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
     frequencies = 1.0 / (rope["rope_theta"] ** exponents)
     if rope["rope_type"] == "linear":
         frequencies = frequencies / rope["factor"]
-    angles = positions.float()[:, None, None] * torch.cat((frequencies, frequencies))
+    angles = positions.float()[:, None, None] * torch.cat((-frequencies, frequencies))
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + head_dim / 2) of `(total_tokens, heads, head_dim)` by the angles of their positions."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    # Not addcmul, which rounds only once: eager code in bfloat16 rounds both products.
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, dropout: float) -> Tensor:

@@ -41,6 +41,9 @@ class Launch:
     arguments: Mapping[str, Any]
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 class _Recording(threading.local):
     """This thread's recording. Another thread may be running the model at the same time."""
 
@@ -130,8 +133,20 @@ def _current(device: torch.device) -> AbstractContextManager:
 def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:
     """Registers `launcher` and its fake as the torch.library operation `granite_kernels::<its name>`, opaque to torch.compile.
 
-    The schema comes from the launcher's annotations. The caller adds gradients with `register_autograd`.
+    The schema comes from the launcher's annotations. The caller adds gradients with `register_autograd`. The launcher itself is
+    the operation's attribute `launcher`, for `Operation.run`.
     """
     operation = torch.library.custom_op(f"granite_kernels::{launcher.__name__.strip('_')}", launcher, mutates_args=())
     operation.register_fake(launcher)
+    operation.launcher = launcher
     return operation
+
+
+def is_plain(tensors: Iterable[Any]) -> bool:
+    """Whether a launcher may be called directly with these arguments: nothing would see the registered operation.
+
+    False under a TorchDispatchMode or a transform of torch.func, and for subclasses of tensors, such as fake tensors.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(one) in _PLAIN or not isinstance(one, torch.Tensor) for one in tensors)

@@ -96,7 +96,10 @@ def lora_linear_reference(inputs: LoraLinearInputs) -> torch.Tensor:
     out = F.linear(x, weight, bias)
     for adapter in range(1 if adapter_index is None else lora_a.shape[0]):
         delta = F.linear(F.linear(x, lora_a[adapter]), lora_b[adapter])
-        adapted = torch.addcmul(out.to(wide), delta.to(wide), scaling[adapter].to(wide)).to(x.dtype)
+        if x.dtype == wide:
+            adapted = torch.addcmul(out, delta, scaling[adapter])
+        else:
+            adapted = torch.addcmul(out.to(wide), delta.to(wide), scaling[adapter]).to(x.dtype)
         out = adapted if adapter_index is None else torch.where((adapter_index == adapter)[:, None], adapted, out)
     return out
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from granite_kernels.errors import KernelError
-from granite_kernels.launch import recording
+from granite_kernels.launch import is_plain, recording
 
 IMPLS = ("triton", "torch")
 CHOICE = "GRANITE_SPEECH_KERNELS"
@@ -151,6 +151,20 @@ class Operation:
         """The function of the backend that a call with this tensor uses."""
         return self.triton if self.resolve(impl, tensor.device, tensor.dtype) == "triton" else self.reference
 
+    def run(self, *args: Any, **options: Any) -> torch.Tensor:
+        """`call` for modules, which know that their arguments are right: the same arguments without `impl`, and no checks.
+
+        Checks and the dispatcher take longer than a kernel for one token. Where something has to see the call (autograd,
+        torch.compile, fake tensors, a dispatch mode), it is an ordinary one.
+        """
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+            return self.call(*args, **options)
+        function = self.select(None, args[0])
+        launcher = getattr(function, "launcher", None)  # a reference has none
+        if launcher is not None and is_plain(args):
+            return launcher(*args, **options)
+        return function(*args, **options)
+
     def backend(self, tensor: torch.Tensor) -> str:
         """The backend that a call with this tensor uses, such as "block_attention=triton", for a module's `extra_repr`.
 
@@ -160,6 +174,10 @@ class Operation:
             return f"{self.name}={self.resolve(None, tensor.device, tensor.dtype)}"
         except KernelError:
             return f"{self.name}=unavailable"
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 # torch.compile treats the results of these two as constants.

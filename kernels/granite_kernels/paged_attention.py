@@ -109,27 +109,57 @@ def _check(inputs: PagedAttentionInputs) -> None:
 
 @called_with(PagedAttentionInputs)
 def paged_attention_reference(inputs: PagedAttentionInputs) -> torch.Tensor:
-    """`paged_attention` in PyTorch, one sequence at a time: padding all sequences to one length costs more than the loop."""
-    q, dtype = inputs.q, accumulator(inputs.q.dtype)
-    page_size, num_kv_heads = inputs.k_cache.shape[1:3]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    """`paged_attention` in PyTorch. Sequences with equal numbers of queries and of pages are computed together.
+
+    A sequence's keys are padded to whole pages, whatever the others need, so its bits do not depend on its neighbours.
+    """
+    q = inputs.q
+    alike: dict[tuple[int, int], list[int]] = {}
     for sequence, (first, end, kv_len) in enumerate(_spans(inputs)):
-        if first == end or kv_len == 0:
-            continue
-        pages = inputs.block_table[sequence, : -(-kv_len // page_size)]
-        # Cut before any arithmetic: the last page's free rows may hold NaN, and 0 · NaN is NaN.
-        keys, values = (cache[pages].flatten(0, 1)[:kv_len].to(dtype) for cache in (inputs.k_cache, inputs.v_cache))
-        queries = q[first:end].to(dtype).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # (kv heads, group, n, head_dim)
-        scores = queries.flatten(1, 2) @ keys.permute(1, 2, 0) * inputs.scale  # (kv heads, group · n, kv_len)
-        scores = scores.unflatten(1, queries.shape[1:3])
-        positions = torch.arange(kv_len - (end - first), kv_len, device=q.device)[:, None]
-        if inputs.causal and end - first > 1:
-            scores = scores.masked_fill(torch.arange(kv_len, device=q.device) > positions, -torch.inf)
-        weights = torch.softmax(scores, dim=-1).flatten(1, 2)
-        attended = (weights @ values.transpose(0, 1)).unflatten(1, queries.shape[1:3])
-        if inputs.causal and end - first > kv_len:
-            attended = attended.masked_fill(positions < 0, 0)
-        out[first:end] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+        if end > first and kv_len:
+            alike.setdefault((end - first, -(-kv_len // inputs.k_cache.shape[1])), []).append(sequence)
+    if len(alike) == 1:
+        [((n, pages), members)] = alike.items()
+        if len(members) == inputs.kv_lens.shape[0] and len(members) * n == q.shape[0]:
+            return _attend(inputs, q, inputs.block_table[:, :pages], inputs.kv_lens)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for (n, pages), members in alike.items():
+        which = torch.tensor(members, device=q.device)
+        rows = inputs.cu_seqlens_q.index_select(0, which)
+        if n > 1:
+            rows = (rows[:, None] + torch.arange(n, device=q.device)).flatten()
+        table, kv_lens = inputs.block_table[:, :pages].index_select(0, which), inputs.kv_lens.index_select(0, which)
+        out.index_copy_(0, rows.long(), _attend(inputs, q.index_select(0, rows), table, kv_lens))
+    return out
+
+
+def _attend(inputs: PagedAttentionInputs, q: torch.Tensor, table: torch.Tensor, kv_lens: torch.Tensor) -> torch.Tensor:
+    """Attention of sequences that have equally many queries and keys in every page of `table`, `(sequences, pages)`.
+
+    q and the result are `(sequences · n, num_heads, head_dim)`.
+    """
+    (sequences, pages), (page_size, num_kv_heads, head_dim) = table.shape, inputs.k_cache.shape[1:]
+    n, group, dtype = q.shape[0] // sequences, q.shape[1] // num_kv_heads, accumulator(q.dtype)
+    position, ends = torch.arange(pages * page_size, device=q.device), kv_lens[:, None]
+    exists = position < ends
+    slots = torch.add(position[:page_size], table[:, :, None], alpha=page_size).flatten(1)
+    # The first key in place of those past the end, which get no weight but may hold NaN, and 0 · NaN is NaN.
+    slots = torch.where(exists, slots, slots[:, :1]).flatten()
+    keys, values = (
+        cache.flatten(0, 1).index_select(0, slots).to(dtype).view(sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
+        for cache in (inputs.k_cache, inputs.v_cache)
+    )
+    seen = exists[:, None]
+    if inputs.causal and n > 1:
+        ends = ends + torch.arange(1 - n, 1, device=q.device)  # of each query, (sequences, n)
+        seen = (position < ends[:, :, None]).repeat_interleave(group, dim=1)
+    mask = torch.where(seen, 0.0, -torch.inf).to(dtype)
+    # The query heads that share a KV head are queries of one head: (sequences, num_kv_heads, n · group, head_dim).
+    queries = q.to(dtype).reshape(sequences, n, num_kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=inputs.scale)
+    out = out.unflatten(2, (n, group)).transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()
+    if ends.shape[1] > 1 and n > (pages - 1) * page_size:  # a sequence may have more queries than keys
+        out = out.masked_fill(ends.flatten()[:, None, None] <= 0, 0)
     return out
 
 

@@ -171,6 +171,34 @@ def test_the_public_function_uses_impl(op: Operation):
 
 
 @pytest.mark.parametrize("op", ALL)
+def test_run_gives_the_same_without_checks_and_checks_where_a_gradient_is_needed(op: Operation, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(CHOICE, raising=False)
+    inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
+    checked = []
+    watched = dataclasses.replace(op, call=lambda *args, **options: checked.append(True) or op.call(*args, **options))
+    assert torch.equal(positional(watched, inputs), op.reference(**inputs))
+    assert not checked
+    for name in op.differentiable:
+        if inputs[name] is not None:
+            assert positional(watched, {**inputs, name: inputs[name].clone().requires_grad_()}).requires_grad
+    assert len(checked) == sum(inputs[name] is not None for name in op.differentiable)
+    if not op.differentiable:
+        with pytest.raises(KernelError, match="requires a gradient"):
+            positional(op, {name: value.clone().requires_grad_() if name == "q" else value for name, value in inputs.items()})
+    monkeypatch.setenv(CHOICE, "fast")
+    with pytest.raises(KernelError, match=f"{CHOICE}=fast"):
+        positional(op, inputs)
+
+
+def positional(op: Operation, inputs: dict) -> torch.Tensor:
+    """`op.run` as modules call it: tensors by position, options by name."""
+    options = {name: inputs[name] for name in ("context_size", "scale", "max_query_len", "causal") if name in inputs}
+    if op.name == "depthwise_conv":
+        options.pop("scale")
+    return op.run(*(value for name, value in inputs.items() if name not in options), **options)
+
+
+@pytest.mark.parametrize("op", ALL)
 def test_argument_checks_read_no_values(op: Operation, monkeypatch: pytest.MonkeyPatch):
     # A check that reads a value, for which it would wait for a GPU, raises on meta tensors.
     file = importlib.import_module(f"granite_kernels.{op.name}")

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from granite_kernels import OPERATIONS
-from granite_kernels.op import Case, Operation
+from granite_kernels.op import CHOICE, Case, Operation
 from granite_kernels.testing import assert_operation_accurate, assert_same_bits, error, outcome, poisoned_allocations, strided_inputs
 from torch._dynamo.testing import EagerAndRecordGraphs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.kernels.test_operations import positional
 
 SMALL = [pytest.param(op, case, id=f"{op.name}: {case.name}") for op in OPERATIONS.values() for case in op.cases if not case.released]
 ALL = [pytest.param(op, id=op.name) for op in OPERATIONS.values()]
@@ -118,3 +121,28 @@ def detached_copy(argument, requires_grad: bool):
         return argument
     copy = argument.detach().clone()
     return copy.requires_grad_() if requires_grad and copy.is_floating_point() else copy
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_run_calls_the_launcher_unless_something_has_to_see_the_operation(op: Operation, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CHOICE, "triton")
+    inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
+    launched = []
+    monkeypatch.setattr(op.triton, "launcher", lambda *args, **options: launched.append(True) or op.triton(*args, **options))
+    expected = op.call(**inputs)
+    assert torch.equal(positional(op, inputs), expected)
+    assert len(launched) == 1
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    with Watching():
+        assert torch.equal(positional(op, inputs), expected)
+    assert f"granite_kernels::{op.name}" in seen
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        assert positional(op, fake).shape == expected.shape
+    assert len(launched) == 1

@@ -101,6 +101,21 @@ def test_a_sequence_gets_the_same_bits_in_every_batch(dtype: torch.dtype):
     assert torch.equal(together[1:3], alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_many_rows_of_mixed_lengths_get_the_bits_of_each_row_alone(dtype: torch.dtype):
+    """Decode steps, drafts and sequences without keys or queries, of one to nine pages; `draw` puts NaN in every unused row."""
+    sequences = [(1, 1 + 5 * row % 36) for row in range(40)] + [(3, 9), (1, 0), (3, 11), (0, 7), (2, 1), (1, 36), (3, 30)]
+    given, _ = draw(sequences, num_heads=6, num_kv_heads=2, head_dim=16, dtype=dtype)
+    together = paged_attention(**given)
+    assert together.isfinite().all()
+    offsets = given["cu_seqlens_q"].tolist()
+    for row, (n, _) in enumerate(sequences):
+        span, one = slice(offsets[row], offsets[row + 1]), slice(row, row + 1)
+        alone = {**given, "q": given["q"][span], "block_table": given["block_table"][one], "kv_lens": given["kv_lens"][one]}
+        alone = paged_attention(**alone | {"cu_seqlens_q": torch.tensor([0, n], dtype=torch.int32)})
+        assert torch.equal(together[span], alone), row
+
+
 def test_block_table_entries_past_the_keys_are_not_read():
     given, _ = draw([(1, 5), (1, 0), (0, 3)])
     expected = paged_attention(**given)
