@@ -64,6 +64,15 @@ class Segments:
         padded = packed.new_zeros(sum(windows) * width, *packed.shape[1:]).index_copy(0, rows, packed)
         return padded.view(sum(windows), width, *packed.shape[1:])
 
+    def window_rows(self, width: int, beyond: int) -> Tensor:
+        """`(windows, width)` int64 on the host: packed rows of each segment, cut into windows; `beyond` after a segment's end."""
+        lengths, starts = torch.tensor(self.lengths, dtype=torch.int64), torch.tensor(self.starts[:-1], dtype=torch.int64)
+        counts = (lengths + width - 1) // width
+        of_window = torch.arange(len(lengths)).repeat_interleave(counts)
+        number = torch.arange(len(of_window)) - (counts.cumsum(0) - counts)[of_window]
+        places = number[:, None] * width + torch.arange(width)
+        return torch.where(places < lengths[of_window, None], starts[of_window, None] + places, beyond)
+
 
 @dataclass(frozen=True)
 class Bucket:
