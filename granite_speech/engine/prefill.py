@@ -7,21 +7,21 @@ call that fits its bucket. The tokens beyond a call's are padding: they write to
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from granite_speech.engine.fixed_shapes import Field, InputBlock, is_inference, power_of_2, round_up
-from granite_speech.engine.runtime import Runtime
+from granite_speech.engine.graphs import Graphs
 from granite_speech.modules.cache import CacheStep, PagePool
 from granite_speech.modules.forward import PackedPrompt
 from granite_speech.modules.language_model import Tokens
 from granite_speech.modules.packing import Bucket
 from granite_speech.modules.prompts import ModelInputs
 
-__all__ = ["PrefillKey", "PrefillStage", "PromptBucket", "bucket_of", "prefill"]
+__all__ = ["PrefillStage", "PromptBucket", "bucket_of", "prefill"]
 
 # Above these, the device takes longer than the launches.
 _TOKENS = ((64, 512), (128, 1024), (256, 2048))
@@ -41,13 +41,6 @@ class PromptBucket:
     rows: int
 
 
-class PrefillKey(NamedTuple):
-    """What the launches of a prefill depend on, apart from the model and the pages."""
-
-    bucket: PromptBucket
-    pages_per_row: int
-
-
 def bucket_of(lengths: Sequence[int]) -> PromptBucket | None:
     """The smallest bucket for prompts of these numbers of tokens; None if one is empty, or if they are more than any bucket has."""
     if not lengths or len(lengths) > _MOST_ROWS or min(lengths) == 0:
@@ -63,7 +56,7 @@ class PrefillStage:
         model: with a head, in evaluation mode; its weights are read at every run.
         bucket: the size.
         pool: the pages. They are written, so they must not move between a capture and its replays.
-        pages_per_row: columns of the block table.
+        pages_per_row: columns of the block table: enough for one sequence of `bucket.tokens` tokens.
 
     Attributes:
         ids: `(tokens,)` int64.
@@ -151,35 +144,29 @@ class PrefillStage:
         self.logits.copy_(model.language_model.logits(states.index_select(0, self.last)))
 
 
-def prefill(model: Any, runtime: Runtime, inputs: ModelInputs, host: ModelInputs) -> Tensor:
+def prefill(model: Any, graphs: Graphs, prompt: PackedPrompt, inputs: ModelInputs) -> Tensor:
     """Run prompts, by replaying a captured stage if there is one for this size, and eagerly otherwise.
 
     Args:
-        model: the model.
-        runtime: its captured stages, and the pages of the cache. A stage that is missing is asked for.
-        inputs: the arguments of `forward`: `input_ids`, and in `past_key_values` a cache on the runtime's pages without keys.
-        host: `inputs.on_host()`.
+        model: the model, with a head.
+        graphs: its captured stages, all on the pages of the prompt's cache as they are now. A stage that is missing is asked for.
+        prompt: from `pack_prompt`. Its cache has no keys yet, but pages for every token.
+        inputs: what the prompt was packed from.
 
     Returns:
         `(rows, vocabulary)` logits of each row's next token; they belong to the caller. The cache has the prompts' keys.
-
-    Raises:
-        InputError: arguments that do not fit together or to the model.
     """
-    prompt = model.pack_prompt(inputs, host)
     cache, segments = prompt.cache, prompt.rows.segments
-    cache.reserve(list(segments.lengths))
-    runtime.follow_pages()  # the pool may have grown
-    graphs, bucket = runtime.decoder_graphs, bucket_of(segments.lengths) if is_inference(model.decoder) else None
-    key = None if bucket is None else PrefillKey(bucket, runtime.pool.count(bucket.tokens))
-    stage = None if key is None else graphs.captured(key)
+    bucket = bucket_of(segments.lengths) if is_inference(model.decoder) else None
+    stage = None if bucket is None else graphs.captured(bucket)
     if stage is None:
-        if key is not None:
-            graphs.want(key, partial(PrefillStage, model, key.bucket, runtime.pool, key.pages_per_row))
+        if bucket is not None:
+            graphs.want(bucket, partial(PrefillStage, model, bucket, cache.pool, cache.pool.count(bucket.tokens)))
         states, _, _ = model.run_prompt(prompt, inputs)
         return model.language_model.logits(states.index_select(0, segments.cu_seqlens[1:] - 1))
     stage.fill(prompt, cache.block_table())
-    graphs.replay(key)
+    graphs.replay(bucket)
     cache.lengths, cache.has_audio = list(segments.lengths), prompt.has_audio
     prompt.rows.advance(cache)
+    # Cloned, because the next replay overwrites the stage's result.
     return stage.logits[: len(segments.lengths)].clone()
