@@ -148,9 +148,9 @@ def prefill(model: Any, graphs: Graphs, prompt: PackedPrompt, inputs: ModelInput
     """Run prompts, by replaying a captured stage if there is one for this size, and eagerly otherwise.
 
     Args:
-        model: the model, with a head.
-        graphs: its captured stages, all on the pages of the prompt's cache as they are now. A stage that is missing is asked for.
-        prompt: from `pack_prompt`. Its cache has no keys yet, but pages for every token.
+        model: the model.
+        graphs: its captured stages, all on the pages of the prompts' cache. A stage that is missing is asked for.
+        prompt: from `model.pack_prompt`. Its cache has no keys yet, but a page for every token.
         inputs: what the prompt was packed from.
 
     Returns:
