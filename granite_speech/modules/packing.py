@@ -66,12 +66,10 @@ class Segments:
 
     def window_rows(self, width: int, beyond: int) -> Tensor:
         """`(windows, width)` int64 on the host: packed rows of each segment, cut into windows; `beyond` after a segment's end."""
-        lengths, starts = torch.tensor(self.lengths, dtype=torch.int64), torch.tensor(self.starts[:-1], dtype=torch.int64)
-        counts = (lengths + width - 1) // width
-        of_window = torch.arange(len(lengths)).repeat_interleave(counts)
-        number = torch.arange(len(of_window)) - (counts.cumsum(0) - counts)[of_window]
-        places = number[:, None] * width + torch.arange(width)
-        return torch.where(places < lengths[of_window, None], starts[of_window, None] + places, beyond)
+        after = torch.full((width - 1,), beyond)
+        own = torch.arange(self.total).split(self.lengths) if self.lengths else ()
+        pieces = [piece for rows in own for piece in (rows, after[: -len(rows) % width])]
+        return torch.cat([after[:0], *pieces]).view(-1, width)
 
 
 @dataclass(frozen=True)
