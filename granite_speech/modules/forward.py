@@ -28,19 +28,25 @@ __all__ = ["SpeechToStates"]
 
 @dataclass(frozen=True)
 class PackedPrompt:
-    """The language model's input for one call.
+    """The language model's input for one call, before its tokens are embedded.
 
     Attributes:
         rows: where the packed tokens lie in the padded batch.
-        embeddings: `(total_tokens, hidden)`, audio vectors in place.
+        cache: keys and values of earlier calls, to which the call adds its own; None: no cache.
         has_audio: for each row, whether it has audio in this call or in the cache.
+        ids: `(total_tokens,)` on the host; None if the caller gave embeddings.
+        is_audio: `(total_tokens,)` bool on the host, which tokens are audio tokens; None if the caller gave embeddings.
+        vectors: `(audio tokens, hidden)`, in the order of the tokens; None: no audio in this call.
         audio: `(total audio tokens, hidden)`, the projector's output, if there are clips.
         clips: where each clip's vectors lie in `audio`.
     """
 
     rows: Rows
-    embeddings: Tensor
+    cache: PagedCache | None
     has_audio: list[bool]
+    ids: Tensor | None
+    is_audio: Tensor | None
+    vectors: Tensor | None
     audio: Tensor | None
     clips: Segments | None
 
@@ -120,8 +126,18 @@ class SpeechToStates(nn.Module):
                 expected="equal widths",
                 remedy="Set projector_config.encoder_hidden_size and build the model again",
             )
+        states, vectors, tokens = self.encode_packed(frames, clips)
+        return states, clips, vectors, tokens
+
+    def encode_packed(self, frames: Tensor, clips: Segments) -> tuple[Tensor, Tensor, Segments]:
+        """Encode and project packed frames `(total_frames, input_dim)`, in the model's dtype.
+
+        Returns:
+            Encoder states `(total_frames, encoder width)`, audio vectors `(total audio tokens, text hidden size)`, and where each
+            clip's vectors lie.
+        """
         states = self.encoder.encode(frames, clips)
-        return states, clips, *self.projector(states, clips)
+        return states, *self.projector(states, clips)
 
     def states(self, inputs: ModelInputs, host: ModelInputs | None = None) -> GraniteSpeechModelOutputWithPast:
         """The forward pass up to the final norm.
@@ -137,23 +153,50 @@ class SpeechToStates(nn.Module):
             InputError: arguments that do not fit together or to the model.
             UnsupportedError: attention weights of a continued sequence.
         """
-        batch, width = inputs.check(self.device)
-        self._check_past(inputs)
-        host = host or inputs.on_host()
-        cache = self._cache(inputs, batch)
-        _check_cache_position(host.cache_position, cache, width)
-        rows = pack_rows((batch, width), self.device, host.attention_mask, host.position_ids, cache)
-        prompt = self._pack(inputs, host, rows, cache)
-        states, hidden_states, attentions = self._decode(prompt, cache, inputs)
+        prompt = self.pack_prompt(inputs, host or inputs.on_host())
+        rows = prompt.rows
+        states, hidden_states, attentions = self.run_prompt(prompt, inputs)
         return GraniteSpeechModelOutputWithPast(
             last_hidden_state=Lazy(lambda: rows.pad(states)),
-            past_key_values=cache,
+            past_key_values=prompt.cache,
             hidden_states=None if hidden_states is None else Lazy(lambda: tuple(map(rows.pad, hidden_states))),
             attentions=None if attentions is None else Lazy(lambda: tuple(map(rows.pad_weights, attentions))),
             audio_hidden_states=None if prompt.clips is None else Lazy(lambda: prompt.clips.pad(prompt.audio, prompt.clips.longest)),
             packed_states=states,
             rows=rows,
         )
+
+    def pack_prompt(self, inputs: ModelInputs, host: ModelInputs) -> PackedPrompt:
+        """Check a call's arguments, encode its audio, and lay out its tokens. The cache does not change.
+
+        Args:
+            inputs: the arguments of `forward`.
+            host: `inputs.on_host()`.
+
+        Raises:
+            InputError, UnsupportedError: as `states`.
+        """
+        batch, width = inputs.check(self.device)
+        self._check_past(inputs)
+        cache = self._cache(inputs, batch)
+        _check_cache_position(host.cache_position, cache, width)
+        rows = pack_rows((batch, width), self.device, host.attention_mask, host.position_ids, cache)
+        audio, vectors, clips = None, None, None
+        if inputs.input_features is not None:
+            _, _, audio, clips = self.encode_audio(inputs.input_features, host.input_features_lengths)
+            vectors = audio
+            if host.input_features_mask is not None:
+                vectors = _masked(audio, clips, host.input_features_mask, counted=inputs.input_features_lengths is not None)
+        if inputs.inputs_embeds is not None:
+            # The caller has already merged any audio in; without ids we cannot tell which rows have some.
+            ids, is_audio, has_audio = None, None, [True] * len(rows.segments.lengths)
+        else:
+            ids = host.input_ids.flatten()[rows.kept]
+            is_audio = self._audio_tokens(ids, vectors, continued=inputs.has_past)
+            has_audio = [bool(one.any()) for one in is_audio.split(rows.segments.lengths)]
+        if cache is not None:
+            has_audio = [now or before for now, before in zip(has_audio, cache.has_audio, strict=True)]
+        return PackedPrompt(rows, cache, has_audio, ids, is_audio, vectors, audio, clips)
 
     def _check_past(self, inputs: ModelInputs) -> None:
         """Refuse what cannot be computed for a sequence that continues a cache."""
@@ -181,32 +224,39 @@ class SpeechToStates(nn.Module):
             return inputs.past_key_values
         return PagedCache(self.config.text_config, batch, dtype=self.dtype, device=self.device)
 
-    def _pack(self, inputs: ModelInputs, host: ModelInputs, rows: Rows, cache: PagedCache | None) -> PackedPrompt:
-        """Encode the audio and put its vectors among the tokens' embeddings."""
-        audio, vectors, clips = None, None, None
-        if inputs.input_features is not None:
-            _, _, audio, clips = self.encode_audio(inputs.input_features, host.input_features_lengths)
-            vectors = audio
-            if host.input_features_mask is not None:
-                vectors = _masked(audio, clips, host.input_features_mask, counted=inputs.input_features_lengths is not None)
-        if inputs.inputs_embeds is not None:
-            # The caller has already merged any audio in; without ids we cannot tell which rows have some.
-            embeddings, has_audio = rows.pack(inputs.inputs_embeds), [True] * len(rows.segments.lengths)
-        else:
-            embeddings, has_audio = self._embed(inputs.input_ids, host.input_ids, rows, vectors, continued=inputs.has_past)
-        if cache is not None:
-            has_audio = [now or before for now, before in zip(has_audio, cache.has_audio, strict=True)]
-        return PackedPrompt(rows, embeddings, has_audio, audio, clips)
+    def _audio_tokens(self, ids: Tensor, vectors: Tensor | None, continued: bool) -> Tensor:
+        """`(total_tokens,)` bool on the host: which of the packed ids, on the host, are audio tokens. There is a vector for each."""
+        config = self.config
+        is_audio = ids == config.audio_token_index
+        outside = ids[~is_audio & ((ids < 0) | (ids >= config.text_config.vocab_size))]
+        if len(outside):
+            raise InputError(
+                got=f"token id {int(outside[0])}",
+                expected=f"ids from 0 to {config.text_config.vocab_size - 1}, or audio_token_index {config.audio_token_index}",
+                remedy="Use the processor of this checkpoint",
+            )
+        tokens, count = int(is_audio.sum()), 0 if vectors is None else vectors.shape[0]
+        # The model itself may have emitted an audio token, which then has no vector.
+        if tokens != count and not (continued and vectors is None):
+            raise InputError(
+                got=f"{tokens} audio tokens in input_ids and {count} audio vectors from input_features",
+                expected="equal numbers",
+                remedy="Let the processor make both, from one <|audio|> in the text for each clip",
+            )
+        return is_audio
 
-    def _decode(
-        self, prompt: PackedPrompt, cache: PagedCache | None, inputs: ModelInputs
-    ) -> tuple[Tensor, list[Tensor] | None, list[list[Tensor]] | None]:
+    def run_prompt(self, prompt: PackedPrompt, inputs: ModelInputs) -> tuple[Tensor, list[Tensor] | None, list[list[Tensor]] | None]:
         """Run the language model. If that fails, the cache is as it was.
+
+        Args:
+            prompt: from `pack_prompt`.
+            inputs: the arguments of `forward`.
 
         Returns:
             Packed states after the final norm, every layer's packed states, and every layer's attention weights by row; the last
             two are None unless requested.
         """
+        embeddings, cache = self._embed(prompt, inputs), prompt.cache
         segments = prompt.rows.segments
         before = None if cache is None else cache.lengths
         step = None if cache is None else cache.begin(segments)
@@ -220,7 +270,7 @@ class SpeechToStates(nn.Module):
                 step=step,
                 attentions=attentions,
             )
-            states = self.decoder(prompt.embeddings, tokens, hidden_states)
+            states = self.decoder(embeddings, tokens, hidden_states)
         except BaseException:
             if cache is not None:
                 cache.lengths = before  # the new tokens' pages stay reserved
@@ -234,30 +284,15 @@ class SpeechToStates(nn.Module):
         """Embeddings of token ids. An audio token without an audio vector, which a model may emit, counts as token 0."""
         return self.decoder.embed_tokens(torch.where(ids == self.config.audio_token_index, 0, ids))
 
-    def _embed(self, input_ids: Tensor, host_ids: Tensor, rows: Rows, vectors: Tensor | None, continued: bool) -> tuple[Tensor, list[bool]]:
-        """Packed embeddings with the audio vectors in place, and which rows have audio."""
-        config = self.config
-        ids = host_ids.flatten()[rows.kept]
-        is_audio = ids == config.audio_token_index
-        outside = ids[~is_audio & ((ids < 0) | (ids >= config.text_config.vocab_size))]
-        if len(outside):
-            raise InputError(
-                got=f"token id {int(outside[0])}",
-                expected=f"ids from 0 to {config.text_config.vocab_size - 1}, or audio_token_index {config.audio_token_index}",
-                remedy="Use the processor of this checkpoint",
-            )
-        places = is_audio.nonzero().squeeze(1)
-        count = 0 if vectors is None else vectors.shape[0]
-        if len(places) != count and not (continued and vectors is None):
-            raise InputError(
-                got=f"{len(places)} audio tokens in input_ids and {count} audio vectors from input_features",
-                expected="equal numbers",
-                remedy="Let the processor make both, from one <|audio|> in the text for each clip",
-            )
-        embeddings = self.embed_tokens(rows.pack(input_ids))
-        if count:
-            embeddings = embeddings.index_copy(0, on_device(places, self.device), vectors.to(embeddings.dtype))
-        return embeddings, [bool(one.any()) for one in is_audio.split(rows.segments.lengths)]
+    def _embed(self, prompt: PackedPrompt, inputs: ModelInputs) -> Tensor:
+        """`(total_tokens, hidden)`: the tokens' embeddings, with the audio vectors in place."""
+        if inputs.inputs_embeds is not None:
+            return prompt.rows.pack(inputs.inputs_embeds)
+        embeddings = self.embed_tokens(prompt.rows.pack(inputs.input_ids))
+        if prompt.vectors is None or prompt.vectors.shape[0] == 0:
+            return embeddings
+        places = prompt.is_audio.nonzero().squeeze(1)
+        return embeddings.index_copy(0, on_device(places, self.device), prompt.vectors.to(embeddings.dtype))
 
     def adapter_index(self, has_audio: list[bool], segments: Segments) -> Tensor | None:
         """`(total,)` int32, 0 for the tokens of rows with audio and −1 for the others; None if all rows have audio."""

@@ -64,6 +64,13 @@ class Segments:
         padded = packed.new_zeros(sum(windows) * width, *packed.shape[1:]).index_copy(0, rows, packed)
         return padded.view(sum(windows), width, *packed.shape[1:])
 
+    def window_rows(self, width: int, beyond: int) -> Tensor:
+        """`(windows, width)` int64 on the host: packed rows of each segment, cut into windows; `beyond` after a segment's end."""
+        after = torch.full((width - 1,), beyond)
+        own = torch.arange(self.total).split(self.lengths) if self.lengths else ()
+        pieces = [piece for rows in own for piece in (rows, after[: -len(rows) % width])]
+        return torch.cat([after[:0], *pieces]).view(-1, width)
+
 
 @dataclass(frozen=True)
 class Bucket:

@@ -13,6 +13,7 @@ from granite_speech.config import Blip2QFormerConfig, GraniteSpeechConfig
 from granite_speech.modules.activations import activation
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.transfers import on_device
 
 __all__ = ["GraniteSpeechEncoderProjector"]
 
@@ -134,6 +135,33 @@ class GraniteSpeechEncoderProjector(nn.Module):
         """Number of audio vectors of a clip with this many encoder frames."""
         return -(-frames // self.window_size) * self.num_queries
 
+    def token_segments(self, clips: Segments) -> Segments:
+        """Where each clip's audio vectors lie."""
+        return Segments(tuple(self.tokens(length) for length in clips.lengths), clips.device)
+
+    def windows(self, clips: Segments) -> Tensor | None:
+        """The `index` of `project` for these clips, on their device; None if every clip is whole windows."""
+        if all(length % self.window_size == 0 for length in clips.lengths):
+            return None
+        return on_device(clips.window_rows(self.window_size, beyond=clips.total), clips.device)
+
+    def project(self, frames: Tensor, index: Tensor | None) -> Tensor:
+        """Project windows of packed frames. Only the shapes of the arguments decide which work is done.
+
+        Args:
+            frames: `(rows, encoder width)`. Rows that `index` does not name may hold NaN.
+            index: `(windows, window_size)` int64, the row of each frame of each window; the number of rows means a zero vector.
+                None: the frames in order.
+
+        Returns:
+            `(windows * queries, text hidden size)`.
+        """
+        if index is None:
+            windows = frames.reshape(frames.shape[0] // self.window_size, self.window_size, frames.shape[1])
+        else:
+            windows = F.pad(frames, (0, 0, 0, 1)).index_select(0, index.flatten()).unflatten(0, index.shape)
+        return self.linear(self.qformer(self.query, windows)).flatten(0, 1)
+
     def forward(self, frames: Tensor, clips: Segments) -> tuple[Tensor, Segments]:
         """Project packed frames.
 
@@ -144,6 +172,4 @@ class GraniteSpeechEncoderProjector(nn.Module):
         Returns:
             `(total audio tokens, text hidden size)`, and where each clip's vectors lie.
         """
-        tokens = Segments(tuple(self.tokens(length) for length in clips.lengths), clips.device)
-        windows = clips.pad_to_multiple(frames, self.window_size, tuple(count // self.num_queries for count in tokens.lengths))
-        return self.linear(self.qformer(self.query, windows)).flatten(0, 1), tokens
+        return self.project(frames, self.windows(clips)), self.token_segments(clips)
