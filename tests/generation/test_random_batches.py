@@ -71,7 +71,7 @@ def steps_until_end(new: torch.Tensor, ends: int | list[int]) -> list[int]:
 
 def test_options_vary_and_rows_end_at_different_steps(model):
     given, steps, rows, kinds, ends_apart = Counter(), Counter(), Counter(), Counter(), 0
-    for seed in SEEDS:
+    for seed in SEEDS[::2]:
         inputs, options = random_batch(seed, model)
         given.update(list(options))
         rows[len(inputs["input_ids"])] += 1
@@ -82,11 +82,11 @@ def test_options_vary_and_rows_end_at_different_steps(model):
         steps.update(ended)
         ends_apart += len(set(ended)) > 1
         kinds["short"] += new.shape[1] < options["max_new_tokens"]
-    assert set(rows) == set(range(1, 7)) and min(rows.values()) >= 10
-    assert min(kinds[kind] for kind in ("mixed", "all", "none", "short")) >= 20, kinds
-    assert ends_apart >= 40 and len(steps) >= 20 and max(steps) >= 25, (ends_apart, steps)
+    assert set(rows) == set(range(1, 7)) and min(rows.values()) >= 5
+    assert min(kinds[kind] for kind in ("mixed", "all", "none", "short")) >= 10, kinds
+    assert ends_apart >= 20 and len(steps) >= 15 and max(steps) >= 20, (ends_apart, steps)
     wanted = (*OPTIONS, "num_return_sequences", "generator", "tokenizer", "streamer")
-    assert min(given[name] for name in wanted) >= 20, given
+    assert min(given[name] for name in wanted) >= 10, given
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, "attention_mask", "eos_token_id"])

@@ -61,7 +61,8 @@ def random_batch(seed: int, model: Any) -> tuple[dict[str, Any], dict[str, Any]]
     """
     dice = _Dice(seed)
     rows = 1 if dice.happens(0.3) else dice.integer(2, _MOST_ROWS)
-    return _inputs(dice, model, rows), _options(dice, model, rows)
+    inputs = _inputs(dice, model, rows)
+    return inputs, _options(dice, model, inputs["input_ids"][:, -1].tolist())
 
 
 def assert_as_plain(model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
@@ -117,7 +118,7 @@ def _inputs(dice: _Dice, model: Any, rows: int) -> dict[str, Any]:
     return inputs
 
 
-def _options(dice: _Dice, model: Any, rows: int) -> dict[str, Any]:
+def _options(dice: _Dice, model: Any, last_tokens: list[int]) -> dict[str, Any]:
     vocab_size, emitted = model.config.text_config.vocab_size, _emitted(model)
     ends = {dice.one_of(*emitted) for _ in range(dice.integer(0, 6))}
     if dice.happens(0.2):
@@ -134,10 +135,8 @@ def _options(dice: _Dice, model: Any, rows: int) -> dict[str, Any]:
     if dice.happens(0.5):
         options |= _sampling(dice, vocab_size)
     if dice.happens(0.25):
-        tokenizer = _tokenizer()
-        count = dice.integer(1, 3)
-        options |= {"tokenizer": tokenizer, "stop_strings": [_stop_string(dice, emitted, tokenizer) for _ in range(count)]}
-    if rows == 1 and options.get("num_return_sequences", 1) == 1 and dice.happens(0.8):
+        options |= {"tokenizer": _tokenizer(), "stop_strings": _stop_strings(dice, emitted, last_tokens)}
+    if len(last_tokens) == 1 and options.get("num_return_sequences", 1) == 1 and dice.happens(0.8):
         options["streamer"] = Recorder()
     return options
 
@@ -149,16 +148,20 @@ def _sampling(dice: _Dice, vocab_size: int) -> dict[str, Any]:
     if dice.happens(0.6):
         options["top_k"] = dice.one_of(0, 0, 1, 5, 20, vocab_size + 3)
     if dice.happens(0.5):
-        options["top_p"] = dice.one_of(0.2, 0.6, 0.9)
+        options["top_p"] = dice.one_of(1e-8, 0.2, 0.6, 0.9)
     if dice.happens(0.4):
         options["num_return_sequences"] = dice.integer(2, 3)
     return options
 
 
-def _stop_string(dice: _Dice, emitted: list[int], tokenizer: Any) -> str:
-    """The text of one or two tokens that the model may emit, ASCII only."""
-    text = "".join(tokenizer.decode([dice.one_of(*emitted)]) for _ in range(dice.integer(1, 2)))
-    return text if text and text.isascii() else "e"
+def _stop_strings(dice: _Dice, emitted: list[int], last_tokens: list[int]) -> list[str]:
+    """ASCII text of one or two tokens that the model emitted in turn; sometimes of a prompt's last token, which must not end its row."""
+    places = [dice.integer(0, len(emitted) - 2) for _ in range(dice.integer(1, 3))]
+    choices = [emitted[place : place + dice.integer(1, 2)] for place in places]
+    if dice.happens(0.5):
+        choices.append([dice.one_of(*last_tokens)])
+    texts = ["".join(_tokenizer().decode([one]) for one in choice) for choice in choices]
+    return [one if one and one.isascii() else "e" for one in texts]
 
 
 def _emitted(model: Any) -> list[int]:
