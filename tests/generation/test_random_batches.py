@@ -10,7 +10,7 @@ from tests.support.plain_generate import plain_generate
 from tests.support.random_batches import Recorder, assert_as_plain, random_batch
 from tests.support.random_checkpoint import write_checkpoint
 from tests.support.reference_models import SPECS, build_reference, write_released_layout
-from tests.support.small_models import small_model
+from tests.support.small_models import attentive, small_model
 
 SEEDS = range(200)
 # Options whose absence must change some answer.
@@ -28,7 +28,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def model() -> GraniteSpeechForConditionalGeneration:
-    return small_model()
+    return attentive(small_model())
 
 
 @pytest.fixture(scope="module", params=[SPECS[1], SPECS[3], SPECS[4]], ids=lambda spec: spec.name)
@@ -41,6 +41,14 @@ def reference_checkpoint(request, tmp_path_factory) -> GraniteSpeechForCondition
 def test_the_small_model(model, first):
     for seed in range(first, first + 20):
         assert_as_plain(model, *random_batch(seed, model))
+
+
+def test_rows_that_have_ended_write_no_more_keys(model):
+    """Ids do not show it: the host drops what comes after the end."""
+    for seed in SEEDS[::5]:
+        inputs, options = random_batch(seed, model)
+        model.generate(**inputs, **options)
+        assert not model.runtime.state.active.any(), options
 
 
 def test_reference_checkpoints(reference_checkpoint):
