@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.stand_in_gpu import INDEXING, READS, ROOT
 
-__all__ = ["CaptureError", "FakeGraph", "capture", "tensors_of"]
+__all__ = ["CaptureError", "FakeCapture", "FakeGraph", "capture", "tensors_of"]
 
 Held = Callable[[], Iterable[Tensor]]
 aten = torch.ops.aten
@@ -74,10 +74,11 @@ class FakeGraph:
 
     Attributes:
         operations: the recorded calls, in order.
+        replays: how often it was replayed.
     """
 
     def __init__(self, recorder: "_Recorder", held: Held | None):
-        self.operations = recorder.operations
+        self.operations, self.replays = recorder.operations, 0
         self._allocated, self._outside, self._held = recorder.allocated, recorder.outside, held
 
     @torch.inference_mode()  # which allows in-place writes to tensors made with or without it
@@ -97,6 +98,39 @@ class FakeGraph:
         for operation in self.operations:
             if operation.func not in _EMPTY:
                 operation.run()
+        self.replays += 1
+
+
+class FakeCapture:
+    """In the place of `CudaCapture`, on the CPU: `model.runtime.make_capture = lambda device: FakeCapture(persistent)`.
+
+    Args:
+        persistent: as for `capture`.
+
+    Attributes:
+        graphs: those that it made, in order. Some may have been dropped since.
+    """
+
+    def __init__(self, persistent: Held | None = None):
+        self.graphs: list[FakeGraph] = []
+        self._persistent = persistent
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Run `function` once, then capture it; the result replays it.
+
+        Raises:
+            CaptureError: as `capture` does.
+        """
+        with torch.no_grad():
+            function()
+            graph = capture(function, self._persistent)
+        self.graphs.append(graph)
+        return graph.replay
+
+    @property
+    def replays(self) -> int:
+        """Of all graphs."""
+        return sum(one.replays for one in self.graphs)
 
 
 def capture(body: Callable[[], Any], persistent: Iterable[Tensor] | Held | None = None) -> FakeGraph:
