@@ -119,7 +119,8 @@ class _Weights:
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
-        tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules) if table]
+        # Empty ones too: attaching an adapter fills one.
+        tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
         self._tables = [(table, tuple(table.values())) for table in tables]
         self._addresses = [(one, one.data_ptr()) for one in (*model.parameters(), *model.buffers())]
         self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]

@@ -5,7 +5,7 @@ import torch
 from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration
 from granite_speech.modules.adapter import AdapterConfig, attach_adapter
 
-__all__ = ["batch", "small_model"]
+__all__ = ["attentive", "batch", "small_model"]
 
 AUDIO = 90
 
@@ -67,6 +67,16 @@ def small_model(seed: int = 0) -> GraniteSpeechForConditionalGeneration:
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
     return model.eval()
+
+
+@torch.no_grad()
+def attentive(model: GraniteSpeechForConditionalGeneration) -> GraniteSpeechForConditionalGeneration:
+    """The same model with layers whose output is as large as the embeddings. Otherwise its next token depends on the newest one
+    almost alone, and wrong keys, positions or adapters rarely change it."""
+    for layer in model.language_model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(30)
+        layer.mlp.down_proj.weight.mul_(30)
+    return model
 
 
 def batch(model: GraniteSpeechForConditionalGeneration) -> dict[str, object]:
