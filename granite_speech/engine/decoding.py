@@ -21,15 +21,34 @@ from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.outputs import GenerateOutput
 from granite_speech.modules.transfers import Reading, on_device
 
-__all__ = ["Decoding", "Prompts", "StepKey", "reserved_tokens"]
+__all__ = ["Decoding", "Prompts", "StepKey", "prepare"]
 
 # An answer gets pages for this many tokens at once, or for max_new_tokens if that is less; if it goes on, for twice as many.
 _RESERVED_TOKENS = 256
 
 
-def reserved_tokens(options: GenerationOptions) -> int:
+def prepare(runtime: Runtime, options: GenerationOptions, lengths: list[int], vocab_size: int) -> None:
+    """Make room for a request before anything of it is stored, so that pages move at most once and nothing has to be copied.
+
+    Args:
+        runtime: of the request's session.
+        options: of the request.
+        lengths: tokens of each answer's prompt.
+        vocab_size: columns of the logits.
+    """
+    runtime.pool.require(sum(runtime.pool.count(length + _reserved_tokens(options)) for length in lengths))
+    runtime.follow_pages()
+    if options.num_beams == 1:
+        runtime.decode_state(_state_size(runtime, options, lengths), vocab_size)
+
+
+def _reserved_tokens(options: GenerationOptions) -> int:
     """Tokens of an answer that get pages before its first step."""
     return min(options.max_new_tokens, _RESERVED_TOKENS)
+
+
+def _state_size(runtime: Runtime, options: GenerationOptions, lengths: list[int]) -> StateSize:
+    return StateSize.of(len(lengths), runtime.pool.count(max(lengths) + options.max_new_tokens), len(options.eos_token_id))
 
 
 @dataclass(frozen=True)
@@ -100,10 +119,9 @@ class Decoding:
         self._scores: list[Tensor] = []
         self._eager: tuple[StepKey, DecodeStep] | None = None
 
-        self._reserved = reserved_tokens(options)
+        self._reserved = _reserved_tokens(options)
         cache.reserve([length + self._reserved for length in cache.lengths])
-        pages = cache.pool.count(max(cache.lengths) + options.max_new_tokens)
-        self._state = runtime.decode_state(StateSize.of(len(cache), pages, len(options.eos_token_id)), vocab_size)
+        self._state = runtime.decode_state(_state_size(runtime, options, cache.lengths), vocab_size)
         self._state.fill(cache, options)
         if self._selection.penalty:
             self._state.see(prompts.ids, prompts.kept)
@@ -127,9 +145,14 @@ class Decoding:
         self._forget_wasted_draws()
         return self._output()
 
-    def launch_once(self) -> None:
-        """One step, without reading its tokens: for recording its launches."""
+    def rehearse(self) -> None:
+        """Launch one step without reading its tokens, and have it captured for every smaller number of answers too."""
         self._launch()
+        while len(self._rows) > 1:
+            fewer = next(size for size in reversed(range(1, len(self._rows))) if ladder(size) == size)
+            self._rows = self._rows[:fewer]
+            for steps in {1, self._steps()}:
+                self._want(self._key(steps))
 
     def _choose_first(self) -> None:
         """The first tokens, from the logits of the prompts."""
@@ -158,12 +181,15 @@ class Decoding:
     def _replayed(self, key: StepKey) -> bool:
         """Replay this step if it is captured; else have it captured after the request."""
         graphs = self._runtime.decoder_graphs
-        if graphs.captured(key) is not None:
-            graphs.replay(key)
-            return True
+        if graphs.captured(key) is None:
+            self._want(key)
+            return False
+        graphs.replay(key)
+        return True
+
+    def _want(self, key: StepKey) -> None:
         make = partial(DecodeStep, self._model, self._state, key.selection, key.rows, mixed=key.mixed, steps=key.steps)
-        graphs.want(key, make)
-        return False
+        self._runtime.decoder_graphs.want(key, make)
 
     def _steps(self) -> int:
         """Steps to launch at once: many if none of their tokens can end an answer or must be looked at, else one."""

@@ -1,8 +1,9 @@
 """`generate`: one packed prefill of all prompts, then one token per row and step through the paged cache."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -10,13 +11,17 @@ from granite_kernels.launch import Launch, recorded_launches
 from torch import Tensor
 
 from granite_speech.engine.beams import search_beams
-from granite_speech.engine.decoding import Decoding, Prompts, reserved_tokens
+from granite_speech.engine.decoding import Decoding, Prompts, prepare
+from granite_speech.engine.encoding import encode
+from granite_speech.engine.prefill import prefill
 from granite_speech.engine.runtime import Runtime
+from granite_speech.engine.warmup import silence
 from granite_speech.errors import InputError
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.stop_strings import StopStrings
 from granite_speech.modules.cache import PagedCache
-from granite_speech.modules.outputs import GenerateOutput
+from granite_speech.modules.outputs import BaseModelOutputWithPooling, GenerateOutput
+from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import ModelInputs
 from granite_speech.modules.transfers import on_device
 
@@ -103,6 +108,60 @@ class Generation:
             output.sequences = torch.cat((shown, output.sequences.to(ids.dtype)), dim=1)
         return output if options.return_dict_in_generate else output.sequences
 
+    def get_audio_features(
+        self, input_features: Tensor, input_features_lengths: list[int] | Tensor | None = None, return_dict: bool = True
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        # The same method, in a session if it may replay graphs. Its docstring is inherited.
+        with nullcontext() if torch.is_grad_enabled() else self.runtime.session(self):
+            return super().get_audio_features(input_features, input_features_lengths, return_dict)
+
+    def encode_packed(self, frames: Tensor, clips: Segments) -> tuple[Tensor, Tensor, Segments]:
+        if not self.runtime.is_in_session():
+            return super().encode_packed(frames, clips)
+        return encode(self, self.runtime.encoder_graphs, frames, clips)
+
+    def warmup(
+        self,
+        rows: Sequence[int] = (1,),
+        seconds: Sequence[float] = (10.0,),
+        *,
+        text_tokens: int = 48,
+        max_new_tokens: int = 200,
+        **options: Any,
+    ) -> None:
+        """Compile kernels and capture CUDA graphs. Otherwise the first request of a size runs without graphs.
+
+        Requests of other sizes or options are right too; what they need is captured after the first of them. On a device without
+        CUDA graphs this runs one small request for each size.
+
+        Args:
+            rows: numbers of answers in one call of `generate`.
+            seconds: lengths of the clips, one in each prompt.
+            text_tokens: tokens of a prompt without its audio.
+            max_new_tokens, options: of the requests, as for `generate`. Steps depend on which rules choose a token, so pass
+                do_sample, repetition_penalty and the like if requests have them.
+
+        Raises:
+            InputError: options that `generate` refuses, or sizes that are not positive.
+        """
+        for name, values in (("rows", rows), ("seconds", seconds)):
+            if not all(one > 0 for one in values):
+                raise InputError(
+                    got=f"warmup({name}={values!r:.100})", expected="numbers above 0", remedy=f"Pass the {name} of your requests"
+                )
+        with torch.no_grad():
+            # Largest first: a state that grows later would drop the graphs of the smaller one.
+            for count, length in sorted(product(rows, seconds), reverse=True):
+                self._rehearse(silence(self, count, length, text_tokens), {"max_new_tokens": max_new_tokens, **options})
+            with self.runtime.session(self):
+                pass  # captures what was asked for
+
+    def _rehearse(self, inputs: ModelInputs, call: dict[str, Any]) -> None:
+        columns = inputs.input_ids.shape[1]
+        options = GenerationOptions.resolve(call, None, self.generation_config, self.config.text_config, columns)
+        with self.runtime.session(self) as runtime, _prefill(self, runtime, options, inputs, inputs.on_host(), None) as prompts:
+            Decoding(self, runtime, options, prompts, None, None).rehearse()
+
     @property
     def runtime(self) -> Runtime:
         """Pages, decode state and graphs, which stay between requests."""
@@ -134,25 +193,25 @@ def _prefill(
         host: `inputs.on_host()`.
         tokenizer: for stop strings.
     """
-    mask = host.attention_mask
-    lengths = [host.input_ids.shape[1]] * len(host.input_ids) if mask is None else (mask != 0).sum(1).tolist()
     copies = max(options.num_beams, options.num_return_sequences)
-    # All at once and before anything is stored, so that the pool grows at most once and copies nothing.
-    runtime.pool.require(copies * sum(runtime.pool.count(length + reserved_tokens(options)) for length in lengths))
-    cache = PagedCache(model.config.text_config, len(host.input_ids), dtype=model.dtype, device=model.device, pool=runtime.pool)
+    ids, host_ids = inputs.input_ids, host.input_ids
+    kept = torch.ones_like(host_ids, dtype=torch.bool) if host.attention_mask is None else host.attention_mask != 0
+    lengths = [length for length in kept.sum(1).tolist() for _ in range(copies)]
+    prepare(runtime, options, lengths, model.config.text_config.vocab_size)
+    cache = PagedCache(model.config.text_config, len(ids), dtype=model.dtype, device=model.device, pool=runtime.pool)
     try:
-        output = model.states(replace(inputs, past_key_values=cache), replace(host, past_key_values=cache))
-        states = output.packed_states.index_select(0, output.rows.segments.cu_seqlens[1:] - 1)
-        ids, host_ids = inputs.input_ids, host.input_ids
-        kept = torch.ones_like(host_ids, dtype=torch.bool) if host.attention_mask is None else host.attention_mask != 0
+        inputs, host = (replace(one, past_key_values=cache) for one in (inputs, host))
+        prompt = model.pack_prompt(inputs, host)
+        cache.reserve(list(prompt.rows.segments.lengths))
+        logits = prefill(model, runtime.decoder_graphs, prompt, inputs)
         if copies > 1:
             cache.reorder([row for row in range(len(cache)) for _ in range(copies)])
-            states, ids, host_ids, kept = (one.repeat_interleave(copies, 0) for one in (states, ids, host_ids, kept))
+            logits, ids, host_ids, kept = (one.repeat_interleave(copies, 0) for one in (logits, ids, host_ids, kept))
         stops = None
         if options.stop_strings:
             texts = [row[keep].tolist() for row, keep in zip(host_ids, kept, strict=True)]
             stops = StopStrings(options.stop_strings, tokenizer, texts)
-        yield Prompts(cache, model.language_model.logits(states), ids, on_device(kept, model.device), stops)
+        yield Prompts(cache, logits, ids, on_device(kept, model.device), stops)
     finally:
         cache.release()
 
@@ -176,7 +235,7 @@ def launches_of_generate(model: Generation, inputs: Mapping[str, Any], architect
         model.runtime.session(model) as runtime,
         _prefill(model, runtime, options, on_meta, host, None) as prompts,
     ):
-        Decoding(model, runtime, options, prompts, None, None).launch_once()
+        Decoding(model, runtime, options, prompts, None, None).rehearse()
     return launches
 
 

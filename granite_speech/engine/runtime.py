@@ -45,6 +45,7 @@ class Runtime:
         self.use_graphs = use_graphs
         self.make_capture: Callable[[torch.device], Capture | None] = _cuda_capture
         self._lock = threading.Lock()
+        self._thread: int | None = None  # that has the lock
         self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -68,12 +69,18 @@ class Runtime:
             yield alone
             return
         try:
+            self._thread = threading.get_ident()
             self._begin(model)
             yield self
         finally:
+            self._thread = None
             if model.device.type == "cuda":
                 self._finished = transfers.record_event()
             self._lock.release()
+
+    def is_in_session(self) -> bool:
+        """Whether this thread is in a session, and may use the graphs."""
+        return self._thread == threading.get_ident()
 
     def _begin(self, model: nn.Module) -> None:
         """Make pages and graphs fit the model as it is now, and capture what earlier requests asked for."""
