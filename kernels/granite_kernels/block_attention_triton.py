@@ -135,6 +135,18 @@ def block_attention_triton(
     Raises:
         KernelError: dim_head is above 128.
     """
+    for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rel_pos_emb))
+    return _forward_op(q, k, v, rel_pos_emb, cu_seqlens, context_size, _scale(q, scale), for_backward)[0]
+
+
+def _without_backward(
+    q: Tensor, k: Tensor, v: Tensor, rel_pos_emb: Tensor, cu_seqlens: Tensor, context_size: int, scale: float | None = None
+) -> Tensor:
+    """`block_attention_triton` past torch.library, for `Operation.run`."""
+    return _block_attention(q, k, v, rel_pos_emb, cu_seqlens, context_size, _scale(q, scale), False)[0]
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
     dim = q.shape[2]
     if dim > 128:
         raise KernelError(
@@ -142,6 +154,7 @@ def block_attention_triton(
             expected="at most 128",
             remedy="Use impl='torch' or GRANITE_SPEECH_KERNELS=torch to run the PyTorch reference",
         )
-    for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rel_pos_emb))
-    scale = dim**-0.5 if scale is None else float(scale)
-    return _forward_op(q, k, v, rel_pos_emb, cu_seqlens, context_size, scale, for_backward)[0]
+    return dim**-0.5 if scale is None else float(scale)
+
+
+block_attention_triton.launcher = _without_backward

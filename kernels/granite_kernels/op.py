@@ -99,7 +99,8 @@ class Operation:
         cases: the shapes that matter.
         differentiable: the arguments that have gradients, in the order of the call; empty for inference only.
         packed: the arguments whose rows from `cu_seqlens[-1]` on are padding; empty if every row counts.
-        triton: the torch.library operation that launches the Triton kernels; None if triton is not installed.
+        triton: the torch.library operation that launches the Triton kernels; None if triton is not installed. Its attribute
+            `launcher`, if it has one, launches them directly.
         library: prepares the best single library call for part of the work, and returns a function of no arguments that makes
             it. Benchmarks compare the kernels with it.
     """
@@ -160,7 +161,7 @@ class Operation:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
             return self.call(*args, **options)
         function = self.select(None, args[0])
-        launcher = getattr(function, "launcher", None)  # a reference has none
+        launcher = getattr(function, "launcher", None)  # a reference has none, nor has a test's substitute
         if launcher is not None and is_plain(args):
             return launcher(*args, **options)
         return function(*args, **options)

@@ -127,11 +127,12 @@ def detached_copy(argument, requires_grad: bool):
 def test_run_calls_the_launcher_unless_something_has_to_see_the_operation(op: Operation, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(CHOICE, "triton")
     inputs = next(case for case in op.cases if not case.released).inputs(torch.float32)
-    launched = []
+    launched, launcher = [], op.triton.launcher
     monkeypatch.setattr(op.triton, "launcher", lambda *args, **options: launched.append(True) or op.triton(*args, **options))
     expected = op.call(**inputs)
     assert torch.equal(positional(op, inputs), expected)
     assert len(launched) == 1
+    assert torch.equal(launcher(**inputs), expected)
 
     class Watching(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
