@@ -74,7 +74,6 @@ def eagerly(model: GraniteSpeechForConditionalGeneration, inputs: dict[str, Any]
 OPTIONS = {
     "greedy": {},
     "penalty and minimum": {"repetition_penalty": 1.5, "min_new_tokens": 2, "eos_token_id": list(range(0, 96, 2))},
-    "minimum alone": {"min_new_tokens": 3, "eos_token_id": list(range(1, 96, 2))},
     "sampling": {"do_sample": True, "top_k": 0},
     "sampling with every rule": {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
 }
@@ -302,8 +301,6 @@ def test_graphs_of_another_model_are_dropped(graphed, name):
     assert not torch.equal(expected, before), "or choose a greater change"
     assert torch.equal(answers(graphed.model, inputs), expected)
     assert len(graphed.model.runtime.decoder_graphs) == 0 and graphed.capture.replays == 3
-    assert torch.equal(answers(graphed.model, inputs), expected)
-    assert graphed.capture.replays == (3 if name == "forward hook" else 6)
 
 
 def test_another_dtype(graphed):
