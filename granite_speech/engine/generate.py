@@ -1,7 +1,7 @@
 """`generate`: one packed prefill of all prompts, then one token per row and step through the paged cache."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -111,14 +111,15 @@ class Generation:
     def get_audio_features(
         self, input_features: Tensor, input_features_lengths: list[int] | Tensor | None = None, return_dict: bool = True
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        # The same method, in a session if it may replay graphs. Its docstring is inherited.
-        with nullcontext() if torch.is_grad_enabled() else self.runtime.session(self):
+        if torch.is_grad_enabled():
+            return super().get_audio_features(input_features, input_features_lengths, return_dict)
+        with self.runtime.session(self):
             return super().get_audio_features(input_features, input_features_lengths, return_dict)
 
     def encode_packed(self, frames: Tensor, clips: Segments) -> tuple[Tensor, Tensor, Segments]:
-        if not self.runtime.is_in_session():
-            return super().encode_packed(frames, clips)
-        return encode(self, self.runtime.encoder_graphs, frames, clips)
+        running = self.runtime.running
+        # Outside a session another thread may be using the stages.
+        return super().encode_packed(frames, clips) if running is None else encode(self, running.encoder_graphs, frames, clips)
 
     def warmup(
         self,
@@ -132,7 +133,7 @@ class Generation:
         """Compile kernels and capture CUDA graphs. Otherwise the first request of a size runs without graphs.
 
         Requests of other sizes or options are right too; what they need is captured after the first of them. On a device without
-        CUDA graphs this runs one small request for each size.
+        CUDA graphs this runs one request, which compiles what can be compiled.
 
         Args:
             rows: numbers of answers in one call of `generate`.
@@ -142,17 +143,20 @@ class Generation:
                 do_sample, repetition_penalty and the like if requests have them.
 
         Raises:
-            InputError: options that `generate` refuses, or sizes that are not positive.
+            InputError: options that `generate` refuses, or sizes that no request has.
         """
-        for name, values in (("rows", rows), ("seconds", seconds)):
-            if not all(one > 0 for one in values):
-                raise InputError(
-                    got=f"warmup({name}={values!r:.100})", expected="numbers above 0", remedy=f"Pass the {name} of your requests"
-                )
+        if not rows or not seconds or min(rows) < 1 or min(seconds) <= 0:
+            raise InputError(
+                got=f"warmup(rows={list(rows)!r:.100}, seconds={list(seconds)!r:.100})",
+                expected="at least one number of rows from 1, and one length above 0",
+                remedy="Pass the sizes that requests will have",
+            )
         with torch.no_grad():
             # Largest first: a state that grows later would drop the graphs of the smaller one.
             for count, length in sorted(product(rows, seconds), reverse=True):
                 self._rehearse(silence(self, count, length, text_tokens), {"max_new_tokens": max_new_tokens, **options})
+                if not self.runtime.decoder_graphs.can_capture:
+                    return
             with self.runtime.session(self):
                 pass  # captures what was asked for
 
@@ -160,7 +164,8 @@ class Generation:
         columns = inputs.input_ids.shape[1]
         options = GenerationOptions.resolve(call, None, self.generation_config, self.config.text_config, columns)
         with self.runtime.session(self) as runtime, _prefill(self, runtime, options, inputs, inputs.on_host(), None) as prompts:
-            Decoding(self, runtime, options, prompts, None, None).rehearse()
+            # With its own generator, so that a warm-up does not change what a request draws.
+            Decoding(self, runtime, options, prompts, torch.Generator(self.device).manual_seed(0), None).rehearse()
 
     @property
     def runtime(self) -> Runtime:

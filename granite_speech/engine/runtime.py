@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from granite_speech.engine.graphs import CudaCapture, Graphs
+from granite_speech.engine.prefill import PromptBucket
 from granite_speech.engine.state import DecodeState, StateSize
 from granite_speech.modules import transfers
 from granite_speech.modules.cache import PagePool
@@ -45,7 +46,7 @@ class Runtime:
         self.use_graphs = use_graphs
         self.make_capture: Callable[[torch.device], Capture | None] = _cuda_capture
         self._lock = threading.Lock()
-        self._thread: int | None = None  # that has the lock
+        self._sessions = threading.local()
         self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,21 +67,30 @@ class Runtime:
         if not self._lock.acquire(blocking=False):
             alone = Runtime(use_graphs=False)
             alone._begin(model)
-            yield alone
+            with self._entered(alone):
+                yield alone
             return
         try:
-            self._thread = threading.get_ident()
             self._begin(model)
-            yield self
+            with self._entered(self):
+                yield self
         finally:
-            self._thread = None
             if model.device.type == "cuda":
                 self._finished = transfers.record_event()
             self._lock.release()
 
-    def is_in_session(self) -> bool:
-        """Whether this thread is in a session, and may use the graphs."""
-        return self._thread == threading.get_ident()
+    @property
+    def running(self) -> "Runtime | None":
+        """The runtime of this thread's innermost session; None outside a session."""
+        return getattr(self._sessions, "innermost", None)
+
+    @contextmanager
+    def _entered(self, runtime: "Runtime") -> Iterator[None]:
+        before, self._sessions.innermost = self.running, runtime
+        try:
+            yield
+        finally:
+            self._sessions.innermost = before
 
     def _begin(self, model: nn.Module) -> None:
         """Make pages and graphs fit the model as it is now, and capture what earlier requests asked for."""
@@ -104,13 +114,13 @@ class Runtime:
         self.decoder_graphs.capture_wanted()
 
     def decode_state(self, size: StateSize, vocab_size: int) -> DecodeState:
-        """A state of at least this size on the present pages. Graphs of an earlier state or of earlier pages are dropped."""
+        """A state of at least this size on the present pages. Steps of an earlier state and graphs on earlier pages are dropped."""
         state = self.state
         size = size if state is None else size.union(state.size)
         if state is None or (state.vocab_size, state.size) != (vocab_size, size):
             self.state = DecodeState(size, vocab_size, self.pool)
         if self.state is not state:
-            self.decoder_graphs.drop()
+            self.decoder_graphs.drop(keep=lambda key: isinstance(key, PromptBucket))
         self.follow_pages()
         return self.state
 
@@ -131,10 +141,12 @@ class _Weights:
         self._tables = [(table, tuple(table.values())) for table in tables]
         self._addresses = [(one, one.data_ptr()) for one in (*model.parameters(), *model.buffers())]
         self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
+        self._attributes = [vars(one) for one in modules]
         self._had_hooks = self.have_hooks()
 
     def have_hooks(self) -> bool:
-        return any(self._hook_tables)
+        """Whether Python code of somebody else runs with a module: a hook, or a forward of the module's own."""
+        return any(self._hook_tables) or any("forward" in one for one in self._attributes)
 
     def are_unchanged(self) -> bool:
         return (
