@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from granite_speech import GraniteSpeechForConditionalGeneration
+from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from tests.support.plain_generate import plain_generate
 from tests.support.random_batches import Recorder, assert_as_plain, random_batch
 from tests.support.random_checkpoint import write_checkpoint
 from tests.support.reference_models import SPECS, build_reference, write_released_layout
 from tests.support.small_models import attentive, small_model
+from tests.support.small_tokenizer import write_tokenizer
 
 SEEDS = range(200)
 # Options whose absence must change some answer.
@@ -49,6 +51,17 @@ def test_rows_that_have_ended_write_no_more_keys(model):
         inputs, options = random_batch(seed, model)
         model.generate(**inputs, **options)
         assert not model.runtime.state.active.any(), options
+
+
+def test_a_stop_string_begins_before_another_row_has_ended(model, tmp_path):
+    """The text of each row stays with its row when another one leaves the batch."""
+    write_tokenizer(tmp_path)
+    tokenizer = GraniteSpeechTokenizer.from_folder(tmp_path)
+    prompts = {"input_ids": torch.arange(15, 24).view(3, 3)}
+    free = plain_generate(model, prompts, max_new_tokens=6, eos_token_id=[])[:, 3:]
+    strings = [tokenizer.decode([int(free[0, 1])]), "".join(tokenizer.decode([one]) for one in free[1, 1:4].tolist())]
+    options = {"max_new_tokens": 6, "eos_token_id": [], "pad_token_id": 95, "stop_strings": strings, "tokenizer": tokenizer}
+    assert (assert_as_plain(model, prompts, options) != 95).sum(1).tolist() == [2, 4, 6], strings
 
 
 def test_reference_checkpoints(reference_checkpoint):
