@@ -1,4 +1,4 @@
-"""`python -m bench {audit,gpu,kernels,model,words,report}`."""
+"""`python -m bench {audit,gpu,kernels,model,rehearse,words,report}`."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_model, _add_kernels, _add_gpu, _add_audit, _add_words):
+    for add in (_add_model, _add_kernels, _add_rehearse, _add_gpu, _add_audit, _add_words):
         add(commands)
     commands.add_parser("report", help="update the generated tables in the README files from the newest results")
     return parser
@@ -39,6 +39,11 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-compiled", action="store_true", help="on a GPU, skip torch.compile of the references")
     parser.add_argument("--predict", action="store_true", help="time nothing: write the shortest possible times into kernels/AUDIT.md")
     _add_out(parser)
+
+
+def _add_rehearse(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("rehearse", help="count launches, waits and allocations of the released models, without a GPU")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the committed counts are out of date")
 
 
 def _add_gpu(commands: argparse._SubParsersAction) -> None:
@@ -72,7 +77,15 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    commands = {"audit": _audit, "gpu": _gpu, "kernels": _kernels, "model": _model, "words": _words, "report": _report}
+    commands = {
+        "audit": _audit,
+        "gpu": _gpu,
+        "kernels": _kernels,
+        "model": _model,
+        "rehearse": _rehearse,
+        "words": _words,
+        "report": _report,
+    }
     return commands[options.command](options)
 
 
@@ -114,6 +127,12 @@ def _model(options: argparse.Namespace) -> int:
     sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
     print(model.run(**sizes, device=options.device, dtype=options.dtype, out=options.out))
     return 0
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    from bench import rehearse
+
+    return rehearse.run(check=options.check)
 
 
 def _words(options: argparse.Namespace) -> int:
