@@ -1,5 +1,7 @@
 """The released models' shapes, and inputs of these shapes with random values."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ import torch
 from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration
 from granite_speech.modules.adapter import AdapterConfig, attach_adapter
 
-__all__ = ["CLIP_SECONDS", "RELEASED", "build", "request"]
+__all__ = ["CLIP_SECONDS", "RELEASED", "build", "configuration", "default_dtype", "request"]
 
 CLIP_SECONDS = 10
 FRAMES_A_SECOND = 50
@@ -67,19 +69,24 @@ def build(
         layers: blocks of the encoder and of the language model; None: the released numbers.
     """
     config = GraniteSpeechConfig(**configuration(name, layers))
+    with default_dtype(dtype), device:
+        model = GraniteSpeechForConditionalGeneration(config).eval()
+        if adapter:
+            blocks = [f"language_model.model.layers.{layer}.self_attn" for layer in range(config.text_config.num_hidden_layers)]
+            adapted = [f"{block}.{projection}" for block in blocks for projection in _ADAPTED]
+            attach_adapter(model, AdapterConfig.plain(_RANK, _ALPHA, list(_ADAPTED)), adapted)
+    return model
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have this dtype, so that a model is never in memory in float32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with device:
-            model = GraniteSpeechForConditionalGeneration(config).eval()
-            if adapter:
-                paths = [f"language_model.model.layers.{layer}.self_attn" for layer in range(config.text_config.num_hidden_layers)]
-                attach_adapter(
-                    model, AdapterConfig.plain(_RANK, _ALPHA, list(_ADAPTED)), [f"{path}.{one}" for path in paths for one in _ADAPTED]
-                )
+        yield
     finally:
         torch.set_default_dtype(before)
-    return model
 
 
 def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
@@ -93,9 +100,10 @@ def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
 def request(name: str, clips: int) -> dict[str, torch.Tensor]:
     """Inputs of `generate` on the CPU: prompts around random features of 10 s clips."""
     frames = CLIP_SECONDS * FRAMES_A_SECOND
-    rng = torch.Generator().manual_seed(1)
-    before, after = (torch.randint(10, 40_000, (clips, count), generator=rng) for count in (BEFORE, AFTER))
-    audio = torch.full((clips, -(-frames // 15) * 3), RELEASED[name]["audio_token_index"])
+    rng, index = torch.Generator().manual_seed(1), RELEASED[name]["audio_token_index"]
+    highest = min(index, RELEASED[name]["text_config"]["vocab_size"])
+    before, after = (torch.randint(0, highest, (clips, count), generator=rng) for count in (BEFORE, AFTER))
+    audio = torch.full((clips, -(-frames // 15) * 3), index)
     ids = torch.cat((before, audio, after), dim=1)
     features = torch.randn(clips, frames, 160, generator=rng)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": features}

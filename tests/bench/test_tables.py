@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import kernels_table, model, report, results, whole_model
+from bench import encoder, kernels_table, report, results, whole_model
 
 RUN = {
     "date": "2026-01-01",
@@ -168,8 +168,8 @@ def encoder_run(**share):
 
 
 def test_the_encoder_table_has_a_dash_for_an_unmeasured_share():
-    assert model.table(encoder_run(matmul_share=0.325)).endswith("| one clip | 26.4 ms | 35.1 ms | 1.33x | 32% |")
-    text = model.table(encoder_run())
+    assert encoder.table(encoder_run(matmul_share=0.325)).endswith("| one clip | 26.4 ms | 35.1 ms | 1.33x | 32% |")
+    text = encoder.table(encoder_run())
     assert text.endswith("| one clip | 26.4 ms | 35.1 ms | 1.33x | – |")
     assert all(part in text for part in ("16 x 1024", "bfloat16", "a GPU", "torch 2, transformers 5", "commit 01234567", "median of 3"))
 
