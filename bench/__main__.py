@@ -7,6 +7,7 @@ from pathlib import Path
 from bench import results
 
 DTYPES = ("float32", "bfloat16", "float16")
+PARTS = ("encoder", "whole", "embedded")
 
 
 def main() -> None:
@@ -23,12 +24,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("model", help="time the 16 x 1024 encoder and transformers' in one run")
+    parser = commands.add_parser("model", help="time the model and transformers' in one run, in up to three parts")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=PARTS,
+        help="encoder: the 16 x 1024 encoder; whole: released shapes with random weights, on a GPU; embedded: the bundled checkpoint from "
+        "waveform to text, on a CPU (repeatable; default: all that fit the device)",
+    )
     parser.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one warm-up round (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of encoder and embedded (default: 5)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="of encoder and whole (default: bfloat16 on a GPU, float32 on a CPU)")
     _add_out(parser)
 
 
@@ -122,11 +130,27 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> int:
-    from bench import model
+    on_cpu = options.device == "cpu"
+    parts = options.part or (("encoder", "embedded") if on_cpu else ("whole", "encoder"))
+    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    failed = False
+    for part in parts:
+        if part == "encoder":
+            from bench import encoder
 
-    sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
-    print(model.run(**sizes, device=options.device, dtype=options.dtype, out=options.out))
-    return 0
+            sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
+            print(encoder.run(**sizes, device=options.device, dtype=dtype, out=options.out))
+        elif part == "whole":
+            from bench import released
+
+            text, succeeded = released.run(device=options.device, dtype=dtype, out=options.out)
+            print(text)
+            failed |= not succeeded
+        else:
+            from bench import embedded
+
+            print(embedded.run(rounds=options.rounds, threads=options.threads, out=options.out))
+    return int(failed)
 
 
 def _rehearse(options: argparse.Namespace) -> int:

@@ -136,7 +136,7 @@ def _profile(call: Callable[[], None]) -> dict[str, float]:
     """Share of the profiled time in each group of operations; "Python" is the time outside all operations."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         start = time.perf_counter()
         call()
         whole = time.perf_counter() - start
@@ -154,8 +154,9 @@ def table(result: dict[str, Any]) -> str:
     run, shape = result["run"], result["shape"]
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
     lines = [
-        f"Bundled checkpoint, from {shape['clips']} waveforms ({shape['audio_seconds']:.0f} s) to text, {shape['dtype']}: {run['machine']}, "
-        f"{run['threads']} threads, {versions}, commit {run['commit'][:8]}, median of {result['rounds']}; floor: our matrix products alone:",
+        f"Bundled checkpoint, {shape['clips']} clips ({shape['audio_seconds']:.0f} s) from waveform to text, {shape['dtype']}: "
+        f"{run['machine']}, {run['threads']} thread{'s' * (run['threads'] > 1)}, {versions}, commit {run['commit'][:8]}, median of "
+        f"{result['rounds']}; floor: our matrix products alone:",
         "",
         "| input | here | transformers | speedup | floor | where our time goes |",
         "|---|---|---|---|---|---|",

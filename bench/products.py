@@ -20,7 +20,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products in its `with` block, by operation, shapes and strides. Fused attention and convolutions are not products."""
+    """Counts the matrix products in its `with` block, by operation, shapes and strides; not those in fused attention or convolutions."""
 
     def __init__(self) -> None:
         super().__init__()

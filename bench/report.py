@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench import encoder, kernels_cpu, kernels_table, results, whole_model, words
+from bench import embedded, encoder, kernels_cpu, kernels_table, rehearse, results, whole_model, words
 
 __all__ = ["headline", "report", "sections", "write"]
 
@@ -20,8 +20,9 @@ def sections() -> list[tuple[Path, str, str]]:
     readme, all_kernels, checkpoint = (ROOT / name for name in ("README.md", "bench/results/README.md", "granite_speech/assets/README.md"))
     return [
         (readme, "report: headline", headline()),
-        (readme, "report", report("encoder", "whole-model", "kernels summary")),
+        (readme, "report", report("encoder", "embedded-cpu", "whole-model", "kernels summary")),
         (all_kernels, "report: kernels", report("kernels", "kernels-cpu")),
+        (all_kernels, "report: rehearsal", report("rehearsal")),
         (checkpoint, "words", report("words")),
     ]
 
@@ -71,6 +72,8 @@ def _place(run: dict[str, Any]) -> tuple[str, str]:
 _TABLES = {
     "encoder": encoder.table,
     "whole-model": whole_model.table,
+    "embedded-cpu": embedded.table,
+    "rehearsal": rehearse.table,
     "kernels": _kernels,
     "kernels summary": _kernels_summary,
     "kernels-cpu": kernels_cpu.table,
