@@ -1,4 +1,4 @@
-"""`python -m bench {audit,gpu,kernels,model,words,report}`."""
+"""`python -m bench {audit,gpu,kernels,model,rehearse,words,report}`."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from bench import results
 
 DTYPES = ("float32", "bfloat16", "float16")
+PARTS = ("encoder", "whole", "embedded")
 
 
 def main() -> None:
@@ -16,19 +17,26 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_model, _add_kernels, _add_gpu, _add_audit, _add_words):
+    for add in (_add_model, _add_kernels, _add_rehearse, _add_gpu, _add_audit, _add_words):
         add(commands)
     commands.add_parser("report", help="update the generated tables in the README files from the newest results")
     return parser
 
 
 def _add_model(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("model", help="time the 16 x 1024 encoder and transformers' in one run")
+    parser = commands.add_parser("model", help="time the model and transformers' in one run, in up to three parts")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=PARTS,
+        help="encoder: the 16 x 1024 encoder; whole: released shapes with random weights, on a GPU; embedded: the bundled checkpoint from "
+        "waveform to text, on a CPU (repeatable; default: all that fit the device)",
+    )
     parser.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one warm-up round (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of encoder and embedded (default: 5)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="of encoder and whole (default: bfloat16 on a GPU, float32 on a CPU)")
     _add_out(parser)
 
 
@@ -39,6 +47,11 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-compiled", action="store_true", help="on a GPU, skip torch.compile of the references")
     parser.add_argument("--predict", action="store_true", help="time nothing: write the shortest possible times into kernels/AUDIT.md")
     _add_out(parser)
+
+
+def _add_rehearse(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("rehearse", help="count launches, waits and allocations of the released models, without a GPU")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the committed counts are out of date")
 
 
 def _add_gpu(commands: argparse._SubParsersAction) -> None:
@@ -72,7 +85,15 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    commands = {"audit": _audit, "gpu": _gpu, "kernels": _kernels, "model": _model, "words": _words, "report": _report}
+    commands = {
+        "audit": _audit,
+        "gpu": _gpu,
+        "kernels": _kernels,
+        "model": _model,
+        "rehearse": _rehearse,
+        "words": _words,
+        "report": _report,
+    }
     return commands[options.command](options)
 
 
@@ -109,11 +130,33 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> int:
-    from bench import model
+    on_cpu = options.device == "cpu"
+    parts = options.part or (("encoder", "embedded") if on_cpu else ("whole", "encoder"))
+    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    failed = False
+    for part in parts:
+        if part == "encoder":
+            from bench import encoder
 
-    sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
-    print(model.run(**sizes, device=options.device, dtype=options.dtype, out=options.out))
-    return 0
+            sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
+            print(encoder.run(**sizes, device=options.device, dtype=dtype, out=options.out))
+        elif part == "whole":
+            from bench import released
+
+            text, succeeded = released.run(device=options.device, dtype=dtype, out=options.out)
+            print(text)
+            failed |= not succeeded
+        else:
+            from bench import embedded
+
+            print(embedded.run(rounds=options.rounds, threads=options.threads, out=options.out))
+    return int(failed)
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    from bench import rehearse
+
+    return rehearse.run(check=options.check)
 
 
 def _words(options: argparse.Namespace) -> int:

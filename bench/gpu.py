@@ -38,8 +38,8 @@ def steps(out: Path) -> list[Step]:
     kernels = [python, "-m", "bench", "kernels", "--out"]
     planned = [
         Step("parity", parity, 200),
+        Step("model", [python, "-m", "bench", "model", "--device", "cuda", "--out", str(out)], 220),
         Step("kernels", [*kernels, str(out), "--no-compiled"], 200),
-        Step("model", [python, "-m", "bench", "model", "--device", "cuda", "--dtype", "bfloat16", "--out", str(out)], 90),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench import kernels_cpu, kernels_table, model, results, whole_model, words
+from bench import embedded, encoder, kernels_cpu, kernels_table, rehearse, results, whole_model, words
 
 __all__ = ["headline", "report", "sections", "write"]
 
@@ -20,8 +20,9 @@ def sections() -> list[tuple[Path, str, str]]:
     readme, all_kernels, checkpoint = (ROOT / name for name in ("README.md", "bench/results/README.md", "granite_speech/assets/README.md"))
     return [
         (readme, "report: headline", headline()),
-        (readme, "report", report("encoder", "whole-model", "kernels summary")),
+        (readme, "report", report("encoder", "embedded-cpu", "whole-model", "kernels summary")),
         (all_kernels, "report: kernels", report("kernels", "kernels-cpu")),
+        (all_kernels, "report: rehearsal", report("rehearsal")),
         (checkpoint, "words", report("words")),
     ]
 
@@ -36,13 +37,13 @@ def headline() -> str:
     """The speedups over transformers in the newest whole-model run, and in the encoder run on the same machine."""
     newest = results.newest()
     whole = max((run for run in newest if run["kind"] == "whole-model"), key=lambda run: run["run"]["date"])
-    encoder = next(run for run in newest if run["kind"] == "encoder" and run["run"]["machine"] == whole["run"]["machine"])
+    of_encoder = next(run for run in newest if run["kind"] == "encoder" and run["run"]["machine"] == whole["run"]["machine"])
     where = f"{whole['run']['machine']}, {whole['shape']['dtype']}"
     return "\n".join(
         [
             f"| {where} | here | transformers {whole['run']['versions']['transformers']} | speedup |",
             "|---|---|---|---|",
-            *model.comparisons(encoder),
+            *encoder.comparisons(of_encoder),
             *whole_model.comparisons(whole),
         ]
     )
@@ -69,8 +70,10 @@ def _place(run: dict[str, Any]) -> tuple[str, str]:
 
 
 _TABLES = {
-    "encoder": model.table,
+    "encoder": encoder.table,
     "whole-model": whole_model.table,
+    "embedded-cpu": embedded.table,
+    "rehearsal": rehearse.table,
     "kernels": _kernels,
     "kernels summary": _kernels_summary,
     "kernels-cpu": kernels_cpu.table,

@@ -5,15 +5,12 @@
         model(**gpu.move(inputs))
     print(gpu.waits)
 
-Values are real, so code that branches on them takes the same path as on a GPU; Triton kernels run in the interpreter. The host
-waits when a value or a tensor is read back, when a shape depends on values, and when data is copied to the device from memory that
-is not pinned. Mixing CPU and device tensors is an error, as on a GPU.
+Values are real, so code that branches on them takes the same path as on a GPU; Triton kernels run in the interpreter. What makes
+the host wait, and which tensors may not be mixed, is in `bench/device_rules.py`.
 """
 
-import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
@@ -23,24 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 
+from bench.device_rules import DeviceRules, target_device
+
 __all__ = ["StandInGPU"]
 
-ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
-
-# Operations that read values, or whose result's shape depends on them.
-READS = {
-    aten._local_scalar_dense.default,
-    aten.bincount.default,
-    aten.equal.default,
-    aten.is_nonzero.default,
-    aten.masked_select.default,
-    aten.nonzero.default,
-    aten.unique_consecutive.default,
-    aten._unique2.default,
-}
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor}
 
 
 class _DeviceTensor(torch.Tensor):
@@ -89,9 +74,9 @@ class StandInGPU(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: list[str] = []
+        self._rules = DeviceRules(lambda value: isinstance(value, _DeviceTensor))
+        self.waits = self._rules.waits
         self.late_reads = 0
-        self._pinned: dict[int, torch.Tensor] = {}  # by address; keeping the tensors prevents the reuse of an address
         self._modes = ExitStack()
 
     def __enter__(self) -> Self:
@@ -124,19 +109,14 @@ class StandInGPU(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         takes_device = any(isinstance(tensor, _DeviceTensor) for tensor in tensors)
-        target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+        if func is aten.is_pinned.default:
+            return self._rules.is_pinned(args[0])
+        if func is aten._pin_memory.default:
+            return self._rules.pin(self._on_cpu(aten.clone.default, args[:1], {}))
+        self._rules.apply(func, args, kwargs, tensors)
+        target = target_device(kwargs)
         if target is not None:
             kwargs["device"] = torch.device("cpu")
-        if func is aten.is_pinned.default:
-            return args[0].data_ptr() in self._pinned
-        if func is aten._pin_memory.default:
-            copy = self._on_cpu(aten.clone.default, args[:1], {})
-            return self._pinned.setdefault(copy.data_ptr(), copy)
-        is_copy = func in (aten._to_copy.default, aten.copy_.default)
-        if takes_device and not is_copy:
-            self._check_devices(func, tensors)
-        if self._waits(func, args, kwargs, target):
-            self._record(func)
         out = self._on_cpu(func, args, kwargs)
         if not self._is_on_device(func, args, target, takes_device):
             return args[0] if func is aten.copy_.default else out
@@ -155,36 +135,3 @@ class StandInGPU(TorchDispatchMode):
         args, kwargs = pytree.tree_map_only(_DeviceTensor, lambda tensor: tensor.values, (args, dict(kwargs)))
         with _disable_current_modes():
             return func(*args, **kwargs)
-
-    @staticmethod
-    def _check_devices(func: Any, tensors: list[torch.Tensor]) -> None:
-        # Zero-dimensional CPU tensors are allowed: PyTorch passes them as numbers.
-        if stray := [tensor for tensor in tensors if not isinstance(tensor, _DeviceTensor) and tensor.dim()]:
-            raise RuntimeError(f"{func} called with tensors on {DEVICE} and a CPU tensor of shape {tuple(stray[0].shape)}")
-
-    def _waits(self, func: Any, args: tuple, kwargs: Mapping[str, Any], target: str | None) -> bool:
-        if func in READS:
-            return isinstance(args[0], _DeviceTensor)
-        if func in INDEXING:
-            indices = [index for index in args[1] if isinstance(index, _DeviceTensor)]
-            return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
-        if func is aten.repeat_interleave.Tensor:
-            return isinstance(args[0], _DeviceTensor) and kwargs.get("output_size") is None
-        if func is aten._to_copy.default:
-            source, to_device, non_blocking = args[0], target == "cuda", kwargs.get("non_blocking", False)
-            crosses = target is not None and to_device != isinstance(source, _DeviceTensor)
-        elif func is aten.copy_.default:
-            source, to_device, non_blocking = args[1], isinstance(args[0], _DeviceTensor), len(args) > 2 and args[2]
-            crosses = to_device != isinstance(source, _DeviceTensor)
-        else:
-            return False
-        host = source if to_device else args[0] if func is aten.copy_.default else None
-        is_pinned = host is not None and not isinstance(host, _DeviceTensor) and host.data_ptr() in self._pinned
-        return crosses and not (is_pinned and non_blocking)
-
-    def _record(self, func: Any) -> None:
-        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
-        ours = (frame for frame in reversed(frames) if frame.filename != __file__ and "/.venv/" not in frame.filename)
-        frame = next(ours, None)
-        where = f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" if frame else "outside the project"
-        self.waits.append(f"{func} in {where}")

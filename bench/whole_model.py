@@ -1,6 +1,7 @@
-"""Tables of one run of the whole model on a GPU and of transformers': their stages, and the decode step captured in a CUDA graph."""
+"""Tables of one run of the whole model on a GPU: captured in CUDA graphs, eager, and in transformers."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from bench import results
@@ -13,34 +14,40 @@ STAGES = {
     "decode_step_s": "one decode step",
     "whole_s": "whole run",
 }
+WAYS = ("captured", "eager", "transformers")
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of one run: both tables."""
+    """Markdown of one run: its stages and its launches."""
     shape, run = result["shape"], result["run"]
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton", "transformers"))
     where = f"{run['machine']}, {versions}, commit {run['commit'][:8]}"
     what = f"{shape['dtype']}, {shape['weights']}, clips of {shape['clip_seconds']} s"
-    return "\n".join(
-        [
-            f"Whole model, {what}, {shape['new_tokens']} new tokens: {where}; median time, here / transformers (– if not measured):",
+    lines = [
+        f"Whole model, {what}, {shape['new_tokens']} new tokens: {where}; median time, captured in CUDA graphs / eager / transformers "
+        "(– if not measured):",
+        "",
+        *_stages(result),
+    ]
+    if any(name.startswith("graph ") for name in result):
+        lines += [
             "",
-            *_stages(result),
+            f"One decode step, run eagerly (as the package did) and captured in a CUDA graph (an experiment), {what}: {where}:",
             "",
-            f"One decode step, run eagerly (as the package does) and captured in a CUDA graph (an experiment, not yet in the package), "
-            f"{what}: {where}:",
-            "",
-            *_steps(result),
+            *_experiment(result),
         ]
-    )
+    elif result["profiles"]:
+        lines += ["", f"Launches, {what}: {where}:", "", *_launches(result)]
+    return "\n".join(lines)
 
 
 def comparisons(result: dict[str, Any]) -> list[str]:
     """Table lines of the whole runs that transformers made too: input, time here, time in transformers, speedup."""
     lines = []
-    for model, clips in _runs(result, "ours"):
-        ours, theirs = (_figures(result, f"{name} {model} x{clips}") for name in ("ours", "transformers"))
-        if theirs:
+    for model, clips in _models(result):
+        captured, eager, theirs = _of_each_way(result, model, clips)
+        ours = captured or eager
+        if ours and theirs:
             what = f"whole run of {_label(model)}, {clips} clip{'s' * (clips > 1)} of {result['shape']['clip_seconds']} s"
             times = [results.time_text(figures["whole_s"]) for figures in (ours, theirs)]
             lines.append(f"| {what} | {times[0]} | {times[1]} | {theirs['whole_s'] / ours['whole_s']:.2f}x |")
@@ -48,16 +55,27 @@ def comparisons(result: dict[str, Any]) -> list[str]:
 
 
 def _stages(result: dict[str, Any]) -> list[str]:
-    lines = [f"| model | clips | {' | '.join(STAGES.values())} | seconds of audio per second |", "|---" * (3 + len(STAGES)) + "|"]
-    for model, clips in _runs(result, "ours"):
-        both = [_figures(result, f"{name} {model} x{clips}") for name in ("ours", "transformers")]
-        times = [" / ".join(results.time_text(figures[stage]) if figures else "–" for figures in both) for stage in STAGES]
-        speeds = " / ".join(_speed(figures["rtfx"]) if figures else "–" for figures in both)
-        lines.append(f"| {_label(model)} | {clips} | {' | '.join(times)} | {speeds} |")
+    titles = [*STAGES.values(), "seconds of audio per second", "memory above the weights, GB"]
+    lines = [f"| model | clips | {' | '.join(titles)} |", "|---" * (2 + len(titles)) + "|"]
+    for model, clips in _models(result):
+        ways = _of_each_way(result, model, clips)
+        cells = [_cell(ways, stage, results.time_text) for stage in STAGES]
+        cells += [_cell(ways, "rtfx", _speed), _cell(ways, "peak_extra_GB", lambda size: f"{size:.2f}")]
+        lines.append(f"| {_label(model)} | {clips} | {' | '.join(cells)} |")
     return lines
 
 
-def _steps(result: dict[str, Any]) -> list[str]:
+def _cell(ways: list[dict[str, float] | None], name: str, text: Callable[[float], str]) -> str:
+    return " / ".join(text(figures[name]) if figures and name in figures else "–" for figures in ways)
+
+
+def _of_each_way(result: dict[str, Any], model: str, clips: int) -> list[dict[str, float] | None]:
+    """The figures of a model and batch for each of WAYS. Files from before the capture call the eager run "ours"."""
+    captured, eager, theirs = (_figures(result, f"{way} {model} x{clips}") for way in WAYS)
+    return [captured, eager or _figures(result, f"ours {model} x{clips}"), theirs]
+
+
+def _experiment(result: dict[str, Any]) -> list[str]:
     lines = ["| model | clips | launches | device busy | eager | in a CUDA graph |", "|---|---|---|---|---|---|"]
     for model, clips in _runs(result, "graph"):
         profile = result["profiles"].get(f"{model.removesuffix(' lora')} decode step, batch {clips}")
@@ -67,9 +85,26 @@ def _steps(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _runs(result: dict[str, Any], kind: str) -> list[tuple[str, int]]:
-    """Model and number of clips of the runs named "<kind> <model> x<clips>", in the file's order."""
-    found = (re.fullmatch(rf"{kind} (.+) x(\d+)", name) for name in result if _figures(result, name))
+def _launches(result: dict[str, Any]) -> list[str]:
+    lines = ["| model | clips | | work | on the device | device busy | calls by the host |", "|---|---|---|---|---|---|---|"]
+    for model, clips in _models(result):
+        for way in WAYS:
+            for work, found in result["profiles"].get(f"{way} {model} x{clips}", {}).items():
+                counts = [f"{round(found[name]):,}" for name in ("launches", "host_calls")]
+                lines.append(
+                    f"| {_label(model)} | {clips} | {way} | {work} | {counts[0]} | {results.time_text(found['device_s'])} | {counts[1]} |"
+                )
+    return lines
+
+
+def _models(result: dict[str, Any]) -> list[tuple[str, int]]:
+    """Model and number of clips of our runs, in the file's order, each once."""
+    return list(dict.fromkeys(one for way in ("ours", "captured", "eager") for one in _runs(result, way)))
+
+
+def _runs(result: dict[str, Any], way: str) -> list[tuple[str, int]]:
+    """Model and number of clips of the runs named "<way> <model> x<clips>", in the file's order."""
+    found = (re.fullmatch(rf"{way} (.+) x(\d+)", name) for name in result if _figures(result, name))
     return [(match[1], int(match[2])) for match in found if match]
 
 

@@ -15,7 +15,7 @@ import torch
 from granite_kernels import OPERATIONS
 
 from bench import __main__ as command_line
-from bench import gpu, graphs, kernels, kernels_cpu, model, people, report, results
+from bench import encoder, gpu, graphs, kernels, kernels_cpu, people, report, results
 from granite_speech.errors import MissingDependencyError
 from granite_speech.modules.cache import PagedCache
 from tests.support.paths import ROOT
@@ -59,12 +59,12 @@ def small(monkeypatch):
     reference = Reference(ReferenceConfig(**shape)).eval()
     ours = GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(**shape)).eval()
     ours.load_state_dict(reference.state_dict())
-    monkeypatch.setattr(model, "_encoders", lambda layers: (ours, reference))
+    monkeypatch.setattr(encoder, "_encoders", lambda layers: (ours, reference))
     return ours
 
 
 def test_an_encoder_run_writes_its_result(small, tmp_path):
-    table = model.run(layers=2, rounds=2, threads=None, out=tmp_path)
+    table = encoder.run(layers=2, rounds=2, threads=None, out=tmp_path)
     (file,) = tmp_path.glob("*.json")
     result = json.loads(file.read_text())
     assert [one["audio_seconds"] for one in result["measurements"]] == [30.0, 126.0]
@@ -81,7 +81,7 @@ def test_a_gpu_run_uses_the_matmul_rate_of_a_cuda_graph(small, tmp_path, monkeyp
     monkeypatch.setattr(graphs, "side_stream", contextlib.nullcontext)
     monkeypatch.setattr(graphs, "matmul_rate", lambda dtype: {torch.float32: 6e12}[dtype])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    table = model.run(layers=2, rounds=1, threads=None, device="cpu:0", out=tmp_path)
+    table = encoder.run(layers=2, rounds=1, threads=None, device="cpu:0", out=tmp_path)
     (file,) = tmp_path.glob("encoder-a-gpu-*.json")
     for one in json.loads(file.read_text())["measurements"]:
         assert one["machine_matmul_flops_a_second"] == 6e12
@@ -93,7 +93,7 @@ def test_a_wrong_encoder_is_not_timed(small, tmp_path):
     with torch.no_grad():
         small.out_mid.bias.normal_()
     with pytest.raises(SystemExit, match="differs from transformers"):
-        model.run(layers=2, rounds=1, threads=None, out=tmp_path)
+        encoder.run(layers=2, rounds=1, threads=None, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -101,9 +101,9 @@ def test_matmul_flops_count_the_projections():
     """Counted by hand: per block two feed-forwards, q, k, v and output, and the convolution's two; plus the first and last layers."""
     from granite_speech import GraniteSpeechCTCEncoder, GraniteSpeechEncoderConfig
 
-    encoder = GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(num_layers=1, hidden_dim=32, num_heads=2, output_dim=10))
+    ours = GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(num_layers=1, hidden_dim=32, num_heads=2, output_dim=10))
     block = 2 * (32 * 128 * 2) + 4 * 32 * 32 + 32 * 128 + 64 * 32
-    assert model._matmul_flops(encoder, 7) == 2 * 7 * (block + 160 * 32 + 2 * 32 * 10)
+    assert encoder._matmul_flops(ours, 7) == 2 * 7 * (block + 160 * 32 + 2 * 32 * 10)
 
 
 def section(file: Path, command: str) -> str:
@@ -179,8 +179,10 @@ def test_gpu_steps_are_valid_commands_with_separate_result_files(tmp_path, monke
             monkeypatch.setattr(sys, "argv", step.command[step.command.index("bench") :])
             with pytest.raises(SystemExit, match="0"):
                 command_line.main()
-    assert [options.command for options in parsed] == ["kernels", "model", "kernels"]
-    quick, _, compiled = parsed
+    assert [step.name for step in steps][:3] == ["parity", "model", "kernels"], "the most informative first"
+    assert [options.command for options in parsed] == ["model", "kernels", "kernels"]
+    whole, quick, compiled = parsed
+    assert whole.device == "cuda" and whole.part is None and whole.out == quick.out == tmp_path
     assert quick.no_compiled and not compiled.no_compiled and quick.out != compiled.out
     assert set(compiled.operation) <= set(OPERATIONS)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import kernels_table, model, report, results, whole_model
+from bench import embedded, encoder, kernels_table, report, results, whole_model
 
 RUN = {
     "date": "2026-01-01",
@@ -168,8 +168,8 @@ def encoder_run(**share):
 
 
 def test_the_encoder_table_has_a_dash_for_an_unmeasured_share():
-    assert model.table(encoder_run(matmul_share=0.325)).endswith("| one clip | 26.4 ms | 35.1 ms | 1.33x | 32% |")
-    text = model.table(encoder_run())
+    assert encoder.table(encoder_run(matmul_share=0.325)).endswith("| one clip | 26.4 ms | 35.1 ms | 1.33x | 32% |")
+    text = encoder.table(encoder_run())
     assert text.endswith("| one clip | 26.4 ms | 35.1 ms | 1.33x | – |")
     assert all(part in text for part in ("16 x 1024", "bfloat16", "a GPU", "torch 2, transformers 5", "commit 01234567", "median of 3"))
 
@@ -200,26 +200,65 @@ def whole_run():
     }
 
 
-def test_the_whole_model_table_shows_transformers_times_if_measured():
+def test_an_older_file_has_no_captured_times():
     lines = whole_model.table(whole_run()).splitlines()
     assert all(
         part in lines[0] for part in ("bfloat16", "clips of 10 s", "40 new tokens", "a GPU", "torch 2", "transformers 5", "01234567")
     )
+    assert "captured in CUDA graphs / eager / transformers" in lines[0]
     assert lines[4:7] == [
-        "| a | 1 | 30.0 ms / 15.0 ms | 100 ms / 50.0 ms | 50.0 ms / 50.0 ms | 2.00 s / 1.00 s | 5.0 / 10.0 |",
-        "| a | 128 | 60.0 ms / – | 200 ms / – | 50.0 ms / – | 4.00 s / – | 581 / – |",
-        "| b with adapter | 1 | 30.0 ms / – | 100 ms / – | 50.0 ms / – | 2.00 s / – | 5.0 / – |",
+        "| a | 1 | – / 30.0 ms / 15.0 ms | – / 100 ms / 50.0 ms | – / 50.0 ms / 50.0 ms | – / 2.00 s / 1.00 s "
+        "| – / 5.0 / 10.0 | – / – / – |",
+        "| a | 128 | – / 60.0 ms / – | – / 200 ms / – | – / 50.0 ms / – | – / 4.00 s / – | – / 581 / – | – / – / – |",
+        "| b with adapter | 1 | – / 30.0 ms / – | – / 100 ms / – | – / 50.0 ms / – | – / 2.00 s / – | – / 5.0 / – | – / – / – |",
     ]
     assert lines[7] == ""
-
-
-def test_the_captured_decode_step_is_labelled_an_experiment():
-    text = whole_model.table(whole_run())
-    assert "captured in a CUDA graph (an experiment, not yet in the package)" in text
-    assert text.splitlines()[-2:] == [
+    assert "captured in a CUDA graph (an experiment)" in lines[8]
+    assert lines[-2:] == [
         "| a | 1 | 1,669 | 4.22 ms | 46.2 ms | 4.91 ms |",
         "| b with adapter | 1 | – | – | 73.4 ms | 6.26 ms |",
     ]
+
+
+def captured_run():
+    """As `python -m bench model --part whole` writes it: one model on one clip, captured and eager; 128 clips failed when captured."""
+    run = whole_run()
+    for name in [name for name in run if name.startswith(("graph", "ours"))]:
+        del run[name]
+    eager = {"encoder_projector_s": 0.03, "first_token_s": 0.1, "decode_step_s": 0.05, "whole_s": 2.0, "rtfx": 5.0, "peak_extra_GB": 0.25}
+    run["eager a x1"] = run["eager a x128"] = eager
+    run["captured a x1"] = eager | {"decode_step_s": 0.005, "whole_s": 0.25, "rtfx": 40.0, "peak_extra_GB": 0.5}
+    run["captured a x128"] = {"error": "OutOfMemoryError()"}
+    run["profiles"] = {"captured a x1": {"decode step": {"launches": 1651.25, "device_s": 0.0042, "host_calls": 3.1}}}
+    return run
+
+
+def test_the_whole_model_table_has_captured_eager_and_transformers():
+    lines = whole_model.table(captured_run()).splitlines()
+    assert lines[4:6] == [
+        "| a | 1 | 30.0 ms / 30.0 ms / 15.0 ms | 100 ms / 100 ms / 50.0 ms | 5.00 ms / 50.0 ms / 50.0 ms | 250 ms / 2.00 s / 1.00 s "
+        "| 40.0 / 5.0 / 10.0 | 0.50 / 0.25 / – |",
+        "| a | 128 | – / 30.0 ms / – | – / 100 ms / – | – / 50.0 ms / – | – / 2.00 s / – | – / 5.0 / – | – / 0.25 / – |",
+    ]
+    assert lines[-1] == "| a | 1 | captured | decode step | 1,651 | 4.20 ms | 3 |"
+    assert whole_model.comparisons(captured_run()) == ["| whole run of a, 1 clip of 10 s | 250 ms | 1.00 s | 4.00x |"]
+
+
+def embedded_run():
+    measured = {"what": "12 clips", "seconds": 0.5, "reference_seconds": 1.0, "ratio": 2.0, "floor_seconds": 0.1}
+    return {
+        "kind": "embedded-cpu",
+        "run": RUN,
+        "shape": {"clips": 12, "audio_seconds": 30.2, "dtype": "float32"},
+        "rounds": 5,
+        "measurements": [measured | {"profile": {"Python": 0.4, "norms": 0.3, "copies": 0.2, "attention": 0.06, "views": 0.04}}],
+    }
+
+
+def test_the_embedded_table_has_the_floor_and_the_largest_shares():
+    head, *_, line = embedded.table(embedded_run()).splitlines()
+    assert all(part in head for part in ("12 clips (30 s)", "a GPU", "4 threads", "transformers 5", "01234567", "median of 5"))
+    assert line == "| 12 clips | 500 ms | 1.00 s | 2.00x | 100 ms | Python 40%, norms 30%, copies 20%, attention 6% |"
 
 
 def test_the_headline_shows_whole_runs_that_transformers_made_too():

@@ -1,0 +1,184 @@
+"""A rehearsal of the released models without a GPU: what each part of the work launches, waits for and allocates.
+
+    python -m bench rehearse            count, and write bench/results/rehearsal.json
+    python -m bench rehearse --check    exit 1 if that file says anything else
+
+The counts are those of `bench/counting_gpu.py` and `bench/launches.py`. Everything runs eagerly: a CUDA graph makes the same launches,
+in one. Nothing is timed.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import results, shapes
+from bench.counting_gpu import CountingGPU, Counts
+from granite_speech.engine.state import DecodeState, StateSize
+from granite_speech.engine.step import DecodeStep, Selection
+from granite_speech.generation.options import GenerationOptions
+from granite_speech.modules.cache import PagedCache, PagePool
+from granite_speech.modules.prompts import ModelInputs
+
+__all__ = ["WORK", "Rehearsal", "count", "run", "table"]
+
+FILE = results.FOLDER / "rehearsal.json"
+MODELS = {"4.1-2b": False, "3.3-2b": True}  # whether it has an adapter
+CLIPS = (1, 128)
+# Keys of each sequence before a decode step. A launch does not depend on it.
+CONTEXT = 300
+NEW_TOKENS = 4
+DEVICE = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One model on the double of a GPU, and a batch for it.
+
+    Args:
+        gpu: whose `with` block is open.
+        name: of the released shape.
+        clips: of the batch.
+        layers: of encoder and language model; None: the released numbers.
+    """
+
+    gpu: CountingGPU
+    name: str
+    clips: int
+    layers: int | None = None
+
+    def model(self) -> Any:
+        model = shapes.build(self.name, adapter=MODELS[self.name], device=DEVICE, layers=self.layers)
+        model.use_graphs = False  # this machine may have a GPU, which could not capture tensors without memory
+        return model
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        batch = shapes.request(self.name, self.clips)
+        return {name: one.to(DEVICE, torch.bfloat16 if one.is_floating_point() else None) for name, one in batch.items()}
+
+    def encoder(self) -> Callable[[], object]:
+        model, features = self.model(), self.inputs()["input_features"]
+        return lambda: model.encode_audio(features, None)
+
+    def prefill(self) -> Callable[[], object]:
+        model, inputs = self.model(), self.inputs()
+        return lambda: model.states(ModelInputs(**inputs, use_cache=True))
+
+    def step(self, context: int = CONTEXT) -> Callable[[], object]:
+        """One step of the engine for `clips` answers, each with `context` keys."""
+        model = self.model()
+        pool = PagePool(model.config.text_config, dtype=model.dtype, device=DEVICE)
+        pages = pool.count(context + 1)
+        cache = PagedCache(model.config.text_config, self.clips, dtype=model.dtype, device=DEVICE, pool=pool)
+        cache.reserve([context + 1] * self.clips)
+        cache.lengths = cache.next_positions = [context] * self.clips
+        cache.has_audio = [True] * self.clips
+        state = DecodeState(StateSize.of(self.clips, pages, 1), model.config.text_config.vocab_size, pool)
+        state.fill(cache, GenerationOptions(max_new_tokens=NEW_TOKENS, eos_token_id=(0,), pad_token_id=0))
+        return DecodeStep(model, state, Selection(), self.clips, mixed=False).run
+
+    def generate(self) -> Callable[[], object]:
+        model, inputs = self.model(), self.inputs()
+        return lambda: model.generate(**inputs, max_new_tokens=NEW_TOKENS, eos_token_id=[])
+
+
+# What is rehearsed: how to prepare it, and what its layers are if all of them are of one kind.
+WORK: dict[str, tuple[Callable[[Rehearsal], Callable[[], object]], str | None]] = {
+    "encoder and projector": (Rehearsal.encoder, "encoder"),
+    "encoder, projector and prefill": (Rehearsal.prefill, None),
+    "decode step": (Rehearsal.step, "language model"),
+    f"generate, {NEW_TOKENS} tokens": (Rehearsal.generate, None),
+}
+
+
+def count(work: str, name: str, clips: int, layers: int | None = None) -> Counts:
+    """What one part of the work sends to the device the second time it is done.
+
+    Args:
+        work: a key of WORK.
+        name: of the released shape.
+        clips: of the batch.
+        layers: of encoder and language model; None: the released numbers.
+    """
+    with CountingGPU() as gpu, torch.no_grad():
+        call = WORK[work][0](Rehearsal(gpu, name, clips, layers))
+        call()  # makes what stays, such as the adapter's scaling and the pages
+        with gpu.counting() as counts:
+            call()
+    return counts
+
+
+def measurements() -> Iterator[dict[str, Any]]:
+    """Counts of every part of the work, model and batch."""
+    for name in MODELS:
+        for clips in CLIPS:
+            for work, (_, layers) in WORK.items():
+                counts = count(work, name, clips)
+                entry = {"model": name, "work": work, "clips": clips, "launches": counts.launches.total()}
+                if layers is not None:
+                    # From two models that differ by one layer.
+                    two, three = (count(work, name, clips, layers=number).launches.total() for number in (2, 3))
+                    entry["launches_per_layer"] = three - two
+                entry |= {"waits": len(counts.waits), "late_reads": counts.late_reads, "bytes": counts.bytes}
+                yield entry | {"operations": dict(counts.launches.most_common())}
+
+
+def run(*, check: bool) -> int:
+    """Count everything; write the file, or compare it. Returns the exit status."""
+    committed = json.loads(FILE.read_text()) if FILE.exists() else {}
+    found = []
+    for entry in measurements():
+        found.append(entry)
+        print(f"{entry['model']}, {entry['work']}, {entry['clips']} clips: {entry['launches']} launches", flush=True)
+    result = {"kind": "rehearsal", "run": results.describe_run(), "measurements": found, "before": committed.get("before")}
+    print("", table(result), sep="\n")
+    if not check:
+        FILE.write_text(json.dumps(result, indent=2) + "\n")
+        return 0
+    differences = _differences(committed.get("measurements", []), found)
+    print(*differences, sep="\n")
+    return 1 if differences else 0
+
+
+def _differences(committed: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
+    """One line for each figure that differs."""
+    before, now = ({(one["model"], one["work"], one["clips"]): one for one in some} for some in (committed, found))
+    lines = [f"{key}: only {'in the file' if key in before else 'counted now'}" for key in sorted(before.keys() ^ now.keys())]
+    for key in before.keys() & now.keys():
+        names = before[key].keys() | now[key].keys()
+        changed = [name for name in sorted(names) if before[key].get(name) != now[key].get(name)]
+        lines += [f"{key}: {name} is {now[key].get(name)}, in the file {before[key].get(name)}" for name in changed]
+    return lines
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of one rehearsal, with the launches of the earlier commit if it has any."""
+    before = result.get("before") or {"commit": "", "measurements": []}
+    earlier = {(one["model"], one["work"], one["clips"]): one for one in before["measurements"]}
+    heading = f"Launches, waits and allocations, counted without a GPU: commit {result['run']['commit'][:8]}"
+    if earlier:
+        heading += f"; in brackets: commit {before['commit'][:8]}"
+    lines = [
+        f"{heading}:",
+        "",
+        "| model | work | clips | launches | per layer | waits | MB allocated |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in result["measurements"]:
+        old = earlier.get((one["model"], one["work"], one["clips"]), {})
+        cells = [_both(one, old, name) for name in ("launches", "launches_per_layer", "waits")]
+        cells.append(_both(_megabytes(one), _megabytes(old), "bytes"))
+        lines.append(f"| {one['model']} | {one['work']} | {one['clips']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _both(now: dict[str, Any], before: dict[str, Any], name: str) -> str:
+    if now.get(name) is None:
+        return "–"
+    return f"{now[name]:,}" + (f" ({before[name]:,})" if before.get(name) is not None else "")
+
+
+def _megabytes(one: dict[str, Any]) -> dict[str, float]:
+    return {"bytes": round(one["bytes"] / 1e6, 1)} if "bytes" in one else {}

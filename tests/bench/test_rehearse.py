@@ -1,0 +1,185 @@
+"""The rehearsal without a GPU: what the double of a GPU counts, and the figures that the model must keep.
+
+The models here have the released widths and few layers. That is enough: every layer makes the same launches.
+"""
+
+import json
+
+import pytest
+import torch
+
+from bench import launches, rehearse, results
+from bench.counting_gpu import CountingGPU
+from bench.launches import UnknownOperationError
+from bench.rehearse import Rehearsal
+
+# Profiles of these calls on an H200 at commit cdd1619a: launches, without cuBLAS's reductions and fills (see bench/launches.py).
+PROFILE = "whole-model-nvidia-h200-2026-11-26-cdd1619a.json"
+WITHOUT = ("splitKreduce", "Memset")
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads(rehearse.FILE.read_text())
+
+
+def figures(entries, work, name="4.1-2b", clips=1):
+    (found,) = (one for one in entries if (one["work"], one["model"], one["clips"]) == (work, name, clips))
+    return found
+
+
+def counted(work, name, clips, layers=2):
+    return rehearse.count(work, name, clips, layers)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", rehearse.MODELS)
+def test_a_decode_step_waits_for_nothing_and_launches_the_same_for_any_number_of_rows(name, committed):
+    one, many = (counted("decode step", name, clips) for clips in (1, 128))
+    assert one.waits == many.waits == [] and one.late_reads == many.late_reads == 0
+    assert one.launches == many.launches
+    more = counted("decode step", name, 1, layers=3).launches.total() - one.launches.total()
+    recorded = figures(committed["measurements"], "decode step", name)
+    layers = 40
+    assert more == recorded["launches_per_layer"]
+    assert one.launches.total() + more * (layers - 2) == recorded["launches"]
+
+
+@pytest.mark.parametrize("name", rehearse.MODELS)
+def test_no_allocation_of_a_decode_step_depends_on_a_length(name):
+    sizes = []
+    with CountingGPU() as gpu, torch.no_grad():
+        for context in (100, 400):  # both in a block table of 8 pages
+            step = Rehearsal(gpu, name, 4, 2).step(context)
+            step()
+            with gpu.counting() as counts:
+                step()
+            sizes.append((counts.bytes, counts.launches))
+    assert sizes[0] == sizes[1]
+    assert sizes[0][0] > 0
+
+
+@pytest.mark.parametrize("name", rehearse.MODELS)
+def test_a_prefill_and_generate_wait_once(name, committed):
+    for work in ("encoder, projector and prefill", f"generate, {rehearse.NEW_TOKENS} tokens"):
+        counts = counted(work, name, 2)
+        assert len(counts.waits) == 1 and "transfers.py" in counts.waits[0], counts.waits
+        assert figures(committed["measurements"], work, name)["waits"] == 1
+    assert counts.late_reads == rehearse.NEW_TOKENS
+
+
+def test_the_encoder_launches_the_same_for_one_clip_and_many(committed):
+    one, many = (counted("encoder and projector", "4.1-2b", clips) for clips in (1, 128))
+    assert one.launches == many.launches and one.waits == many.waits == []
+    recorded = figures(committed["measurements"], "encoder and projector")
+    assert one.launches.total() + recorded["launches_per_layer"] * (16 - 2) == recorded["launches"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "work"), [("4.1-2b decode step, batch 1", "decode step"), ("encoder+projector 1 x 10 s", "encoder and projector")]
+)
+def test_the_counts_before_the_engine_are_those_of_a_profiler(profile, work, committed):
+    """The map of launches is right: at the commit of these counts, the code was nearly that of the profile."""
+    kernels = json.loads((results.FOLDER / PROFILE).read_text())["profiles"][profile]["top"]
+    measured = sum(one["count"] for one in kernels)
+    without = sum(one["count"] for one in kernels if not any(part in one["kernel"] for part in WITHOUT))
+    found = figures(committed["before"]["measurements"], work)["launches"]
+    assert abs(found - measured) <= 0.05 * measured
+    assert abs(found - without) <= 0.02 * without
+
+
+def test_the_check_names_what_differs(committed, capsys, monkeypatch, tmp_path):
+    changed = json.loads(json.dumps(committed))
+    figures(changed["measurements"], "decode step")["launches"] += 1
+    monkeypatch.setattr(rehearse, "FILE", tmp_path / "rehearsal.json")
+    rehearse.FILE.write_text(json.dumps(changed))
+    monkeypatch.setattr(rehearse, "measurements", lambda: iter(committed["measurements"]))
+    assert rehearse.run(check=True) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "in the file" in line]
+    launched = figures(committed["measurements"], "decode step")["launches"]
+    assert lines == [f"('4.1-2b', 'decode step', 1): launches is {launched}, in the file {launched + 1}"]
+    assert json.loads(rehearse.FILE.read_text()) == changed, "--check writes nothing"
+    assert rehearse.run(check=False) == rehearse.run(check=True) == 0
+    assert json.loads(rehearse.FILE.read_text())["before"] == committed["before"]
+
+
+# --- the double of a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu():
+    with CountingGPU() as gpu, torch.no_grad():
+        yield gpu
+
+
+COUNTS = {
+    "a product": (lambda x: x @ x, 1, 64),
+    "views": (lambda x: x.view(16)[2:].unsqueeze(0).expand(3, -1), 0, 0),
+    "an allocation": (lambda x: torch.empty(8, device="cuda"), 0, 32),
+    "in place": (lambda x: x.add_(1), 1, 0),
+    "nothing to do": (lambda x: x[:0] + 1, 0, 0),
+    "zeros": (lambda x: torch.zeros_like(x), 1, 64),
+    "out of place, copied first": (lambda x: x.index_copy(0, torch.zeros(1, dtype=torch.int64, device="cuda"), x[:1]), 3, 64 + 8),
+    "cat of 129": (lambda x: torch.cat([x] * 129), 2, 129 * 64),
+    "a part of the result's memory": (lambda x: (x + 1)[0], 1, 64),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_launches_and_new_memory_are_counted(gpu, name):
+    call, expected, new = COUNTS[name]
+    x = torch.ones(4, 4, device="cuda")
+    with gpu.counting() as counts:
+        call(x)
+    assert (counts.launches.total(), counts.bytes, counts.waits) == (expected, new, [])
+
+
+def test_waits_follow_the_rules_of_the_stand_in(gpu):
+    x = torch.ones(3, device="cuda")
+    with gpu.counting() as counts:
+        x + torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+        assert counts.waits == []
+        x + torch.ones(3).to("cuda")
+        x.sum().item()
+    assert len(counts.waits) == 2 and all("test_rehearse.py:" in one for one in counts.waits), counts.waits
+
+
+def test_an_operation_that_the_map_does_not_have_is_named(gpu):
+    x = torch.ones(3, 3, device="cuda")
+    with pytest.raises(UnknownOperationError, match=r"aten::\w*inv\w* makes"), gpu.counting():
+        torch.linalg.inv(x)
+
+
+def test_an_operation_is_in_the_map_once():
+    groups = [launches.NONE, launches.ONE, launches.MANY.keys(), launches.COMPUTED.keys()]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+def test_a_cpu_tensor_among_device_tensors_is_refused(gpu):
+    x = torch.ones(3, device="cuda")
+    assert (x + torch.tensor(1.0)).device.type == "cuda"
+    with pytest.raises(RuntimeError, match="CPU tensor of shape"):
+        x + torch.ones(3)
+
+
+def test_integers_keep_their_values_until_something_unknown_is_written(gpu):
+    ids = torch.tensor([[3, 1], [2, 5]]).pin_memory().to("cuda", non_blocking=True)
+    row = ids[1]
+    assert (ids.t() + 1).tolist() == [[4, 3], [2, 6]]
+    ids.add_(1)
+    assert row.tolist() == [3, 6], "a view has the values of its tensor"
+    ids.copy_(torch.rand(2, 2, device="cuda").long())
+    assert row.tolist() == [0, 0]
+
+
+def test_our_operations_count_their_kernels(gpu):
+    from granite_kernels import lora_linear
+
+    x, weight, a, b = (torch.ones(*shape, device="cuda") for shape in ((3, 8), (4, 8), (1, 2, 8), (1, 4, 2)))
+    scaling = torch.ones(1, device="cuda")
+    with gpu.counting() as counts:
+        lora_linear(x, weight, None, a, b, scaling, None)
+    assert counts.launches.total() >= 1 and all(name.startswith("_lora") for name in counts.launches), counts.launches
+    assert counts.bytes >= 3 * 4 * 4
