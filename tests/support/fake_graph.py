@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.stand_in_gpu import INDEXING, READS, ROOT
+from bench.device_rules import INDEXING, READS, ROOT
 
 __all__ = ["CaptureError", "FakeCapture", "FakeGraph", "capture", "tensors_of"]
 
