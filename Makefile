@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 AUDIO ?= granite_speech/assets/sample.flac
 
-.PHONY: transcribe test lint fuzz bench embedded clean
+.PHONY: transcribe test lint fuzz bench rehearse embedded clean
 
 # For example: make transcribe AUDIO=speech.wav MODEL=ibm-granite/granite-speech-3.3-2b
 transcribe: .venv/installed
@@ -22,6 +22,10 @@ fuzz: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench model
+
+# Launches, waits and allocations of the released models, without a GPU.
+rehearse: .venv/installed
+	$(BIN)/python -m bench rehearse
 
 # Train the bundled checkpoint: two hours and 40 minutes on two cores. An interrupted run resumes when the command is repeated.
 embedded: .venv/installed

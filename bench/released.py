@@ -22,8 +22,6 @@ __all__ = ["PLAN", "Planned", "run"]
 
 NEW_TOKENS = 40
 ROUNDS = 3
-# New tokens of the two profiled calls whose difference is eight steps.
-PROFILED = (1, 9)
 # Calls of the CUDA runtime and driver that send work to the device.
 HOST_CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
@@ -128,8 +126,8 @@ class _Sections:
             lambda count: model.generate(**inputs, max_new_tokens=count, eos_token_id=[]),
         )
         if use_graphs and self.device.type == "cuda":
-            calls.generate(self.new_tokens)  # shapes that the warm-up did not capture are captured before the next request
             calls.generate(self.new_tokens)
+            calls.generate(1)  # before this request, the shapes that the warm-up did not have are captured
             if len(model.runtime.decoder_graphs) == 0:
                 raise RuntimeError("nothing was captured")
         return calls
@@ -154,7 +152,8 @@ class _Sections:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         encoder, first = _median(calls.encode), _median(lambda: calls.generate(1))
-        whole = _median(lambda: calls.generate(self.new_tokens))
+        calls.generate(2)  # compiles the decode step's kernels, so that a whole run need not be repeated for that
+        whole = _median(lambda: calls.generate(self.new_tokens), warm_up=False)
         found = {
             "encoder_projector_s": encoder,
             "first_token_s": first,
@@ -189,9 +188,10 @@ def _theirs(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         return transformers.GraniteSpeechForConditionalGeneration(config).eval()
 
 
-def _median(call: Callable[[], Any]) -> float:
-    """Seconds of a call, after one that is not counted."""
-    call()
+def _median(call: Callable[[], Any], warm_up: bool = True) -> float:
+    """Seconds of a call; with `warm_up`, after one that is not counted."""
+    if warm_up:
+        call()
     seconds = []
     for _ in range(ROUNDS):
         _synchronize()
@@ -203,10 +203,9 @@ def _median(call: Callable[[], Any]) -> float:
 
 
 def _profiles(calls: _Calls) -> dict[str, dict[str, float]]:
-    """Launches of the encoder with the projector, and of one decode step: the difference between two calls of `generate`."""
-    short, long = (_profile(lambda count=count: calls.generate(count)) for count in PROFILED)
-    steps = PROFILED[1] - PROFILED[0]
-    return {"encoder and projector": _profile(calls.encode), "decode step": {name: (long[name] - short[name]) / steps for name in long}}
+    """Launches of the encoder with the projector, and of one decode step: two new tokens less one."""
+    one, two = (_profile(lambda count=count: calls.generate(count)) for count in (1, 2))
+    return {"encoder and projector": _profile(calls.encode), "decode step": {name: two[name] - one[name] for name in one}}
 
 
 def _profile(call: Callable[[], Any]) -> dict[str, float]:
@@ -216,7 +215,8 @@ def _profile(call: Callable[[], Any]) -> dict[str, float]:
 
     call()
     _synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    # The calls of the CUDA runtime are recorded with the device's work. PyTorch's own operations would take seconds to sort.
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         _synchronize()
     events = profiler.key_averages()
