@@ -7,6 +7,7 @@ answer. When a parameter or a module is replaced or moved, everything that was c
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -137,8 +138,8 @@ class _Weights:
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
         # Empty ones too: attaching an adapter fills one.
-        tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
-        self._tables = [(table, tuple(table.values())) for table in tables]
+        self._tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
+        self._values = self._contents()
         self._addresses = [(one, one.data_ptr()) for one in (*model.parameters(), *model.buffers())]
         self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
         self._attributes = [vars(one) for one in modules]
@@ -148,10 +149,14 @@ class _Weights:
         """Whether Python code of somebody else runs with a module: a hook, or a forward of the module's own."""
         return any(self._hook_tables) or any("forward" in one for one in self._attributes)
 
+    def _contents(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._tables))]
+
     def are_unchanged(self) -> bool:
         return (
             self.have_hooks() == self._had_hooks
-            and all(len(table) == len(values) and all(map(is_, table.values(), values)) for table, values in self._tables)
+            and len(contents := self._contents()) == len(self._values)
+            and all(map(is_, contents, self._values))
             and all(tensor.data_ptr() == address for tensor, address in self._addresses)
         )
 
