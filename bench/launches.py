@@ -31,7 +31,7 @@ ONE = {
     *("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor"),
     *("arange", "arange.start", "arange.start_step"),
     *("sum", "sum.dim_IntList", "mean", "mean.dim", "amax", "amin", "max", "min", "argmax", "any", "any.dim", "all", "all.dim"),
-    *("_softmax", "_log_softmax", "native_layer_norm", "cumsum"),
+    *("_softmax", "_log_softmax", "native_layer_norm", "_fused_rms_norm", "roll", "cumsum"),
     *("gather", "index.Tensor", "index_select", "embedding"),
     *("index_copy_", "scatter_.src", "scatter_.value", "scatter_add_", "index_add_"),
     # cuBLAS adds a bias in the product's epilogue.
@@ -41,6 +41,7 @@ ONE = {
 # Several.
 MANY: dict[str, tuple[int, str]] = {
     "index_copy": (2, "a copy of the input, then index_copy_"),
+    "constant_pad_nd": (2, "a fill of the result, then a copy of the input"),
     "index_add": (2, "a copy of the input, then index_add_"),
     "scatter.src": (2, "a copy of the input, then scatter_"),
     "scatter.value": (2, "a copy of the input, then scatter_"),
