@@ -98,17 +98,22 @@ class GraniteAttention(nn.Module):
         return OPERATIONS["paged_attention"].backend(self.q_proj.weight)
 
 
-def rotary_embedding(config: GraniteConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
+def rotary_frequencies(config: GraniteConfig, device: torch.device) -> Tensor:
+    """Angle per position of every feature of a head, `(head_dim,)` float32: first half negative, second half positive."""
+    rope, width = config.rope_parameters, config.attention_head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    return torch.cat((-frequencies, frequencies))
+
+
+def rotary_embedding(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> Rotary:
     """Cosine and signed sine of every position, `(total_tokens, 1, head_dim)` each, for `rotate`.
 
     Computed in float32, rounded to dtype. The sine's first half is negative.
     """
-    rope, width = config.rope_parameters, config.attention_head_dim
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
-    if rope["rope_type"] == "linear":
-        frequencies = frequencies / rope["factor"]
-    angles = positions.float()[:, None, None] * torch.cat((-frequencies, frequencies))
+    angles = positions.float()[:, None, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -191,6 +196,7 @@ class GraniteModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad if inside else None)
         self.layers = nn.ModuleList([GraniteDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = GraniteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._frequencies: Tensor | None = None
 
     def forward(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None = None) -> Tensor:
         """Run packed embeddings through the layers.
@@ -204,7 +210,7 @@ class GraniteModel(nn.Module):
             `(total_tokens, hidden)` after the final norm.
         """
         x = embeddings * self.embedding_multiplier
-        rotary = rotary_embedding(self.config, tokens.positions, x.dtype)
+        rotary = rotary_embedding(self._frequencies_on(x.device), tokens.positions, x.dtype)
         for layer in self.layers:
             if collected is not None:
                 collected.append(x)
@@ -213,6 +219,13 @@ class GraniteModel(nn.Module):
         if collected is not None:
             collected.append(x)
         return x
+
+    def _frequencies_on(self, device: torch.device) -> Tensor:
+        # Not a buffer, because checkpoints do not have it. Cached, because computing it takes as many launches as half a layer.
+        if self._frequencies is None or self._frequencies.device != device:
+            with torch.inference_mode(False):  # a tensor from inference mode could not be used in a later backward pass
+                self._frequencies = rotary_frequencies(self.config, device)
+        return self._frequencies
 
 
 class GraniteForCausalLM(nn.Module):

@@ -101,7 +101,8 @@ def depthwise_conv_reference(inputs: DepthwiseConvInputs) -> torch.Tensor:
     x, weight, scale, shift, cu_seqlens = inputs
     frames, (channels, kernel_size) = x.shape[0], weight.shape
     dtype = accumulator(x.dtype)
-    # conv2d with a dimension of size 1: a channels-last image is a view of (frames, channels), so nothing is transposed.
+    # conv2d with a width of 1: a channels-last image is a view of (frames, channels), so nothing is transposed. The view is made
+    # with permute, because conv2d takes an image for channels-last only if the strides of dimensions of size 1 fit too.
     # The normalisation is linear, so it is folded into the taps and a bias.
     taps, bias = weight.to(dtype), None
     if scale is not None:
@@ -110,7 +111,7 @@ def depthwise_conv_reference(inputs: DepthwiseConvInputs) -> torch.Tensor:
 
     def convolved(gated: torch.Tensor) -> torch.Tensor:
         # Both sides have the same padding, which gives an even kernel one frame too many at the end.
-        image = F.conv2d(gated.T[None, :, :, None], taps, bias, padding=(kernel_size // 2, 0), groups=channels)
+        image = F.conv2d(gated[None, :, None].permute(0, 3, 1, 2), taps, bias, padding=(kernel_size // 2, 0), groups=channels)
         return image[0, :, : gated.shape[0], 0].T
 
     clips = bounds(cu_seqlens, frames)

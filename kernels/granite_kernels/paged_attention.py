@@ -1,5 +1,7 @@
 """Attention to keys and values in pages: the language model's decode step and prefill."""
 
+import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -113,54 +115,107 @@ def paged_attention_reference(inputs: PagedAttentionInputs) -> torch.Tensor:
 
     A sequence's keys are padded to whole pages, whatever the others need, so its bits do not depend on its neighbours.
     """
-    q = inputs.q
+    q, groups = inputs.q, _LAST_PLAN.groups(inputs)
+    if len(groups) == 1 and groups[0].rows is None:
+        return _attend(inputs, q, groups[0])
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for group in groups:
+        out.index_copy_(0, group.rows, _attend(inputs, q.index_select(0, group.rows), group))
+    return out
+
+
+class _Group(NamedTuple):
+    """Sequences that are computed together."""
+
+    rows: torch.Tensor | None  # their queries, int64, if those are not all rows of q
+    sequences: int
+    slots: torch.Tensor  # (sequences · keys,), their keys as rows of a cache whose pages are joined
+    mask: torch.Tensor  # (sequences, 1, 1 or queries, keys), added to the scores
+    blind: torch.Tensor | None  # queries that see no key, (sequences · n, 1, 1) bool, if there may be any
+
+
+class _Plan(threading.local):
+    """The groups of this thread's last call, for the next: a model's layers share the index tensors of a step.
+
+    It holds while these tensors exist and nothing has written to them.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self, _: Any = None) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._index: tuple[weakref.ref[torch.Tensor], ...] = ()
+        self._groups: list[_Group] = []
+
+    def groups(self, inputs: PagedAttentionInputs) -> list[_Group]:
+        index = (inputs.block_table, inputs.kv_lens, inputs.cu_seqlens_q)
+        if any(type(one) is not torch.Tensor or one.is_inference() for one in index):
+            return _groups(inputs)  # nothing tells whether its values have changed
+        versions = tuple(one._version for one in index)
+        key = (versions, inputs.q.shape, inputs.q.dtype, inputs.k_cache.shape[1:3], inputs.max_query_len, inputs.causal)
+        if key != self._key or any(kept() is not one for kept, one in zip(self._index, index, strict=True)):
+            self._forget()
+            self._groups = _groups(inputs)
+            self._key, self._index = key, tuple(weakref.ref(one, self._forget) for one in index)
+        return self._groups
+
+
+_LAST_PLAN = _Plan()
+
+
+def _groups(inputs: PagedAttentionInputs) -> list[_Group]:
+    """The sequences with equal numbers of queries and of pages, except those without queries or keys."""
     alike: dict[tuple[int, int], list[int]] = {}
     for sequence, (first, end, kv_len) in enumerate(_spans(inputs)):
         if end > first and kv_len:
             alike.setdefault((end - first, -(-kv_len // inputs.k_cache.shape[1])), []).append(sequence)
     if len(alike) == 1:
         [((n, pages), members)] = alike.items()
-        if len(members) == inputs.kv_lens.shape[0] and len(members) * n == q.shape[0]:
-            return _attend(inputs, q, inputs.block_table[:, :pages], inputs.kv_lens)
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        if len(members) == inputs.kv_lens.shape[0] and len(members) * n == inputs.q.shape[0]:
+            return [_group(inputs, None, n, inputs.block_table[:, :pages], inputs.kv_lens)]
+    groups = []
     for (n, pages), members in alike.items():
-        which = torch.tensor(members, device=q.device)
-        rows = inputs.cu_seqlens_q.index_select(0, which)
+        which = torch.tensor(members, device=inputs.q.device)
+        rows = inputs.cu_seqlens_q.index_select(0, which).long()
         if n > 1:
-            rows = (rows[:, None] + torch.arange(n, device=q.device)).flatten()
-        table, kv_lens = inputs.block_table[:, :pages].index_select(0, which), inputs.kv_lens.index_select(0, which)
-        out.index_copy_(0, rows.long(), _attend(inputs, q.index_select(0, rows), table, kv_lens))
-    return out
+            rows = (rows[:, None] + torch.arange(n, device=rows.device)).flatten()
+        groups.append(_group(inputs, rows, n, inputs.block_table[:, :pages].index_select(0, which), inputs.kv_lens.index_select(0, which)))
+    return groups
 
 
-def _attend(inputs: PagedAttentionInputs, q: torch.Tensor, table: torch.Tensor, kv_lens: torch.Tensor) -> torch.Tensor:
-    """Attention of sequences that have equally many queries and keys in every page of `table`, `(sequences, pages)`.
-
-    q and the result are `(sequences · n, num_heads, head_dim)`.
-    """
-    (sequences, pages), (page_size, num_kv_heads, head_dim) = table.shape, inputs.k_cache.shape[1:]
-    n, group, dtype = q.shape[0] // sequences, q.shape[1] // num_kv_heads, accumulator(q.dtype)
-    position, ends = torch.arange(pages * page_size, device=q.device), kv_lens[:, None]
+def _group(inputs: PagedAttentionInputs, rows: torch.Tensor | None, n: int, table: torch.Tensor, kv_lens: torch.Tensor) -> _Group:
+    """The group of sequences with n queries each and these pages, `(sequences, pages)`."""
+    (sequences, pages), (page_size, num_kv_heads) = table.shape, inputs.k_cache.shape[1:3]
+    position, ends = torch.arange(pages * page_size, device=table.device), kv_lens[:, None]
     exists = position < ends
     slots = torch.add(position[:page_size], table[:, :, None], alpha=page_size).flatten(1)
     # The first key in place of those past the end, which get no weight but may hold NaN, and 0 · NaN is NaN.
     slots = torch.where(exists, slots, slots[:, :1]).flatten()
+    seen, blind = exists[:, None], None
+    if inputs.causal and n > 1:
+        ends = ends + torch.arange(1 - n, 1, device=table.device)  # of each query, (sequences, n)
+        seen = (position < ends[:, :, None]).repeat_interleave(inputs.q.shape[1] // num_kv_heads, dim=1)
+        if n > (pages - 1) * page_size:  # a sequence may have more queries than keys
+            blind = ends.flatten()[:, None, None] <= 0
+    mask = torch.where(seen, 0.0, -torch.inf).to(accumulator(inputs.q.dtype))
+    return _Group(rows, sequences, slots, mask[:, None], blind)
+
+
+def _attend(inputs: PagedAttentionInputs, q: torch.Tensor, group: _Group) -> torch.Tensor:
+    """Attention of a group's queries, `(sequences · n, num_heads, head_dim)`."""
+    (total, num_heads, head_dim), num_kv_heads, dtype = q.shape, inputs.k_cache.shape[2], accumulator(q.dtype)
     keys, values = (
-        cache.flatten(0, 1).index_select(0, slots).to(dtype).view(sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
+        cache.flatten(0, 1).index_select(0, group.slots).to(dtype).view(group.sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
         for cache in (inputs.k_cache, inputs.v_cache)
     )
-    seen = exists[:, None]
-    if inputs.causal and n > 1:
-        ends = ends + torch.arange(1 - n, 1, device=q.device)  # of each query, (sequences, n)
-        seen = (position < ends[:, :, None]).repeat_interleave(group, dim=1)
-    mask = torch.where(seen, 0.0, -torch.inf).to(dtype)
     # The query heads that share a KV head are queries of one head: (sequences, num_kv_heads, n · group, head_dim).
-    queries = q.to(dtype).reshape(sequences, n, num_kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=inputs.scale)
-    out = out.unflatten(2, (n, group)).transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()
-    if ends.shape[1] > 1 and n > (pages - 1) * page_size:  # a sequence may have more queries than keys
-        out = out.masked_fill(ends.flatten()[:, None, None] <= 0, 0)
-    return out
+    n = total // group.sequences
+    heads = (group.sequences, n, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    queries = q.to(dtype).reshape(heads).transpose(1, 2).flatten(2, 3)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=inputs.scale)
+    out = out.unflatten(2, heads[1:4:2]).transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()
+    return out if group.blind is None else out.masked_fill(group.blind, 0)
 
 
 def _spans(inputs: PagedAttentionInputs) -> list[tuple[int, int, int]]:

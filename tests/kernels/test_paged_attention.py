@@ -1,10 +1,12 @@
 """Paged attention compared with PyTorch's attention over the unpaged keys, one sequence at a time."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from granite_kernels import KernelError, paged_attention
-from granite_kernels.paged_attention import paged_attention_cost
+from granite_kernels.paged_attention import _LAST_PLAN, paged_attention_cost
 
 SCALE = 0.2
 
@@ -167,6 +169,49 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
     paged_attention(**right)
     with pytest.raises(KernelError, match=message):
         paged_attention(**{**right, **change})
+
+
+def test_layers_share_the_plan_of_a_step(monkeypatch: pytest.MonkeyPatch):
+    given, _ = draw([(1, 5), (1, 8), (2, 4)])
+    expected = paged_attention(**given)
+    # The package's attribute of this name is the function. None would raise if it were called.
+    monkeypatch.setattr(importlib.import_module("granite_kernels.paged_attention"), "_groups", None)
+    given["k_cache"], given["v_cache"] = given["k_cache"].clone(), given["v_cache"].clone()
+    assert torch.equal(paged_attention(**given), expected)
+
+
+@pytest.mark.parametrize("name", ["block_table", "kv_lens", "cu_seqlens_q", "max_query_len", "causal"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_plan_is_not_used_after_a_change(name: str, mode):
+    given, _ = draw([(2, 5), (2, 7), (1, 8)])
+    changes = {
+        "block_table": given["block_table"][[1, 0, 2]],
+        "kv_lens": torch.tensor([4, 3, 5], dtype=torch.int32),
+        "cu_seqlens_q": torch.tensor([0, 1, 3, 5], dtype=torch.int32),
+    }
+    with mode():
+        before = paged_attention(**given)
+        if name == "max_query_len":
+            with pytest.raises(KernelError, match="2 queries in sequence 0"):
+                paged_attention(**{**given, name: 1})
+        elif name == "causal":
+            given[name] = False
+        else:
+            given["kv_lens"][:2] = 5  # so that both tables have enough pages
+            before = paged_attention(**given)
+            given[name].copy_(changes[name])
+        after = paged_attention(**given)
+        fresh = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+        assert torch.equal(after, paged_attention(**fresh))
+    assert torch.equal(before, after) == (name == "max_query_len")
+
+
+def test_plans_are_dropped_with_their_index_tensors():
+    given, _ = draw([(1, 5), (1, 8)])
+    paged_attention(**given)
+    assert _LAST_PLAN._groups
+    del given["kv_lens"]
+    assert not _LAST_PLAN._groups
 
 
 def test_cost_matches_a_count_by_hand():
