@@ -171,6 +171,9 @@ class _Event:
         if self._gpu._counts is not None:
             self._gpu._counts.late_reads += 1
 
+    def wait(self) -> None:
+        """Later work of the device waits, not the host."""
+
 
 def _on_device(value: Any) -> bool:
     return isinstance(value, FakeTensor) and value.device.type == "cuda"

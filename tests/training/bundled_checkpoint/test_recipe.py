@@ -63,7 +63,7 @@ def test_a_run_in_pieces_equals_one_without_a_stop(done, tmp_path):
     folder = write_data(tmp_path / "pieces")
     assert not Training(folder, RECIPE, seconds=0, progress=False).run()
     pieces = 0
-    while not (step := Training(folder, RECIPE, seconds=4, progress=False)).run():
+    while not (step := Training(folder, RECIPE, seconds=1, progress=False)).run():
         pieces += 1
     assert pieces >= 1
     for stage in recipe.STAGES:
