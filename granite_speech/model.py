@@ -159,6 +159,10 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         self.model.training = mode
         return self
 
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        self.runtime.clear()  # weights that move or change dtype leave their pages and graphs behind
+        return super()._apply(fn, recurse)
+
     @property
     def lm_head(self) -> nn.Linear:
         return self.language_model.lm_head

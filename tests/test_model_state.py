@@ -286,3 +286,12 @@ def test_reading_an_output_does_not_change_its_fields():
     assert inner.keys() == ["last_hidden_state", "past_key_values", "audio_hidden_states"]
     assert all(isinstance(one, Tensor | PagedCache) for one in (*output.to_tuple(), *inner.values()))
     assert isinstance(model.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize("change", [lambda model: model.train(), lambda model: model.to(torch.float64)], ids=["train", "to"])
+def test_memory_of_finished_requests_is_given_back(change):
+    model = small_model()
+    model.generate(**batch(model), max_new_tokens=2)
+    assert model.runtime.pool.total > 1 and model.runtime.state is not None
+    change(model)
+    assert model.runtime.pool is None and model.runtime.state is None

@@ -7,15 +7,16 @@ import soundfile
 
 from granite_speech.transcription.transcriber import PROMPT_3, PROMPT_4
 from tests.support.paths import ROOT
+from tests.support.small_models import small_model
 
 README = ROOT / "README.md"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "bench/results/README.md", "granite_speech/assets/README.md", "kernels/README.md")
 
 
-def python_examples() -> tuple[str, str]:
-    """Of one recording, and of a batch."""
-    one, batch = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    return one, batch
+def python_examples() -> tuple[str, str, str]:
+    """Of one recording, of a batch, and of a warm-up."""
+    one, batch, warmup = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return one, batch, warmup
 
 
 def test_the_example_of_one_recording_prints_its_words(monkeypatch, capsys):
@@ -36,6 +37,10 @@ def test_the_example_of_a_batch_transcribes_its_files(tmp_path, monkeypatch):
     names = {}
     exec(compile(example, str(README), "exec"), names)
     assert names["texts"] == [" open menu seven two five stop"] * 2
+
+
+def test_the_example_of_a_warm_up_runs():
+    exec(compile(python_examples()[2], str(README), "exec"), {"model": small_model()})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
