@@ -6,7 +6,7 @@ answer. When a parameter or a module is replaced or moved, everything that was c
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -65,6 +65,10 @@ class Runtime:
     @contextmanager
     def session(self, model: nn.Module) -> Iterator["Runtime"]:
         """One request. Another at the same time, from a second thread or a streamer, gets a runtime of its own, without graphs."""
+        with _current(model.device):
+            yield from self._session(model)
+
+    def _session(self, model: nn.Module) -> Iterator["Runtime"]:
         if not self._lock.acquire(blocking=False):
             alone = Runtime(use_graphs=False)
             alone._begin(model)
@@ -130,6 +134,11 @@ class Runtime:
         if self._pages is not self.pool.keys[0]:
             self.decoder_graphs.drop()
             self._pages = self.pool.keys[0]
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU this thread's current one: events and replays go to the current stream of the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" and torch.cuda.is_available() else nullcontext()
 
 
 class _Weights:
