@@ -17,7 +17,8 @@ __all__ = ["run"]
 
 ROOT = Path(__file__).parents[1]
 # tests/conftest.py turns Triton's interpreter on unless TRITON_INTERPRET is set.
-ENVIRONMENT = {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+SOURCES = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(SOURCES)}
 LEAST_SECONDS = 10  # a step with less time left is not started
 
 
