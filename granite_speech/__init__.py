@@ -23,6 +23,7 @@ _HOMES = {
         "GraniteSpeechPlusConfig",
         "GraniteSpeechPlusEncoderConfig",
     ),
+    "engine.graphs": ("CaptureWarning",),
     "errors": (
         "AudioError",
         "CheckpointError",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from granite_speech.config import GraniteSpeechEncoderConfig as GraniteSpeechEncoderConfig
     from granite_speech.config import GraniteSpeechPlusConfig as GraniteSpeechPlusConfig
     from granite_speech.config import GraniteSpeechPlusEncoderConfig as GraniteSpeechPlusEncoderConfig
+    from granite_speech.engine.graphs import CaptureWarning as CaptureWarning
     from granite_speech.errors import AudioError as AudioError
     from granite_speech.errors import CheckpointError as CheckpointError
     from granite_speech.errors import CheckpointNotFoundError as CheckpointNotFoundError

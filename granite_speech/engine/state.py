@@ -11,7 +11,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from granite_speech.engine.fixed_shapes import power_of_2
 from granite_speech.generation.options import GenerationOptions
+from granite_speech.generation.sampling import seen_tokens
 from granite_speech.modules.cache import PagedCache, PagePool
 from granite_speech.modules.transfers import on_device
 
@@ -45,15 +47,11 @@ class StateSize:
     @classmethod
     def of(cls, rows: int, pages: int, ends: int) -> Self:
         """Sizes for a request, rounded up so that similar requests use the same state."""
-        return cls(ladder(rows), max(8, _power_of_2(pages)), max(4, _power_of_2(ends)))
+        return cls(ladder(rows), max(8, power_of_2(pages)), max(4, power_of_2(ends)))
 
     def union(self, other: Self) -> Self:
         """The smallest sizes that cover both."""
         return type(self)(max(self.rows, other.rows), max(self.pages, other.pages), max(self.ends, other.ends))
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
 
 
 class DecodeState:
@@ -138,9 +136,7 @@ class DecodeState:
         if self.seen is None:
             with torch.inference_mode(False):
                 self.seen = self._zeros(self.size.rows, self.vocab_size + 1, dtype=torch.bool)
-        # The last column takes tokens without a logit: padding, and audio tokens outside the vocabulary.
-        places = torch.where(kept & (ids < self.vocab_size), ids.long(), self.vocab_size)
-        self.seen[: len(ids)].zero_().scatter_(1, places, True)
+        self.seen[: len(ids)].copy_(seen_tokens(ids, kept, self.vocab_size))
 
     def draw(self, rows: int, rng: torch.Generator | None) -> None:
         """Draw the random numbers of one step for a request of this many rows, ended ones included.

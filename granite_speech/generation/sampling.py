@@ -10,11 +10,11 @@ from torch import Tensor
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.modules.transfers import on_device
 
-__all__ = ["LogitsProcessor", "draw", "keep_top_k", "keep_top_p", "penalize"]
+__all__ = ["LogitsProcessor", "draw", "keep_top_k", "keep_top_p", "penalize", "seen_tokens"]
 
 
 class LogitsProcessor:
-    """Turns logits into the scores that tokens are chosen from, for rows that grow by one token a step.
+    """Turns a beam search's log-probabilities into the scores that tokens are chosen from, for beams that grow by one token a step.
 
     Args:
         options: of the call.
@@ -28,16 +28,12 @@ class LogitsProcessor:
         self._new_tokens = 0
         inside = [one for one in options.eos_token_id if 0 <= one < vocab_size]
         self._ends = on_device(inside, ids.device, torch.int64)
-        # Beam search needs a token that does not end the row, so it always keeps one more than there are end tokens.
-        self._at_least = 1 if options.num_beams == 1 else len(options.eos_token_id) + 1
-        self._seen = None
-        if options.repetition_penalty != 1:
-            # One extra column takes tokens without a logit: padding, and audio tokens outside the vocabulary.
-            places = torch.where(kept & (ids < vocab_size), ids.long(), vocab_size)
-            self._seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device).scatter_(1, places, True)
+        # Some beam must go on, so one token more is kept than there are end tokens.
+        self._at_least = len(options.eos_token_id) + 1
+        self._seen = seen_tokens(ids, kept, vocab_size) if options.repetition_penalty != 1 else None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """`(rows, vocabulary)` scores of the next token: float32, or the logits unchanged if no option applies."""
+        """`(rows, vocabulary)` scores of the next token: float32, or `logits` unchanged if no option applies."""
         options, scores = self._options, logits
         if self._seen is not None:
             scores = penalize(scores.float(), self._seen[:, :-1], options.repetition_penalty)
@@ -54,16 +50,35 @@ class LogitsProcessor:
             scores = keep_top_p(scores, 1 - options.top_p, self._at_least)
         return scores
 
-    def extend(self, tokens: Tensor, rows: Tensor | None = None) -> None:
-        """Make row i the old row `rows[i]` (None: row i) followed by `tokens[i]`."""
+    def extend(self, tokens: Tensor, rows: Tensor) -> None:
+        """Make row i the old row `rows[i]` followed by `tokens[i]`."""
         self._new_tokens += 1
         if self._seen is not None:
-            seen = self._seen if rows is None else self._seen.index_select(0, rows)
-            self._seen = seen.scatter(1, tokens[:, None], True)
+            self._seen = self._seen.index_select(0, rows).scatter(1, tokens[:, None], True)
 
 
-def penalize(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Scores with tokens seen before made less likely (Keskar et al., arXiv 1909.05858); all `(rows, vocabulary)`, seen bool."""
+def seen_tokens(ids: Tensor, kept: Tensor, vocab_size: int) -> Tensor:
+    """`(rows, vocab_size + 1)` bool: the tokens of each row's prompt, for `penalize`.
+
+    The last column takes tokens without a logit: padding, and audio tokens outside the vocabulary.
+
+    Args:
+        ids: `(rows, width)`.
+        kept: `(rows, width)` bool, False for padding.
+        vocab_size: columns of the logits.
+    """
+    places = torch.where(kept & (ids < vocab_size), ids.long(), vocab_size)
+    return torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device).scatter_(1, places, True)
+
+
+def penalize(scores: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
+    """Scores with tokens seen before made less likely (Keskar et al., arXiv 1909.05858).
+
+    Args:
+        scores: `(rows, vocabulary)`.
+        seen: `(rows, vocabulary)` bool.
+        penalty: one number, or `(rows, 1)`.
+    """
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 

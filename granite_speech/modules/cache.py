@@ -160,13 +160,12 @@ class PagedCache:
         """Tokens of the longest sequence."""
         return max(self.lengths, default=0)
 
-    def reserve(self, capacities: list[int]) -> bool:
-        """Reserve pages for this many tokens of each sequence, so that later calls need none. Returns whether any were missing."""
+    def reserve(self, capacities: list[int]) -> None:
+        """Reserve pages for this many tokens of each sequence, so that later calls need none."""
         missing = [max(0, self.pool.count(capacity) - len(pages)) for pages, capacity in zip(self._pages, capacities, strict=True)]
         self.pool.require(sum(missing))
         for pages, count in zip(self._pages, missing, strict=True):
             pages += self.pool.take(count)
-        return any(missing)
 
     def release(self) -> None:
         """Give all pages back. The cache is empty afterwards."""
