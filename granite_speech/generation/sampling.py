@@ -117,4 +117,4 @@ def draw(scores: Tensor, count: int, rng: torch.Generator | None) -> Tensor:
     """
     probabilities = scores.softmax(-1)
     arrivals = probabilities / torch.empty_like(probabilities).exponential_(1.0, generator=rng)
-    return arrivals.argmax(-1, keepdim=True) if count == 1 else arrivals.topk(count).indices
+    return arrivals.topk(count).indices
