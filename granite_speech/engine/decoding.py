@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from granite_speech.engine.runtime import Runtime
-from granite_speech.engine.state import STEPS, StateSize, ladder
+from granite_speech.engine.state import STEPS, Row, StateSize, ladder
 from granite_speech.engine.step import DecodeStep, Selection
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.stop_strings import StopStrings
@@ -122,7 +122,9 @@ class Decoding:
         self._reserved = _reserved_tokens(options)
         cache.reserve([length + self._reserved for length in cache.lengths])
         self._state = runtime.decode_state(_state_size(runtime, options, cache.lengths), vocab_size)
-        self._state.fill(cache, options)
+        self._state.reset()
+        self._state.enter([self._row(number) for number in self._rows])
+        self._write_block_table()
         if self._selection.penalty:
             self._state.see(prompts.ids, prompts.kept)
 
@@ -144,6 +146,15 @@ class Decoding:
                 break
         self._forget_wasted_draws()
         return self._output()
+
+    def _row(self, number: int) -> Row:
+        """How an answer enters the state."""
+        cache = self._prompts.cache
+        keys, position = cache.lengths[number], cache.next_positions[number] - 1
+        return Row(self._options, prompt=keys, keys=keys, position=position, has_audio=cache.has_audio[number], origin=number)
+
+    def _write_block_table(self) -> None:
+        self._state.write_block_table(self._prompts.cache.block_table(self._state.size.pages)[self._rows])
 
     def rehearse(self) -> None:
         """Launch one step without reading its tokens, and have it captured for every smaller number of answers too."""
@@ -234,7 +245,7 @@ class Decoding:
         cache = self._prompts.cache
         cache.reserve([length + self._reserved if self._open[row] else 0 for row, length in enumerate(cache.lengths)])
         self._runtime.follow_pages()
-        self._state.write_block_table(cache, self._rows)
+        self._write_block_table()
 
     def _read(self, launched: _Launched) -> None:
         """Wait for the tokens of some steps, and append them to the answers that were going on."""
@@ -258,7 +269,7 @@ class Decoding:
         self._texts = [row for row, _ in new]
         if stopped:
             self._open = [is_open and row not in stopped for row, is_open in enumerate(self._open)]
-            self._state.stop([row in stopped for row in self._rows])
+            self._state.stop([place for place, row in enumerate(self._rows) if row in stopped])
 
     def _drop_ended(self) -> None:
         """Move the answers that go on together, if a step for them has fewer rows."""

@@ -1,10 +1,11 @@
 """The state of a decode step: one row for each answer in progress, in device tensors whose addresses never change.
 
-A step reads and writes only these tensors, so it can be captured once and replayed. The host fills rows before the first step,
-writes the block table when a page is added, and moves rows together when some have ended.
+A step reads and writes only these tensors, so it can be captured once and replayed. Between steps the host lets answers enter and
+leave, writes the block table when a page is added, and moves rows together when some have ended.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,10 +15,10 @@ from torch import Tensor
 from granite_speech.engine.fixed_shapes import power_of_2
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import seen_tokens
-from granite_speech.modules.cache import PagedCache, PagePool
+from granite_speech.modules.cache import PagePool
 from granite_speech.modules.transfers import on_device
 
-__all__ = ["STEPS", "DecodeState", "StateSize", "ladder"]
+__all__ = ["STEPS", "DecodeState", "Row", "StateSize", "ladder"]
 
 # The most steps that one graph makes.
 STEPS = 8
@@ -54,6 +55,55 @@ class StateSize:
         return type(self)(max(self.rows, other.rows), max(self.pages, other.pages), max(self.ends, other.ends))
 
 
+@dataclass(frozen=True)
+class Row:
+    """An answer as it enters a state.
+
+    Attributes:
+        options: of the request.
+        prompt: tokens of the prompt.
+        keys: stored so far.
+        position: of the newest stored token, for the rotary embedding.
+        has_audio: whether the adapter is on.
+        token: the newest one, whose keys are not stored yet.
+        origin: the request's row, whose random numbers the answer uses.
+        seed: of the answer's own random numbers.
+    """
+
+    options: GenerationOptions
+    prompt: int
+    keys: int
+    position: int
+    has_audio: bool
+    token: int = 0
+    origin: int = 0
+    seed: int = 0
+
+    def integers(self, vocab_size: int) -> tuple[int, ...]:
+        """Values of `_INT64`."""
+        options = self.options
+        top_k = min(options.top_k or vocab_size, vocab_size) if options.do_sample else 1
+        return self.token, self.position, self.origin, self.seed, top_k
+
+    def small_integers(self) -> tuple[int, ...]:
+        """Values of `_INT32`."""
+        options, end = self.options, self.prompt + self.options.max_new_tokens - 1
+        adapter_index = 0 if self.has_audio else -1
+        return self.keys, end, 1, adapter_index, self.prompt + options.min_new_tokens, int(options.do_sample)
+
+    def numbers(self) -> tuple[float, ...]:
+        """Values of `_FLOAT32`. Temperature and top_p of an answer that is not sampled have no effect."""
+        options = self.options
+        sampled = (options.temperature, 1 - options.top_p) if options.do_sample else (1.0, 0.0)
+        return options.repetition_penalty, *sampled
+
+
+# The vectors of a state, by dtype: `Row` has their values in this order.
+_INT64 = ("tokens", "positions", "origin", "seeds", "top_k")
+_INT32 = ("kv_lens", "limits", "active", "adapter_index", "earliest_ends", "sampled")
+_FLOAT32 = ("penalty", "temperature", "top_p")
+
+
 class DecodeState:
     """Tensors of `size.rows` answers in progress. Row i of every tensor belongs to the same answer.
 
@@ -72,71 +122,92 @@ class DecodeState:
         block_table: `(rows, pages)` int32.
         ends: `(rows, ends)` int64, tokens that end the answer; −1 if there are none.
         earliest_ends: `(rows,)` int32, the number of keys from which on the answer may end.
+        sampled: `(rows,)` int32, 1 if tokens are drawn and 0 if the best is taken.
         penalty, temperature, top_p: `(rows, 1)` float32; top_p holds 1 − p.
         top_k: `(rows, 1)` int64.
         origin: `(rows,)` int64, the request's row, whose random numbers the answer uses.
+        seeds: `(rows,)` int64, of answers that draw their own random numbers.
         history: `(STEPS, rows)` int64, the tokens of the last graph's steps; −1 for a row that was not active.
         seen: `(rows, vocabulary + 1)` bool, tokens that prompt or answer have; made when a repetition penalty needs it.
         noise: `(rows, vocabulary)` float32, exponentially distributed; made when sampling needs it.
+        vectors: `(rows, hidden)`, embeddings of newest tokens that are audio; made when a prompt ends with one.
+        is_vector: `(rows,)` bool, the rows whose newest token is one of `vectors`; made with it.
         cu_seqlens: `(rows + 1,)` int32: one query for each row.
     """
+
+    tokens: Tensor
+    positions: Tensor
+    origin: Tensor
+    seeds: Tensor
+    top_k: Tensor
+    kv_lens: Tensor
+    limits: Tensor
+    active: Tensor
+    adapter_index: Tensor
+    earliest_ends: Tensor
+    sampled: Tensor
+    penalty: Tensor
+    temperature: Tensor
+    top_p: Tensor
 
     def __init__(self, size: StateSize, vocab_size: int, pool: PagePool):
         self.size, self.vocab_size, self.pool = size, vocab_size, pool
         self.device = pool.keys[0].device
         self.seen: Tensor | None = None
         self.noise: Tensor | None = None
+        self.vectors: Tensor | None = None
+        self.is_vector: Tensor | None = None
         rows = size.rows
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside it
-            self.tokens, self.positions, self.origin = (self._zeros(rows, dtype=torch.int64) for _ in range(3))
-            self.kv_lens, self.limits, self.active, self.adapter_index, self.earliest_ends = (
-                self._zeros(rows, dtype=torch.int32) for _ in range(5)
-            )
+            # One tensor for each dtype, so that answers enter and move in few copies.
+            kinds = ((_INT64, torch.int64), (_INT32, torch.int32), (_FLOAT32, torch.float32))
+            self._fields = [self._zeros(len(names), rows, dtype=dtype) for names, dtype in kinds]
+            for (names, _), matrix in zip(kinds, self._fields, strict=True):
+                for name, vector in zip(names, matrix, strict=True):
+                    setattr(self, name, vector.unsqueeze(1) if name in ("top_k", *_FLOAT32) else vector)
             self.block_table = self._zeros(rows, size.pages, dtype=torch.int32)
             self.ends = self._zeros(rows, size.ends, dtype=torch.int64)
-            self.penalty, self.temperature, self.top_p = (self._zeros(rows, 1, dtype=torch.float32) for _ in range(3))
-            self.top_k = self._zeros(rows, 1, dtype=torch.int64)
             self.history = self._zeros(STEPS, rows, dtype=torch.int64)
             self.cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def fill(self, cache: PagedCache, options: GenerationOptions) -> None:
-        """Begin an answer to each sequence of `cache`, whose prompt it holds. The other rows are not active."""
-        count, lengths = len(cache), torch.tensor(cache.lengths, dtype=torch.int32)
+    def enter(self, rows: Sequence[Row], places: Sequence[int] | None = None) -> None:
+        """Begin or resume answers in these rows of the state; None: in the first ones. The block table is written separately."""
+        at = None if places is None else on_device(list(places), self.device, torch.int64)
+        values = ([one.integers(self.vocab_size) for one in rows], [one.small_integers() for one in rows], [one.numbers() for one in rows])
+        for matrix, columns in zip(self._fields, values, strict=True):
+            _put(matrix, torch.tensor(columns, dtype=matrix.dtype).T, at, dim=1)
+        _put(self.ends, torch.tensor([self._ends(one.options) for one in rows]), at)
+
+    def _ends(self, options: GenerationOptions) -> list[int]:
+        """A row of `ends`."""
         inside = [one for one in options.eos_token_id if 0 <= one < self.vocab_size] or [-1]
-        ends = inside + [inside[0]] * (self.size.ends - len(inside))
-        self.active.zero_()
-        self.kv_lens.zero_()
-        self._write(self.active, torch.ones(count, dtype=torch.int32))
-        self._write(self.kv_lens, lengths)
-        self._write(self.limits, lengths + options.max_new_tokens - 1)
-        self._write(self.earliest_ends, lengths + options.min_new_tokens)
-        self._write(self.positions, torch.tensor(cache.next_positions) - 1)
-        self._write(self.adapter_index, torch.tensor([0 if one else -1 for one in cache.has_audio], dtype=torch.int32))
-        self._write(self.ends, torch.tensor(ends).expand(count, -1))
-        self._write(self.origin, torch.arange(count))
-        self.write_block_table(cache)
-        self.penalty.fill_(options.repetition_penalty)
-        self.temperature.fill_(options.temperature)
-        self.top_p.fill_(1 - options.top_p)
-        self.top_k.fill_(max(1, min(options.top_k, self.vocab_size)))
+        return inside + [inside[0]] * (self.size.ends - len(inside))
 
-    def _write(self, target: Tensor, values: Tensor) -> None:
-        target[: len(values)].copy_(on_device(values.contiguous(), self.device, target.dtype))
+    def write_block_table(self, table: Tensor, places: Sequence[int] | None = None) -> None:
+        """Write rows `(n, pages)` int32 on the host, to these rows of the block table; None: to the first ones."""
+        _put(self.block_table, table, None if places is None else on_device(list(places), self.device, torch.int64))
 
-    def write_block_table(self, cache: PagedCache, rows: Sequence[int] | None = None) -> None:
-        """Write the pages of the cache's sequences; row i has those of sequence `rows[i]` (None: i)."""
-        table = cache.block_table(self.size.pages)
-        self._write(self.block_table, table if rows is None else table[list(rows)])
-
-    def see(self, ids: Tensor, kept: Tensor) -> None:
-        """Note the tokens of each row's prompt for the repetition penalty. `(rows, width)` each; kept is False for padding."""
+    def see(self, ids: Tensor, kept: Tensor, places: Sequence[int] | None = None) -> None:
+        """Note the tokens of rows for the repetition penalty. `(n, width)` each; kept is False for padding. None: of the first rows."""
         if self.seen is None:
             with torch.inference_mode(False):
                 self.seen = self._zeros(self.size.rows, self.vocab_size + 1, dtype=torch.bool)
-        self.seen[: len(ids)].copy_(seen_tokens(ids, kept, self.vocab_size))
+        at = None if places is None else on_device(list(places), self.device, torch.int64)
+        _put(self.seen, seen_tokens(ids, kept, self.vocab_size), at)
+
+    def place_vectors(self, vectors: Tensor, places: Sequence[int]) -> None:
+        """The newest tokens of these rows are audio, with these embeddings `(n, hidden)`; those of all others are text."""
+        with torch.inference_mode(False):
+            if self.vectors is None or self.is_vector is None:
+                self.vectors = self._zeros(self.size.rows, vectors.shape[1], dtype=vectors.dtype)
+                self.is_vector = self._zeros(self.size.rows, dtype=torch.bool)
+        at = on_device(list(places), self.device, torch.int64)
+        self.vectors.index_copy_(0, at, vectors)
+        self.is_vector.zero_()
+        self.is_vector.index_fill_(0, at, True)
 
     def draw(self, rows: int, rng: torch.Generator | None) -> None:
         """Draw the random numbers of one step for a request of this many rows, ended ones included.
@@ -151,34 +222,50 @@ class DecodeState:
     def keep(self, rows: Sequence[int]) -> None:
         """Make row i the old row `rows[i]`. The rows after these are not active."""
         order, count = on_device(list(rows), self.device, torch.int64), len(rows)
-        for tensor in (*self._per_row(), *([] if self.seen is None else [self.seen])):
+        for matrix in self._fields:
+            matrix[:, :count].copy_(matrix.index_select(1, order))
+        for tensor in (self.block_table, self.ends, *([] if self.seen is None else [self.seen])):
             tensor[:count].copy_(tensor.index_select(0, order))
         self.active[count:].zero_()
 
-    def stop(self, rows: Sequence[bool]) -> None:
-        """End the answers of the rows that are True."""
-        going_on = on_device([not one for one in rows], self.device, torch.int32)
-        self.active[: len(rows)].mul_(going_on)
+    def stop(self, rows: Sequence[int]) -> None:
+        """End the answers of these rows."""
+        self.active.index_fill_(0, on_device(list(rows), self.device, torch.int64), 0)
 
     def reset(self) -> None:
         """End all answers, and make a step harmless: it writes to page 0 alone."""
         self.active.zero_()
         self.kv_lens.zero_()
 
-    def _per_row(self) -> tuple[Tensor, ...]:
-        return (
-            self.tokens,
-            self.positions,
-            self.kv_lens,
-            self.limits,
-            self.active,
-            self.adapter_index,
-            self.block_table,
-            self.ends,
-            self.earliest_ends,
-            self.penalty,
-            self.temperature,
-            self.top_p,
-            self.top_k,
-            self.origin,
-        )
+    def move_from(self, other: "DecodeState") -> None:
+        """Take over the answers of a smaller state."""
+        rows = other.size.rows
+        for own, theirs in zip(self._fields, other._fields, strict=True):
+            own[:, :rows].copy_(theirs)
+        self.block_table[:rows, : other.size.pages].copy_(other.block_table)
+        # An end token twice changes nothing.
+        self.ends[:rows].copy_(torch.cat((other.ends, other.ends[:, :1].expand(-1, self.size.ends - other.size.ends)), dim=1))
+        if other.seen is not None:
+            with torch.inference_mode(False):
+                self.seen = self._zeros(self.size.rows, self.vocab_size + 1, dtype=torch.bool)
+            self.seen[:rows].copy_(other.seen)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Put the answers back after the block, in which steps may run."""
+        tensors = [*self._fields, self.history, *([] if self.seen is None else [self.seen])]
+        before = [one.clone() for one in tensors]
+        try:
+            yield
+        finally:
+            for tensor, values in zip(tensors, before, strict=True):
+                tensor.copy_(values)
+
+
+def _put(target: Tensor, values: Tensor, at: Tensor | None, dim: int = 0) -> None:
+    """Copy values to the indices `at` along a dimension; None: to the first ones."""
+    new = on_device(values.contiguous(), target.device, target.dtype)
+    if at is None:
+        target.narrow(dim, 0, values.shape[dim]).copy_(new)
+    else:
+        target.index_copy_(dim, at, new)

@@ -3,12 +3,15 @@
 Nothing here depends on a value on the host, so the step can be captured. Run eagerly it is the same step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from granite_kernels import OPERATIONS
 from torch import Tensor
 
+from granite_speech.engine.fixed_shapes import power_of_2
 from granite_speech.engine.state import DecodeState
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import keep_top_k, keep_top_p, penalize
@@ -29,6 +32,8 @@ class Selection:
         sample: draw from the scores; otherwise take the best.
         temperature, top_p: whether sampling uses them.
         top_k: the largest top_k of any row; 0: none.
+        seeded: each row draws its own random numbers, from its seed and its number of keys.
+        partly: some rows are not sampled, although others are.
     """
 
     penalty: bool = False
@@ -37,6 +42,8 @@ class Selection:
     temperature: bool = False
     top_k: int = 0
     top_p: bool = False
+    seeded: bool = False
+    partly: bool = False
 
     @classmethod
     def of(cls, options: GenerationOptions, vocab_size: int) -> "Selection":
@@ -48,6 +55,26 @@ class Selection:
             temperature=options.do_sample and options.temperature != 1,
             top_k=min(options.top_k, vocab_size) if options.do_sample else 0,
             top_p=options.do_sample and options.top_p < 1,
+        )
+
+    @classmethod
+    def covering(cls, selections: Iterable["Selection"], vocab_size: int) -> "Selection":
+        """The rules of rows of different requests, each with a seed of its own."""
+        every = set(selections)
+        sampled = [one for one in every if one.sample]
+        top_k = 0
+        if any(one.top_k for one in sampled):
+            # Rounded up, so that few different steps are captured. A row without top_k keeps the whole vocabulary.
+            top_k = min(vocab_size, power_of_2(max(one.top_k or vocab_size for one in sampled)))
+        return cls(
+            penalty=any(one.penalty for one in every),
+            minimum=any(one.minimum for one in every),
+            sample=bool(sampled),
+            temperature=any(one.temperature for one in sampled),
+            top_k=top_k,
+            top_p=any(one.top_p for one in sampled),
+            seeded=bool(sampled),
+            partly=0 < len(sampled) < len(every),
         )
 
 
@@ -68,10 +95,21 @@ class DecodeStep:
         rows: rows to compute.
         mixed: whether some of the rows have no audio, and therefore no adapter.
         steps: made by one `run`; more than one only without sampling, whose random numbers are drawn before each step.
+        with_vectors: whether the newest token of some row is audio, and its embedding is in the state.
     """
 
-    def __init__(self, model: _Model, state: DecodeState, selection: Selection, rows: int, *, mixed: bool = True, steps: int = 1):
-        self._model, self._state, self._selection, self._steps = model, state, selection, steps
+    def __init__(
+        self,
+        model: _Model,
+        state: DecodeState,
+        selection: Selection,
+        rows: int,
+        *,
+        mixed: bool = True,
+        steps: int = 1,
+        with_vectors: bool = False,
+    ):
+        self._model, self._state, self._selection, self._steps, self._with_vectors = model, state, selection, steps, with_vectors
         self._page_size = state.pool.page_size
         self._tokens, self._positions, self._kv_lens = state.tokens[:rows], state.positions[:rows], state.kv_lens[:rows]
         self._active, self._limits, self._ends = state.active[:rows], state.limits[:rows], state.ends[:rows]
@@ -100,7 +138,13 @@ class DecodeStep:
         step = CacheStep(self._state.pool, slots, self._block_table, kv_lens, has_past=True)
         layout = Tokens(segments=self._segments, positions=self._positions, adapter_index=self._adapter_index, step=step)
         model = self._model
-        return model.language_model.logits(model.decoder(model.embed_tokens(self._tokens), layout))
+        return model.language_model.logits(model.decoder(self._embeddings(), layout))
+
+    def _embeddings(self) -> Tensor:
+        embeddings, state = self._model.embed_tokens(self._tokens), self._state
+        if not self._with_vectors:
+            return embeddings
+        return torch.where(state.is_vector[: self._rows].unsqueeze(1), state.vectors[: self._rows], embeddings)
 
     def choose(self, logits: Tensor, step: int) -> Tensor:
         """Choose a token of each row from its logits, write it to the state and to `history[step]`.
@@ -110,9 +154,10 @@ class DecodeStep:
         """
         scores = self._scores(logits)
         if self._selection.sample:
-            noise = self._state.noise.index_select(0, self._state.origin[: self._rows])
             # Of independent waiting times with the probabilities as rates, the first: the draw of torch.multinomial.
-            chosen = (scores.softmax(-1) / noise).argmax(-1)
+            chosen = (scores.softmax(-1) / self._noise()).argmax(-1)
+            if self._selection.partly:
+                chosen = torch.where(self._state.sampled[: self._rows] > 0, chosen, scores.argmax(-1))
         else:
             chosen = scores.argmax(-1)
         self._history[step].copy_(torch.where(self._active > 0, chosen, -1))
@@ -122,6 +167,13 @@ class DecodeStep:
         ended = (chosen.unsqueeze(1) == self._ends).any(1) | (self._kv_lens >= self._limits)
         self._active.mul_(~ended)
         return scores
+
+    def _noise(self) -> Tensor:
+        """`(rows, vocabulary)` exponentially distributed random numbers of this step."""
+        state = self._state
+        if not self._selection.seeded:
+            return state.noise.index_select(0, state.origin[: self._rows])
+        return OPERATIONS["exponential_noise"].run(state.seeds[: self._rows], self._kv_lens, state.vocab_size)
 
     def _scores(self, logits: Tensor) -> Tensor:
         """Order and arithmetic are those of transformers 5.17's logits processors; see generation/sampling.py."""

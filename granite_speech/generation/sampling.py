@@ -88,10 +88,10 @@ def keep_top_k(scores: Tensor, most: int, k: Tensor | None = None) -> Tensor:
     Args:
         scores: `(rows, vocabulary)`.
         most: the largest k.
-        k: `(rows, 1)` int64, from 1 to `most`; None: `most` for every row.
+        k: `(rows, 1)` int64; numbers outside 1 to `most` count as the nearest. None: `most` for every row.
     """
     best = scores.topk(min(most, scores.shape[1])).values
-    least = best[:, -1:] if k is None else best.gather(1, k - 1)
+    least = best[:, -1:] if k is None else best.gather(1, k.clamp(1, best.shape[1]) - 1)
     return scores.masked_fill(scores < least, float("-inf"))
 
 

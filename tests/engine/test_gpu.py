@@ -7,10 +7,10 @@ import torch
 
 from granite_speech import GraniteSpeechForConditionalGeneration
 from granite_speech.engine.graphs import CudaCapture
-from granite_speech.engine.state import DecodeState, StateSize
+from granite_speech.engine.state import DecodeState, Row, StateSize
 from granite_speech.engine.step import DecodeStep, Selection
 from granite_speech.generation.options import GenerationOptions
-from granite_speech.modules.cache import PagedCache, PagePool
+from granite_speech.modules.cache import PagePool
 from tests.support.small_models import batch, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -123,12 +123,12 @@ def test_choosing_a_token_can_be_captured_with_a_large_vocabulary():
         state = DecodeState(StateSize.of(rows, 4, 2), vocab_size, pool)
         state.top_k.fill_(50)
         state.see(torch.zeros(rows, 1, dtype=torch.int64, device="cuda"), torch.zeros(rows, 1, dtype=torch.bool, device="cuda"))
-        cache = PagedCache(config, rows, dtype=torch.bfloat16, device=torch.device("cuda"), pool=pool)
         options = {"repetition_penalty": 1.2, "min_new_tokens": 3, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "do_sample": True}
         step = DecodeStep(None, state, selection, rows)
         state.draw(rows, torch.Generator("cuda").manual_seed(1))
         replay = capture(lambda: step.choose(logits, 0))  # runs it once, so the state is filled afterwards
-        state.fill(cache, GenerationOptions(eos_token_id=(5, 6), max_new_tokens=9, **options))
+        generation = GenerationOptions(eos_token_id=(5, 6), max_new_tokens=9, **options)
+        state.enter([Row(generation, prompt=0, keys=0, position=-1, has_audio=False, origin=row) for row in range(rows)])
         state.see(torch.arange(12, device="cuda").view(3, 4), torch.ones(3, 4, dtype=torch.bool, device="cuda"))
         replay()
         return state.history[0, :rows].tolist()
