@@ -5,7 +5,7 @@ call that fits its bucket. The tokens beyond a call's are padding: they write to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from granite_speech.engine.fixed_shapes import Field, InputBlock, is_inference, power_of_2, round_up
 from granite_speech.engine.graphs import Graphs
+from granite_speech.engine.packed_tokens import PackedTokens, store_keys
 from granite_speech.modules.cache import CacheStep, PagePool
 from granite_speech.modules.forward import PackedPrompt
 from granite_speech.modules.language_model import Tokens
 from granite_speech.modules.packing import Bucket
 from granite_speech.modules.prompts import ModelInputs
 
-__all__ = ["PrefillStage", "PromptBucket", "bucket_of", "prefill"]
+__all__ = ["PrefillStage", "PromptBucket", "bucket_of", "prefill", "prefill_piece"]
 
 # Above these, the device takes longer than the launches.
 _TOKENS = ((64, 512), (128, 1024), (256, 2048))
@@ -35,10 +36,14 @@ class PromptBucket:
     Attributes:
         tokens: of all sequences together.
         rows: number of sequences.
+        pages: of one sequence; 0: enough for `tokens` tokens.
+        head: whether to compute logits.
     """
 
     tokens: int
     rows: int
+    pages: int = 0
+    head: bool = True
 
 
 def bucket_of(lengths: Sequence[int]) -> PromptBucket | None:
@@ -50,13 +55,12 @@ def bucket_of(lengths: Sequence[int]) -> PromptBucket | None:
 
 
 class PrefillStage:
-    """Language model and head for up to `bucket.tokens` tokens of up to `bucket.rows` sequences without earlier keys.
+    """Language model and head for up to `bucket.tokens` new tokens of up to `bucket.rows` sequences.
 
     Args:
         model: with a head, in evaluation mode; its weights are read at every run.
         bucket: the size.
         pool: the pages. They are written, so they must not move between a capture and its replays.
-        pages_per_row: columns of the block table: enough for one sequence of `bucket.tokens` tokens.
 
     Attributes:
         ids: `(tokens,)` int64.
@@ -67,14 +71,14 @@ class PrefillStage:
         slots: `(tokens,)` int64, where keys and values are stored; 0 for padding.
         cu_seqlens: `(rows + 1,)` int32.
         kv_lens: `(rows,)` int32, 0 for a row without a sequence.
-        block_table: `(rows, pages_per_row)` int32.
+        block_table: `(rows, pages)` int32.
         last: `(rows,)` int64, each sequence's last token.
-        logits: `(rows, vocabulary)`, the result: of each sequence's next token. Only the call's rows have a meaning.
+        logits: `(rows, vocabulary)`, the result: of each sequence's next token. Only the call's rows have a meaning. None without head.
     """
 
-    def __init__(self, model: Any, bucket: PromptBucket, pool: PagePool, pages_per_row: int):
+    def __init__(self, model: Any, bucket: PromptBucket, pool: PagePool):
         self._model, self._pool = model, pool
-        tokens, rows = bucket.tokens, bucket.rows
+        tokens, rows, pages = bucket.tokens, bucket.rows, bucket.pages or pool.count(bucket.tokens)
         self._inputs = InputBlock(
             model.device,
             {
@@ -85,7 +89,7 @@ class PrefillStage:
                 "slots": Field((tokens,), torch.int64),
                 "cu_seqlens": Field((rows + 1,), torch.int32),
                 "kv_lens": Field((rows,), torch.int32),
-                "block_table": Field((rows, pages_per_row), torch.int32),
+                "block_table": Field((rows, pages), torch.int32),
                 "last": Field((rows,), torch.int64),
             },
         )
@@ -96,36 +100,27 @@ class PrefillStage:
         config, like = model.config.text_config, {"dtype": model.dtype, "device": model.device}
         with torch.inference_mode(False):  # see InputBlock
             self.vectors = torch.zeros(tokens, config.hidden_size, **like)
-            self.logits = torch.zeros(rows, config.vocab_size, **like)
+            self.logits = torch.zeros(rows, config.vocab_size, **like) if bucket.head else None
         self._segments = Bucket(self.cu_seqlens, tokens, tokens)
 
-    def fill(self, prompt: PackedPrompt, block_table: Tensor) -> None:
-        """Take a call's input; nothing waits for the device.
-
-        Args:
-            prompt: fits the bucket, and has no keys in the cache yet.
-            block_table: `(sequences, pages)` int32 on the host, pages for all tokens of each prompt; later ones are ignored.
-        """
-        segments = prompt.rows.segments
-        lengths, starts = torch.tensor(segments.lengths), torch.tensor(segments.starts, dtype=torch.int32)
-        of_token = torch.arange(len(lengths)).repeat_interleave(lengths)
-        place = torch.arange(segments.total) - starts[of_token]
-        page_size = self._pool.page_size
-        page = block_table[of_token, place // page_size].long()
+    def fill(self, tokens: PackedTokens) -> None:
+        """Take a call's tokens, which fit the bucket; nothing waits for the device. Columns of the block table beyond the stage's are
+        ignored."""
+        total, ends = sum(tokens.lengths), torch.tensor(tokens.lengths).cumsum(0)
         values = {
-            "ids": prompt.ids,
-            "audio_rows": torch.where(prompt.is_audio, prompt.is_audio.cumsum(0) - 1, -1),
-            "positions": prompt.rows.positions,
-            "adapter_index": torch.tensor([0 if one else -1 for one in prompt.has_audio], dtype=torch.int32)[of_token],
-            "slots": page * page_size + place % page_size,
-            "cu_seqlens": F.pad(starts, (0, len(self.kv_lens) - len(lengths)), value=segments.total),
-            "kv_lens": lengths,
-            "block_table": block_table[:, : self.block_table.shape[1]],
-            "last": starts[1:] - 1,
+            "ids": tokens.ids,
+            "audio_rows": torch.where(tokens.is_audio, tokens.is_audio.cumsum(0) - 1, -1),
+            "positions": tokens.positions,
+            "adapter_index": tokens.adapter_index,
+            "slots": tokens.slots(self._pool.page_size),
+            "cu_seqlens": F.pad(F.pad(ends, (1, 0)), (0, len(self.kv_lens) - len(ends)), value=total),
+            "kv_lens": tokens.kv_lens,
+            "block_table": tokens.block_table[:, : self.block_table.shape[1]],
+            "last": ends - 1,
         }
         self._inputs.fill(values)
-        if prompt.vectors is not None:
-            self.vectors[: len(prompt.vectors)].copy_(prompt.vectors)
+        if tokens.vectors is not None:
+            self.vectors[: len(tokens.vectors)].copy_(tokens.vectors)
 
     def reset(self) -> None:
         """Make all rows padding, so that a run writes to page 0 alone."""
@@ -141,7 +136,8 @@ class PrefillStage:
         step = CacheStep(self._pool, self.slots, self.block_table, self.kv_lens, has_past=True)
         layout = Tokens(segments=self._segments, positions=self.positions, adapter_index=self.adapter_index, step=step)
         states = model.decoder(embeddings, layout)
-        self.logits.copy_(model.language_model.logits(states.index_select(0, self.last)))
+        if self.logits is not None:
+            self.logits.copy_(model.language_model.logits(states.index_select(0, self.last)))
 
 
 def prefill(model: Any, graphs: Graphs, prompt: PackedPrompt, inputs: ModelInputs) -> Tensor:
@@ -161,12 +157,33 @@ def prefill(model: Any, graphs: Graphs, prompt: PackedPrompt, inputs: ModelInput
     stage = None if bucket is None else graphs.captured(bucket)
     if stage is None:
         if bucket is not None:
-            graphs.want(bucket, partial(PrefillStage, model, bucket, cache.pool, cache.pool.count(bucket.tokens)))
+            graphs.want(bucket, partial(PrefillStage, model, bucket, cache.pool))
         states, _, _ = model.run_prompt(prompt, inputs)
         return model.language_model.logits(states.index_select(0, segments.cu_seqlens[1:] - 1))
-    stage.fill(prompt, cache.block_table())
+    stage.fill(PackedTokens.of(prompt, cache.block_table()))
     graphs.replay(bucket)
     cache.lengths, cache.has_audio = list(segments.lengths), prompt.has_audio
     prompt.rows.advance(cache)
     # Cloned, because the next replay overwrites the stage's result.
     return stage.logits[: len(segments.lengths)].clone()
+
+
+def prefill_piece(model: Any, graphs: Graphs, pool: PagePool, tokens: PackedTokens) -> None:
+    """Store the keys and values of tokens, by replaying a captured stage if there is one for this size, and eagerly otherwise.
+
+    Args:
+        model: the model.
+        graphs: its captured stages, all on these pages. A stage that is missing is asked for.
+        pool: the pages.
+        tokens: pieces of prompts.
+    """
+    bucket = bucket_of(tokens.lengths) if is_inference(model.decoder) else None
+    if bucket is not None:
+        bucket = replace(bucket, pages=max(8, power_of_2(pool.count(int(tokens.kv_lens.max())))), head=False)
+    if bucket is None or graphs.captured(bucket) is None:
+        if bucket is not None:
+            graphs.want(bucket, partial(PrefillStage, model, bucket, pool))
+        store_keys(model, pool, tokens)
+        return
+    graphs.captured(bucket).fill(tokens)
+    graphs.replay(bucket)

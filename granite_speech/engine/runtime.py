@@ -22,7 +22,7 @@ from granite_speech.engine.state import DecodeState, StateSize
 from granite_speech.modules import transfers
 from granite_speech.modules.cache import PagePool
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "current_device"]
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -34,6 +34,10 @@ def _cuda_capture(device: torch.device) -> Capture | None:
 class Runtime:
     """Pages, state and graphs of one model. A copy of the model gets a new one.
 
+    Args:
+        use_graphs: whether to capture graphs.
+        page_size: tokens per page.
+
     Attributes:
         use_graphs: whether to capture graphs.
         make_capture: gives the function that captures on a device, or None if the device cannot.
@@ -43,15 +47,15 @@ class Runtime:
         state: of the decode step, once there was a request.
     """
 
-    def __init__(self, use_graphs: bool = True) -> None:
-        self.use_graphs = use_graphs
+    def __init__(self, use_graphs: bool = True, page_size: int = 64) -> None:
+        self.use_graphs, self.page_size = use_graphs, page_size
         self.make_capture: Callable[[torch.device], Capture | None] = _cuda_capture
         self._lock = threading.Lock()
         self._sessions = threading.local()
         self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.use_graphs,)  # for copy and pickle: nothing else here is part of the model
+        return type(self), (self.use_graphs, self.page_size)  # for copy and pickle: nothing else here is part of the model
 
     def clear(self) -> None:
         """Free all memory and drop all graphs."""
@@ -65,18 +69,21 @@ class Runtime:
     @contextmanager
     def session(self, model: nn.Module) -> Iterator["Runtime"]:
         """One request. Another at the same time, from a second thread or a streamer, gets a runtime of its own, without graphs."""
-        with _current(model.device):
+        with current_device(model.device):
             yield from self._session(model)
 
     def _session(self, model: nn.Module) -> Iterator["Runtime"]:
         if not self._lock.acquire(blocking=False):
             alone = Runtime(use_graphs=False)
-            alone._begin(model)
+            alone.follow(model)
             with self._entered(alone):
                 yield alone
             return
         try:
-            self._begin(model)
+            if self._finished is not None:
+                self._finished.wait()  # the last request may have run on another stream, and its last step is not waited for
+            self.follow(model)
+            self.capture_wanted()
             with self._entered(self):
                 yield self
         finally:
@@ -97,13 +104,11 @@ class Runtime:
         finally:
             self._sessions.innermost = before
 
-    def _begin(self, model: nn.Module) -> None:
-        """Make pages and graphs fit the model as it is now, and capture what earlier requests asked for."""
-        if self._finished is not None:
-            self._finished.wait()  # the last request may have run on another stream, and its last step is not waited for
+    def follow(self, model: nn.Module) -> None:
+        """Make pages and graphs fit the model as it is now."""
         if self.pool is None or (self.pool.keys[0].dtype, self.pool.keys[0].device) != (model.dtype, model.device):
             self.clear()
-            self.pool = PagePool(model.config.text_config, dtype=model.dtype, device=model.device)
+            self.pool = PagePool(model.config.text_config, dtype=model.dtype, device=model.device, page_size=self.page_size)
         can_capture = self.use_graphs and _can_be_captured(model)
         if not can_capture or self._weights is None or not self._weights.are_unchanged():
             capture = self.make_capture(model.device) if can_capture else None
@@ -111,7 +116,6 @@ class Runtime:
             if capture is not None and self._weights.have_hooks():
                 capture = None  # hooks are Python code that must run at every step
             self.encoder_graphs, self.decoder_graphs = Graphs(capture), Graphs(capture)
-        self.capture_wanted()
 
     def capture_wanted(self) -> None:
         """Capture what requests have asked for since the last time."""
@@ -136,7 +140,7 @@ class Runtime:
             self._pages = self.pool.keys[0]
 
 
-def _current(device: torch.device) -> AbstractContextManager:
+def current_device(device: torch.device) -> AbstractContextManager:
     """Makes a GPU this thread's current one: events and replays go to the current stream of the current device."""
     return torch.cuda.device(device) if device.type == "cuda" and torch.cuda.is_available() else nullcontext()
 

@@ -5,6 +5,8 @@ self-conditioned CTC in the middle (Nozaki and Komatsu, arXiv 2104.02724). Names
 `GraniteSpeechCTCEncoder`; a clip's result does not depend on the other clips.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
@@ -174,6 +176,12 @@ class GraniteSpeechCTCEncoder(nn.Module):
         Returns:
             `(total_frames, output width)`: the last block's output, after those of `cat_hidden_layers` if there are any.
         """
+        for state in self.blocks(x, clips, collected):
+            last = state
+        return last
+
+    def blocks(self, x: Tensor, clips: Segments, collected: list[Tensor] | None = None) -> Iterator[Tensor]:
+        """`encode`, one block at a time, so that other work can run between the blocks of a long clip. The last value is the result."""
         wanted = set(self.config.cat_hidden_layers or ())
         exported = []
         x = self.input_linear(x)
@@ -187,7 +195,9 @@ class GraniteSpeechCTCEncoder(nn.Module):
                 exported.append(x)
             if collected is not None:
                 collected.append(x)
-        return torch.cat([*exported, x], dim=1) if exported else x
+            if number < self.num_layers:
+                yield x
+        yield torch.cat([*exported, x], dim=1) if exported else x
 
     def ctc_probabilities(self, x: Tensor) -> Tensor:
         """Softmax of the CTC head, `(total_frames, output_dim)`; computed at least in float32, rounded to x's dtype."""

@@ -111,9 +111,9 @@ def _check(inputs: PagedAttentionInputs) -> None:
 
 @called_with(PagedAttentionInputs)
 def paged_attention_reference(inputs: PagedAttentionInputs) -> torch.Tensor:
-    """`paged_attention` in PyTorch. Sequences with equal numbers of queries and of pages are computed together.
+    """`paged_attention` in PyTorch. Sequences with equal numbers of queries and of pieces of keys are computed together.
 
-    A sequence's keys are padded to whole pages, whatever the others need, so its bits do not depend on its neighbours.
+    A sequence's keys are padded to whole pieces, whatever the others need, so its bits do not depend on its neighbours.
     """
     q, groups = inputs.q, _LAST_PLAN.groups(inputs)
     if len(groups) == 1 and groups[0].rows is None:
@@ -162,41 +162,47 @@ class _Plan(threading.local):
 
 
 _LAST_PLAN = _Plan()
+# Keys per piece. More groups than these give would cost more than their padding.
+_PIECE = 64
 
 
 def _groups(inputs: PagedAttentionInputs) -> list[_Group]:
-    """The sequences with equal numbers of queries and of pages, except those without queries or keys."""
+    """The sequences with equal numbers of queries and of pieces of keys, except those without queries or keys."""
     alike: dict[tuple[int, int], list[int]] = {}
     for sequence, (first, end, kv_len) in enumerate(_spans(inputs)):
         if end > first and kv_len:
-            alike.setdefault((end - first, -(-kv_len // inputs.k_cache.shape[1])), []).append(sequence)
+            alike.setdefault((end - first, -(-kv_len // _PIECE)), []).append(sequence)
     if len(alike) == 1:
-        [((n, pages), members)] = alike.items()
+        [((n, pieces), members)] = alike.items()
         if len(members) == inputs.kv_lens.shape[0] and len(members) * n == inputs.q.shape[0]:
-            return [_group(inputs, None, n, inputs.block_table[:, :pages], inputs.kv_lens)]
+            return [_group(inputs, None, n, pieces * _PIECE, inputs.block_table, inputs.kv_lens)]
     groups = []
-    for (n, pages), members in alike.items():
+    for (n, pieces), members in alike.items():
         which = torch.tensor(members, device=inputs.q.device)
         rows = inputs.cu_seqlens_q.index_select(0, which).long()
         if n > 1:
             rows = (rows[:, None] + torch.arange(n, device=rows.device)).flatten()
-        groups.append(_group(inputs, rows, n, inputs.block_table[:, :pages].index_select(0, which), inputs.kv_lens.index_select(0, which)))
+        own = inputs.block_table.index_select(0, which), inputs.kv_lens.index_select(0, which)
+        groups.append(_group(inputs, rows, n, pieces * _PIECE, *own))
     return groups
 
 
-def _group(inputs: PagedAttentionInputs, rows: torch.Tensor | None, n: int, table: torch.Tensor, kv_lens: torch.Tensor) -> _Group:
-    """The group of sequences with n queries each and these pages, `(sequences, pages)`."""
-    (sequences, pages), (page_size, num_kv_heads) = table.shape, inputs.k_cache.shape[1:3]
-    position, ends = torch.arange(pages * page_size, device=table.device), kv_lens[:, None]
+def _group(
+    inputs: PagedAttentionInputs, rows: torch.Tensor | None, n: int, keys: int, table: torch.Tensor, kv_lens: torch.Tensor
+) -> _Group:
+    """The group of sequences with n queries each and these pages, `(sequences, pages)`, padded to this many keys."""
+    sequences, (page_size, num_kv_heads) = table.shape[0], inputs.k_cache.shape[1:3]
+    position, ends = torch.arange(keys, device=table.device), kv_lens[:, None]
     exists = position < ends
-    slots = torch.add(position[:page_size], table[:, :, None], alpha=page_size).flatten(1)
+    page = table.index_select(1, (position // page_size).clamp(max=table.shape[1] - 1))
+    slots = torch.add(position % page_size, page, alpha=page_size)
     # The first key in place of those past the end, which get no weight but may hold NaN, and 0 · NaN is NaN.
     slots = torch.where(exists, slots, slots[:, :1]).flatten()
     seen, blind = exists[:, None], None
     if inputs.causal and n > 1:
         ends = ends + torch.arange(1 - n, 1, device=table.device)  # of each query, (sequences, n)
         seen = (position < ends[:, :, None]).repeat_interleave(inputs.q.shape[1] // num_kv_heads, dim=1)
-        if n > (pages - 1) * page_size:  # a sequence may have more queries than keys
+        if n > keys - _PIECE:  # a sequence may have more queries than keys
             blind = ends.flatten()[:, None, None] <= 0
     mask = torch.where(seen, 0.0, -torch.inf).to(accumulator(inputs.q.dtype))
     return _Group(rows, sequences, slots, mask[:, None], blind)

@@ -8,6 +8,7 @@ from granite_kernels.op import CHOICE
 
 from bench.stand_in_gpu import StandInGPU
 from granite_speech.engine.graphs import Graphs
+from granite_speech.engine.packed_tokens import PackedTokens
 from granite_speech.engine.prefill import PrefillStage, PromptBucket, bucket_of, prefill
 from granite_speech.modules.cache import PagedCache, PagePool
 from granite_speech.modules.prompts import ModelInputs
@@ -71,7 +72,7 @@ def stored(cache, lengths):
 @torch.no_grad()
 def run(stage, prompt):
     """A run whose padding and former results are NaN."""
-    stage.fill(prompt, prompt.cache.block_table())
+    stage.fill(PackedTokens.of(prompt, prompt.cache.block_table()))
     stage.vectors[0 if prompt.vectors is None else len(prompt.vectors) :] = NAN
     stage.logits.fill_(NAN)
     stage.run()
@@ -90,7 +91,7 @@ def check(stage, pool, given):
 
 
 def stage_for(bucket, pool, model=MODEL):
-    return PrefillStage(model, bucket, pool, pool.count(bucket.tokens))
+    return PrefillStage(model, bucket, pool)
 
 
 def random_rows(rng, bucket):
