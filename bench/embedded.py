@@ -19,7 +19,7 @@ from bench import results
 from bench.products import Products
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
-from granite_speech.transcription.transcriber import transcript_request
+from granite_speech.inputs.recordings import transcript_request
 
 __all__ = ["profile_of", "recorded_clips", "run", "table"]
 

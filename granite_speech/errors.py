@@ -11,6 +11,7 @@ three by name.
     │   └── AudioError            audio that cannot be used
     ├── KernelError               a call that a kernel cannot serve, or a backend that cannot run here (from granite_kernels)
     ├── UnsupportedError          valid elsewhere, deliberately not supported here
+    ├── EngineError               an engine that takes no more requests
     └── MissingDependencyError    a package that this call needs is not installed
 
 Each class is also a built-in exception that callers may already catch (ValueError, FileNotFoundError, …).
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "ConfigError",
+    "EngineError",
     "GraniteSpeechError",
     "InputError",
     "KernelError",
@@ -53,6 +55,10 @@ class AudioError(InputError):
 
 class UnsupportedError(GraniteSpeechError, NotImplementedError):
     """Something that is valid elsewhere and deliberately not supported here."""
+
+
+class EngineError(GraniteSpeechError, RuntimeError):
+    """An engine that takes no more requests: it is closed, its worker has failed, or it belongs to another process."""
 
 
 class MissingDependencyError(GraniteSpeechError, ImportError):

@@ -5,7 +5,7 @@ import re
 import pytest
 import soundfile
 
-from granite_speech.transcription.transcriber import PROMPT_3, PROMPT_4
+from granite_speech.inputs.recordings import PROMPT_3, PROMPT_4
 from tests.support.paths import ROOT
 from tests.support.small_models import small_model
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from granite_speech.errors import MissingDependencyError
 from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.inputs.recordings import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.modules.packing import Segments
 from granite_speech.training.losses import ctc_logits
 from granite_speech.training.manifest import Utterance
-from granite_speech.transcription.transcriber import transcript_request
 
 __all__ = ["Change", "ctc_transcripts", "transcripts", "word_error_rate"]
 

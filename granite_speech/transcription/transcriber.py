@@ -15,14 +15,10 @@ from granite_speech.errors import AudioError
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.inputs.recordings import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 
-__all__ = ["Transcriber", "TruncatedAnswerWarning", "transcript_request"]
-
-# The requests that the releases were trained on: 3.x with this system text, 4.x without one.
-PROMPT_3 = "can you transcribe the speech into a written format?"
-SYSTEM_3 = "You are Granite, developed by IBM. You are a helpful AI assistant"
-PROMPT_4 = "transcribe the speech with proper punctuation and capitalization."
+__all__ = ["Transcriber", "TruncatedAnswerWarning"]
 
 
 class TruncatedAnswerWarning(UserWarning):
@@ -113,14 +109,3 @@ class Transcriber:
 
     def _request(self, prompt: str | None) -> str:
         return transcript_request(self.processor, prompt)
-
-
-def transcript_request(processor: GraniteSpeechProcessor, prompt: str | None = None) -> str:
-    """The full prompt for one recording, in the checkpoint's chat template if it has one. None asks for a transcript."""
-    template, audio_token = processor.chat_template, processor.audio_token
-    if not template:
-        return f"{audio_token}{prompt or PROMPT_4}"
-    third_generation = "<|start_of_role|>" in str(template)
-    conversation = [{"role": "system", "content": SYSTEM_3}] if third_generation else []
-    conversation.append({"role": "user", "content": f"{audio_token}{prompt or (PROMPT_3 if third_generation else PROMPT_4)}"})
-    return processor.apply_chat_template(conversation, add_generation_prompt=True)

@@ -24,7 +24,7 @@ from granite_speech.checkpoints.folder import Checkpoint, load_json
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.engine.generate import launches_of_generate
 from granite_speech.inputs.audio import load_audio
-from granite_speech.transcription.transcriber import transcript_request
+from granite_speech.inputs.recordings import transcript_request
 from granite_speech.verify import RECORDING
 
 TOKENS = 100

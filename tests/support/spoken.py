@@ -15,8 +15,8 @@ import soundfile
 import torch
 
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
+from granite_speech.inputs.recordings import transcript_request
 from granite_speech.training import Utterance, ctc_transcripts, read_manifest, transcripts
-from granite_speech.transcription.transcriber import transcript_request
 
 __all__ = ["SPEECH", "assert_understood", "load", "scores", "sentences"]
 

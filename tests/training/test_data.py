@@ -10,8 +10,8 @@ from granite_speech.config import GraniteSpeechConfig
 from granite_speech.errors import AudioError, ConfigError, InputError
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.inputs.recordings import transcript_request
 from granite_speech.training import Dialogue, SpeechData, TextData, Utterance, plan_batches, read_manifest
-from granite_speech.transcription.transcriber import transcript_request
 from tests.support.tiny_speech import TEXTS, write_manifest, write_model
 
 THIRD = """{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>

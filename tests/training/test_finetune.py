@@ -15,6 +15,7 @@ from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechP
 from granite_speech.cli import main
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
 from granite_speech.inputs.audio import load_audio
+from granite_speech.inputs.recordings import transcript_request
 from granite_speech.training import (
     FinetuneOptions,
     Trainer,
@@ -24,7 +25,7 @@ from granite_speech.training import (
     transcripts,
     word_error_rate,
 )
-from granite_speech.transcription.transcriber import Transcriber, transcript_request
+from granite_speech.transcription.transcriber import Transcriber
 from tests.support.reference_models import scale_logits
 from tests.support.tiny_speech import TEXTS, write_manifest, write_model
 

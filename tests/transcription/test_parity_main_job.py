@@ -9,7 +9,8 @@ import transformers
 import granite_speech
 from granite_speech.errors import AudioError
 from granite_speech.inputs.audio import load_audio
-from granite_speech.transcription.transcriber import PROMPT_4, Transcriber
+from granite_speech.inputs.recordings import PROMPT_4
+from granite_speech.transcription.transcriber import Transcriber
 from tests.support.random_checkpoint import write_checkpoint
 
 SAMPLE = Path(granite_speech.__file__).parent / "assets" / "jfk.flac"

@@ -1,0 +1,173 @@
+"""What a caller holds of a request: its tokens as they arrive, its answer, or its error. Works with threads and with asyncio."""
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from granite_speech.errors import EngineError
+
+__all__ = ["Answer", "Handle", "check_process"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The end of a request.
+
+    Attributes:
+        text: of the tokens, without special ones.
+        token_ids: new tokens, with the one that ended the answer.
+        finish_reason: "stop": an end token or a stop string; "length": max_new_tokens, or the engine's pages are full; "repeated":
+            the same tokens again and again, if stop_on_repetition; "cancelled".
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+
+
+class Handle:
+    """One request of an `Engine`. Iterate over it for token ids as they arrive, in any number of threads or tasks.
+
+    A task that is cancelled while it awaits a handle, or iterates over it, cancels the request.
+    """
+
+    def __init__(self, engine: Any, decode: Callable[[list[int]], str], on_cancel: Callable[[], None]):
+        self._engine = engine  # an engine that nobody holds closes, and must not while a handle is waited for
+        self._decode, self._on_cancel = decode, on_cancel
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._tokens: list[int] = []
+        self._wakeups: list[Callable[[], None]] = []
+        self._future: Future[str] = Future()  # of the finish reason
+        self._future.set_running_or_notify_cancel()  # so that nobody but the engine ends it
+
+    def result(self, timeout: float | None = None) -> Answer:
+        """The answer, once it is complete; up to where it was cancelled, if it was.
+
+        Args:
+            timeout: seconds to wait at most; None: any time.
+
+        Raises:
+            TimeoutError: it is not complete yet. The request goes on.
+            EngineError: the engine belongs to another process.
+            Any error of this request, or the one that ended the engine.
+        """
+        check_process(self._process)
+        reason = self._future.result(timeout)
+        return Answer(self._decode(self._tokens), list(self._tokens), reason)
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, in whatever way."""
+        return self._future.done()
+
+    def cancel(self) -> bool:
+        """End the request. `result()` then returns the tokens that there are. False if it had ended before."""
+        check_process(self._process)
+        if self.done:
+            return False
+        self._on_cancel()
+        return True
+
+    def __iter__(self) -> Iterator[int]:
+        count = 0
+        while True:
+            check_process(self._process)
+            arrived = threading.Event()
+            if self._wait_beyond(count, arrived.set):
+                arrived.wait()
+            if count == len(self._tokens):
+                if self._ended():
+                    return
+                continue
+            yield self._tokens[count]
+            count += 1
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        count = 0
+        while True:
+            await self._arrival(count)
+            if count == len(self._tokens):
+                if self._ended():
+                    return
+                continue
+            yield self._tokens[count]
+            count += 1
+
+    def __await__(self) -> Generator[Any, None, Answer]:
+        return self._answer().__await__()
+
+    async def _answer(self) -> Answer:
+        count = 0
+        while not self.done:
+            await self._arrival(count)
+            count = len(self._tokens)
+        return self.result()
+
+    async def _arrival(self, count: int) -> None:
+        """Wait for more than `count` tokens, or for the end."""
+        check_process(self._process)
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop may have been closed meanwhile
+                loop.call_soon_threadsafe(arrived.set)
+
+        if not self._wait_beyond(count, wake):
+            return
+        try:
+            await arrived.wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    def _wait_beyond(self, count: int, wake: Callable[[], None]) -> bool:
+        """Have `wake` called when there are more than `count` tokens, or at the end; False if that is so already."""
+        with self._lock:
+            if len(self._tokens) > count or self.done:
+                return False
+            self._wakeups.append(wake)
+            return True
+
+    def _ended(self) -> bool:
+        """Whether the request has ended. Raises its error."""
+        return self.done and self._future.result() is not None
+
+    # The engine's side.
+
+    def add(self, token: int) -> None:
+        with self._lock:
+            self._tokens.append(token)
+            wakeups, self._wakeups = self._wakeups, []
+        for wake in wakeups:
+            wake()
+
+    def finish(self, reason: str) -> None:
+        self._end(lambda: self._future.set_result(reason))
+
+    def fail(self, error: BaseException) -> None:
+        self._end(lambda: self._future.set_exception(error))
+
+    def _end(self, end: Callable[[], None]) -> None:
+        with self._lock:
+            if not self.done:
+                end()
+            self._engine = None
+            wakeups, self._wakeups = self._wakeups, []
+        for wake in wakeups:
+            wake()
+
+
+def check_process(process: int) -> None:
+    """Raise EngineError in a process that was forked from the engine's."""
+    if os.getpid() != process:
+        raise EngineError(
+            got=f"an engine of process {process}, in process {os.getpid()}, which was forked from it and has no worker thread",
+            expected="an engine of this process",
+            remedy="Make a new Engine after the fork",
+        )

@@ -1,0 +1,48 @@
+"""What people pass for a recording and its request, as the processor needs it."""
+
+import io
+from os import PathLike
+from typing import Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from granite_speech.inputs.audio import load_audio
+from granite_speech.inputs.processor import GraniteSpeechProcessor
+
+__all__ = ["Recording", "samples_of", "transcript_request"]
+
+Recording = str | PathLike | BinaryIO | bytes | np.ndarray | Tensor
+
+# The requests that the releases were trained on: 3.x with this system text, 4.x without one.
+PROMPT_3 = "can you transcribe the speech into a written format?"
+SYSTEM_3 = "You are Granite, developed by IBM. You are a helpful AI assistant"
+PROMPT_4 = "transcribe the speech with proper punctuation and capitalization."
+
+
+def transcript_request(processor: GraniteSpeechProcessor, prompt: str | None = None) -> str:
+    """The full prompt for one recording, in the checkpoint's chat template if it has one. None asks for a transcript."""
+    template, audio_token = processor.chat_template, processor.audio_token
+    if not template:
+        return f"{audio_token}{prompt or PROMPT_4}"
+    third_generation = "<|start_of_role|>" in str(template)
+    conversation = [{"role": "system", "content": SYSTEM_3}] if third_generation else []
+    conversation.append({"role": "user", "content": f"{audio_token}{prompt or (PROMPT_3 if third_generation else PROMPT_4)}"})
+    return processor.apply_chat_template(conversation, add_generation_prompt=True)
+
+
+def samples_of(recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None) -> tuple[Any, int | None]:
+    """Samples and their rate for `processor`: files and bytes are decoded, at the model's rate (None); anything else is unchanged.
+
+    Args:
+        recording: a `Recording`, or a list of clips for a prompt with several.
+        processor: of the model.
+        sampling_rate: of an array, in Hz; None for the model's.
+
+    Raises:
+        AudioError: a file that cannot be used.
+    """
+    if isinstance(recording, (np.ndarray, Tensor, list, tuple)):
+        return recording, sampling_rate
+    file = io.BytesIO(recording) if isinstance(recording, (bytes, bytearray, memoryview)) else recording
+    return load_audio(file, processor.audio_processor.sampling_rate), None
