@@ -101,6 +101,11 @@ class Graphs:
     def can_capture(self) -> bool:
         return self._capture is not None
 
+    @property
+    def has_wanted(self) -> bool:
+        """Whether `capture_wanted` has anything to do."""
+        return bool(self._wanted)
+
     def captured(self, key: Hashable) -> Stage | None:
         """The captured stage of this shape: fill its tensors, then `replay`."""
         found = self._captured.get(key)

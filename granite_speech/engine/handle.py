@@ -36,9 +36,11 @@ class Handle:
     A task that is cancelled while it awaits a handle, or iterates over it, cancels the request.
     """
 
-    def __init__(self, engine: Any, decode: Callable[[list[int]], str], on_cancel: Callable[[], None]):
+    on_cancel: Callable[[], None]
+
+    def __init__(self, engine: Any, decode: Callable[[list[int]], str]):
         self._engine = engine  # an engine that nobody holds closes, and must not while a handle is waited for
-        self._decode, self._on_cancel = decode, on_cancel
+        self._decode = decode
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._tokens: list[int] = []
@@ -71,7 +73,7 @@ class Handle:
         check_process(self._process)
         if self.done:
             return False
-        self._on_cancel()
+        self.on_cancel()
         return True
 
     def __iter__(self) -> Iterator[int]:
@@ -81,23 +83,25 @@ class Handle:
             arrived = threading.Event()
             if self._wait_beyond(count, arrived.set):
                 arrived.wait()
-            if count == len(self._tokens):
-                if self._ended():
-                    return
-                continue
-            yield self._tokens[count]
-            count += 1
+            ended = self.done  # read first: the last token is added before the end
+            if count < len(self._tokens):
+                yield self._tokens[count]
+                count += 1
+            elif ended:
+                self._raise_error()
+                return
 
     async def __aiter__(self) -> AsyncIterator[int]:
         count = 0
         while True:
             await self._arrival(count)
-            if count == len(self._tokens):
-                if self._ended():
-                    return
-                continue
-            yield self._tokens[count]
-            count += 1
+            ended = self.done
+            if count < len(self._tokens):
+                yield self._tokens[count]
+                count += 1
+            elif ended:
+                self._raise_error()
+                return
 
     def __await__(self) -> Generator[Any, None, Answer]:
         return self._answer().__await__()
@@ -134,9 +138,9 @@ class Handle:
             self._wakeups.append(wake)
             return True
 
-    def _ended(self) -> bool:
-        """Whether the request has ended. Raises its error."""
-        return self.done and self._future.result() is not None
+    def _raise_error(self) -> None:
+        """Raise the error of a request that has ended with one."""
+        self._future.result()
 
     # The engine's side.
 

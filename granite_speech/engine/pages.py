@@ -9,14 +9,17 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-__all__ = ["Pages", "prefixes_of"]
+__all__ = ["PAGE_SIZE", "Pages", "prefixes_of"]
+
+# Tokens per page. Few, so that most of a prompt's beginning fills whole pages.
+PAGE_SIZE = 16
 
 
-def prefixes_of(ids: Sequence[int], page_size: int, *, has_audio: bool) -> list[bytes]:
+def prefixes_of(ids: Sequence[int], *, has_audio: bool) -> list[bytes]:
     """A digest for each page that these tokens fill, of what its keys depend on: the adapter, and all tokens up to the page's end."""
     digests, digest = [], b"adapter" if has_audio else b""
-    for end in range(page_size, len(ids) + 1, page_size):
-        digest = hashlib.sha256(digest + array("q", ids[end - page_size : end]).tobytes()).digest()
+    for end in range(PAGE_SIZE, len(ids) + 1, PAGE_SIZE):
+        digest = hashlib.sha256(digest + array("q", ids[end - PAGE_SIZE : end]).tobytes()).digest()
         digests.append(digest)
     return digests
 

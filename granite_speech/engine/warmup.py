@@ -6,14 +6,14 @@ import torch
 
 from granite_speech.modules.prompts import ModelInputs
 
-__all__ = ["silence"]
+__all__ = ["FRAMES_A_SECOND", "silence"]
 
-_FRAMES_A_SECOND = 50
+FRAMES_A_SECOND = 50
 
 
 def silence(model: Any, rows: int, seconds: float, text_tokens: int) -> ModelInputs:
     """Prompts on the model's device, each with a clip of silence and this many tokens of text."""
-    frames, config = max(1, round(seconds * _FRAMES_A_SECOND)), model.config
+    frames, config = max(1, round(seconds * FRAMES_A_SECOND)), model.config
     ids = torch.zeros(rows, text_tokens + model.projector.tokens(frames), dtype=torch.int64)
     ids[:, text_tokens // 2 : ids.shape[1] - (text_tokens - text_tokens // 2)] = config.audio_token_index
     return ModelInputs(

@@ -192,7 +192,9 @@ class SpeechToStates(nn.Module):
             ids, is_audio, has_audio = None, None, [True] * len(rows.segments.lengths)
         else:
             ids = host.input_ids.flatten()[rows.kept]
-            is_audio = self._audio_tokens(ids, vectors, continued=inputs.has_past)
+            # The model itself may have emitted an audio token, which then has no vector.
+            is_continued = inputs.has_past and vectors is None
+            is_audio = self.audio_tokens(ids, None if is_continued else 0 if vectors is None else vectors.shape[0])
             has_audio = [bool(one.any()) for one in is_audio.split(rows.segments.lengths)]
         if cache is not None:
             has_audio = [now or before for now, before in zip(has_audio, cache.has_audio, strict=True)]
@@ -224,8 +226,19 @@ class SpeechToStates(nn.Module):
             return inputs.past_key_values
         return PagedCache(self.config.text_config, batch, dtype=self.dtype, device=self.device)
 
-    def _audio_tokens(self, ids: Tensor, vectors: Tensor | None, continued: bool) -> Tensor:
-        """`(total_tokens,)` bool on the host: which of the packed ids, on the host, are audio tokens. There is a vector for each."""
+    def audio_tokens(self, ids: Tensor, count: int | None) -> Tensor:
+        """Which of the packed ids are audio tokens.
+
+        Args:
+            ids: `(total_tokens,)` on the host.
+            count: audio vectors, one for each audio token; None: any number of audio tokens.
+
+        Returns:
+            `(total_tokens,)` bool on the host.
+
+        Raises:
+            InputError: a token that the model does not have, or another number of audio tokens.
+        """
         config = self.config
         is_audio = ids == config.audio_token_index
         outside = ids[~is_audio & ((ids < 0) | (ids >= config.text_config.vocab_size))]
@@ -235,9 +248,8 @@ class SpeechToStates(nn.Module):
                 expected=f"ids from 0 to {config.text_config.vocab_size - 1}, or audio_token_index {config.audio_token_index}",
                 remedy="Use the processor of this checkpoint",
             )
-        tokens, count = int(is_audio.sum()), 0 if vectors is None else vectors.shape[0]
-        # The model itself may have emitted an audio token, which then has no vector.
-        if tokens != count and not (continued and vectors is None):
+        tokens = int(is_audio.sum())
+        if count is not None and tokens != count:
             raise InputError(
                 got=f"{tokens} audio tokens in input_ids and {count} audio vectors from input_features",
                 expected="equal numbers",
