@@ -29,7 +29,8 @@ import torch
 import triton
 from granite_kernels import OPERATIONS
 from granite_kernels.launch import ARCHITECTURES, Launch, recorded_launches
-from granite_kernels.op import TRITON_DTYPES, Case, Operation
+from granite_kernels.op import TRITON_DTYPES, Operation
+from granite_kernels.testing import working_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -117,17 +118,18 @@ def configurations(operations: Iterable[Operation] | None = None) -> list[Config
         for case in operation.cases:
             for dtype in TRITON_DTYPES:
                 for architecture in ARCHITECTURES:
-                    for launch in _launches(operation, case, dtype, architecture):
-                        one = _configuration(operation.name, launch, _SHORT[dtype], architecture, case.released)
+                    inputs = case.inputs(dtype, "meta")
+                    computed = _SHORT[working_dtype(inputs)]
+                    for launch in _launches(operation, inputs, architecture):
+                        one = _configuration(operation.name, launch, computed, architecture, case.released)
                         types = tuple((name, kind) for name, kind in one.signature if kind not in ("i32", "i64", "constexpr"))
                         blocks = tuple((name, value) for name, value in one.constants if name.isupper())
                         found.setdefault((one.name, architecture, one.dtype, blocks, types, one.num_warps, one.num_stages), one)
     return list(found.values())
 
 
-def _launches(operation: Operation, case: Case, dtype: torch.dtype, architecture: int) -> list[Launch]:
+def _launches(operation: Operation, inputs: dict[str, Any], architecture: int) -> list[Launch]:
     """The launches of a call in inference, and of a call in training with its backward."""
-    inputs = case.inputs(dtype, "meta")
     with recorded_launches(architecture) as launches:
         with torch.no_grad():
             operation.call(**inputs, impl="triton")

@@ -1,7 +1,7 @@
 """Times of every operation's kernels on a GPU, with their lower bound, the reference, torch.compile of it, and the nearest library call.
 
 All times are of calls in a CUDA graph with a cold L2 cache (`bench.graphs`). A case is timed only after its result and gradients were
-compared with float64 truth, and the results inside the graph must equal those outside bit for bit.
+compared with their truth (`granite_kernels.testing`), and the results inside the graph must equal those outside bit for bit.
 """
 
 import copy

@@ -13,6 +13,7 @@ SHORTEST, CLEARLY = 250e-6, 2
 LIBRARY = {
     "block_attention": "SDPA on padded blocks, position bias already in memory",
     "depthwise_conv": "conv1d alone, on gated frames",
+    "exponential_noise": "exponential_ with one generator for all rows",
     "lora_linear": "the matrix product without adapters",
     "paged_attention": "SDPA on keys and values already gathered",
 }
@@ -32,7 +33,7 @@ def table(result: dict[str, Any]) -> str:
     variants = [name for name in COLUMNS if any(name in entry["seconds"] or name in entry["not_timed"] for entry in measurements)]
     # A backward has no bound and no library call, so without a time its line would be all dashes.
     shown = [entry for entry in measurements if entry["direction"] == "forward" or entry["seconds"] or "wrong" in entry]
-    notes = [f"{text}." for text in (*result["method"], _library_note())] + _reasons(measurements, variants)
+    notes = [f"{text}." for text in (*result["method"], _library_note(measurements))] + _reasons(measurements, variants)
     if len(shown) < len(measurements):
         notes.append(f"{len(measurements) - len(shown)} backward calls were not timed and are not listed.")
     return "\n".join(
@@ -69,8 +70,10 @@ def _medians(entry: dict[str, Any]) -> dict[str, float]:
     return {name: seconds["median"] for name, seconds in entry["seconds"].items()}
 
 
-def _library_note() -> str:
-    return "A library call does only part of its kernel's work: " + "; ".join(f"`{name}`: {call}" for name, call in LIBRARY.items())
+def _library_note(measurements: list[dict[str, Any]]) -> str:
+    measured = {entry["operation"] for entry in measurements}
+    calls = (f"`{name}`: {call}" for name, call in LIBRARY.items() if name in measured)
+    return f"A library call does only part of its kernel's work: {'; '.join(calls)}"
 
 
 def _reasons(measurements: list[dict[str, Any]], variants: list[str]) -> list[str]:

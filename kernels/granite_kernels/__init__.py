@@ -16,15 +16,25 @@ from granite_kernels.errors import GraniteSpeechError, KernelError
 if TYPE_CHECKING:
     from granite_kernels.block_attention import block_attention
     from granite_kernels.depthwise_conv import depthwise_conv
+    from granite_kernels.exponential_noise import exponential_noise
     from granite_kernels.lora_linear import lora_linear
     from granite_kernels.op import Operation
     from granite_kernels.paged_attention import paged_attention
 
     OPERATIONS: dict[str, Operation]
 
-__all__ = ["OPERATIONS", "GraniteSpeechError", "KernelError", "block_attention", "depthwise_conv", "lora_linear", "paged_attention"]
+__all__ = [
+    "OPERATIONS",
+    "GraniteSpeechError",
+    "KernelError",
+    "block_attention",
+    "depthwise_conv",
+    "exponential_noise",
+    "lora_linear",
+    "paged_attention",
+]
 
-_OPERATIONS = ("block_attention", "depthwise_conv", "lora_linear", "paged_attention")
+_OPERATIONS = ("block_attention", "depthwise_conv", "exponential_noise", "lora_linear", "paged_attention")
 
 
 class _Package(ModuleType):

@@ -149,8 +149,9 @@ class Operation:
             raise KernelError(got=f"{self.name}: {chosen} for CPU tensors", expected="CUDA tensors, or Triton's interpreter", remedy=remedy)
 
     def select(self, impl: str | None, tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
-        """The function of the backend that a call with this tensor uses."""
-        return self.triton if self.resolve(impl, tensor.device, tensor.dtype) == "triton" else self.reference
+        """The function of the backend that a call with this tensor uses. Given integers, a call computes in float32."""
+        dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
+        return self.triton if self.resolve(impl, tensor.device, dtype) == "triton" else self.reference
 
     def run(self, *args: Any, **options: Any) -> torch.Tensor:
         """`call` for modules, which know that their arguments are right: the same arguments without `impl`, and no checks.

@@ -1,7 +1,8 @@
 """Tolerances, and inputs that catch errors which random contiguous ones hide. Shared by tests and benchmarks.
 
 The truth is the reference in float64 on the same rounded inputs. A kernel's error may be a small factor times that of eager
-PyTorch in the same dtype, plus a floor. There is no other criterion.
+PyTorch in the same dtype, plus a floor. There is no other criterion. An operation on integers has no other inputs for a truth,
+so its truth is the reference itself; its own tests compare that with float64.
 """
 
 from collections.abc import Callable, Iterator
@@ -130,8 +131,8 @@ def outcome(
 
 
 def working_dtype(inputs: dict[str, Any]) -> torch.dtype:
-    """The dtype of the first floating-point argument."""
-    return next(value.dtype for value in inputs.values() if _is_float(value))
+    """The dtype of the first floating-point argument; float32, as in `Operation.select`, if there is none."""
+    return next((value.dtype for value in inputs.values() if _is_float(value)), torch.float32)
 
 
 def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,16 @@ def test_each_kind_of_fault_is_found():
     assert done.stdout.endswith("every fault was found\n")
 
 
+def test_a_kernel_without_float_arguments_is_listed_once_with_the_dtype_of_its_result():
+    program = (
+        "from bench.audit import configurations\n"
+        "from granite_kernels import OPERATIONS\n"
+        "for one in configurations([OPERATIONS['exponential_noise']]):\n"
+        "    print(one.architecture, one.dtype)\n"
+    )
+    assert compiled("-c", program).stdout.splitlines() == ["80 float32", "90 float32", "100 float32"]
+
+
 def test_interpreted_kernels_are_refused():
     done = compiled("-m", "bench", "audit", interpret="1")
     assert done.returncode != 0

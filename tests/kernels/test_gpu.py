@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from granite_kernels import OPERATIONS
+from granite_kernels import OPERATIONS, exponential_noise
 from granite_kernels.op import Case, Operation
 from granite_kernels.testing import assert_operation_accurate, assert_same_bits, outcome, poisoned_allocations, strided_inputs
 
 from granite_speech.verify import verify
-from tests.support.small_models import batch, small_model
+from tests.kernels.test_exponential_noise import EXTREMES, VOCABULARY, assert_exact, index
+from tests.support.small_models import LAYER_OPERATIONS, batch, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -68,6 +69,21 @@ def test_a_call_can_be_captured_in_a_cuda_graph(op: Operation):
     assert torch.equal(out, expected)
 
 
+def test_every_element_of_the_noise_is_exact_except_for_rounding():
+    """The tolerance of the other tests is that of the largest elements, but a token is drawn by its smallest."""
+    seeds, counters = index([*EXTREMES, -1], [*([3] * len(EXTREMES)), 2**31 - 1], "cuda")
+    out = exponential_noise(seeds, counters, VOCABULARY, impl="triton")
+    assert_exact(out.cpu(), seeds.tolist(), counters.tolist())
+
+
+def test_more_noise_than_2_31_elements_is_written_where_it_belongs():
+    rows = 2**31 // VOCABULARY + 2
+    seeds, counters = index(range(rows), [0] * rows, "cuda")
+    out = exponential_noise(seeds, counters, VOCABULARY, impl="triton")
+    for row in (0, rows - 2, rows - 1):
+        assert torch.equal(out[row], exponential_noise(seeds[row : row + 1], counters[row : row + 1], VOCABULARY, impl="triton")[0])
+
+
 def test_the_whole_model_gives_the_same_as_on_the_cpu():
     model = small_model()
     inputs = batch(model)
@@ -81,7 +97,7 @@ def test_the_whole_model_gives_the_same_as_on_the_cpu():
     real = inputs["attention_mask"].bool()
     assert float((logits - expected)[real].abs().max()) <= 3e-4
     assert torch.equal(model.generate(**moved, max_new_tokens=12, eos_token_id=[]).cpu(), ids)
-    assert all(f"{name}=triton" in repr(model) for name in OPERATIONS)
+    assert all(f"{name}=triton" in repr(model) for name in LAYER_OPERATIONS)
 
 
 def test_the_bundled_checkpoint_is_verified():

@@ -44,6 +44,10 @@ def bits(tensor: torch.Tensor) -> list:
     return tensor.contiguous().view(torch.uint8).tolist()
 
 
+def takes_floats(inputs: dict) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in inputs.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("op", "case"), SMALL)
 def test_every_case_is_accurate(op: Operation, case: Case, dtype: torch.dtype):
@@ -64,7 +68,7 @@ def test_strided_views_give_the_same_results(op: Operation, case: Case):
 def test_the_result_is_finite_has_the_inputs_dtype_and_is_zero_in_padding(op: Operation, case: Case):
     inputs = case.inputs(torch.bfloat16)
     results = outcome(op.call, inputs, op.differentiable)
-    assert results["out"].dtype == torch.bfloat16
+    assert results["out"].dtype == (torch.bfloat16 if takes_floats(inputs) else torch.float32)
     assert results["out"].is_contiguous()
     assert all(tensor.isfinite().all() for tensor in results.values())
     if op.packed:
@@ -115,6 +119,8 @@ def test_impl_depends_on_device_dtype_and_whether_triton_is_installed(op: Operat
     assert op.resolve(None, CPU) == op.resolve("torch", CUDA) == op.resolve(None, CUDA, torch.float64) == "torch"
     assert op.select("triton", torch.zeros(1)) is op.triton
     assert op.select(None, torch.zeros(1)) is op.reference
+    for integer in (torch.int32, torch.int64):  # an operation on integers has kernels too
+        assert op.select("triton", torch.zeros(1, dtype=integer)) is op.triton
     with pytest.raises(KernelError, match=r"impl='triton' for torch.float64; expected one of torch.float32, .*Use impl='torch'"):
         op.resolve("triton", CUDA, torch.float64)
     with pytest.raises(KernelError, match="impl='cuda'; expected one of 'triton', 'torch', or nothing"):
@@ -182,7 +188,7 @@ def test_run_gives_the_same_without_checks_and_checks_where_a_gradient_is_needed
         if inputs[name] is not None:
             assert positional(watched, {**inputs, name: inputs[name].clone().requires_grad_()}).requires_grad
     assert len(checked) == sum(inputs[name] is not None for name in op.differentiable)
-    if not op.differentiable:
+    if not op.differentiable and takes_floats(inputs):
         with pytest.raises(KernelError, match="requires a gradient"):
             positional(op, {name: value.clone().requires_grad_() if name == "q" else value for name, value in inputs.items()})
     monkeypatch.setenv(CHOICE, "fast")
@@ -217,7 +223,7 @@ def wrong_arguments():
             others = {
                 "not a tensor": [1, 2],
                 "rank": value[None],
-                "dtype": value.long() if index else value.to(torch.complex64),
+                "dtype": (value.int() if value.dtype == torch.int64 else value.long()) if index else value.to(torch.complex64),
                 "device": value.to("meta"),
             }
             if not index and name not in ("scale", "shift", "scaling"):

@@ -43,6 +43,10 @@ def changing_calls(name: str) -> Iterator[dict]:
             for columns in (width, 1, 16, 17):
                 yield inputs | {"block_table": torch.empty(width, columns, dtype=torch.int32, device="meta")}
             yield inputs | {"max_query_len": width}
+    elif name == "exponential_noise":
+        for rows in sizes:
+            for columns in (rows, 1000 * rows, 49160, 100353):
+                yield released(op, "4.1-2b, 1 row", rows=rows, columns=columns)
     elif name == "lora_linear":
         for rows in (*sizes, 1000, 1024):
             for choice in (None, (0,), (0, -1)):
