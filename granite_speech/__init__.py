@@ -23,12 +23,16 @@ _HOMES = {
         "GraniteSpeechPlusConfig",
         "GraniteSpeechPlusEncoderConfig",
     ),
+    "engine.counters": ("Counters",),
+    "engine.engine": ("Engine",),
     "engine.graphs": ("CaptureWarning",),
+    "engine.handle": ("Answer", "Handle"),
     "errors": (
         "AudioError",
         "CheckpointError",
         "CheckpointNotFoundError",
         "ConfigError",
+        "EngineError",
         "GraniteSpeechError",
         "InputError",
         "KernelError",
@@ -59,11 +63,16 @@ if TYPE_CHECKING:
     from granite_speech.config import GraniteSpeechEncoderConfig as GraniteSpeechEncoderConfig
     from granite_speech.config import GraniteSpeechPlusConfig as GraniteSpeechPlusConfig
     from granite_speech.config import GraniteSpeechPlusEncoderConfig as GraniteSpeechPlusEncoderConfig
+    from granite_speech.engine.counters import Counters as Counters
+    from granite_speech.engine.engine import Engine as Engine
     from granite_speech.engine.graphs import CaptureWarning as CaptureWarning
+    from granite_speech.engine.handle import Answer as Answer
+    from granite_speech.engine.handle import Handle as Handle
     from granite_speech.errors import AudioError as AudioError
     from granite_speech.errors import CheckpointError as CheckpointError
     from granite_speech.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from granite_speech.errors import ConfigError as ConfigError
+    from granite_speech.errors import EngineError as EngineError
     from granite_speech.errors import GraniteSpeechError as GraniteSpeechError
     from granite_speech.errors import InputError as InputError
     from granite_speech.errors import KernelError as KernelError

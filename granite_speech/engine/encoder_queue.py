@@ -1,6 +1,6 @@
 """Audio of waiting requests, encoded between decode steps: short clips packed together, a long one a few blocks at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class EncoderQueue:
         self._frames = _FRAMES.get(model.device.type, _FRAMES["cuda"])
         self._long: tuple[Request, Iterator[Tensor]] | None = None
 
-    def pack(self, requests: Sequence[Request]) -> list[Request]:
+    def pack(self, requests: Iterable[Request]) -> list[Request]:
         """The first of these requests whose clips can be encoded together now; one that is too long goes its own way."""
         pack, frames = [], 0
         for one in requests:

@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 
 from granite_speech.engine.counters import Counters
-from granite_speech.engine.handle import Answer, Handle, check_process
+from granite_speech.engine.cpu_threads import without_team
+from granite_speech.engine.handle import Handle, check_process
 from granite_speech.engine.pages import PAGE_SIZE
 from granite_speech.engine.requests import Prompt, Repetition, Request, engine_options
 from granite_speech.engine.runtime import current_device
@@ -25,9 +27,9 @@ from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.recordings import samples_of, transcript_request
 from granite_speech.modules.transfers import record_event
 
-__all__ = ["Answer", "Counters", "Engine", "Handle"]
+__all__ = ["Engine"]
 
-_MAX_ROWS = {"cuda": 128, "cpu": 16}
+_MAX_ROWS = {"cuda": 128, "cpu": 32}
 _TOKENS_A_ROW = 1024
 _SHARE_OF_FREE_MEMORY = 0.5
 
@@ -45,7 +47,7 @@ class Engine:
     Args:
         model: in evaluation mode, on the device where it should run.
         processor: of the same checkpoint; None if requests come as `inputs` and nobody needs `Answer.text`.
-        max_rows: answers in progress at once; others wait. 128 on a GPU and 16 on a CPU if omitted.
+        max_rows: answers in progress at once; others wait. 128 on a GPU and 32 on a CPU if omitted.
         max_pages: pages of keys and values, 16 tokens each, all allocated at once; if omitted, 1,024 tokens for each row, but at most
             half of the GPU's free memory. If they run out, requests wait, or begin again later; no answer changes.
 
@@ -112,25 +114,30 @@ class Engine:
         """
         check_process(self._process)
         self._loop.check_open()
-        inputs = self._inputs(text, audio, sampling_rate) if inputs is None else _alone(inputs, text, audio)
         call = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
         call |= {"max_new_tokens": max_new_tokens, "stop_strings": stop} | options
-        with torch.no_grad():
-            prompt = Prompt.of(self.model, inputs)
-        generation = engine_options(call, self.model, len(prompt.ids))
-        room = self.max_pages * PAGE_SIZE - len(prompt.ids)
+        with torch.no_grad(), without_team() if self.model.device.type == "cpu" else nullcontext():
+            inputs = self._inputs(text, audio, sampling_rate) if inputs is None else _alone(inputs, text, audio)
+            request = self._request(Prompt.of(self.model, inputs), call)
+        request.repetition = Repetition() if stop_on_repetition else None
+        if request.options.max_new_tokens == 0:
+            request.handle.finish("length")
+        else:
+            self._loop.submit(request)
+        return request.handle
+
+    def _request(self, prompt: Prompt, call: dict[str, Any]) -> Request:
+        options, tokens = engine_options(call, self.model, len(prompt.ids)), len(prompt.ids)
+        room = self.max_pages * PAGE_SIZE - tokens
         if room < 0:
             raise InputError(
-                got=f"a prompt of {len(prompt.ids)} tokens",
+                got=f"a prompt of {tokens} tokens",
                 expected=f"at most {self.max_pages * PAGE_SIZE}, which max_pages={self.max_pages} holds",
                 remedy="Make the engine with more pages, or the recording shorter",
             )
-        generation = replace(generation, max_new_tokens=min(generation.max_new_tokens, room + 1))  # the last token needs no key
-        stops = StopStrings(generation.stop_strings, self.processor, [prompt.ids.tolist()]) if generation.stop_strings else None
-        repetition = Repetition() if stop_on_repetition else None
-        request = Request(prompt, generation, _seed(seed), Handle(self, self._decode), stops, repetition)
-        self._loop.submit(request)
-        return request.handle
+        options = replace(options, max_new_tokens=min(options.max_new_tokens, room + 1))  # the last token needs no key
+        stops = StopStrings(options.stop_strings, self.processor, [prompt.ids.tolist()]) if options.stop_strings else None
+        return Request(prompt, options, _seed(call["seed"]), Handle(self, self._decode), stops)
 
     def warmup(self) -> None:
         """Capture CUDA graphs of the greedy decode step for every number of rows. Otherwise each is captured when it first occurs.

@@ -130,7 +130,7 @@ class Request:
     seed: int
     handle: Handle
     stops: StopStrings | None
-    repetition: Repetition | None
+    repetition: Repetition | None = None
     due: int = 0
     vectors: Tensor | None = None
     tokens: list[int] = field(default_factory=list)

@@ -146,7 +146,10 @@ class Worker:
         long = self._encoder.long
         if long is not None and (long.handle.done or long.vectors is not None):
             self._encoder.drop_long()
-        pack = self._encoder.pack([one for one in chosen if one.waits_for_audio and one is not self._encoder.long])
+        pack = []
+        if any(one.waits_for_audio and one is not self._encoder.long for one in chosen):
+            # A full pack takes little longer than a small one, so it takes in requests for which there is no row yet.
+            pack = self._encoder.pack(one for one in self._waiting if one.waits_for_audio and one is not self._encoder.long)
         if pack:
             self._each(pack, self._encoder.encode)
         long = self._encoder.long
