@@ -116,7 +116,7 @@ class Request:
         handle: what its caller holds.
         stops: its text so far, if it has stop strings.
         repetition: watches its tokens, if it should stop when they repeat.
-        due: the work that the engine will have done when this request should have begun; the smallest comes first.
+        due: the work that the engine should have begun before this request; the smallest comes first.
         vectors: `(audio tokens, hidden)`, once its audio is encoded.
         tokens: of the answer, as far as the host has read.
         pages: that its keys are in.

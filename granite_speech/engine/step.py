@@ -182,8 +182,9 @@ class DecodeStep:
             scores = penalize(scores.float(), state.seen[:rows, :-1], state.penalty[:rows])
         if selection.minimum:
             scores = scores.float()
-            early = (self._kv_lens < state.earliest_ends[:rows]).unsqueeze(1)
-            scores = scores.scatter(1, self._ends, scores.gather(1, self._ends).masked_fill(early, float("-inf")))
+            # A row without end tokens has −1 alone: it keeps its first score.
+            ends, early = self._ends.clamp(min=0), (self._kv_lens < state.earliest_ends[:rows]).unsqueeze(1) & (self._ends >= 0)
+            scores = scores.scatter(1, ends, scores.gather(1, ends).masked_fill(early, float("-inf")))
         if not selection.sample:
             return scores
         scores = scores.float()

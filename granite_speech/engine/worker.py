@@ -1,7 +1,7 @@
 """What an engine's thread does: in every turn it encodes some audio, runs some prompts, and makes one decode step.
 
 Each stage has a budget, so that a long clip or prompt does not hold up the answers in progress. The work that a request needs says
-when it is due: at what the engine had done when the request came, plus this work. The request that is due first comes first. So a
+when it is due: at what the engine had begun when the request came, plus this work. The request that is due first comes first. So a
 short request overtakes long ones, but only those that have not waited long.
 """
 
@@ -54,7 +54,7 @@ class Worker:
         self._prompts = PromptQueue(self._pages, model.device)
         self._waiting: list[Request] = []
         self._cancelled: list[Request] = []
-        self._done_work = 0
+        self._begun_work = 0
         self.counters = Counters(pages=max_pages)
         keys = self._pool.keys[0]
         self._bytes_a_token = 2 * len(self._pool.keys) * keys[0, 0].numel() * keys.element_size()
@@ -69,7 +69,7 @@ class Worker:
 
     def add(self, request: Request) -> None:
         """A new request."""
-        request.due = self._done_work + request.prompt.work
+        request.due = self._begun_work + request.prompt.work
         insort(self._waiting, request, key=_due)
         self.counters.submitted += 1
 
@@ -125,7 +125,7 @@ class Worker:
                 self._runtime.capture_wanted()
 
     def _drop_cancelled(self) -> None:
-        cancelled = [one for one in self._cancelled if not one.handle.done]
+        cancelled = [one for one in dict.fromkeys(self._cancelled) if not one.handle.done]  # a handle may be cancelled twice
         self._cancelled = []
         decoding = [one for one in cancelled if one.place is not None]
         if decoding:
@@ -159,7 +159,6 @@ class Worker:
         for one in pack:
             if one.vectors is not None:
                 self.counters.audio_seconds += sum(one.prompt.clips) / FRAMES_A_SECOND
-                self._done_work += sum(one.prompt.clips)
 
     def _prefill(self, chosen: Sequence[Request]) -> None:
         for one in chosen:
@@ -169,6 +168,7 @@ class Worker:
             if shared is None:
                 break  # nothing overtakes a request that waits for pages
             self._waiting.remove(one)
+            self._begun_work += 0 if one.tokens else one.prompt.work
             self.counters.shared_tokens += shared
             self.counters.shared_bytes += shared * self._bytes_a_token
         pieces = self._prompts.pieces()
@@ -181,9 +181,7 @@ class Worker:
     def _store(self, pieces: Sequence[tuple[Request, int]]) -> None:
         prefill_piece(self._model, self._runtime.decoder_graphs, self._pool, self._prompts.packed(pieces))
         self._prompts.stored(pieces)
-        tokens = sum(count for _, count in pieces)
-        self.counters.prompt_tokens += tokens
-        self._done_work += tokens
+        self.counters.prompt_tokens += sum(count for _, count in pieces)
 
     def _each(self, items: Sequence[Any], work: Callable[[Sequence[Any]], None]) -> None:
         """Do work for some requests together; if it fails, for each alone, so that an error reaches the request that causes it."""

@@ -1,0 +1,212 @@
+"""An engine's tokens: those of `generate`, whatever else the engine does, and however few pages it has."""
+
+import random
+import threading
+
+import pytest
+import torch
+
+from granite_speech import Engine
+from tests.support.random_requests import assert_as_generate, random_request
+from tests.support.small_models import attentive, small_model
+
+MODEL = attentive(small_model())
+PAGE = 16
+
+
+def pages_of(request) -> int:
+    """Pages that a request needs on its own."""
+    return -(-(request.inputs["input_ids"].shape[1] + request.options["max_new_tokens"] - 1) // PAGE)
+
+
+def submit(engine, request):
+    return engine.submit(inputs=request.inputs, **request.options)
+
+
+def answers(engine, requests):
+    return [handle.result(60) for handle in [submit(engine, one) for one in requests]]
+
+
+def assert_at_rest(engine):
+    """Nothing is left of any request."""
+    counters = engine.counters()
+    assert (counters.waiting, counters.prefilling, counters.decoding, counters.pages_used) == (0, 0, 0, 0)
+    assert counters.submitted == counters.finished + counters.cancelled + counters.failed
+
+
+@pytest.mark.parametrize(("seed", "max_rows", "max_pages"), [(0, 32, 2000), (1, 5, 60), (2, 9, 14), (3, 1, 2000), (4, 64, 14)])
+def test_random_requests_in_random_order_with_random_cancellations_get_the_tokens_of_generate(seed, max_rows, max_pages):
+    dice = random.Random(seed)
+    requests = [random_request(1000 * seed + number, MODEL) for number in range(100)]
+    dice.shuffle(requests)
+    assert max(map(pages_of, requests)) <= max_pages
+    with Engine(MODEL, None, max_rows=max_rows, max_pages=max_pages) as engine:
+        handles = []
+        for request in requests:
+            handles.append(submit(engine, request))
+            if dice.random() < 0.3:
+                dice.choice(handles).cancel()
+            if dice.random() < 0.05:
+                dice.choice(handles).result(60)
+        got = [handle.result(60) for handle in handles]
+        assert_at_rest(engine)
+    for request, answer in zip(requests, got, strict=True):
+        assert_as_generate(MODEL, request, answer)
+    assert sum(answer.finish_reason != "cancelled" for answer in got) > 50
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "with a seed"])
+def test_a_request_gets_the_same_tokens_alongside_any_others(sample):
+    wanted = [random_request(number, MODEL, sample=sample) for number in range(5)]
+    with Engine(MODEL, None, max_rows=8, max_pages=200) as engine:
+        alone = [submit(engine, one).result(60).token_ids for one in wanted]
+        for number in range(20):
+            dice = random.Random(number)
+            others = [random_request(100 * number + one, MODEL, sample=dice.random() < 0.5) for one in range(12)]
+            mixture = [*wanted, *others]
+            dice.shuffle(mixture)
+            got = dict(zip(map(id, mixture), answers(engine, mixture), strict=True))
+            assert [got[id(one)].token_ids for one in wanted] == alone
+
+
+def test_a_seed_decides_what_is_drawn():
+    request = random_request(3, MODEL, sample=True)
+    options = request.options | {"max_new_tokens": 30, "eos_token_id": [], "temperature": 1.5, "top_k": 0}
+    with Engine(MODEL, None) as engine:
+
+        def drawn(**changes):
+            return engine.submit(inputs=request.inputs, **options | changes).result(60).token_ids
+
+        assert drawn(seed=1) == drawn(seed=1)
+        assert len({tuple(drawn(seed=seed)) for seed in (1, 2, -1, (1 << 64) - 2, 1 << 32)}) == 5
+        torch.manual_seed(0)
+        first = drawn(seed=None)
+        assert drawn(seed=None) != first
+        torch.manual_seed(0)
+        assert drawn(seed=None) == first
+
+
+def test_drawn_tokens_have_the_probabilities_of_the_model():
+    """The first token of many seeds, against the softmax of the logits."""
+    request = random_request(0, MODEL)
+    logits = MODEL(**request.inputs).logits[0, -1]
+    with Engine(MODEL, None, max_rows=64) as engine:
+        handles = [engine.submit(inputs=request.inputs, seed=seed, temperature=2.0, top_k=0, max_new_tokens=1) for seed in range(2000)]
+        drawn = torch.tensor([handle.result(60).token_ids[0] for handle in handles])
+    expected = (logits / 2).softmax(-1)
+    counts = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
+    # Each count has a standard deviation of sqrt(p (1 − p) / n).
+    assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / len(drawn)).sqrt() + 1e-3).all()
+
+
+def test_sampling_options_are_those_of_generate():
+    request = random_request(5, MODEL)
+    greedy = request.options | {"max_new_tokens": 12, "eos_token_id": []}
+    with Engine(MODEL, None) as engine:
+
+        def ids(**options):
+            return engine.submit(inputs=request.inputs, **greedy | options).result(60).token_ids
+
+        assert ids() == ids(temperature=0) == ids(temperature=0.0, top_p=0.5, seed=3) == ids(top_k=1, seed=4) == ids(do_sample=False)
+        assert ids(seed=1, top_k=0, temperature=3.0) != ids()
+        assert ids(seed=1, do_sample=False) == ids()
+
+
+def test_a_pool_with_room_for_one_request_still_finishes_all():
+    requests = [random_request(number, MODEL) for number in range(40)]
+    with Engine(MODEL, None, max_rows=16, max_pages=max(map(pages_of, requests))) as engine:
+        got = answers(engine, requests)
+        assert engine.counters().preempted > 0
+        assert_at_rest(engine)
+    for request, answer in zip(requests, got, strict=True):
+        assert_as_generate(MODEL, request, answer)
+
+
+def test_requests_that_lose_their_pages_draw_the_same_tokens():
+    requests = [random_request(number, MODEL, sample=True) for number in range(30)]
+    with Engine(MODEL, None, max_pages=2000) as roomy, Engine(MODEL, None, max_pages=max(map(pages_of, requests))) as tight:
+        assert [one.token_ids for one in answers(roomy, requests)] == [one.token_ids for one in answers(tight, requests)]
+        assert tight.counters().preempted > 0 == roomy.counters().preempted
+
+
+def test_an_answer_that_the_pages_cannot_hold_ends_with_length():
+    inputs = {"input_ids": torch.arange(20).unsqueeze(0)}
+    with Engine(MODEL, None, max_pages=2) as engine:
+        answer = engine.submit(inputs=inputs, max_new_tokens=1000, eos_token_id=[]).result(60)
+        assert (len(answer.token_ids), answer.finish_reason) == (2 * PAGE - 20 + 1, "length")
+
+
+def test_a_long_clip_does_not_hold_up_a_short_request(monkeypatch):
+    """The long clip needs many turns; an answer that came with it is complete before its first token."""
+    monkeypatch.setattr("granite_speech.engine.encoder_queue._FRAMES", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr("granite_speech.engine.prompt_queue._TOKENS", {"cpu": 8, "cuda": 8})
+    tokens = MODEL.projector.tokens(2000)
+    ids = torch.cat((torch.full((tokens,), MODEL.config.audio_token_index), torch.arange(4))).unsqueeze(0)
+    long = {"input_ids": ids, "input_features": torch.randn(1, 2000, MODEL.config.encoder_config.input_dim)}
+    with Engine(MODEL, None) as engine:
+        slow = engine.submit(inputs=long, max_new_tokens=5, eos_token_id=[])
+        short = [engine.submit(inputs={"input_ids": torch.arange(5).unsqueeze(0)}, max_new_tokens=3, eos_token_id=[]) for _ in range(4)]
+        for one in short:
+            one.result(60)
+        assert not slow.done
+        expected = MODEL.generate(**long, max_new_tokens=5, eos_token_id=[])[0, ids.shape[1] :].tolist()
+        assert slow.result(60).token_ids == expected
+
+
+def test_short_requests_overtake_long_ones_that_came_just_before():
+    order, lock = [], threading.Lock()
+
+    def watch(name, handle):
+        next(iter(handle))
+        with lock:
+            order.append(name)
+
+    with Engine(MODEL, None, max_rows=1) as engine:
+        held = engine.submit(inputs={"input_ids": torch.arange(5).unsqueeze(0)}, max_new_tokens=200, eos_token_id=[])
+        next(iter(held))
+        handles = {
+            name: engine.submit(inputs={"input_ids": torch.arange(count).remainder(80).unsqueeze(0)}, max_new_tokens=1)
+            for name, count in (("long", 500), ("short", 5))
+        }
+        threads = [threading.Thread(target=watch, args=one) for one in handles.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert order == ["short", "long"]
+
+
+def test_a_long_request_is_not_overtaken_for_ever():
+    """Short requests keep coming; the long one comes after as much work as it needs itself."""
+    short = {"input_ids": torch.arange(20).unsqueeze(0)}
+    with Engine(MODEL, None, max_rows=1) as engine:
+        held = [engine.submit(inputs=short, max_new_tokens=3, eos_token_id=[]) for _ in range(3)]
+        long = engine.submit(inputs={"input_ids": torch.arange(300).remainder(80).unsqueeze(0)}, max_new_tokens=1)
+        after = 0
+        while not long.done and after < 200:
+            held.append(engine.submit(inputs=short, max_new_tokens=3, eos_token_id=[]))
+            held.pop(0).result(60)
+            after += 1
+        assert after < 60
+
+
+def test_stop_strings_and_repetitions_end_an_answer():
+    from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
+
+    model, processor = (one.from_pretrained("embedded") for one in (GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor))
+    ids = processor.tokenizer("seven two five")["input_ids"]
+    inputs = {"input_ids": torch.as_tensor(ids).reshape(1, -1)}
+    options = {"max_new_tokens": 150, "eos_token_id": []}
+    columns = inputs["input_ids"].shape[1]
+    free = model.generate(**inputs, **options)[0, columns:].tolist()
+    stop = processor.decode(free[4:6])
+    expected = model.generate(**inputs, **options, stop_strings=[stop], tokenizer=processor.tokenizer)[0, columns:].tolist()
+    with Engine(model, processor) as engine:
+        answer = engine.submit(inputs=inputs, stop=stop, **options).result(60)
+        assert (answer.token_ids, answer.finish_reason) == (expected, "stop")
+        assert len(expected) < len(free)
+        assert answer.text == processor.decode(expected, skip_special_tokens=True)
+        repeated = engine.submit(inputs=inputs, repetition_penalty=0.5, stop_on_repetition=True, **options).result(60)
+        assert repeated.finish_reason == "repeated"
+        assert 32 <= len(repeated.token_ids) < 150
+        assert engine.submit(inputs=inputs, repetition_penalty=0.5, **options).result(60).finish_reason == "length"
