@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from granite_speech import Engine
-from tests.support.random_requests import assert_as_generate, random_request
+from tests.support.random_requests import RandomRequest, assert_as_generate, random_request
 from tests.support.small_models import attentive, small_model
 
 MODEL = attentive(small_model())
@@ -134,6 +134,65 @@ def test_an_answer_that_the_pages_cannot_hold_ends_with_length():
     with Engine(MODEL, None, max_pages=2) as engine:
         answer = engine.submit(inputs=inputs, max_new_tokens=1000, eos_token_id=[]).result(60)
         assert (len(answer.token_ids), answer.finish_reason) == (2 * PAGE - 20 + 1, "length")
+
+
+def with_beginning(beginning, number, *, audio=True):
+    """A prompt of these tokens, a clip or none, and three more tokens."""
+    rng = torch.Generator().manual_seed(number)
+    clip = torch.full((MODEL.projector.tokens(30),), MODEL.config.audio_token_index) if audio else torch.empty(0, dtype=torch.int64)
+    ids = torch.cat((beginning, clip, torch.randint(0, 80, (3,), generator=rng)))
+    inputs = {"input_ids": ids.unsqueeze(0)}
+    if audio:
+        inputs["input_features"] = torch.randn(1, 30, MODEL.config.encoder_config.input_dim, generator=rng)
+    return RandomRequest(inputs, {"max_new_tokens": 10, "eos_token_id": []})
+
+
+def test_the_pages_of_a_common_beginning_are_computed_once_and_shared():
+    """45 tokens fill two pages of 16."""
+    beginning = torch.arange(45)
+    requests = [with_beginning(beginning, number) for number in range(10)]
+    with Engine(MODEL, None, max_rows=8) as engine:
+        got = answers(engine, requests)
+        counters = engine.counters()
+        assert counters.shared_tokens == 9 * 2 * PAGE
+        # All tokens but the last of each prompt, which the decode step runs.
+        assert counters.prompt_tokens == sum(one.inputs["input_ids"].shape[1] - 1 for one in requests) - counters.shared_tokens
+        text = MODEL.config.text_config
+        assert counters.shared_bytes == counters.shared_tokens * 2 * 4 * text.num_hidden_layers * text.num_key_value_heads * 8
+        assert counters.pages_remembered == 2
+        assert_at_rest(engine)
+    for request, answer in zip(requests, got, strict=True):
+        assert_as_generate(MODEL, request, answer)
+
+
+def test_a_prompt_without_audio_shares_nothing_with_one_that_has_the_adapter():
+    beginning = torch.arange(45)
+    mixture = [with_beginning(beginning, 0), with_beginning(beginning, 1, audio=False), with_beginning(beginning + 1, 2)]
+    with Engine(MODEL, None) as engine:
+        got = answers(engine, mixture)
+        assert engine.counters().shared_tokens == 0
+        assert [one.token_ids for one in answers(engine, mixture)] == [one.token_ids for one in got]
+        assert engine.counters().shared_tokens == 6 * PAGE
+    for request, answer in zip(mixture, got, strict=True):
+        assert_as_generate(MODEL, request, answer)
+
+
+def test_beginnings_are_forgotten_when_pages_run_short_and_computed_again():
+    requests = [with_beginning(torch.arange(45) + 3 * (number % 4), number) for number in range(12)]
+    with Engine(MODEL, None, max_rows=2, max_pages=10) as engine:
+        for request, answer in zip(requests, answers(engine, requests), strict=True):
+            assert_as_generate(MODEL, request, answer)
+        assert_at_rest(engine)
+
+
+def test_a_cancelled_request_does_not_leave_others_waiting_for_its_beginning():
+    requests = [with_beginning(torch.arange(64), number) for number in range(6)]
+    with Engine(MODEL, None, max_rows=4) as engine:
+        for _ in range(20):
+            first, *others = [submit(engine, one) for one in requests]
+            first.cancel()
+            for request, handle in zip(requests[1:], others, strict=True):
+                assert_as_generate(MODEL, request, handle.result(60))
 
 
 def test_a_long_clip_does_not_hold_up_a_short_request(monkeypatch):
