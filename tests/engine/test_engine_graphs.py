@@ -25,7 +25,7 @@ PLAIN = attentive(small_model())
 
 def captured_kinds(engine):
     graphs = engine._loop.worker._runtime
-    return {type(key) for one in (graphs.encoder_graphs, graphs.decoder_graphs) for key in one.keys()}
+    return {type(key) for one in (graphs.encoder_graphs, graphs.decoder_graphs) for key in list(one.keys())}
 
 
 @pytest.mark.parametrize(("seed", "max_pages", "captures"), [(0, 400, True), (1, 14, True), (2, 400, False), (3, 14, False)])
