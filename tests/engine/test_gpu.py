@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
-from granite_speech import GraniteSpeechForConditionalGeneration
+from granite_speech import Engine, GraniteSpeechForConditionalGeneration
 from granite_speech.engine.graphs import CudaCapture
 from granite_speech.engine.state import DecodeState, Row, StateSize
 from granite_speech.engine.step import DecodeStep, Selection
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.modules.cache import PagePool
-from tests.support.small_models import batch, small_model
+from tests.support.random_requests import assert_as_generate, random_request
+from tests.support.small_models import attentive, batch, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -134,3 +135,18 @@ def test_choosing_a_token_can_be_captured_with_a_large_vocabulary():
         return state.history[0, :rows].tolist()
 
     assert chosen(CudaCapture(torch.device("cuda", 0))) == chosen(lambda function: function)
+
+
+def test_an_engine_gives_the_tokens_of_generate():
+    """Rows join and leave between captured steps; pages run short; some requests draw."""
+    model = attentive(small_model()).cuda()
+    requests = [random_request(number, model, sample=number % 4 == 0, on="cuda") for number in range(200)]
+    with Engine(model, None, max_rows=16, max_pages=40) as engine, Engine(model, None, max_rows=1, max_pages=40) as alone:
+        for _ in range(2):  # captured, and replayed
+            answers = [handle.result(60) for handle in [engine.submit(inputs=one.inputs, **one.options) for one in requests]]
+        assert engine.counters().pages_used == 0
+        for request, answer in zip(requests, answers, strict=True):
+            if "seed" in request.options:
+                assert alone.submit(inputs=request.inputs, **request.options).result(60).token_ids == answer.token_ids
+            else:
+                assert_as_generate(model, request, answer)

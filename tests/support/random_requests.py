@@ -27,14 +27,15 @@ class RandomRequest:
     options: dict[str, Any]
 
 
-def random_request(seed: int, model: Any, *, sample: bool = False, longest: int = 40) -> RandomRequest:
+def random_request(seed: int, model: Any, *, sample: bool = False, longest: int = 40, on: str = "cpu") -> RandomRequest:
     """One prompt with up to two clips or none, and options; about one in eight prompts ends with audio, and some have one token.
 
     Args:
         seed: the same one gives the same request.
-        model: float32, on the CPU.
+        model: float32.
         sample: draw tokens.
         longest: most new tokens.
+        on: the model's device.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -67,7 +68,7 @@ def random_request(seed: int, model: Any, *, sample: bool = False, longest: int 
     if sample:
         options |= {"seed": integer(0, 1 << 40), "temperature": (0.7, 1.0, 1.5)[integer(0, 2)], "top_k": (0, 1, 5, 20)[integer(0, 3)]}
         options |= {"top_p": 0.8} if integer(0, 1) else {}
-    return RandomRequest(inputs, options)
+    return RandomRequest({name: one.to(on) if isinstance(one, Tensor) else one for name, one in inputs.items()}, options)
 
 
 def assert_as_generate(model: Any, request: RandomRequest, answer: Answer) -> None:
