@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from granite_speech import Engine
+from granite_speech.engine.worker import Worker
 from tests.support.random_requests import RandomRequest, assert_as_generate, random_request
 from tests.support.small_models import attentive, small_model
 
@@ -185,14 +186,33 @@ def test_beginnings_are_forgotten_when_pages_run_short_and_computed_again():
         assert_at_rest(engine)
 
 
-def test_a_cancelled_request_does_not_leave_others_waiting_for_its_beginning():
-    requests = [with_beginning(torch.arange(64), number) for number in range(6)]
-    with Engine(MODEL, None, max_rows=4) as engine:
-        for _ in range(20):
-            first, *others = [submit(engine, one) for one in requests]
-            first.cancel()
-            for request, handle in zip(requests[1:], others, strict=True):
-                assert_as_generate(MODEL, request, handle.result(60))
+@torch.no_grad()
+def test_a_cancelled_request_does_not_leave_others_waiting_for_its_beginning(monkeypatch):
+    monkeypatch.setattr("granite_speech.engine.prompt_queue._TOKENS", {"cpu": 8, "cuda": 8})
+    worker = Worker(MODEL, 4, 100)
+    first, second = (with_beginning(torch.arange(64), number).for_worker(MODEL) for number in range(2))
+    worker.add(first)
+    worker.turn()
+    worker.add(second)
+    worker.turn()
+    assert worker.snapshot().prefilling == 1, "the second waits for what the first computes"
+    worker.cancel(first)
+    for _ in range(40):
+        worker.turn()
+    assert second.handle.done and worker.snapshot().pages_used == 0
+
+
+@torch.no_grad()
+def test_a_prompt_waits_while_answers_in_progress_may_need_the_pages():
+    worker = Worker(MODEL, 4, 6)
+    requests = [RandomRequest({"input_ids": torch.arange(30).unsqueeze(0) + number}, {"max_new_tokens": 4}) for number in range(3)]
+    for one in requests:
+        worker.add(one.for_worker(MODEL))
+    worker.turn()
+    assert (worker.snapshot().decoding, worker.snapshot().waiting) == (2, 1), "two pages each, and one more for each in progress"
+    while worker.busy:
+        worker.turn()
+    assert worker.snapshot().preempted == 0
 
 
 def test_a_long_clip_does_not_hold_up_a_short_request(monkeypatch):

@@ -12,12 +12,10 @@ from granite_speech import Engine
 from granite_speech.engine import runtime
 from granite_speech.engine.decoding import StepKey
 from granite_speech.engine.encoding import EncoderBucket
-from granite_speech.engine.handle import Handle
 from granite_speech.engine.prefill import PromptBucket
-from granite_speech.engine.requests import Prompt, Request, engine_options
 from granite_speech.engine.worker import Worker
 from tests.support.fake_graph import FakeCapture
-from tests.support.random_requests import assert_as_generate, random_request
+from tests.support.random_requests import RandomRequest, assert_as_generate, random_request
 from tests.support.small_models import attentive, batch, small_model
 
 PLAIN = attentive(small_model())
@@ -101,8 +99,8 @@ def test_a_turn_waits_for_a_gpu_only_for_tokens():
         model = gpu.move(attentive(small_model()))
         worker, requests = Worker(model, 4, 40), []
         for inputs in rows:
-            prompt = Prompt.of(model, {name: one if name == "input_ids" else gpu.move(one) for name, one in inputs.items()})
-            requests.append(Request(prompt, engine_options(options, model, len(prompt.ids)), 0, Handle(None, str), None))
+            on_gpu = {name: one if name == "input_ids" else gpu.move(one) for name, one in inputs.items()}
+            requests.append(RandomRequest(on_gpu, options).for_worker(model))
             worker.add(requests[-1])
         gpu.waits.clear()
         while worker.busy:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granite_speech.engine.handle import Answer
+from granite_speech.engine.handle import Answer, Handle
+from granite_speech.engine.requests import Prompt, Request, engine_options
 
 __all__ = ["RandomRequest", "assert_as_generate", "random_request"]
 
@@ -25,6 +26,11 @@ class RandomRequest:
 
     inputs: dict[str, Any]
     options: dict[str, Any]
+
+    def for_worker(self, model: Any) -> Request:
+        """The request as an engine hands it to its worker, for tests that run turns themselves."""
+        prompt, seed = Prompt.of(model, self.inputs), self.options.get("seed", 0)
+        return Request(prompt, engine_options(self.options, model, len(prompt.ids)), seed, Handle(None, str), None)
 
 
 def random_request(seed: int, model: Any, *, sample: bool = False, longest: int = 40, on: str = "cpu") -> RandomRequest:
