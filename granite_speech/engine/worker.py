@@ -125,7 +125,7 @@ class Worker:
                 self._runtime.capture_wanted()
 
     def _drop_cancelled(self) -> None:
-        cancelled = [one for one in self._cancelled if not one.handle.done]
+        cancelled = [one for one in dict.fromkeys(self._cancelled) if not one.handle.done]  # a caller may cancel twice
         self._cancelled = []
         decoding = [one for one in cancelled if one.place is not None]
         if decoding:
