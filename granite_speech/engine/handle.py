@@ -36,11 +36,11 @@ class Handle:
     A task that is cancelled while it awaits a handle, or iterates over it, cancels the request.
     """
 
-    on_cancel: Callable[[], None]
+    on_cancel: Callable[[], None] | None
 
     def __init__(self, engine: Any, decode: Callable[[list[int]], str]):
         self._engine = engine  # an engine that nobody holds closes, and must not while a handle is waited for
-        self._decode = decode
+        self._decode = decode  # must not refer to the engine
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._tokens: list[int] = []
@@ -71,9 +71,11 @@ class Handle:
     def cancel(self) -> bool:
         """End the request. `result()` then returns the tokens that there are. False if it had ended before."""
         check_process(self._process)
-        if self.done:
-            return False
-        self.on_cancel()
+        with self._lock:
+            if self.done:
+                return False
+            on_cancel = self.on_cancel
+        on_cancel()
         return True
 
     def __iter__(self) -> Iterator[int]:
@@ -162,6 +164,7 @@ class Handle:
             if not self.done:
                 end()
             self._engine = None
+            self.on_cancel = None  # it refers to the request, with its audio
             wakeups, self._wakeups = self._wakeups, []
         for wake in wakeups:
             wake()

@@ -125,7 +125,7 @@ class Worker:
                 self._runtime.capture_wanted()
 
     def _drop_cancelled(self) -> None:
-        cancelled = [one for one in dict.fromkeys(self._cancelled) if not one.handle.done]  # a handle may be cancelled twice
+        cancelled = [one for one in dict.fromkeys(self._cancelled) if not one.handle.done]  # a caller may cancel twice
         self._cancelled = []
         decoding = [one for one in cancelled if one.place is not None]
         if decoding:
@@ -177,6 +177,8 @@ class Worker:
         ready = self._prompts.ready()
         if ready:
             self._rows.join(ready)
+            for one in ready:
+                self._prompts.remove(one)  # only now, so that an error above reaches their handles
 
     def _store(self, pieces: Sequence[tuple[Request, int]]) -> None:
         prefill_piece(self._model, self._runtime.decoder_graphs, self._pool, self._prompts.packed(pieces))

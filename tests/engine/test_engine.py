@@ -8,7 +8,7 @@ import torch
 
 from granite_speech import Engine
 from granite_speech.engine.worker import Worker
-from tests.support.random_requests import RandomRequest, assert_as_generate, random_request
+from tests.support.random_requests import RandomRequest, assert_as_generate, paused, random_request
 from tests.support.small_models import attentive, small_model
 
 MODEL = attentive(small_model())
@@ -25,7 +25,10 @@ def submit(engine, request):
 
 
 def answers(engine, requests):
-    return [handle.result(60) for handle in [submit(engine, one) for one in requests]]
+    """Of requests that come at once."""
+    with paused(engine):
+        handles = [submit(engine, one) for one in requests]
+    return [handle.result(60) for handle in handles]
 
 
 def assert_at_rest(engine):

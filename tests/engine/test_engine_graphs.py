@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from granite_speech.engine.encoding import EncoderBucket
 from granite_speech.engine.prefill import PromptBucket
 from granite_speech.engine.worker import Worker
 from tests.support.fake_graph import FakeCapture
-from tests.support.random_requests import RandomRequest, assert_as_generate, random_request
+from tests.support.random_requests import RandomRequest, assert_as_generate, paused, random_request
 from tests.support.small_models import attentive, batch, small_model
 
 PLAIN = attentive(small_model())
@@ -36,11 +37,10 @@ def test_tokens_read_one_step_late_are_those_of_generate(monkeypatch, seed, max_
     requests = [random_request(500 * seed + number, model, sample=number % 5 == 0) for number in range(120)]
     with Engine(model, None, max_rows=12, max_pages=max_pages) as engine, Engine(PLAIN, None, max_pages=400) as plain:
         engine._loop.worker._rows._ahead = 1
-        handles = []
-        for one in requests:
-            handles.append(engine.submit(inputs=one.inputs, **one.options))
-            if dice.random() < 0.2:
-                dice.choice(handles).cancel()
+        with paused(engine):
+            handles = [engine.submit(inputs=one.inputs, **one.options) for one in requests]
+        for handle in dice.sample(handles, 20):
+            handle.cancel()
         answers = [handle.result(60) for handle in handles]
         counters = engine.counters()
         assert counters.pages_used == 0
@@ -54,6 +54,29 @@ def test_tokens_read_one_step_late_are_those_of_generate(monkeypatch, seed, max_
             else:
                 drawn = plain.submit(inputs=request.inputs, **request.options).result(60).token_ids
                 assert answer.token_ids == drawn[: len(answer.token_ids)]
+
+
+@torch.no_grad()
+def test_a_row_without_an_answer_is_not_active_on_the_device(monkeypatch):
+    """It would go on writing to pages that belong to another answer. Answers end in every way here."""
+    monkeypatch.setattr(runtime, "_can_be_captured", lambda model: not model.training)
+    model, dice = attentive(small_model()), random.Random(0)
+    model.runtime.make_capture = lambda device: lambda function: function
+    worker = Worker(model, 8, 200)
+    worker._rows._ahead = 1
+    requests = [random_request(number, model).for_worker(model) for number in range(60)]
+    for number, one in enumerate(requests):
+        if number % 3 == 0:  # ends after a few tokens as a stop string would end it, which only the host knows
+            one.repetition = SimpleNamespace(add=lambda token, one=one, most=dice.randint(1, 6): len(one.tokens) == most)
+        worker.add(one)
+    while worker.busy:
+        if dice.random() < 0.2:
+            worker.cancel(dice.choice(worker.requests()))
+        worker.turn()
+        rows = worker._rows
+        free = [place for place, one in enumerate(rows.requests) if one is None]
+        assert not rows.state.active[free].any()
+    assert {one.handle.result(0).finish_reason for one in requests} == {"stop", "length", "repeated", "cancelled"}
 
 
 def test_replayed_steps_depend_on_nothing_that_the_host_computes(monkeypatch):

@@ -1,5 +1,8 @@
 """Random requests for an engine, and what `generate` answers to them one by one."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +12,7 @@ from torch import Tensor
 from granite_speech.engine.handle import Answer, Handle
 from granite_speech.engine.requests import Prompt, Request, engine_options
 
-__all__ = ["RandomRequest", "assert_as_generate", "random_request"]
+__all__ = ["RandomRequest", "assert_as_generate", "paused", "random_request"]
 
 # Prompts begin with one of these, so that some of their first pages are equal.
 _BEGINNINGS = (0, 7, 16, 45)
@@ -75,6 +78,19 @@ def random_request(seed: int, model: Any, *, sample: bool = False, longest: int 
         options |= {"seed": integer(0, 1 << 40), "temperature": (0.7, 1.0, 1.5)[integer(0, 2)], "top_k": (0, 1, 5, 20)[integer(0, 3)]}
         options |= {"top_p": 0.8} if integer(0, 1) else {}
     return RandomRequest({name: one.to(on) if isinstance(one, Tensor) else one for name, one in inputs.items()}, options)
+
+
+@contextmanager
+def paused(engine: Any) -> Iterator[None]:
+    """Keep the engine's worker from beginning what is submitted in the block, so that it all comes at once."""
+    resume = threading.Event()
+    thread = threading.Thread(target=engine._loop.call, args=(lambda worker: resume.wait(60),))
+    thread.start()
+    try:
+        yield
+    finally:
+        resume.set()
+        thread.join(60)
 
 
 def assert_as_generate(model: Any, request: RandomRequest, answer: Answer) -> None:
