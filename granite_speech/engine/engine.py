@@ -52,18 +52,17 @@ class Engine:
             half of the GPU's free memory. If they run out, requests wait, or begin again later; no answer changes.
 
     Raises:
-        InputError: a model in training mode, or sizes below 1.
+        InputError: a model in training mode, or sizes that are not integers from 1.
     """
 
     def __init__(self, model: Any, processor: GraniteSpeechProcessor | None, max_rows: int | None = None, max_pages: int | None = None):
         if model.training:
             raise InputError(got="a model in training mode", expected="one in evaluation mode", remedy="Call model.eval() first")
+        for name, size in (("max_rows", max_rows), ("max_pages", max_pages)):
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise InputError(got=f"{name}={size!r:.60}", expected="an integer from 1", remedy="Omit it for the default")
         max_rows = _MAX_ROWS.get(model.device.type, _MAX_ROWS["cuda"]) if max_rows is None else max_rows
         max_pages = _pages_by_default(model, max_rows) if max_pages is None else max_pages
-        if max_rows < 1 or max_pages < 1:
-            raise InputError(
-                got=f"max_rows={max_rows!r}, max_pages={max_pages!r}", expected="at least 1 of each", remedy="Omit them for the defaults"
-            )
         self.model, self.processor = model, processor
         self.max_rows, self.max_pages, self.page_size = max_rows, max_pages, PAGE_SIZE
         self._process = os.getpid()
@@ -136,8 +135,17 @@ class Engine:
                 remedy="Make the engine with more pages, or the recording shorter",
             )
         options = replace(options, max_new_tokens=min(options.max_new_tokens, room + 1))  # the last token needs no key
-        stops = StopStrings(options.stop_strings, self.processor, [prompt.ids.tolist()]) if options.stop_strings else None
-        return Request(prompt, options, _seed(call["seed"]), Handle(self, self._decode), stops)
+        stops = self._stops(options.stop_strings, prompt) if options.stop_strings else None
+        return Request(prompt, options, _seed(call["seed"]), Handle(self, partial(_text, self.processor)), stops)
+
+    def _stops(self, strings: tuple[str, ...], prompt: Prompt) -> StopStrings:
+        if self.processor is None:
+            raise InputError(
+                got="stop strings for an engine without a processor",
+                expected="one that gives the text of tokens",
+                remedy="Make the engine with a processor",
+            )
+        return StopStrings(strings, self.processor, [prompt.ids.tolist()])
 
     def warmup(self) -> None:
         """Capture CUDA graphs of the greedy decode step for every number of rows. Otherwise each is captured when it first occurs.
@@ -183,9 +191,6 @@ class Engine:
         if audio is not None:
             audio, sampling_rate = samples_of(audio, self.processor, sampling_rate)
         return self.processor(text, audio, device=self.model.device, sampling_rate=sampling_rate)
-
-    def _decode(self, ids: list[int]) -> str:
-        return "" if self.processor is None else self.processor.decode(ids, skip_special_tokens=True)
 
 
 class _Loop:
@@ -254,10 +259,11 @@ class _Loop:
         with self._changed:
             self._changed.wait_for(lambda: self.worker.busy or self._new or self._cancelled or self._calls or self._closing)
             while self._new:
-                request = self._new.popleft()
+                request = self._new[0]
                 if request.computed is not None:
                     request.computed.wait()
                 self.worker.add(request)
+                self._new.popleft()  # only now, so that an error above reaches the request
             cancelled = self.worker.requests() if self._cancels else list(self._cancelled)
             self._cancelled.clear()
             calls = list(self._calls)
@@ -302,6 +308,10 @@ def _alone(inputs: Mapping[str, Any], text: str | None, audio: Any) -> Mapping[s
             got="inputs together with text or audio", expected="one of the two", remedy="Pass what the processor returned alone"
         )
     return inputs
+
+
+def _text(processor: GraniteSpeechProcessor | None, ids: list[int]) -> str:
+    return "" if processor is None else processor.decode(ids, skip_special_tokens=True)
 
 
 def _seed(seed: int | None) -> int:

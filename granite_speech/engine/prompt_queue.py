@@ -66,7 +66,7 @@ class PromptQueue:
         return request.keys
 
     def remove(self, request: Request) -> None:
-        """A request that ends or gives its pages to another one."""
+        """A request that goes on to be decoded, ends, or gives its pages to another one."""
         self._requests.remove(request)
         self._computing = {prefix: one for prefix, one in self._computing.items() if one is not request}
 
@@ -112,7 +112,5 @@ class PromptQueue:
                 self._computing = {prefix: other for prefix, other in self._computing.items() if other is not one}
 
     def ready(self) -> list[Request]:
-        """Take out the requests of which only the last token is left."""
-        ready = [one for one in self._requests if one.is_prefilled]
-        self._requests = [one for one in self._requests if not one.is_prefilled]
-        return ready
+        """The requests of which only the last token is left."""
+        return [one for one in self._requests if one.is_prefilled]

@@ -22,6 +22,8 @@ __all__ = ["Prompt", "Repetition", "Request", "engine_options"]
 # Options of `generate` whose value an engine cannot give a meaning.
 _OF_GENERATE_ALONE = {"num_beams": 1, "num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False}
 
+_INPUTS = {"input_ids", "attention_mask", "input_features", "input_features_mask", "input_features_lengths"}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -50,16 +52,10 @@ class Prompt:
         Raises:
             InputError: more than one prompt, or inputs that do not fit together or to the model.
         """
+        _check_names(inputs)
         given = ModelInputs(**inputs)
         host = given.on_host()
-        if not isinstance(host.input_ids, Tensor) or host.input_ids.dim() != 2 or len(host.input_ids) != 1:
-            got = f"of shape {tuple(host.input_ids.shape)}" if isinstance(host.input_ids, Tensor) else f"{host.input_ids!r:.60}"
-            raise InputError(got=f"input_ids {got}", expected="one prompt, (1, tokens)", remedy="Submit each prompt on its own")
-        ids = host.input_ids[0].long()
-        if host.attention_mask is not None:
-            ids = ids[host.attention_mask[0] != 0]
-        if len(ids) == 0:
-            raise InputError(got="an empty prompt", expected="at least one token", remedy="Give the model a text to continue")
+        ids = _ids(host.input_ids, host.attention_mask)
         frames, clips, vectors = None, (), 0
         if given.input_features is not None:
             features = given.input_features
@@ -232,6 +228,31 @@ def engine_options(call: dict[str, Any], model: Any, columns: int) -> Generation
                 remedy=f"Call model.generate, or pass {name}={value!r}",
             )
     return options
+
+
+def _check_names(inputs: Mapping[str, Any]) -> None:
+    if not isinstance(inputs, Mapping) or inputs.keys() - _INPUTS:
+        got = f"with {sorted(inputs.keys() - _INPUTS)!r:.100}" if isinstance(inputs, Mapping) else f"of type {type(inputs).__name__}"
+        raise InputError(got=f"inputs {got}", expected=f"some of {', '.join(sorted(_INPUTS))}", remedy="Pass what the processor returned")
+
+
+def _ids(ids: Any, mask: Tensor | None) -> Tensor:
+    """The tokens `(tokens,)` of one prompt that are not masked."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
+        got = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.60}"
+        raise InputError(got=f"input_ids {got}", expected="one prompt, (1, tokens)", remedy="Submit each prompt on its own")
+    if ids.is_floating_point():
+        raise InputError(got=f"input_ids of {ids.dtype}", expected="integers", remedy="Use what the processor returned")
+    if mask is not None and mask.shape != ids.shape:
+        raise InputError(
+            got=f"attention_mask of shape {tuple(mask.shape)}",
+            expected=f"that of input_ids, {tuple(ids.shape)}",
+            remedy="Use what the processor returned together with input_ids, or omit it",
+        )
+    ids = ids[0].long() if mask is None else ids[0].long()[mask[0] != 0]
+    if len(ids) == 0:
+        raise InputError(got="an empty prompt", expected="at least one token", remedy="Give the model a text to continue")
+    return ids
 
 
 def _check_mask(mask: Tensor | None, tokens: list[int]) -> None:

@@ -177,6 +177,8 @@ class Worker:
         ready = self._prompts.ready()
         if ready:
             self._rows.join(ready)
+            for one in ready:
+                self._prompts.remove(one)  # only now, so that an error above reaches their handles
 
     def _store(self, pieces: Sequence[tuple[Request, int]]) -> None:
         prefill_piece(self._model, self._runtime.decoder_graphs, self._pool, self._prompts.packed(pieces))

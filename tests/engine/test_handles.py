@@ -5,7 +5,6 @@ import gc
 import random
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +14,7 @@ from granite_speech.engine import prompt_queue, worker
 from granite_speech.engine.decode_rows import DecodeRows
 from granite_speech.engine.encoder_queue import EncoderQueue
 from granite_speech.inputs.recordings import transcript_request
-from tests.support.engine_requests import MODEL, TIMEOUT, Gate, answer, ends, is_at_rest, length, prompt, spoken_prompt
+from tests.support.engine_requests import MODEL, TIMEOUT, Gate, answer, in_thread, is_at_rest, length, prompt, spoken_prompt
 
 
 @pytest.fixture
@@ -41,8 +40,9 @@ def test_eight_threads_get_the_answers_to_their_own_requests():
         handles = [engine.submit(audio=clips[one], max_new_tokens=50) for one in mine]
         return [(one, handle.result(TIMEOUT)) for one, handle in zip(mine, handles, strict=True)]
 
-    with Engine(model, processor, max_rows=6) as engine, ThreadPoolExecutor(8) as threads:
-        answers = [one for each in threads.map(ask, range(8)) for one in each]
+    with Engine(model, processor, max_rows=6) as engine:
+        asked = [in_thread(ask, thread) for thread in range(8)]
+        answers = [one for each in asked for one in each.result(TIMEOUT)]
     assert [given.token_ids for _, given in answers] == [expected[one] for one, _ in answers]
     assert all(given.text == processor.decode(expected[one], skip_special_tokens=True) for one, given in answers)
     assert is_at_rest(engine)
@@ -66,11 +66,11 @@ def test_tokens_arrive_before_the_last_one_is_computed(engine):
 
 def test_several_threads_iterate_over_one_handle(engine):
     expected = answer(prompt(2), **length(30))
-    with ThreadPoolExecutor(5) as threads, Gate(DecodeRows, "step", call=4) as gate:
+    with Gate(DecodeRows, "step", call=4) as gate:
         handle = engine.submit(inputs=prompt(2), **length(30))
-        lists = [threads.submit(list, handle) for _ in range(4)]
+        lists = [in_thread(list, handle) for _ in range(4)]
         gate.wait()
-        lists.append(threads.submit(list, handle))
+        lists.append(in_thread(list, handle))
         gate.open()
         assert [one.result(TIMEOUT) for one in lists] == [expected] * 5
 
@@ -248,8 +248,8 @@ def test_cancelled_at_any_moment_from_several_threads(engine):
             reasons.append(given.finish_reason)
         return reasons
 
-    with ThreadPoolExecutor(4) as threads:
-        reasons = [one for each in threads.map(ask, range(4)) for one in each]
+    asked = [in_thread(ask, thread) for thread in range(4)]
+    reasons = [one for each in asked for one in each.result(TIMEOUT)]
     assert is_at_rest(engine)
     assert set(reasons) == {"cancelled", "length"}
     assert (engine.counters().cancelled, engine.counters().finished) == (reasons.count("cancelled"), reasons.count("length"))
@@ -259,13 +259,14 @@ def test_an_ended_request_is_forgotten_even_if_its_handle_is_not(engine):
     """Handles may be kept for their answers; features and vectors of audio must not be."""
     inputs = spoken_prompt(1, frames=60)
     with Gate(DecodeRows, "step") as gate:
-        handles = [engine.submit(inputs=inputs, **length(3)) for _ in range(3)]
+        handles = [engine.submit(inputs=inputs, **length(3))]
         gate.wait()
-        requests = [weakref.ref(one) for one in engine._loop.worker.requests()]
+        handles += [engine.submit(inputs=inputs, **length(3)) for _ in range(2)]
+        requests = [weakref.ref(one) for one in (*engine._loop.worker.requests(), *engine._loop._new)]
         handles[1].cancel()
     for handle in handles:
         handle.result(TIMEOUT)
-    assert ends(lambda: engine.submit(inputs=prompt(1), **length(1)).result(TIMEOUT))  # the thread's own variables are over
+    engine.submit(inputs=prompt(1), **length(1)).result(TIMEOUT)  # so that the worker's variables refer to another one
     gc.collect()
     assert len(requests) == 3
     assert [one() for one in requests] == [None] * 3

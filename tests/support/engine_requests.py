@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from granite_speech import Engine
 from tests.support.small_models import AUDIO, small_model, text
 
-__all__ = ["TIMEOUT", "Gate", "answer", "ends", "is_at_rest", "length", "prompt", "spoken_prompt"]
+__all__ = ["TIMEOUT", "Gate", "answer", "in_thread", "is_at_rest", "length", "prompt", "spoken_prompt"]
 
 TIMEOUT = 60.0
 MODEL = small_model()
@@ -47,12 +48,18 @@ def is_at_rest(engine: Engine) -> bool:
     return True
 
 
-def ends(function: Callable[[], Any]) -> bool:
-    """Call a function in another thread; whether it returns in time."""
-    thread = threading.Thread(target=function, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT)
-    return not thread.is_alive()
+def in_thread(function: Callable[..., Any], *given: Any) -> Future[Any]:
+    """Call a function in a new thread, for which nobody waits at exit: a call that hangs fails its test alone."""
+    result: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function(*given))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result
 
 
 class Gate:
