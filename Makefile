@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 AUDIO ?= granite_speech/assets/sample.flac
 
-.PHONY: transcribe test lint fuzz bench rehearse embedded clean
+.PHONY: transcribe test lint fuzz soak bench rehearse embedded clean
 
 # For example: make transcribe AUDIO=speech.wav MODEL=ibm-granite/granite-speech-3.3-2b
 transcribe: .venv/installed
@@ -19,6 +19,10 @@ lint: .venv/installed
 # Five thousand damaged sound files; the tests read three hundred.
 fuzz: .venv/installed
 	$(BIN)/python -m tests.support.fuzz_audio 5000
+
+# Ten thousand requests to an engine: no page lost, and memory that does not grow. The tests send two thousand.
+soak: .venv/installed
+	$(BIN)/python -m tests.support.soak 10000
 
 bench: .venv/installed
 	$(BIN)/python -m bench model
