@@ -16,10 +16,10 @@ import torch
 
 from bench import results, shapes
 from bench.counting_gpu import CountingGPU, Counts
-from granite_speech.engine.state import DecodeState, StateSize
+from granite_speech.engine.state import DecodeState, Row, StateSize
 from granite_speech.engine.step import DecodeStep, Selection
 from granite_speech.generation.options import GenerationOptions
-from granite_speech.modules.cache import PagedCache, PagePool
+from granite_speech.modules.cache import PagePool
 from granite_speech.modules.prompts import ModelInputs
 
 __all__ = ["WORK", "Rehearsal", "count", "run", "table"]
@@ -71,12 +71,11 @@ class Rehearsal:
         model = self.model()
         pool = PagePool(model.config.text_config, dtype=model.dtype, device=DEVICE)
         pages = pool.count(context + 1)
-        cache = PagedCache(model.config.text_config, self.clips, dtype=model.dtype, device=DEVICE, pool=pool)
-        cache.reserve([context + 1] * self.clips)
-        cache.lengths = cache.next_positions = [context] * self.clips
-        cache.has_audio = [True] * self.clips
+        pool.require(self.clips * pages)
         state = DecodeState(StateSize.of(self.clips, pages, 1), model.config.text_config.vocab_size, pool)
-        state.fill(cache, GenerationOptions(max_new_tokens=NEW_TOKENS, eos_token_id=(0,), pad_token_id=0))
+        options = GenerationOptions(max_new_tokens=NEW_TOKENS, eos_token_id=(0,), pad_token_id=0)
+        state.enter([Row(options, prompt=context, keys=context, position=context - 1, has_audio=True)] * self.clips)
+        state.write_block_table(torch.tensor([pool.take(pages) for _ in range(self.clips)], dtype=torch.int32))
         return DecodeStep(model, state, Selection(), self.clips, mixed=False).run
 
     def generate(self) -> Callable[[], object]:

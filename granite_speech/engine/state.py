@@ -263,9 +263,9 @@ class DecodeState:
 
 
 def _put(target: Tensor, values: Tensor, at: Tensor | None, dim: int = 0) -> None:
-    """Copy values to the indices `at` along a dimension; None: to the first ones."""
+    """Copy values to the indices `at` along a dimension, or to the first ones; along the others, to the first ones."""
     new = on_device(values.contiguous(), target.device, target.dtype)
     if at is None:
-        target.narrow(dim, 0, values.shape[dim]).copy_(new)
+        target[tuple(map(slice, values.shape))].copy_(new)
     else:
         target.index_copy_(dim, at, new)
