@@ -21,7 +21,7 @@ from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechP
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.inputs.recordings import transcript_request
 
-__all__ = ["profile_of", "recorded_clips", "run", "table"]
+__all__ = ["in_transformers", "profile_of", "recorded_clips", "run", "table"]
 
 SPEECH = Path(__file__).parents[1] / "tests" / "speech"
 RATE = 16_000
@@ -45,7 +45,7 @@ def run(*, rounds: int, threads: int | None, out: Path) -> str:
     if threads is not None:
         torch.set_num_threads(threads)
     clips, words = recorded_clips()
-    ours, theirs = _ours(), _theirs()
+    ours, theirs = _ours(), in_transformers()
     jobs = {
         f"{len(clips)} clips, one by one": [[clip] for clip in clips],
         f"{len(clips)} clips in a batch": [clips],
@@ -75,7 +75,8 @@ def _ours() -> Transcribe:
     return _transcriber(model.eval(), processor, transcript_request(processor), {})
 
 
-def _theirs() -> Transcribe:
+def in_transformers() -> Transcribe:
+    """Processor, `generate` and decoding of the tokens, in transformers."""
     import transformers
 
     model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(str(EMBEDDED_FOLDER)).eval()
