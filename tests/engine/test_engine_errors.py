@@ -17,8 +17,9 @@ from tests.support.small_models import small_model
 
 @pytest.fixture
 def engine():
-    with Engine(MODEL, None, max_rows=8, max_pages=64) as engine:
-        yield engine
+    engine = Engine(MODEL, None, max_rows=8, max_pages=64)
+    yield engine
+    in_thread(engine.close, True).result(TIMEOUT)
 
 
 def fail_at(monkeypatch, owner, name, call, error):
@@ -198,8 +199,9 @@ REFUSED = {
 def speaking():
     """An engine of the bundled checkpoint, with room for 128 tokens."""
     model, processor = (one.from_pretrained("embedded") for one in (GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor))
-    with Engine(model.eval(), processor, max_rows=2, max_pages=8) as engine:
-        yield engine
+    engine = Engine(model.eval(), processor, max_rows=2, max_pages=8)
+    yield engine
+    in_thread(engine.close, True).result(TIMEOUT)
 
 
 @pytest.mark.parametrize("what", REFUSED)

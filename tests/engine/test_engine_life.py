@@ -205,12 +205,19 @@ at_exit = lambda: print([one.result(0).finish_reason for one in (first, second)]
 def test_after_a_fork_the_engine_is_the_parents_alone():
     program = """
 engine = Engine(MODEL, None, max_rows=2, max_pages=64)
+locked, unlock = threading.Event(), threading.Event()
+def lock():
+    with engine._loop._changed:  # in the child, nobody will ever release it
+        locked.set()
+        unlock.wait(30)
 with Gate(DecodeRows, "step", call=3) as gate:
     handles = [engine.submit(inputs=prompt(seed), **length(9)) for seed in range(3)]
     ended = engine.submit(inputs=prompt(1), max_new_tokens=0)
     tokens = iter(handles[0])
     next(tokens)
     gate.wait()
+    threading.Thread(target=lock).start()
+    locked.wait(30)
     child = os.fork()
     if child == 0:
         async def use(handle):
@@ -237,6 +244,7 @@ with Gate(DecodeRows, "step", call=3) as gate:
         sys.exit(7)
     _, status = os.waitpid(child, 0)
     print("parent: child ended with", os.waitstatus_to_exitcode(status))
+    unlock.set()
     gate.open()
     print("parent:", [one.result(30).token_ids for one in handles] == [answer(prompt(seed), **length(9)) for seed in range(3)])
     print("parent:", engine.submit(inputs=prompt(5), **length(3)).result(30).token_ids == answer(prompt(5), **length(3)))

@@ -19,8 +19,9 @@ from tests.support.engine_requests import MODEL, TIMEOUT, Gate, answer, in_threa
 
 @pytest.fixture
 def engine():
-    with Engine(MODEL, None, max_rows=4, max_pages=64) as engine:
-        yield engine
+    engine = Engine(MODEL, None, max_rows=4, max_pages=64)
+    yield engine
+    in_thread(engine.close, True).result(TIMEOUT)
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------------------
