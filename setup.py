@@ -51,6 +51,6 @@ setup(
             "wheel>=0.40",
         ],
     },
-    entry_points={"console_scripts": ["granite-speech=granite_speech.cli:main"]},
+    entry_points={"console_scripts": ["granite-speech=granite_speech.cli:command"]},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
 )

@@ -44,6 +44,7 @@ _HOMES = {
     "inputs.processor": ("GraniteSpeechProcessor",),
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
     "modules.encoder": ("GraniteSpeechCTCEncoder",),
+    "transcription.job": ("Transcript",),
     "transcription.transcriber": ("Transcriber", "TruncatedAnswerWarning"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
     from granite_speech.modules.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
+    from granite_speech.transcription.job import Transcript as Transcript
     from granite_speech.transcription.transcriber import Transcriber as Transcriber
     from granite_speech.transcription.transcriber import TruncatedAnswerWarning as TruncatedAnswerWarning
 

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -11,7 +10,10 @@ from granite_speech import __version__
 from granite_speech.errors import GraniteSpeechError
 from granite_speech.training.options import FinetuneOptions
 
-__all__ = ["main"]
+__all__ = ["command", "main"]
+
+# The exit status of a program that SIGINT ends, as shells show it.
+_INTERRUPTED = 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,8 +31,9 @@ def _add_transcribe(commands: argparse._SubParsersAction) -> None:
     transcribe = commands.add_parser(
         "transcribe",
         help="transcribe sound files",
-        description="Transcribe sound files, one line each.",
-        epilog="Exit status: 0 all files were transcribed, 1 some failed or were cut off, 2 nothing could be done (usage, model).",
+        description="Transcribe sound files together, one line each, in their order.",
+        epilog="Exit status: 0 all files were transcribed, 1 some failed or were cut off, 2 nothing could be done (usage, model), "
+        "130 interrupted.",
     )
     transcribe.set_defaults(run=_transcribe)
     transcribe.add_argument("audio", nargs="+", metavar="AUDIO", help="a sound file in any common format, or - for standard input")
@@ -103,10 +106,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except GraniteSpeechError as error:
         if not options.quiet:
             _print_error(error)
         return 2
+
+
+def command() -> None:
+    """Run the command line and end the process."""
+    status = main()
+    if status == _INTERRUPTED:
+        # At once: Python would first wait for threads that read a file or run the model, and fail if one of them has standard input.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _print_error(message: object) -> None:
@@ -118,7 +133,7 @@ def _print_error(message: object) -> None:
 
 def _transcribe(options: argparse.Namespace) -> int:
     from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
-    from granite_speech.transcription.transcriber import Transcriber, TruncatedAnswerWarning
+    from granite_speech.transcription.transcriber import Transcriber
 
     if options.model is None:
         _print_error(
@@ -127,17 +142,13 @@ def _transcribe(options: argparse.Namespace) -> int:
         )
     transcriber = Transcriber.from_pretrained(options.model or EMBEDDED_FOLDER, device=options.device, dtype=options.dtype)
     failed = False
-    for audio in options.audio:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", TruncatedAnswerWarning)
-            try:
-                print(transcriber.transcribe(audio, options.prompt, options.max_new_tokens), flush=True)
-            except GraniteSpeechError as error:  # the other files are still transcribed
-                failed = True
-                _print_error(f"{audio}: {error}")
-        for warning in caught:
-            failed |= issubclass(warning.category, TruncatedAnswerWarning)
-            _print_error(f"{audio}: {warning.message}")
+    for audio, one in zip(options.audio, transcriber.stream(options.audio, options.prompt, options.max_new_tokens), strict=True):
+        if one.error is None:
+            print(one.text, flush=True)
+        for message in (one.error, one.audio_warning, one.truncated):
+            if message is not None:
+                _print_error(f"{audio}: {message}")
+        failed |= one.error is not None or one.truncated is not None
     return 1 if failed else 0
 
 
@@ -159,11 +170,11 @@ def _finetune(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if not options.quiet:
             _print_error("interrupted; the same command with --resume continues from the last checkpoint")
-        return 130
+        return _INTERRUPTED
     if not options.quiet:
         print(report)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -12,12 +13,17 @@ import wave
 
 import pytest
 
-from granite_speech import __version__
+from granite_speech import Engine, Transcriber, Transcript, __version__, load_audio
 from granite_speech.cli import main
+from granite_speech.transcription import transcriber
 from tests.support.paths import ROOT
 from tests.support.random_checkpoint import write_checkpoint
+from tests.support.sound_headers import wav_header
+from tests.support.spoken import SPEECH, sentences
 
 JFK = ROOT / "granite_speech" / "assets" / "jfk.flac"
+TEXTS = [one.text for one in sentences()]
+FILES = [SPEECH / one.audio for one in sentences()]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
 
@@ -97,6 +103,107 @@ def test_bad_files_do_not_stop_the_others(checkpoint, capfd, spoken, tmp_path):
     lines = err.splitlines()
     assert len(lines) == 3 and all(line.startswith(f"granite-speech: {tmp_path}") for line in lines)
     assert "text.wav" in lines[0] and "which does not exist" in lines[1] and "which is a folder" in lines[2]
+
+
+# --- several files at once --------------------------------------------------------------------------------------------------------
+
+
+def start(*arguments, script=("-m", "granite_speech.cli"), **options) -> subprocess.Popen:
+    """The command on the bundled model, as a process of its own."""
+    command = [sys.executable, *script, "transcribe", "--model", "embedded", *map(str, arguments)]
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, bufsize=1, stdout=subprocess.PIPE, **options)
+
+
+def test_files_are_transcribed_together_and_printed_in_order(monkeypatch, capfd):
+    made = []
+
+    def make(*arguments) -> Engine:
+        made.append(Engine(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(transcriber, "Engine", make)
+    assert main(["transcribe", "--model", "embedded", *map(str, FILES)]) == 0
+    assert capfd.readouterr() == ("".join(f"{text}\n" for text in TEXTS), "")
+    [engine] = made
+    assert engine.counters().submitted == len(FILES)
+    assert engine.counters().rows > 2 * engine.counters().steps, "more than two answers went on at once"
+
+
+def test_messages_come_in_order_with_the_lines(tmp_path):
+    samples = (load_audio(FILES[2]) * 32768).short().numpy().tobytes()
+    unfinished = bytearray(wav_header(data=samples, claimed=0))
+    unfinished[4:8] = bytes(4)
+    (tmp_path / "unfinished.wav").write_bytes(unfinished)
+    names = [FILES[0], "nowhere.wav", FILES[1], tmp_path / "unfinished.wav", tmp_path, FILES[3]]
+    process = start(*names, stderr=subprocess.STDOUT)
+    lines = process.communicate(timeout=120)[0].splitlines()
+    assert [lines[place] for place in (0, 2, 3, 6)] == TEXTS[:4]
+    for line, name in ((lines[1], "nowhere.wav"), (lines[4], tmp_path / "unfinished.wav"), (lines[5], tmp_path)):
+        assert line.startswith(f"granite-speech: {name}: ")
+    assert "which does not exist" in lines[1] and "never filled in" in lines[4] and "which is a folder" in lines[5]
+    assert process.returncode == 1
+
+
+def test_a_header_that_was_never_filled_in_is_no_failure(tmp_path, capfd):
+    content = bytearray(wav_header(data=bytes(32_000), claimed=0))
+    content[4:8] = bytes(4)
+    (tmp_path / "unfinished.wav").write_bytes(content)
+    assert main(["transcribe", "--model", "embedded", str(tmp_path / "unfinished.wav")]) == 0
+    assert "never filled in" in capfd.readouterr().err
+
+
+def test_a_line_does_not_wait_for_the_files_after_it():
+    with start(FILES[0], "-", FILES[2], stdin=subprocess.PIPE) as process:
+        assert process.stdout.readline() == f"{TEXTS[0]}\n"  # nothing has been written to its standard input
+        process.stdin.buffer.write(FILES[1].read_bytes())
+        process.stdin.close()
+        assert process.stdout.read().splitlines() == TEXTS[1:3]
+    assert process.returncode == 0
+
+
+def interrupt(process: subprocess.Popen) -> tuple[str, str]:
+    """Press Ctrl-C. What the process still writes; it has to end at once."""
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    return out, err
+
+
+def test_an_interrupt_ends_a_process_that_waits_for_a_file():
+    process = start(FILES[0], "-", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == f"{TEXTS[0]}\n"
+    assert interrupt(process) == ("", "")
+
+
+COMPUTING = """
+import sys, time
+from granite_speech.cli import command
+from granite_speech.engine.worker import Worker
+def turn(worker):
+    print("computing", flush=True)
+    time.sleep(60)
+Worker.turn = turn
+command()
+"""
+
+
+def test_an_interrupt_does_not_wait_for_the_model():
+    process = start(FILES[0], script=("-c", COMPUTING), stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "computing\n"
+    assert interrupt(process) == ("", "")
+
+
+def test_lines_before_an_interrupt_are_printed(monkeypatch, capfd):
+    def stream(*_):
+        yield Transcript("ready")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Transcriber, "stream", stream)
+    assert main(["transcribe", "--model", "embedded", "one.wav", "two.wav"]) == 130
+    assert capfd.readouterr() == ("ready\n", "")
+
+
+# --- what cannot be done ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_single_missing_file_is_an_error(checkpoint, capfd, tmp_path):

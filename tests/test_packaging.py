@@ -195,7 +195,7 @@ def test_the_contents_of_the_wheel(wheel):
     recipe = {name for name in sources if name.startswith("granite_speech/training/bundled_checkpoint/")}
     assert recipe and {name for name in names if name.endswith(".py")} == sources - recipe
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
-    assert "granite-speech = granite_speech.cli:main" in entry_points.replace("=", " = ").replace("  ", " ")
+    assert "granite-speech = granite_speech.cli:command" in entry_points.replace("=", " = ").replace("  ", " ")
 
 
 def test_the_wheel_transcribes_outside_the_repository(wheel, tmp_path):

@@ -1,6 +1,7 @@
 """The README's Python examples run, and the files and names that the documents mention exist."""
 
 import re
+from types import CodeType
 
 import pytest
 import soundfile
@@ -13,34 +14,60 @@ README = ROOT / "README.md"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "bench/results/README.md", "granite_speech/assets/README.md", "kernels/README.md")
 
 
-def python_examples() -> tuple[str, str, str]:
-    """Of one recording, of a batch, and of a warm-up."""
-    one, batch, warmup = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    return one, batch, warmup
+NAMES = ("one recording", "many recordings", "a batch", "an engine", "a warm-up")
+WORDS = "open menu seven two five stop"
 
 
-def test_the_example_of_one_recording_prints_its_words(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    exec(compile(python_examples()[0], str(README), "exec"), {})
-    assert capsys.readouterr().out == "open menu seven two five stop\n"
+def example(name: str, **replaced: str) -> CodeType:
+    """A Python example of the README, with some of its strings replaced."""
+    text = dict(zip(NAMES, re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL), strict=True))[name]
+    for written, ours in replaced.values():
+        assert text.count(written) == 1
+        text = text.replace(written, ours)
+    return compile(text, str(README), "exec")
 
 
-def test_the_example_of_a_batch_transcribes_its_files(tmp_path, monkeypatch):
+MODEL = ("ibm-granite/granite-speech-3.3-2b", "embedded")
+
+
+@pytest.fixture
+def recordings(tmp_path, monkeypatch):
+    """A folder with the files that the examples name."""
     samples, rate = soundfile.read(ROOT / "granite_speech/assets/sample.flac")
     soundfile.write(tmp_path / "speech.wav", samples, rate)
     soundfile.write(tmp_path / "interview.mp3", samples, rate)
-    example = python_examples()[1]
-    for written, bundled in (("ibm-granite/granite-speech-3.3-2b", "embedded"), (PROMPT_3, PROMPT_4)):
-        assert example.count(written) == 1
-        example = example.replace(written, bundled)
     monkeypatch.chdir(tmp_path)
+
+
+def test_the_examples_of_one_and_of_many_recordings_print_their_words(recordings, monkeypatch, capsys):
     names = {}
-    exec(compile(example, str(README), "exec"), names)
-    assert names["texts"] == [" open menu seven two five stop"] * 2
+    with monkeypatch.context() as patched:
+        patched.chdir(ROOT)
+        exec(example("one recording"), names)
+    assert capsys.readouterr().out == f"{WORDS}\n"
+    exec(example("many recordings"), names)
+    assert names["texts"] == [WORDS] * 2
+    assert capsys.readouterr().out == f"{WORDS}\n" * 2
+
+
+def test_the_example_of_a_batch_transcribes_its_files(recordings):
+    names = {}
+    exec(example("a batch", model=MODEL, request=(PROMPT_3, PROMPT_4)), names)
+    assert names["texts"] == [f" {WORDS}"] * 2
+
+
+def test_the_example_of_an_engine_transcribes_its_files(recordings, capsys):
+    names = {}
+    exec(example("an engine", model=MODEL), names)
+    out = capsys.readouterr().out
+    assert out.startswith(f" {WORDS}<|end_of_text|>")
+    assert f"\n {WORDS}\nCounters(" in out
+    assert names["answer"].finish_reason in ("stop", "length", "repeated")
+    assert names["first"].done and names["engine"].counters().finished == 3
 
 
 def test_the_example_of_a_warm_up_runs():
-    exec(compile(python_examples()[2], str(README), "exec"), {"model": small_model()})
+    exec(example("a warm-up"), {"model": small_model()})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

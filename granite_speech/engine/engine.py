@@ -31,6 +31,7 @@ __all__ = ["Engine"]
 
 _MAX_ROWS = {"cuda": 128, "cpu": 32}
 _TOKENS_A_ROW = 1024
+_LONGEST_PROMPT = 131_072  # 3.6 hours of audio
 _SHARE_OF_FREE_MEMORY = 0.5
 
 
@@ -48,8 +49,9 @@ class Engine:
         model: in evaluation mode, on the device where it should run.
         processor: of the same checkpoint; None if requests come as `inputs` and nobody needs `Answer.text`.
         max_rows: answers in progress at once; others wait. 128 on a GPU and 32 on a CPU if omitted.
-        max_pages: pages of keys and values, 16 tokens each, all allocated at once; if omitted, 1,024 tokens for each row, but at most
-            half of the GPU's free memory. If they run out, requests wait, or begin again later; no answer changes.
+        max_pages: pages of keys and values, 16 tokens each, all allocated at once; if omitted, 1,024 tokens for each row, and no fewer
+            than the model's context or 131,072 tokens, whichever is shorter, but at most half of the GPU's free memory. If they run
+            out, requests wait, or begin again later; no answer changes.
 
     Raises:
         InputError: a model in training mode, or sizes that are not integers from 1.
@@ -293,10 +295,11 @@ class _Loop:
 
 
 def _pages_by_default(model: Any, max_rows: int) -> int:
-    pages = max_rows * _TOKENS_A_ROW // PAGE_SIZE
+    config = model.config.text_config
+    tokens = max(max_rows * _TOKENS_A_ROW, min(config.max_position_embeddings, _LONGEST_PROMPT))
+    pages = -(-tokens // PAGE_SIZE)
     if model.device.type != "cuda" or not torch.cuda.is_available():
         return pages
-    config = model.config.text_config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.attention_head_dim
     free, _ = torch.cuda.mem_get_info(model.device)
     return max(1, min(pages, int(free * _SHARE_OF_FREE_MEMORY) // (numbers * PAGE_SIZE * model.dtype.itemsize)))

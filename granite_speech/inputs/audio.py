@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["AudioWarning", "load_audio", "measure_seconds", "read_blocks", "resample"]
+__all__ = ["AudioWarning", "load_audio", "load_with_warning", "measure_seconds", "read_blocks", "resample"]
 
 MAX_BYTES = 2 << 30
 BYTES_PER_SAMPLE = 4
@@ -69,6 +69,21 @@ def load_audio(
         AudioWarning: the lengths in a header were never filled in, because the recorder was killed: the file is read to its end.
             With `errors="warn"`, also if the end is damaged or missing.
     """
+    samples, warning = load_with_warning(file, sampling_rate, max_seconds=max_seconds, max_bytes=max_bytes, errors=errors)
+    if warning is not None:
+        warnings.warn(warning, AudioWarning, stacklevel=2)
+    return samples
+
+
+def load_with_warning(
+    file: str | os.PathLike | BinaryIO,
+    sampling_rate: int = 16000,
+    *,
+    max_seconds: float | None = None,
+    max_bytes: int | None = MAX_BYTES,
+    errors: str = "raise",
+) -> tuple["torch.Tensor", str | None]:
+    """As `load_audio`, but returns the text of the warning, or None: for threads that read files on behalf of another one."""
     import torch
 
     from granite_speech.inputs.channels import ChannelEnergies
@@ -83,8 +98,8 @@ def load_audio(
             samples = list(recording.resampled(energies.chosen))
     finally:
         recording.close()
-    recording.report()
-    return torch.cat(samples)
+    warning = recording.warning()  # first, because there may be no samples
+    return torch.cat(samples), warning
 
 
 def read_blocks(
@@ -284,6 +299,16 @@ class _Recording:
 
     def report(self) -> None:
         """Raises or warns about what the last pass over the file found."""
+        warning = self.warning()
+        if warning is not None:
+            warnings.warn(warning, AudioWarning, stacklevel=3)
+
+    def warning(self) -> str | None:
+        """What the last pass over the file found that a caller should know.
+
+        Raises:
+            AudioError: it found a fault.
+        """
         intact = f"{self.name!r}, which is cut off or damaged ({self.damage}); its first {self.seconds:.2f} s are intact"
         if self.damage and self.errors == "raise":
             raise AudioError(
@@ -294,14 +319,13 @@ class _Recording:
         if not self.seconds:
             raise AudioError(got=f"{self.name!r}, which holds no samples", expected="at least one", remedy=REMEDY_CONVERT)
         if self.damage:
-            warnings.warn(f"{intact} and were loaded", AudioWarning, stacklevel=3)
-        elif self.unfilled:
-            warnings.warn(
+            return f"{intact} and were loaded"
+        if self.unfilled:
+            return (
                 f"{self.name!r} does not say how long it is, because its header was never filled in: the recorder may have been killed. "
-                f"It was read to its end, {self.seconds:.2f} s",
-                AudioWarning,
-                stacklevel=3,
+                f"It was read to its end, {self.seconds:.2f} s"
             )
+        return None
 
 
 def _check_positive(**options: float) -> None:

@@ -3,14 +3,15 @@
 import io
 from os import PathLike
 from typing import Any, BinaryIO
+from warnings import warn
 
 import numpy as np
 from torch import Tensor
 
-from granite_speech.inputs.audio import load_audio
+from granite_speech.inputs.audio import AudioWarning, load_with_warning
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 
-__all__ = ["Recording", "samples_of", "transcript_request"]
+__all__ = ["Recording", "read_recording", "samples_of", "transcript_request"]
 
 Recording = str | PathLike | BinaryIO | bytes | np.ndarray | Tensor
 
@@ -42,7 +43,16 @@ def samples_of(recording: Any, processor: GraniteSpeechProcessor, sampling_rate:
     Raises:
         AudioError: a file that cannot be used.
     """
+    samples, rate, warning = read_recording(recording, processor, sampling_rate)
+    if warning is not None:
+        warn(warning, AudioWarning, stacklevel=2)
+    return samples, rate
+
+
+def read_recording(recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None) -> tuple[Any, int | None, str | None]:
+    """As `samples_of`, with the text of a file's `AudioWarning`, or None, in place of the warning."""
     if isinstance(recording, (np.ndarray, Tensor, list, tuple)):
-        return recording, sampling_rate
+        return recording, sampling_rate, None
     file = io.BytesIO(recording) if isinstance(recording, (bytes, bytearray, memoryview)) else recording
-    return load_audio(file, processor.audio_processor.sampling_rate), None
+    samples, warning = load_with_warning(file, processor.audio_processor.sampling_rate)
+    return samples, None, warning
