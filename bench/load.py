@@ -128,16 +128,17 @@ def _p95(values: Sequence[float]) -> float:
 
 
 def compare(load: Load, systems: dict[str, Callable[[Load], Served]], rounds: int) -> dict[str, Any]:
-    """Figures of one or two systems, "ours" and "reference", medians of rounds in alternating order.
+    """Figures of one or two systems, "ours" and "reference", medians of rounds in alternating order, after one warm-up round.
 
     Counters are those of the round with the median throughput.
     """
     runs: dict[str, list[tuple[dict[str, float], Served]]] = {name: [] for name in systems}
-    for number in range(rounds):
+    for number in range(rounds + 1):
         # In alternating order, so that neither always finds the machine as the other left it.
         for name, serve in systems.items() if number % 2 else reversed(systems.items()):
             served = serve(load)
-            runs[name].append((figures(load, served), served))
+            if number > 0:
+                runs[name].append((figures(load, served), served))
     found: dict[str, Any] = {}
     for name, pairs in runs.items():
         middle = sorted(pairs, key=lambda pair: pair[0]["audio_a_second"])[len(pairs) // 2][1]

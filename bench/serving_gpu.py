@@ -127,9 +127,7 @@ def run(*, device: str, dtype: str, out: Path, plan: Plan = PLAN) -> str:
         ours, reference = _ours(engine, requests), _reference(requests, plan.batch)
 
         def measure(what: str, load: Load, systems: dict[str, Callable[[Load], Served]]) -> dict[str, Any]:
-            for serve in systems.values():
-                serve(load)  # stages for audio and prompts are captured after their shapes have occurred
-            found = compare(load, systems, ROUNDS)
+            found = compare(load, systems, ROUNDS)  # its warm-up round has stages of new shapes captured
             result["measurements"].append({"what": what} | found)
             results.write(out, "serving", result)
             return found

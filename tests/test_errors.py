@@ -16,6 +16,7 @@ BASES = {
     "CheckpointError": (ValueError,),
     "CheckpointNotFoundError": (errors.CheckpointError, FileNotFoundError, ValueError),
     "ConfigError": (ValueError,),
+    "EngineError": (RuntimeError,),
     "GraniteSpeechError": (Exception,),
     "InputError": (ValueError,),
     "KernelError": (ValueError,),

@@ -190,7 +190,7 @@ REFUSED = {
     "mask": ({"inputs": {"input_ids": IDS, "attention_mask": IDS[:, 1:]}}, InputError, r"attention_mask of shape \(1, 4\).*or omit it"),
     "name": ({"inputs": {"input_ids": IDS, "position_ids": IDS}}, InputError, r"position_ids.*Pass what the processor returned"),
     "no mapping": ({"inputs": IDS}, InputError, r"inputs of type Tensor.*Pass what the processor returned"),
-    "features alone": ({"inputs": {"input_ids": IDS, "input_features": torch.zeros(1, 9, 160)}}, InputError, r"audio"),
+    "features alone": ({"inputs": {"input_ids": IDS, "input_features": torch.zeros(1, 9, 160)}}, InputError, "8 audio vectors.*Let the"),
     "features": ({"inputs": {"input_ids": IDS, "input_features": torch.zeros(1, 9, 3)}}, InputError, r"3 features.*Use the processor"),
 }
 

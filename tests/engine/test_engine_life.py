@@ -297,7 +297,7 @@ def test_many_requests_leave_nothing():
     assert report.growth < 0.01
 
 
-def test_the_callers_threads_are_its_own(monkeypatch):
+def test_a_caller_keeps_its_number_of_threads(monkeypatch):
     """Requests are prepared by one thread; afterwards the caller has as many as before, also if its request was refused."""
     in_submit, before, big = [], torch.get_num_threads(), torch.ones(2000, 2000)
     check = requests._check_names
