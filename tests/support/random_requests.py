@@ -83,9 +83,15 @@ def random_request(seed: int, model: Any, *, sample: bool = False, longest: int 
 @contextmanager
 def paused(engine: Any) -> Iterator[None]:
     """Keep the engine's worker from beginning what is submitted in the block, so that it all comes at once."""
-    resume = threading.Event()
-    thread = threading.Thread(target=engine._loop.call, args=(lambda worker: resume.wait(60),))
+    paused, resume = threading.Event(), threading.Event()
+
+    def wait(worker: Any) -> None:
+        paused.set()
+        resume.wait(60)
+
+    thread = threading.Thread(target=engine._loop.call, args=(wait,))
     thread.start()
+    assert paused.wait(60)
     try:
         yield
     finally:
