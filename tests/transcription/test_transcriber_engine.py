@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -30,8 +31,9 @@ def loaded():
 
 @pytest.fixture
 def transcriber(loaded) -> Iterator[Transcriber]:
-    with Transcriber(*loaded) as transcriber:
-        yield transcriber
+    transcriber = Transcriber(*loaded)
+    yield transcriber
+    transcriber.close(cancel=True)
 
 
 @pytest.fixture
@@ -189,17 +191,20 @@ def test_after_a_fork_both_processes_transcribe(transcriber):
     stream = transcriber.stream(FILES)
     assert next(stream).text == TEXTS[0]
     reading, writing = os.pipe()
-    with transcriber._lock:  # as if another thread held it
-        child = os.fork()
+    transcriber._lock.acquire()  # as if another thread were making an engine
+    child = os.fork()
     if child == 0:
         status = 1
         try:
+            signal.alarm(60)
             stream.close()
+            transcriber.close()  # does nothing: the engine is the parent's
             os.write(writing, "\n".join(transcriber.transcribe(FILES[:2])).encode())
             transcriber.close()
             status = 0
         finally:
             os._exit(status)
+    transcriber._lock.release()
     os.close(writing)
     with os.fdopen(reading) as pipe:
         assert pipe.read().splitlines() == TEXTS[:2]
