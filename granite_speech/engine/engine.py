@@ -30,7 +30,7 @@ from granite_speech.modules.transfers import record_event
 
 __all__ = ["Engine"]
 
-_MAX_ROWS = {"cuda": 128, "cpu": 32}
+_MAX_ROWS = {"cuda": 128, "cpu": 48}
 _TOKENS_A_ROW = 1024
 _LONGEST_PROMPT = 131_072  # 3.6 hours of audio
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -49,7 +49,7 @@ class Engine:
     Args:
         model: in evaluation mode, on the device where it should run.
         processor: of the same checkpoint; None if requests come as `inputs` and nobody needs `Answer.text`.
-        max_rows: answers in progress at once; others wait. 128 on a GPU and 32 on a CPU if omitted.
+        max_rows: answers in progress at once; others wait. 128 on a GPU and 48 on a CPU if omitted.
         max_pages: pages of keys and values, 16 tokens each, all allocated at once; if omitted, 1,024 tokens for each row, and no fewer
             than the model's context or 131,072 tokens, whichever is shorter, but at most half of the GPU's free memory. If they run
             out, requests wait, or begin again later; no answer changes.

@@ -14,7 +14,7 @@ from granite_speech.engine.requests import Request
 __all__ = ["PromptQueue"]
 
 # Tokens to run between two decode steps.
-_TOKENS = {"cuda": 2048, "cpu": 512}
+_TOKENS = {"cuda": 2048, "cpu": 1024}
 
 
 class PromptQueue:
