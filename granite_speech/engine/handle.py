@@ -1,6 +1,7 @@
 """What a caller holds of a request: its tokens as they arrive, its answer, or its error. Works with threads and with asyncio."""
 
 import asyncio
+import math
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -33,7 +34,7 @@ class Answer:
 class Handle:
     """One request of an `Engine`. Iterate over it for token ids as they arrive, in any number of threads or tasks.
 
-    A task that is cancelled while it awaits a handle, or iterates over it, cancels the request.
+    A task that is cancelled while it awaits a handle or its next token cancels the request; anywhere else, call `cancel`.
     """
 
     on_cancel: Callable[[], None] | None
@@ -44,7 +45,7 @@ class Handle:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._tokens: list[int] = []
-        self._wakeups: list[Callable[[], None]] = []
+        self._wakeups: list[tuple[float, Callable[[], None]]] = []  # each with the number of tokens that are not enough
         self._future: Future[str] = Future()  # of the finish reason
         self._future.set_running_or_notify_cancel()  # so that nobody but the engine ends it
 
@@ -109,13 +110,10 @@ class Handle:
         return self._answer().__await__()
 
     async def _answer(self) -> Answer:
-        count = 0
-        while not self.done:
-            await self._arrival(count)
-            count = len(self._tokens)
+        await self._arrival(math.inf)
         return self.result()
 
-    async def _arrival(self, count: int) -> None:
+    async def _arrival(self, count: float) -> None:
         """Wait for more than `count` tokens, or for the end."""
         check_process(self._process)
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
@@ -132,12 +130,12 @@ class Handle:
             self.cancel()
             raise
 
-    def _wait_beyond(self, count: int, wake: Callable[[], None]) -> bool:
+    def _wait_beyond(self, count: float, wake: Callable[[], None]) -> bool:
         """Have `wake` called when there are more than `count` tokens, or at the end; False if that is so already."""
         with self._lock:
             if len(self._tokens) > count or self.done:
                 return False
-            self._wakeups.append(wake)
+            self._wakeups.append((count, wake))
             return True
 
     def _raise_error(self) -> None:
@@ -149,7 +147,10 @@ class Handle:
     def add(self, token: int) -> None:
         with self._lock:
             self._tokens.append(token)
-            wakeups, self._wakeups = self._wakeups, []
+            tokens = len(self._tokens)
+            wakeups = [wake for count, wake in self._wakeups if count < tokens]
+            if wakeups:
+                self._wakeups = [one for one in self._wakeups if one[0] >= tokens]
         for wake in wakeups:
             wake()
 
@@ -166,7 +167,7 @@ class Handle:
             self._engine = None
             self.on_cancel = None  # it refers to the request, with its audio
             wakeups, self._wakeups = self._wakeups, []
-        for wake in wakeups:
+        for _, wake in wakeups:
             wake()
 
 
