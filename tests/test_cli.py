@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import types
 import wave
@@ -109,9 +110,14 @@ def test_bad_files_do_not_stop_the_others(checkpoint, capfd, spoken, tmp_path):
 
 
 def start(*arguments, script=("-m", "granite_speech.cli"), **options) -> subprocess.Popen:
-    """The command on the bundled model, as a process of its own."""
+    """The command on the bundled model, as a process of its own, which is killed after a minute."""
     command = [sys.executable, *script, "transcribe", "--model", "embedded", *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, bufsize=1, stdout=subprocess.PIPE, **options)
+    environment = {name: one for name, one in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(command, env=environment, text=True, bufsize=1, stdout=subprocess.PIPE, **options)
+    watch = threading.Timer(60, process.kill)
+    watch.daemon = True
+    watch.start()
+    return process
 
 
 def test_files_are_transcribed_together_and_printed_in_order(monkeypatch, capfd):
