@@ -117,7 +117,7 @@ class Transcriber:
         try:
             transcript = job.transcript()
         except BaseException:
-            job.cancel()  # whoever interrupts the wait does not want the answer
+            job.cancel()  # an interrupted caller no longer needs the answer
             raise
         _warn_of(transcript, "", stacklevel=3)
         return transcript.text
