@@ -230,7 +230,8 @@ class _Loop:
 
     def submit(self, request: Request) -> None:
         # Its features may have been computed on another stream than the worker's.
-        request.computed = record_event() if self._device.type == "cuda" and torch.cuda.is_available() else None
+        with current_device(self._device):
+            request.computed = record_event() if self._device.type == "cuda" and torch.cuda.is_available() else None
         request.handle.on_cancel = partial(self._post, self._cancelled, request)
         self._post(self._new, request, check=True)
 
