@@ -5,8 +5,10 @@ import random
 import pytest
 import torch
 
-from granite_speech import Engine
+from bench.embedded import recorded_clips
+from granite_speech import Engine, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.engine.worker import Worker
+from granite_speech.inputs.recordings import transcript_request
 from tests.support.random_requests import RandomRequest, assert_as_generate, paused, random_request
 from tests.support.small_models import attentive, small_model
 
@@ -268,9 +270,33 @@ def test_a_long_request_is_not_overtaken_for_ever():
     assert overtaken > 5
 
 
-def test_stop_strings_and_repetitions_end_an_answer():
-    from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
+def test_the_bundled_checkpoint_answers_alike_alongside_any_others():
+    """Clips, greedily and with a seed, each alone and together with 20 sets of others; greedily also as `generate` answers."""
+    model, processor = (one.from_pretrained("embedded") for one in (GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor))
+    clips, _ = recorded_clips()
+    wanted = [(clip, options) for clip in clips[:4] for options in ({}, {"seed": 7, "temperature": 1.2})]
+    request = transcript_request(processor)
 
+    def ids(engine, several):
+        with paused(engine):
+            handles = [engine.submit(audio=clip, **options) for clip, options in several]
+        return [handle.result(60).token_ids for handle in handles]
+
+    with Engine(model, processor, max_rows=12) as engine:
+        alone = [ids(engine, [one])[0] for one in wanted]
+        for (clip, options), answer in zip(wanted, alone, strict=True):
+            inputs = processor(request, clip)
+            assert options or model.generate(**inputs, max_new_tokens=60)[0, inputs["input_ids"].shape[1] :].tolist() == answer
+        for number in range(20):
+            dice = random.Random(number)
+            others = [(dice.choice(clips), {"seed": number} if dice.random() < 0.5 else {}) for _ in range(dice.randint(1, 10))]
+            order = list(range(len(wanted) + len(others)))
+            dice.shuffle(order)
+            together = dict(zip(order, ids(engine, [[*wanted, *others][place] for place in order]), strict=True))
+            assert [together[place] for place in range(len(wanted))] == alone
+
+
+def test_stop_strings_and_repetitions_end_an_answer():
     model, processor = (one.from_pretrained("embedded") for one in (GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor))
     ids = processor.tokenizer("seven two five")["input_ids"]
     inputs = {"input_ids": torch.as_tensor(ids).reshape(1, -1)}
