@@ -143,12 +143,9 @@ class Worker:
         return self._waiting[:free] if free >= enough or not in_progress else []
 
     def _encode(self, chosen: Sequence[Request]) -> None:
-        long = self._encoder.long
-        if long is not None and (long.handle.done or long.vectors is not None):
-            self._encoder.drop_long()
         pack = []
         if any(one.waits_for_audio and one is not self._encoder.long for one in chosen):
-            # A full pack takes little longer than a small one, so it takes in requests for which there is no row yet.
+            # A few full packs take less time than many small ones, so this takes in requests for which there is no row yet.
             pack = self._encoder.pack(one for one in self._waiting if one.waits_for_audio and one is not self._encoder.long)
         if pack:
             self._each(pack, self._encoder.encode)
