@@ -197,6 +197,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         logits_to_keep: int | Tensor = 0,
         *,
         input_features_lengths: list[int] | Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **unknown,
     ) -> Output | tuple:
         """Logits of every position, and the loss if labels are given.
@@ -222,6 +223,10 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
             input_features_lengths: each clip's true number of frames, as the processor returns it. With it nothing is computed
                 for padding, and a clip's result does not depend on its neighbours. Without it every clip has its padded length,
                 as in transformers.
+            num_items_in_batch: the labels of all batches of one optimizer step. The loss is then the sum over this batch's labels,
+                divided by this number, so that the losses of the batches add up to the mean over all their labels. transformers'
+                Trainer passes it. transformers 5.17 ignores it for this model and returns the batch's own mean, which makes the
+                gradients 4 times too large with 4 accumulation steps.
 
         Raises:
             InputError: arguments that do not fit together or to the model.
@@ -251,7 +256,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
             states = states.index_select(0, on_device(kept, states.device))
         logits = self.language_model.logits(states)
         output = Output(
-            loss=None if labels is None else _next_token_loss(logits, labels, rows),
+            loss=None if labels is None else _next_token_loss(logits, labels, rows, num_items_in_batch),
             logits=Lazy(lambda: _padded_logits(logits, places)),
             past_key_values=headless.past_key_values,
             hidden_states=vars(headless)["hidden_states"],
@@ -277,8 +282,10 @@ def _padded_logits(logits: Tensor, places: Tensor) -> Tensor:
     return logits.new_zeros(places.numel(), logits.shape[1]).index_copy(0, filled, logits).view(*places.shape, logits.shape[1])
 
 
-def _next_token_loss(logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
-    """Mean cross entropy of each label given the tokens before it in its row. Labels of −100 do not count.
+def _next_token_loss(logits: Tensor, labels: Tensor, rows: Rows, num_items: int | Tensor | None) -> Tensor:
+    """Cross entropy of each label given the tokens before it in its row: the mean, or the sum divided by `num_items`.
+
+    Labels of −100 do not count.
 
     A label counts if the attention mask keeps its own column and the one before. After left padding, a row's first token thus
     has no prediction, as in the unpadded row.
@@ -290,7 +297,12 @@ def _next_token_loss(logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
     follows = (columns == rows.kept[:-1] + 1) & (columns % max(rows.width, 1) != 0)
     answers = labels.flatten().index_select(0, on_device(columns[follows], labels.device))
     logits = logits.index_select(0, on_device(follows.nonzero().squeeze(1), logits.device))
-    return F.cross_entropy(logits.to(accumulator(logits.dtype)), on_device(answers, logits.device), ignore_index=-100)
+    logits, answers = logits.to(accumulator(logits.dtype)), on_device(answers, logits.device)
+    if num_items is None:
+        return F.cross_entropy(logits, answers, ignore_index=-100)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(logits.device)
+    return F.cross_entropy(logits, answers, ignore_index=-100, reduction="sum") / num_items
 
 
 # transformers has its own class for `granite_speech_plus`; here only the configuration differs.

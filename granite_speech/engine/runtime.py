@@ -178,4 +178,6 @@ def _can_be_captured(model: nn.Module) -> bool:
     """Whether no step needs Python or a value on the host. References of our operations read lengths there."""
     if model.training or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return False
+    if torch.is_autocast_enabled(model.device.type):
+        return False  # a graph has the dtypes of the call that it was captured in
     return all(one.resolve(None, model.device, model.dtype) == "triton" for one in OPERATIONS.values())

@@ -180,7 +180,10 @@ class LoraLinear(nn.Linear):
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features), adapter_index).view(*x.shape[:-1], self.out_features)
         a, b = self.lora_A.weight.unsqueeze(0), self.lora_B.weight.unsqueeze(0)
-        return OPERATIONS["lora_linear"].run(x, self.weight, self.bias, a, b, self._scaling_on(x.device), adapter_index)
+        tensors = (x, self.weight, self.bias, a, b)
+        if torch.is_autocast_enabled(x.device.type):
+            tensors = _autocast(tensors, torch.get_autocast_dtype(x.device.type))
+        return OPERATIONS["lora_linear"].run(*tensors, self._scaling_on(x.device), adapter_index)
 
     def _dropped_out_product(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
         # Only the adapter's input has dropout, so base and adapter no longer share x and cannot be one operation.
@@ -213,6 +216,11 @@ class LoraLinear(nn.Linear):
             return super().extra_repr()
         backend = OPERATIONS["lora_linear"].backend(self.weight)
         return f"{super().extra_repr()}, lora_rank={self.lora_A.out_features}, scaling={self.scaling:g}, {backend}"
+
+
+def _autocast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+    """What autocast does to the arguments of `F.linear`: float64 is left alone."""
+    return [one if one is None or one.dtype == torch.float64 else one.to(dtype) for one in tensors]
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, modules: list[str]) -> None:

@@ -109,7 +109,8 @@ class CacheStep:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store `(tokens, num_kv_heads, head_dim)` keys and values of one layer, detached."""
         for pool, new in ((self.pool.keys[layer], keys), (self.pool.values[layer], values)):
-            pool.flatten(0, 1).index_copy_(0, self.slots, new.detach())
+            # The dtypes differ only under autocast.
+            pool.flatten(0, 1).index_copy_(0, self.slots, new.detach().to(pool.dtype))
 
 
 class PagedCache:

@@ -58,7 +58,8 @@ class GraniteSpeechConformerAttention(nn.Module):
         heads = (x.shape[0], self.num_heads, self.dim_head)
         q = self.to_q(x).view(heads)
         k, v = (part.unflatten(1, heads[1:]) for part in self.to_kv(x).chunk(2, dim=1))
-        out = OPERATIONS["block_attention"].run(q, k, v, self.rel_pos_emb.weight, clips.cu_seqlens, context_size=self.context_size)
+        distances = self.rel_pos_emb.weight.to(q.dtype)  # another dtype only under autocast, as in the convolution module
+        out = OPERATIONS["block_attention"].run(q, k, v, distances, clips.cu_seqlens, context_size=self.context_size)
         return self.dropout(self.to_out(out.flatten(1)))
 
     def extra_repr(self) -> str:
@@ -88,7 +89,7 @@ class GraniteSpeechConformerConvModule(nn.Module):
 
     def forward(self, x: Tensor, clips: Segments) -> Tensor:
         x = F.linear(self.norm(x), self.up_conv.weight.squeeze(2), self.up_conv.bias)
-        taps, depthwise_conv = self.depth_conv.conv.weight.squeeze(1), OPERATIONS["depthwise_conv"].run
+        taps, depthwise_conv = self.depth_conv.conv.weight.squeeze(1).to(x.dtype), OPERATIONS["depthwise_conv"].run
         if self.training:
             # The batch's own statistics are known only after the convolution: BatchNorm cannot be folded into it.
             x = F.silu(self.batch_norm(depthwise_conv(x, taps, None, None, clips.cu_seqlens)))

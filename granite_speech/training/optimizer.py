@@ -2,8 +2,7 @@
 
 A bfloat16 model is an ordinary one: its modules and kernels see one dtype, validation and saving use the trained weights, and frozen
 weights take two bytes. Each trained parameter has a float32 master, which receives the gradients and the steps, and is rounded into the
-model after each step. (torch.autocast would mix float32 weights with bfloat16 activations, which operations that need one dtype refuse,
-and would keep frozen weights in float32.) In a float32 model the masters are the parameters themselves.
+model after each step. (torch.autocast would keep frozen weights in float32.) In a float32 model the masters are the parameters themselves.
 
 AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
