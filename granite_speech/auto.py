@@ -10,7 +10,7 @@ from typing import Any
 
 from granite_speech.checkpoints.folder import load_json, resolve
 from granite_speech.config import GraniteSpeechConfig
-from granite_speech.config_values import config_from_dict
+from granite_speech.config_files import config_from_dict
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
 from granite_speech.inputs.processor import GraniteSpeechProcessor

@@ -11,7 +11,7 @@ from torch import nn
 from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve, save
 from granite_speech.checkpoints.weight_names import HEAD, is_lora
 from granite_speech.config import GraniteSpeechConfig
-from granite_speech.config_values import config_from_dict
+from granite_speech.config_files import config_from_dict
 from granite_speech.errors import ConfigError, InputError
 from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
 

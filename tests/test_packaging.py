@@ -223,7 +223,7 @@ sys.exit(main(["transcribe", str(sample)]))
 ORDER = (
     ("errors",),
     ("checkpoints",),
-    ("config", "config_values"),
+    ("config", "config_attributes", "config_base", "config_files", "config_values"),
     ("inputs",),
     ("modules",),
     ("generation",),

@@ -26,6 +26,7 @@ def resolve(
     token: str | bool | None = None,
     force_download: bool = False,
     subfolder: str | Path | None = "",
+    weights: bool = True,
 ) -> Path:
     """The local folder of a checkpoint, which is downloaded into the hub's cache if needed.
 
@@ -39,6 +40,7 @@ def resolve(
         token: access token for private and gated repositories; None uses that of the logged-in account.
         force_download: download the files again, even if the cache has them.
         subfolder: the checkpoint's place in the folder or repository; "" and None are its top.
+        weights: also download the weights; without them a configuration or a processor is there sooner.
 
     Returns:
         The folder, `subfolder` included. Its files may be links into the cache.
@@ -74,7 +76,7 @@ def resolve(
             remedy="Check the path, or pass a hub id such as 'ibm-granite/granite-speech-3.3-2b'",
         )
     options = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
-    return _existing(_download(name_or_path, inside, revision=revision, local_files_only=local_files_only, **options), inside)
+    return _existing(_download(name_or_path, inside, weights, revision=revision, local_files_only=local_files_only, **options), inside)
 
 
 def _inside(subfolder: str | Path | None) -> str:
@@ -99,7 +101,7 @@ def _existing(folder: Path, inside: str) -> Path:
     return folder / inside if inside else folder
 
 
-def _download(repo_id: str, inside: str, *, revision: str | None, local_files_only: bool, **options) -> Path:
+def _download(repo_id: str, inside: str, weights: bool, *, revision: str | None, local_files_only: bool, **options) -> Path:
     try:
         import huggingface_hub as hub
     except ImportError as error:
@@ -114,7 +116,7 @@ def _download(repo_id: str, inside: str, *, revision: str | None, local_files_on
             repo_id,
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=[prefix + pattern for pattern in _WANTED],
+            allow_patterns=[prefix + pattern for pattern in _WANTED if weights or pattern != "*.safetensors"],
             ignore_patterns=[prefix + pattern for pattern in _UNWANTED],
             **options,
         )

@@ -1,7 +1,7 @@
 """Uploads a folder to the Hugging Face hub."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from granite_speech.checkpoints.call_options import check_unused
 from granite_speech.errors import CheckpointError, InputError, MissingDependencyError
 
-__all__ = ["saving", "upload", "upload_saved"]
+__all__ = ["PushToHub", "saving", "upload"]
 
 _OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
@@ -158,16 +158,47 @@ def _times(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
 
 
-def upload_saved(save: Callable[[str], Any], repo_id: str, options: Mapping[str, Any]) -> str:
-    """Save into a temporary folder and upload it, as `push_to_hub` does.
+class PushToHub:
+    """`push_to_hub` of a class that has `save_pretrained`."""
 
-    Args:
-        save: called with the folder.
-        repo_id: the repository.
-        options: of `upload`, and those that change nothing.
-    """
-    hub = {name: value for name, value in options.items() if name in _OPTIONS}
-    check_unused({name: value for name, value in options.items() if name not in _OPTIONS}, "push_to_hub", known=_OPTIONS)
-    with tempfile.TemporaryDirectory(prefix="granite-speech-") as folder:
-        save(folder)
-        return upload(folder, repo_id, **hub)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: Iterable[str] | None = None,
+        **options: Any,
+    ) -> str:
+        """Save into a temporary folder and upload it.
+
+        Args:
+            repo_id: "owner/name", or a name in the account's own namespace. Created if it does not exist.
+            max_shard_size: of a model's files: bytes, or a number with KB, MB or GB.
+            commit_message, commit_description, private, token, revision, create_pr, tags: of `upload`.
+            options: transformers' options that change nothing here.
+
+        Returns:
+            The commit's URL, as huggingface_hub's `CommitInfo`.
+
+        Raises:
+            The errors of `upload` and of `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory(prefix="granite-speech-") as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size, **options)
+            return upload(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tags=tags,
+            )

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-from granite_speech.checkpoints.upload import saving, upload, upload_saved
+from granite_speech.checkpoints.upload import PushToHub, saving, upload
 from granite_speech.errors import CheckpointError, InputError, MissingDependencyError, UnsupportedError
 
 
@@ -89,6 +89,12 @@ def test_an_upload_needs_huggingface_hub(tmp_path, monkeypatch):
         upload(tmp_path, "me/model")
 
 
+class Saved(PushToHub):
+    def save_pretrained(self, save_directory, **options):
+        with saving(save_directory, "save_pretrained", options=options) as self.folder:
+            self.options = options
+
+
 def test_saving_uploads_only_what_was_written(calls, tmp_path):
     (tmp_path / "private.txt").write_text("x")
     with saving(
@@ -117,10 +123,12 @@ def test_saving_refuses_files_and_options(calls, tmp_path):
     with pytest.raises(UnsupportedError, match="safe_serialization=False"), saving(tmp_path, "save", options={"safe_serialization": False}):
         pass
     with pytest.raises(InputError, match=r"unknown option 'comit_message'.*commit_message"):
-        upload_saved(lambda folder: None, "me/model", {"comit_message": "x"})
+        Saved().push_to_hub("me/model", comit_message="x")
 
 
 def test_pushing_saves_into_a_temporary_folder(calls):
-    folders = []
-    assert upload_saved(folders.append, "me/model", {"private": None, "max_shard_size": "5GB", "safe_serialization": None})
-    assert calls[1][2]["folder_path"] == folders[0]
+    thing = Saved()
+    assert thing.push_to_hub("me/model", private=True, safe_serialization=True, max_shard_size="5GB", commit_message="words")
+    assert calls[0][2]["private"] is True
+    assert calls[1][2]["folder_path"] == str(thing.folder) and calls[1][2]["commit_message"] == "words"
+    assert thing.options == {"safe_serialization": True, "max_shard_size": "5GB"}
