@@ -107,7 +107,7 @@ class Config(CommonAttributes, ConfigFiles):
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
         extra = self.__dict__.get("_extra")
-        unknown = not (name.startswith("_") or name in COMMON or hasattr(type(self), name) or name in self.__dataclass_fields__)
+        unknown = not (name.startswith("_") or name in COMMON or name in self._fields() or hasattr(type(self), name))
         if extra is not None and (name in extra or unknown):
             extra[name] = value  # saved, as in transformers
             return
@@ -232,15 +232,22 @@ class Config(CommonAttributes, ConfigFiles):
             if isinstance(part, Config) and isinstance(value, Mapping):
                 for key, one in part.override(value).items():
                     setattr(part, key, one)
+            elif name == "attn_implementation":
+                check_unused({name: value}, type(self).__name__)
+                self._attn_implementation = value
             elif self._has(attribute):
-                setattr(self, "_attn_implementation" if name == "attn_implementation" else attribute, value)
+                setattr(self, attribute, value)
             else:
                 unused[name] = value
         self.validate()
         return unused
 
+    @classmethod
+    def _fields(cls) -> set[str]:
+        return {one.name for one in fields(cls)}
+
     def _has(self, name: str) -> bool:
-        return name in self.__dataclass_fields__ or name in COMMON or name in _SETTABLE or name in self._extra
+        return name in self._fields() or name in COMMON or name in _SETTABLE or name in self._extra
 
     def refuse_unused(self, unused: Mapping[str, Any], call: str, known: tuple[str, ...] = ()) -> None:
         """Accept options that change nothing (`call_options`), and refuse the rest by name; a value of a part with the way to set it."""
@@ -252,4 +259,4 @@ class Config(CommonAttributes, ConfigFiles):
                     expected="the part that it is for",
                     remedy=f"Pass {homes[0]}={{{name!r}: {value!r:.100}}}",
                 )
-        check_unused(unused, call, known=(*known, *self.__dataclass_fields__, *(name for name in COMMON if not name.startswith("_"))))
+        check_unused(unused, call, known=(*known, *self._fields(), *(name for name in COMMON if not name.startswith("_"))))

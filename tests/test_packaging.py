@@ -228,7 +228,7 @@ ORDER = (
     ("modules",),
     ("generation",),
     ("engine",),
-    ("model", "pretrained"),
+    ("model", "model_methods", "pretrained"),
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),
