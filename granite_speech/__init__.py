@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "auto": ("AutoConfig", "AutoFeatureExtractor", "AutoModelForSpeechSeq2Seq", "AutoProcessor", "AutoTokenizer"),
+    "auto": (
+        "AutoConfig",
+        "AutoFeatureExtractor",
+        "AutoModel",
+        "AutoModelForMultimodalLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSpeechSeq2Seq",
+        "AutoProcessor",
+        "AutoTokenizer",
+    ),
     "config": (
         "Blip2QFormerConfig",
         "GraniteConfig",
@@ -55,6 +64,9 @@ __all__ = ["__version__", *sorted(_HOME_OF)]
 if TYPE_CHECKING:
     from granite_speech.auto import AutoConfig as AutoConfig
     from granite_speech.auto import AutoFeatureExtractor as AutoFeatureExtractor
+    from granite_speech.auto import AutoModel as AutoModel
+    from granite_speech.auto import AutoModelForMultimodalLM as AutoModelForMultimodalLM
+    from granite_speech.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
     from granite_speech.auto import AutoModelForSpeechSeq2Seq as AutoModelForSpeechSeq2Seq
     from granite_speech.auto import AutoProcessor as AutoProcessor
     from granite_speech.auto import AutoTokenizer as AutoTokenizer

@@ -6,106 +6,175 @@ With these, a model card's snippet runs with one changed import:
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from granite_speech.checkpoints.call_options import pop_hub_options
 from granite_speech.checkpoints.folder import load_json, resolve
 from granite_speech.config import GraniteSpeechConfig
-from granite_speech.config_values import config_from_dict
+from granite_speech.config_base import Config
+from granite_speech.config_files import config_from_dict
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
-from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.model import GraniteSpeechForConditionalGeneration, GraniteSpeechModel
+from granite_speech.pretrained import Pretrained, as_config
 
-__all__ = ["AutoConfig", "AutoFeatureExtractor", "AutoModelForSpeechSeq2Seq", "AutoProcessor", "AutoTokenizer"]
+__all__ = [
+    "AutoConfig",
+    "AutoFeatureExtractor",
+    "AutoModel",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoProcessor",
+    "AutoTokenizer",
+]
 
-_HUB_OPTIONS = {"revision", "cache_dir", "local_files_only", "token"}
+# With these transformers' classes choose the class to load. Here there is one.
+_CHOICE = ("trust_remote_code", "code_revision", "use_fast", "config", "tokenizer_type", "_from_auto")
 
 
-class AutoConfig:
-    """The configuration of a folder."""
+class _Auto:
+    """A class that is not instantiated; its methods return an object of another one."""
 
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **hub: Any) -> GraniteSpeechConfig:
-        """Read config.json.
+    result: ClassVar[type]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise InputError(
+            got=f"{type(self).__name__}()",
+            expected=f"a {self.result.__name__} loaded or built by a method of this class",
+            remedy=f"Call {type(self).__name__}.from_pretrained(folder)",
+        )
+
+    @classmethod
+    def register(cls, config_class: Any, result_class: Any, exist_ok: bool = False) -> None:
+        """Accepts only what is already so: in this package every configuration has its class.
 
         Args:
-            pretrained_model_name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`).
-            hub: revision, cache_dir, local_files_only and token.
+            config_class: the class of the configuration; for `AutoConfig` the model type.
+            result_class: the class that is to be loaded.
+            exist_ok: of transformers; changes nothing here.
 
         Raises:
-            UnsupportedError: another model_type.
-            CheckpointNotFoundError, CheckpointError, ConfigError, InputError: as in
-                `GraniteSpeechForConditionalGeneration.from_pretrained`.
+            UnsupportedError: another class.
         """
-        return _config(_folder(pretrained_model_name_or_path, hub))
+        known = config_class == result_class.model_type if cls is AutoConfig else issubclass(config_class, GraniteSpeechConfig)
+        if not (known and isinstance(result_class, type) and issubclass(result_class, cls.result)):
+            raise UnsupportedError(
+                got=f"{cls.__name__}.register({config_class!r:.100}, {result_class!r:.100})",
+                expected=f"{cls.result.__name__}, which this package loads anyway",
+                remedy="Use your class directly, without an Auto class, or transformers",
+            )
 
 
-class AutoModelForSpeechSeq2Seq:
+class AutoConfig(_Auto):
+    """The configuration of a folder."""
+
+    result = Config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Config | tuple[Config, dict[str, Any]]:
+        """As `GraniteSpeechConfig.from_pretrained`, with the class that the file's `model_type` names."""
+        return Config.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def for_model(cls, model_type: str, *args: Any, **kwargs: Any) -> Config:
+        """A configuration of this type with the given values: 'granite_speech', 'granite_speech_plus', or the type of a part.
+
+        Raises:
+            UnsupportedError: another type.
+            ConfigError: a value that no model can be built from.
+        """
+        kind = type(config_from_dict({"model_type": model_type}))
+        return kind(*args, **kwargs)
+
+
+class _AutoModel(_Auto):
+    result: ClassVar[type[Pretrained]] = GraniteSpeechForConditionalGeneration
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
+        """As `GraniteSpeechForConditionalGeneration.from_pretrained`."""
+        return cls.result.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: GraniteSpeechConfig, **kwargs: Any) -> Any:
+        """A model with random weights.
+
+        Args:
+            config: of the whole model, of this package or of transformers.
+            kwargs: `dtype` or its earlier name `torch_dtype`, of the weights; options of transformers that change nothing here.
+
+        Raises:
+            InputError, UnsupportedError: another option.
+        """
+        return cls.result._from_config(as_config(config), **kwargs)
+
+
+class AutoModelForSpeechSeq2Seq(_AutoModel):
     """The model of a folder."""
 
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **options: Any) -> GraniteSpeechForConditionalGeneration:
-        """As `GraniteSpeechForConditionalGeneration.from_pretrained`."""
-        return GraniteSpeechForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, **options)
 
-    @staticmethod
-    def from_config(config: GraniteSpeechConfig) -> GraniteSpeechForConditionalGeneration:
-        """A model with random weights."""
-        return GraniteSpeechForConditionalGeneration(config)
+class AutoModelForSeq2SeqLM(_AutoModel):
+    """The model of a folder, the same as `AutoModelForSpeechSeq2Seq`."""
 
 
-class AutoProcessor:
+class AutoModelForMultimodalLM(_AutoModel):
+    """The model of a folder, the same as `AutoModelForSpeechSeq2Seq`."""
+
+
+class AutoModel(_AutoModel):
+    """The model of a folder without its head, `GraniteSpeechModel`."""
+
+    result = GraniteSpeechModel
+
+
+class AutoProcessor(_Auto):
     """Feature extractor and tokenizer of a folder."""
 
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **hub: Any) -> GraniteSpeechProcessor:
+    result = GraniteSpeechProcessor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> GraniteSpeechProcessor:
         """As `GraniteSpeechProcessor.from_pretrained`; a config.json, if present, must be of this model family."""
-        return GraniteSpeechProcessor.from_pretrained(_processing_folder(pretrained_model_name_or_path, hub))
+        folder, options = _processing_folder(pretrained_model_name_or_path, kwargs)
+        return GraniteSpeechProcessor.from_pretrained(folder, **options)
 
 
-class AutoTokenizer:
+class AutoTokenizer(_Auto):
     """The tokenizer of a folder."""
 
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **hub: Any) -> GraniteSpeechTokenizer:
-        """As `GraniteSpeechTokenizer.from_folder`, with the same check as `AutoProcessor`."""
-        return GraniteSpeechTokenizer.from_folder(_processing_folder(pretrained_model_name_or_path, hub))
+    result = GraniteSpeechTokenizer
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *inputs: Any, **kwargs: Any) -> GraniteSpeechTokenizer:
+        """As `GraniteSpeechTokenizer.from_pretrained`, with the same check as `AutoProcessor`."""
+        folder, options = _processing_folder(pretrained_model_name_or_path, kwargs)
+        return GraniteSpeechTokenizer.from_pretrained(folder, *inputs, **options)
 
 
-class AutoFeatureExtractor:
+class AutoFeatureExtractor(_Auto):
     """The feature extractor of a folder."""
 
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **hub: Any) -> GraniteSpeechFeatureExtractor:
+    result = GraniteSpeechFeatureExtractor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> GraniteSpeechFeatureExtractor:
         """The feature extractor of `AutoProcessor`."""
-        return AutoProcessor.from_pretrained(pretrained_model_name_or_path, **hub).audio_processor
+        return AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs).audio_processor
 
 
-def _folder(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
-    if unknown := hub.keys() - _HUB_OPTIONS:
-        raise InputError(
-            got=f"unknown options {', '.join(sorted(unknown))} for from_pretrained",
-            expected=", ".join(sorted(_HUB_OPTIONS)),
-            remedy="Remove them; code from a checkpoint is never run",
-        )
-    return resolve(name_or_path, **hub)
-
-
-def _config(folder: Path) -> GraniteSpeechConfig:
-    config = config_from_dict(load_json(folder / "config.json"))
-    if not isinstance(config, GraniteSpeechConfig):
-        raise UnsupportedError(
-            got=f"model_type {config.model_type!r}, which is part of a model",
-            expected="'granite_speech' or 'granite_speech_plus'",
-            remedy="Pass the folder of the whole checkpoint",
-        )
-    return config
-
-
-def _processing_folder(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
-    """The folder, which may hold only a processor."""
-    folder = _folder(name_or_path, hub)
+def _processing_folder(name_or_path: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder, which may hold only a processor, and the options that are not about finding it."""
+    options = {name: value for name, value in options.items() if name not in _CHOICE}
+    folder = resolve(name_or_path, **pop_hub_options(options), weights=False)
     if (folder / "config.json").is_file():
-        _config(folder)
-    return folder
+        config = config_from_dict(load_json(folder / "config.json"))
+        if not isinstance(config, GraniteSpeechConfig):
+            raise UnsupportedError(
+                got=f"model_type {config.model_type!r}, which is part of a model",
+                expected="'granite_speech' or 'granite_speech_plus'",
+                remedy="Pass the folder of the whole checkpoint",
+            )
+    return folder, options

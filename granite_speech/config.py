@@ -6,10 +6,10 @@ attribute and written back, so that a file survives a round trip. A known key wi
 raises `ConfigError` before anything is allocated.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from granite_speech.config_values import Config, activation_name, boolean, checked, integer, number, optional, shown
+from granite_speech.config_base import Config, configuration
+from granite_speech.config_values import activation_name, boolean, checked, integer, number, optional, shown
 from granite_speech.errors import ConfigError, UnsupportedError
 
 __all__ = [
@@ -28,7 +28,7 @@ _SCALAR, _POSITIVE = number(-1e6, 1e6), number(0.0, 1e6, open_low=True)
 _VOCABULARY = integer(1, 1 << 24)
 
 
-@dataclass(init=False, eq=False)
+@configuration
 class GraniteSpeechEncoderConfig(Config):
     """The conformer CTC encoder.
 
@@ -83,7 +83,7 @@ class GraniteSpeechEncoderConfig(Config):
         return self.hidden_dim * (1 + len(self.cat_hidden_layers or ()))
 
 
-@dataclass(init=False, eq=False)
+@configuration
 class GraniteSpeechPlusEncoderConfig(GraniteSpeechEncoderConfig):
     """`GraniteSpeechEncoderConfig`, and the layers whose outputs are concatenated before the last one's for the projector.
 
@@ -106,7 +106,7 @@ class GraniteSpeechPlusEncoderConfig(GraniteSpeechEncoderConfig):
             self.refuse("cat_hidden_layers", f"a list of different layer numbers from 0 to {self.num_layers - 1}")
 
 
-@dataclass(init=False, eq=False)
+@configuration
 class Blip2QFormerConfig(Config):
     """The projector's Q-Former: BERT layers over the queries, with cross-attention in every `cross_attention_frequency`-th.
 
@@ -146,7 +146,7 @@ class Blip2QFormerConfig(Config):
             self.refuse("use_qformer_text_input", "false", "Granite Speech's projector takes only audio; a text Q-Former is another model")
 
 
-@dataclass(init=False, eq=False)
+@configuration
 class GraniteConfig(Config):
     """The Granite language model: Llama with four multipliers.
 
@@ -187,17 +187,17 @@ class GraniteConfig(Config):
     residual_multiplier: float = checked(1.0, _SCALAR)
     attention_multiplier: float = checked(1.0, _SCALAR)
 
-    def __init__(self, /, *args: Any, **kwargs: Any):
+    def _current_names(self, given: dict[str, Any]) -> dict[str, Any]:
         # 4.x files have rope_theta and an optional rope_scaling.
-        theta = kwargs.pop("rope_theta", 10000.0)
-        given = {name: kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
-        for name, value in given.items():
+        theta = given.pop("rope_theta", 10000.0)
+        ropes = {name: given.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
+        for name, value in ropes.items():
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(got=f"GraniteConfig.{name} = {shown(value)}", expected="an object", remedy="Correct it in config.json")
-        rope = dict(given["rope_parameters"] or given["rope_scaling"] or {})
+        rope = dict(ropes["rope_parameters"] or ropes["rope_scaling"] or {})
         rope.setdefault("rope_type", rope.pop("type", None) or "default")
         rope.setdefault("rope_theta", theta)
-        super().__init__(*args, rope_parameters=rope, **kwargs)
+        return given | {"rope_parameters": rope}
 
     def _derive(self) -> None:
         if self.num_key_value_heads is None:
@@ -247,13 +247,28 @@ class GraniteConfig(Config):
         """Base of the rotary embedding, under its 4.x name."""
         return self.rope_parameters["rope_theta"]
 
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters = self.rope_parameters | {"rope_theta": value}
+
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """`rope_parameters`, under its 4.x name. Set without a `rope_theta`, it keeps the earlier one."""
+        return self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        rope = dict(value or {})
+        rope.setdefault("rope_type", rope.pop("type", None) or "default")
+        self.rope_parameters = {"rope_theta": self.rope_theta} | rope
+
     @property
     def attention_head_dim(self) -> int:
         """Width of a head, given or derived."""
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
 
-@dataclass(init=False, eq=False)
+@configuration
 class GraniteSpeechConfig(Config):
     """The whole model.
 
@@ -272,7 +287,11 @@ class GraniteSpeechConfig(Config):
 
     model_type: ClassVar[str] = "granite_speech"
     attribute_map: ClassVar[dict[str, str]] = {"audio_token_id": "audio_token_index"}
-    encoder_class: ClassVar[type[GraniteSpeechEncoderConfig]] = GraniteSpeechEncoderConfig
+    sub_configs: ClassVar[dict[str, type[Config]]] = {
+        "text_config": GraniteConfig,
+        "encoder_config": GraniteSpeechEncoderConfig,
+        "projector_config": Blip2QFormerConfig,
+    }
 
     text_config: GraniteConfig = None
     encoder_config: GraniteSpeechEncoderConfig = None
@@ -285,20 +304,15 @@ class GraniteSpeechConfig(Config):
     tie_word_embeddings: bool = checked(True, boolean)
 
     def _derive(self) -> None:
-        self.text_config = self._nested("text_config", GraniteConfig)
-        self.encoder_config = self._nested("encoder_config", self.encoder_class)
-        self.projector_config = self._nested("projector_config", Blip2QFormerConfig)
-
-    def _nested(self, name: str, kind: type[Config]) -> Config:
-        value = getattr(self, name)
-        if value is None or isinstance(value, dict):
-            return kind(**(value or {}))
-        if not isinstance(value, kind) or value.model_type != kind.model_type:
-            self.refuse(name, f"a {kind.__name__}, its dictionary, or None")
-        return value
+        for name, kind in self.sub_configs.items():
+            if getattr(self, name) is None:
+                setattr(self, name, kind())
 
     def _validate_together(self) -> None:
-        for part in (self.text_config, self.encoder_config, self.projector_config):
+        for name, kind in self.sub_configs.items():
+            part = getattr(self, name)
+            if not isinstance(part, kind) or part.model_type != kind.model_type:
+                self.refuse(name, f"a {kind.__name__}, its dictionary, or None")
             part.validate()
         if self.window_size % self.downsample_rate:
             self.refuse("downsample_rate", f"a divisor of window_size = {self.window_size}")
@@ -307,9 +321,9 @@ class GraniteSpeechConfig(Config):
             self.projector_config.refuse("encoder_hidden_size", f"{width}, the width of the encoder's output")
 
 
-@dataclass(init=False, eq=False)
+@configuration
 class GraniteSpeechPlusConfig(GraniteSpeechConfig):
     """`GraniteSpeechConfig` of a model whose projector also gets earlier layers of the encoder (4.1-2b-plus)."""
 
     model_type: ClassVar[str] = "granite_speech_plus"
-    encoder_class: ClassVar[type[GraniteSpeechEncoderConfig]] = GraniteSpeechPlusEncoderConfig
+    sub_configs: ClassVar[dict[str, type[Config]]] = GraniteSpeechConfig.sub_configs | {"encoder_config": GraniteSpeechPlusEncoderConfig}

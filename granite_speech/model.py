@@ -51,9 +51,8 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
     """
 
     def __init__(self, config: GraniteSpeechConfig):
-        super().__init__()
-        config.validate()
-        self.config = config
+        super().__init__(config)
+        config = self.config
         self.encoder = GraniteSpeechCTCEncoder(config.encoder_config)
         self.projector = GraniteSpeechEncoderProjector(config)
         self.language_model = GraniteModel(config.text_config)
@@ -129,9 +128,8 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
     """
 
     def __init__(self, config: GraniteSpeechConfig):
-        super().__init__()
-        config.validate()
-        self.config = config
+        super().__init__(config)
+        config = self.config
         self.encoder = GraniteSpeechCTCEncoder(config.encoder_config)
         self.projector = GraniteSpeechEncoderProjector(config)
         self.language_model = GraniteForCausalLM(config.text_config, tied=config.tie_word_embeddings)

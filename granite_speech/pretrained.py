@@ -1,6 +1,9 @@
 """`from_pretrained` and `save_pretrained`: a folder or hub id to a model and back."""
 
+import copy
 import json
+from collections.abc import Collection, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 from warnings import warn
@@ -8,92 +11,217 @@ from warnings import warn
 import torch
 from torch import nn
 
-from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve, save
-from granite_speech.checkpoints.weight_names import HEAD, is_lora
+from granite_speech.checkpoints.call_options import check_unused, pop_hub_options
+from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve
+from granite_speech.checkpoints.placement import choose_device, choose_dtype
+from granite_speech.checkpoints.upload import saving
+from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys, is_lora, is_optional
+from granite_speech.checkpoints.writing import save
 from granite_speech.config import GraniteSpeechConfig
-from granite_speech.config_values import config_from_dict
-from granite_speech.errors import ConfigError, InputError
+from granite_speech.config_files import config_from_dict
+from granite_speech.errors import CheckpointError, ConfigError, InputError
+from granite_speech.model_methods import ModelMethods
 from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
 
-__all__ = ["Pretrained", "choose_device", "choose_dtype"]
+__all__ = ["Pretrained", "as_config"]
 
 
-class Pretrained(nn.Module):
+class Pretrained(ModelMethods):
     """Initialising, loading and saving weights, for the two public models."""
 
     config: GraniteSpeechConfig
     generation_config: dict[str, Any] | None = None
     adapter_config: AdapterConfig | None = None
 
+    def __init__(self, config: GraniteSpeechConfig):
+        super().__init__()
+        self.config = as_config(config)
+        self.config.validate()
+        if self.config._attn_implementation is None:
+            self.config._attn_implementation = "sdpa"  # the name that transformers gives to what runs if nothing is chosen
+
     @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Random weights distributed as transformers' are: normal with `initializer_range`, zero biases, norms of one."""
+    def initialize_weights(self, names: Collection[str] | None = None) -> None:
+        """Random weights distributed as transformers' are: normal with `initializer_range`, zero biases, norms of one.
+
+        Args:
+            names: in the state dict, of the weights to initialise; all linear layers, convolutions and embeddings if omitted.
+        """
         deviation = self.config.initializer_range
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
-                module.weight.normal_(std=deviation)
-            if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
-                module.bias.zero_()
+        for path, module in self.named_modules():
+            if names is None and not isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
+                continue
+            for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if names is not None and f"{path}.{leaf}".removeprefix(".") not in names:
+                    continue
+                if leaf in ("bias", "running_mean"):
+                    tensor.zero_()
+                elif leaf == "running_var" or (leaf == "weight" and tensor.ndim == 1):
+                    tensor.fill_(1)
+                else:
+                    tensor.normal_(std=deviation)
 
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
+        pretrained_model_name_or_path: str | Path | None,
+        *model_args: Any,
+        config: GraniteSpeechConfig | Mapping[str, Any] | str | Path | None = None,
         cache_dir: str | Path | None = None,
+        ignore_mismatched_sizes: bool = False,
+        force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
+        revision: str | None = "main",
+        use_safetensors: bool | None = None,
+        weights_only: bool = True,
+        fusion_config: dict[str, Any] | None = None,
+        disable_mmap: bool | None = None,
+        subfolder: str | Path = "",
+        variant: str | None = None,
+        dtype: torch.dtype | str | dict[str, Any] | None = None,
+        torch_dtype: torch.dtype | str | dict[str, Any] | None = None,
         device: torch.device | str | int | None = None,
         device_map: str | int | torch.device | dict[str, Any] | None = None,
-        **unknown: Any,
-    ) -> Self:
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Load a checkpoint, adapter included, in evaluation mode.
 
         Weights go straight to their device and dtype, one tensor at a time. Names and shapes are compared before anything is
         allocated; a weight that is not in the files is an error.
 
         Args:
-            name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`).
-            revision, cache_dir, local_files_only, token: of the hub.
+            pretrained_model_name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b"
+                (`hub.resolve`). None with `config` and `state_dict`.
+            config: replaces the folder's config.json: a configuration of this package or of transformers, a dictionary, or a path.
+            cache_dir, force_download, local_files_only, token, revision, subfolder: of the hub.
+            ignore_mismatched_sizes: give weights whose shape in the file differs from the model's random values, instead of failing.
+            variant: read "model.<variant>.safetensors".
             dtype: of the weights; "auto" and None take the configuration's, or if it has none the file's.
             torch_dtype: the earlier name of `dtype`.
             device: where the weights go; the CPU if omitted.
             device_map: transformers' name for the same: a device, {"": device}, or "auto" (CUDA if available).
+            state_dict: the weights, in place of the folder's, with the names of this package or of transformers.
+            output_loading_info: return a tuple of the model and a dictionary of the weights that did not match.
+            use_safetensors, weights_only, fusion_config, disable_mmap: of transformers. At their usual values they change nothing here
+                (`call_options`).
+            kwargs: values that replace those of config.json (`text_config={"attention_dropout": 0.1}`), and transformers' options
+                that change nothing here (`attn_implementation`, `trust_remote_code`, `low_cpu_mem_usage` and others).
 
         Raises:
             CheckpointNotFoundError: no such folder or hub id.
             CheckpointError: damaged files, or weights that do not match the configuration.
-            ConfigError, UnsupportedError: another kind of model, or a value that no model can be built from.
+            ConfigError, UnsupportedError: another kind of model, or a value that no model can be built from; an option that would
+                change the result and is not supported.
+            InputError: an unknown option.
         """
-        if unknown:
+        if model_args:
             raise InputError(
-                got=f"unknown options {', '.join(sorted(unknown))} for from_pretrained",
-                expected="revision, cache_dir, local_files_only, token, dtype or torch_dtype, device or device_map",
-                remedy="Remove them; code from a checkpoint is never run",
+                got=f"{len(model_args)} more positional arguments", expected="only the folder or hub id", remedy="Pass them by name"
             )
         target = choose_device(device, device_map)
-        folder = resolve(name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        values = load_json(folder / "config.json")
-        config = config_from_dict(values)
+        kwargs |= {"use_safetensors": use_safetensors, "fusion_config": fusion_config}
+        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
+        hub |= {"revision": revision, **pop_hub_options(kwargs)}
+        folder = None if pretrained_model_name_or_path is None else resolve(pretrained_model_name_or_path, **hub, subfolder=subfolder)
+        config, values = cls._config_for_call(config, folder, kwargs)
+        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype})
+        mismatched: list[tuple] | None = [] if ignore_mismatched_sizes else None
+        if state_dict is not None:
+            model = cls._from_state_dict(config, state_dict, dtype=wanted, device=target)
+        elif folder is None:
+            raise InputError(got="no folder and no state_dict", expected="one of them", remedy="Pass a folder or hub id, or state_dict=")
+        else:
+            checkpoint = Checkpoint.open(folder, variant=variant)
+            model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values, mismatched=mismatched)
+        if folder is not None and (folder / "generation_config.json").is_file():
+            model.generation_config = load_json(folder / "generation_config.json")
+        model._record_dtype()
+        model.name_or_path = pretrained_model_name_or_path or ""
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(mismatched or ()), "error_msgs": []}
+        return (model.eval(), info) if output_loading_info else model.eval()
+
+    @classmethod
+    def _config_for_call(cls, given: Any, folder: Path | None, options: dict[str, Any]) -> tuple[GraniteSpeechConfig, Mapping[str, Any]]:
+        """The configuration that a call names, changed by the options of the call; and the contents of its file, if it has one."""
+        values: Mapping[str, Any] = {}
+        if given is None and folder is None:
+            raise InputError(got="no folder and no config", expected="one of them", remedy="Pass config= with state_dict=")
+        if given is None:
+            values = load_json(folder / "config.json")
+        elif isinstance(given, str | Path):
+            values = GraniteSpeechConfig.get_config_dict(given)[0]
+        elif isinstance(given, Mapping):
+            values = given
+        config = config_from_dict(values) if values else copy.deepcopy(as_config(given))
         if not isinstance(config, GraniteSpeechConfig):
             raise ConfigError(
                 got=f"a config.json of {config.model_type!r}, which is part of a model",
                 expected="'granite_speech'",
                 remedy="Load the whole model",
             )
-        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, values)
-        checkpoint = Checkpoint.open(folder)
-        model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = load_json(folder / "generation_config.json")
-        return model.eval()
+        unused = config.override(options)
+        config.refuse_unused(unused, "from_pretrained", known=tuple(signature(cls.from_pretrained).parameters))
+        return config, values or config.to_dict()
+
+    @classmethod
+    def _from_state_dict(
+        cls, config: GraniteSpeechConfig, state_dict: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None, device: torch.device
+    ) -> Self:
+        """A model with these weights. All must be there, except the head of a tied model."""
+        names = canonical_keys(state_dict)
+        floating = [tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()]
+        model = cls._from_config(config, dtype=dtype or (floating[0] if floating else None))
+        own = dict(zip(model.canonical_state_dict(), model.state_dict(), strict=True))
+        unknown = [key for key, name in names.items() if name not in own and name != HEAD]
+        found = {own[name]: state_dict[key] for key, name in names.items() if name in own}
+        missing = [name for name in model.load_state_dict(found, strict=False).missing_keys if not is_optional(name)]
+        if unknown or missing:
+            raise CheckpointError(
+                got=f"a state_dict with {len(unknown)} unknown names {unknown[:3]} and {len(missing)} missing ones {missing[:3]}",
+                expected="the weights of the model that the configuration describes, without LoRA matrices",
+                remedy="Check that they belong together; load an adapter from its folder",
+            )
+        return model.to(device)
+
+    @classmethod
+    def _from_config(cls, config: GraniteSpeechConfig, **kwargs: Any) -> Self:
+        """A model with random weights.
+
+        Args:
+            config: of the whole model.
+            kwargs: `dtype` or its earlier name `torch_dtype`, of the weights; the configuration's if omitted, else torch's default.
+                `attn_implementation` and other options of transformers that change nothing here.
+
+        Raises:
+            InputError, UnsupportedError: another option.
+        """
+        config = as_config(config)
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs["attn_implementation"]
+        check_unused(kwargs, "from_config", known=("dtype", "torch_dtype"))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(choose_dtype(dtypes[0] if dtypes[0] is not None else dtypes[1], {"dtype": config.dtype}) or before)
+        try:
+            model = cls(config)
+        finally:
+            torch.set_default_dtype(before)
+        model._record_dtype()
+        return model
 
     @classmethod
     def _load(
-        cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device, values: dict[str, Any]
+        cls,
+        config: GraniteSpeechConfig,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        values: Mapping[str, Any],
+        mismatched: list[tuple] | None = None,
     ) -> Self:
         model = cls.without_weights(config, checkpoint, values)
         if checkpoint.adapter_config is None and config.has_lora_adapter:
@@ -102,11 +230,13 @@ class Pretrained(nn.Module):
                 "If this is a released 3.x model, add adapter_config.json and adapter_model.safetensors.",
                 stacklevel=4,
             )
-        load_into(model, checkpoint, dtype=dtype, device=device)
+        load_into(model, checkpoint, dtype=dtype, device=device, mismatched=mismatched)
+        if mismatched:
+            model.initialize_weights({name for name, *_ in mismatched})
         return model
 
     @classmethod
-    def without_weights(cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, values: dict[str, Any]) -> Self:
+    def without_weights(cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, values: Mapping[str, Any]) -> Self:
         """The checkpoint's model on the meta device, its adapter attached.
 
         Args:
@@ -127,29 +257,82 @@ class Pretrained(nn.Module):
             attach_adapter(model, model.adapter_config, [name.removesuffix(suffix) for name in checkpoint.entries if name.endswith(suffix)])
         return model
 
-    def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str = "50GB") -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Write config.json, model.safetensors (or shards and an index), and an adapter's two files if there is one.
 
         The layout is that of the released folders, which every version of transformers reads.
 
         Args:
             save_directory: created if missing; nothing in it is replaced before everything is written.
-            max_shard_size: bytes, or a number with KB, MB or GB.
+            is_main_process: False writes nothing, for all but one of several processes.
+            state_dict: the values to write in place of the model's own, with the names of this package or of transformers.
+            push_to_hub: upload the files afterwards.
+            max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB.
+            variant: write "model.<variant>.safetensors"; other variants in the folder are kept.
+            token: of the hub.
+            save_peft_format, save_original_format, distributed_checkpoint: of transformers; they change nothing here.
+            kwargs: of the upload (`repo_id`, `commit_message`, `private` and others, as of `push_to_hub`), and transformers' options
+                that change nothing here (`safe_serialization=True`).
+
+        Raises:
+            CheckpointError: a path that cannot be written, or a state_dict without some of the weights or with unknown ones.
+            InputError, UnsupportedError: another option.
         """
-        tensors = self.canonical_state_dict()
+        kwargs |= {"distributed_checkpoint": distributed_checkpoint}
+        if not is_main_process:
+            return
+        tensors = self.canonical_state_dict() if state_dict is None else self._given_tensors(state_dict)
         lora = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
         base = {name: tensor for name, tensor in tensors.items() if not is_lora(name)}
-        config = self.config.to_dict() | {
-            "architectures": [type(self).__name__],
-            "has_lora_adapter": bool(lora),
-            # The only name that both transformers 4.x and 5.x read.
-            "torch_dtype": str(next(iter(base.values())).dtype).removeprefix("torch."),
-        }
-        config.pop("dtype", None)
+        self.config.architectures = [type(self).__name__]
+        self._record_dtype()
+        names = {"has_lora_adapter": bool(lora)}
+        stored = str(next(iter(base.values())).dtype).removeprefix("torch.")
+        # transformers 4.x reads `torch_dtype`, and 5.x `dtype`.
+        config = self.config.to_diff_dict() | names | {"dtype": stored, "torch_dtype": stored}
         adapter = self._adapter_json() if lora else None
-        save(save_directory, base, config=config, adapter_tensors=lora or None, adapter_config=adapter, max_shard_size=max_shard_size)
-        if self.generation_config is not None:
-            (Path(save_directory) / "generation_config.json").write_text(json.dumps(self.generation_config, indent=2) + "\n")
+        options = kwargs | ({} if token is None else {"token": token})
+        with saving(save_directory, "save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
+            save(
+                folder,
+                base,
+                config=config,
+                adapter_tensors=lora or None,
+                adapter_config=adapter,
+                max_shard_size=max_shard_size or "50GB",
+                variant=variant,
+            )
+            if self.generation_config is not None:
+                (folder / "generation_config.json").write_text(json.dumps(self.generation_config, indent=2) + "\n")
+
+    def _given_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A caller's state dict with canonical names. A head that this model ties is left out."""
+        own, given = self.canonical_state_dict(), {name: state_dict[key] for key, name in canonical_keys(state_dict).items()}
+        tied = HEAD not in own or own[HEAD].data_ptr() == own[EMBEDDING].data_ptr()
+        if tied and EMBEDDING in given:
+            given.pop(HEAD, None)
+        unknown = sorted(given.keys() - own.keys())
+        missing = [name for name in own if name not in given and not (is_optional(name) or is_lora(name) or (tied and name == HEAD))]
+        if unknown or missing:
+            raise CheckpointError(
+                got=f"a state_dict with {len(unknown)} unknown names {unknown[:3]} and without {len(missing)} weights {missing[:3]}",
+                expected="all weights of this model, by its names or those of transformers",
+                remedy="Pass the whole state dict, or omit it to save the model's own values",
+            )
+        return {name: tensor.detach() for name, tensor in given.items()}
 
     def canonical_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict with the names of the released files, for either model."""
@@ -177,37 +360,20 @@ class Pretrained(nn.Module):
         }
 
 
-def choose_device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
-    """The device that `device` or transformers' `device_map` names."""
-    if isinstance(device_map, dict) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device is not None and device_map is not None:
-        raise InputError(got="device and device_map", expected="one of them", remedy="Pass device")
-    if isinstance(device_map, str) and device_map in ("auto", "balanced", "sequential"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = device_map if device is None else device
-    try:
-        target = torch.device("cpu" if chosen is None else chosen)
-        torch.empty(0, device=target)  # a valid name of a device that this machine may not have
-    except (AssertionError, RuntimeError, TypeError, NotImplementedError) as error:
-        raise InputError(
-            got=f"device {chosen!r:.100}, which gives: {str(error).splitlines()[0]:.200}",
-            expected="a device of this machine, such as 'cpu', 'cuda' or 'cuda:1'",
-            remedy="Pass device='cpu', or install a PyTorch build with that device",
-        ) from error
-    return target
+def as_config(config: Any) -> GraniteSpeechConfig:
+    """A configuration of this package: the given one, or one with the values of transformers' configuration or a dictionary.
 
-
-def choose_dtype(dtype: torch.dtype | str | None, values: dict[str, Any]) -> torch.dtype | None:
-    """The dtype of floating-point weights: the requested one or the configuration's; None keeps the file's."""
-    requested = (values.get("dtype") or values.get("torch_dtype")) if dtype in (None, "auto") else dtype
-    if requested is None:
-        return None
-    chosen = requested if isinstance(requested, torch.dtype) else getattr(torch, str(requested).removeprefix("torch."), None)
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point or chosen.itemsize < 2:
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(config, GraniteSpeechConfig):
+        return config
+    values = config if isinstance(config, Mapping) else getattr(config, "to_dict", dict)()
+    converted = config_from_dict(dict(values)) if values else None
+    if not isinstance(converted, GraniteSpeechConfig):
         raise InputError(
-            got=f"dtype {requested!r:.100}",
-            expected="torch.float32, torch.bfloat16, torch.float16 or torch.float64, or their names, or 'auto'",
-            remedy="Pass dtype=torch.bfloat16",
+            got=f"config of type {type(config).__name__}",
+            expected="a GraniteSpeechConfig, of this package or of transformers",
+            remedy="Build it with GraniteSpeechConfig(...), or load it with AutoConfig.from_pretrained",
         )
-    return chosen
+    return converted

@@ -26,6 +26,7 @@ from granite_kernels.launch import precompile as precompile_launches
 from torch import Tensor, nn
 
 from granite_speech.checkpoints.folder import Checkpoint, load_json, resolve
+from granite_speech.checkpoints.placement import choose_device, choose_dtype
 from granite_speech.checkpoints.weight_names import EMBEDDING
 from granite_speech.config import GraniteSpeechConfig, GraniteSpeechPlusConfig
 from granite_speech.engine.generate import launches_of_generate
@@ -34,7 +35,6 @@ from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.recordings import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
-from granite_speech.pretrained import choose_device, choose_dtype
 
 __all__ = ["Comparison", "Stage", "report", "verify"]
 

@@ -83,7 +83,7 @@ def test_each_auto_class_loads_its_part(folder):
     assert granite_speech.AutoModelForSpeechSeq2Seq.from_config(config).config is config
 
 
-AUTO = ("AutoConfig", "AutoFeatureExtractor", "AutoModelForSpeechSeq2Seq", "AutoProcessor", "AutoTokenizer")
+AUTO = tuple(name for name in granite_speech.__all__ if name.startswith("Auto"))
 
 
 @pytest.mark.parametrize("name", AUTO)
@@ -97,8 +97,9 @@ def test_another_model_is_refused_by_name(folder, tmp_path, name):
             load(tmp_path)
     with pytest.raises(CheckpointNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="trust_remote_code"):
-        load(folder, trust_remote_code=True)
+    with pytest.raises(InputError, match="trust_remote_cod"):
+        load(folder, trust_remote_cod=True)
+    assert load(folder, trust_remote_code=True, revision="main") is not None
 
 
 def test_part_of_a_model_is_refused_and_a_processor_needs_no_model(folder, tmp_path):
@@ -111,3 +112,24 @@ def test_part_of_a_model_is_refused_and_a_processor_needs_no_model(folder, tmp_p
     assert granite_speech.AutoProcessor.from_pretrained(tmp_path).audio_token == "<|audio|>"
     with pytest.raises(CheckpointNotFoundError, match=r"config\.json"):
         granite_speech.AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_an_auto_class_is_not_instantiated(name):
+    with pytest.raises(InputError, match=rf"Call {name}\.from_pretrained"):
+        getattr(granite_speech, name)()
+
+
+def test_only_what_is_loaded_anyway_can_be_registered():
+    from granite_speech import AutoConfig, AutoModelForSpeechSeq2Seq, GraniteSpeechModel
+
+    AutoConfig.register("granite_speech", GraniteSpeechConfig, exist_ok=True)
+    AutoModelForSpeechSeq2Seq.register(GraniteSpeechConfig, GraniteSpeechForConditionalGeneration, exist_ok=True)
+    for call in (
+        lambda: AutoConfig.register("my_speech", GraniteSpeechConfig),
+        lambda: AutoConfig.register("whisper", transformers.WhisperConfig),
+        lambda: AutoModelForSpeechSeq2Seq.register(GraniteSpeechConfig, GraniteSpeechModel),
+        lambda: AutoModelForSpeechSeq2Seq.register(transformers.WhisperConfig, GraniteSpeechForConditionalGeneration),
+    ):
+        with pytest.raises(UnsupportedError, match="register"):
+            call()

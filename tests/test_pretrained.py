@@ -144,8 +144,10 @@ def test_the_device_can_be_chosen(folder, options):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"trust_remote_code": True}, "trust_remote_code"),
-        ({"attn_implementation": "eager", "quantization_config": {}}, "attn_implementation, quantization_config"),
+        ({"attn_implementaton": "eager"}, "'attn_implementaton'.*Did you mean 'attn_implementation'"),
+        ({"attn_implementation": "egaer"}, "attn_implementation='egaer'"),
+        ({"attention_dropout": 0.1}, "Pass text_config={'attention_dropout': 0.1}"),
+        ({"max_new_tokenz": 3}, "unknown option 'max_new_tokenz'"),
         ({"dtype": "int8"}, "int8"),
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"dtype": 16}, "16"),
@@ -181,7 +183,6 @@ DAMAGE = {
     "turboctc": (lambda f: change_config(f, model_type="granite_speech5_ctc"), UnsupportedError, "TurboCTC"),
     "another model": (lambda f: change_config(f, model_type="whisper"), UnsupportedError, "whisper"),
     "no model type": (lambda f: change_config(f, model_type=None), ConfigError, "model_type"),
-    "remote code": (lambda f: change_config(f, auto_map={"AutoModel": "code.Model"}), UnsupportedError, "auto_map"),
     "only a part": (lambda f: (f / "config.json").write_text('{"model_type": "granite_speech_encoder"}'), ConfigError, "part of a model"),
     "absurd": (lambda f: change_config(f, downsample_rate=7), ConfigError, "downsample_rate"),
     "adapter without weights": (lambda f: (f / "adapter_model.safetensors").unlink(), CheckpointError, "adapter_model"),

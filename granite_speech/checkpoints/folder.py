@@ -1,4 +1,4 @@
-"""A checkpoint's folder: finding its weights, loading them into a module, and saving a module's weights.
+"""A checkpoint's folder: finding its weights, and loading them into a module.
 
     folder = resolve("ibm-granite/granite-speech-3.3-2b")
     checkpoint = Checkpoint.open(folder)                  # headers only: names, dtypes, shapes, all checked
@@ -6,13 +6,12 @@
         module = …                                        # its state dict has the canonical names of weight_names.py
     load_into(module, checkpoint, dtype=torch.bfloat16, device=torch.device("cuda"))
 
-All layouts that transformers and peft have written can be read. Saving uses the one that all of their versions read.
+All layouts that transformers and peft have written can be read.
 """
 
 import json
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,13 +21,24 @@ from torch import nn
 
 from granite_speech.checkpoints.hub import resolve
 from granite_speech.checkpoints.tensor_file import TensorEntry, open_tensors, read_header, read_tensor, same_values, staging_buffer
-from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical, canonical_keys, is_lora, is_optional
+from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys, is_lora, is_optional
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedError
 
-__all__ = ["Checkpoint", "TensorEntry", "load_into", "load_json", "read_adapter", "resolve", "save"]
+__all__ = [
+    "ADAPTER",
+    "ADAPTER_CONFIG",
+    "Checkpoint",
+    "TensorEntry",
+    "file_names",
+    "list_up_to_ten",
+    "load_into",
+    "load_json",
+    "read_adapter",
+    "resolve",
+]
 
-_MODEL, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_MODEL, _INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_JSON_BYTES = 64 * 1024 * 1024  # the largest file, tokenizer.json, has several MB
 
@@ -79,8 +89,10 @@ class Checkpoint:
     adapter_config: dict | None
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Checkpoint":
+    def open(cls, folder: str | Path, variant: str | None = None) -> "Checkpoint":
         """Read the headers of a folder's weights: model.safetensors or its shards, and the adapter's file.
+
+        With a variant they are "model.<variant>.safetensors", or shards in "model.safetensors.index.<variant>.json".
 
         If LoRA matrices are both in the model's file and in the adapter's, as transformers saves them with an adapter attached,
         only the adapter's file is used.
@@ -96,25 +108,25 @@ class Checkpoint:
             raise CheckpointNotFoundError(
                 got=f"{str(folder)!r}, which is not a folder", expected="a checkpoint's folder", remedy="Check the path"
             )
-        stored = _read_model(folder)
-        has_adapter_file = (folder / _ADAPTER).exists()
+        stored = _read_model(folder, variant)
+        has_adapter_file = (folder / ADAPTER).exists()
         if has_adapter_file:
             stored = {key: entry for key, entry in stored.items() if not is_lora(key)}
         entries = {name: stored[key] for key, name in canonical_keys(stored).items()}
         if has_adapter_file:
             adapter_config, matrices = read_adapter(folder)
             return cls(folder, entries | matrices, adapter_config)
-        has_lora, has_config = any(map(is_lora, entries)), (folder / _ADAPTER_CONFIG).exists()
+        has_lora, has_config = any(map(is_lora, entries)), (folder / ADAPTER_CONFIG).exists()
         if has_config and not has_lora:
             _refuse_pickles(folder, "adapter_model")
         if has_lora != has_config:
-            present, absent = ("LoRA matrices", _ADAPTER_CONFIG) if has_lora else (_ADAPTER_CONFIG, _ADAPTER)
+            present, absent = ("LoRA matrices", ADAPTER_CONFIG) if has_lora else (ADAPTER_CONFIG, ADAPTER)
             raise CheckpointError(
                 got=f"{str(folder)!r} with {present} but no {absent}",
                 expected="an adapter's weights and its configuration, or neither",
                 remedy=f"Add the {absent} of the same adapter, or remove the {present}",
             )
-        return cls(folder, entries, load_json(folder / _ADAPTER_CONFIG) if has_config else None)
+        return cls(folder, entries, load_json(folder / ADAPTER_CONFIG) if has_config else None)
 
     def head_is_tied(self) -> bool:
         """Whether the output head is the input embedding: the file has only one of the two, or both with the same bytes.
@@ -135,39 +147,49 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, TensorEntry]]:
         UnsupportedError: tensors that are not LoRA matrices (DoRA magnitudes, biases, whole modules).
     """
     folder = Path(folder)
-    config = load_json(folder / _ADAPTER_CONFIG)
-    if not (folder / _ADAPTER).exists():
+    config = load_json(folder / ADAPTER_CONFIG)
+    if not (folder / ADAPTER).exists():
         _refuse_pickles(folder, "adapter_model")
-    stored = read_header(folder / _ADAPTER)
+    stored = read_header(folder / ADAPTER)
     matrices = {name: stored[key] for key, name in canonical_keys(stored).items()}
     others = [name for name in matrices if not is_lora(name)]
     if others:
         raise UnsupportedError(
-            got=f"{str(folder / _ADAPTER)!r} with {_list_up_to_ten(others)}",
+            got=f"{str(folder / ADAPTER)!r} with {list_up_to_ten(others)}",
             expected="LoRA matrices only (lora_A.weight and lora_B.weight)",
             remedy="Train the adapter without modules_to_save, DoRA and LoRA biases, or merge it into the model with peft first",
         )
     return config, matrices
 
 
-def _read_model(folder: Path) -> dict[str, TensorEntry]:
+def file_names(variant: str | None) -> tuple[str, str]:
+    """The names of the file of all weights, and of the index of shards."""
+    if not variant:
+        return _MODEL, _INDEX
+    if not re.fullmatch(r"[\w.-]+", variant):
+        raise InputError(got=f"variant={variant!r:.100}", expected="part of a file's name, such as 'fp16'", remedy="Check variant=")
+    return f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json"
+
+
+def _read_model(folder: Path, variant: str | None) -> dict[str, TensorEntry]:
     """Tensors of model.safetensors or, without that file, of the shards in the index, by their names in the files."""
-    if (folder / _MODEL).exists():
-        return read_header(folder / _MODEL)
-    if (folder / _INDEX).exists():
-        return _read_shards(folder)
+    model, index = file_names(variant)
+    if (folder / model).exists():
+        return read_header(folder / model)
+    if (folder / index).exists():
+        return _read_shards(folder / index)
     _refuse_pickles(folder, "")
-    adapter_only = (folder / _ADAPTER_CONFIG).exists()
-    base = load_json(folder / _ADAPTER_CONFIG).get("base_model_name_or_path") if adapter_only else None
+    adapter_only = (folder / ADAPTER_CONFIG).exists()
+    base = load_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") if adapter_only else None
     raise CheckpointNotFoundError(
         got=f"{str(folder)!r}, which has " + (f"an adapter for {base!r} and no model" if adapter_only else "no weights"),
-        expected=f"{_MODEL}, or {_INDEX} and its shards",
+        expected=f"{model}, or {index} and its shards",
         remedy="Load the model first and the adapter into it" if adapter_only else "Check the path, and that the download completed",
     )
 
 
-def _read_shards(folder: Path) -> dict[str, TensorEntry]:
-    index = folder / _INDEX
+def _read_shards(index: Path) -> dict[str, TensorEntry]:
+    folder = index.parent
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise _bad_index(index, "no weight_map from names to file names", "a weight_map")
@@ -200,19 +222,26 @@ def _refuse_pickles(folder: Path, prefix: str) -> None:
     names = sorted(path.name for pattern in _PICKLES for path in folder.glob(prefix + pattern))
     if names:
         raise CheckpointError(
-            got=f"{str(folder)!r} with {_list_up_to_ten(names)} and no safetensors file",
+            got=f"{str(folder)!r} with {list_up_to_ten(names)} and no safetensors file",
             expected="safetensors files; a pickle can run code when it is opened, so none is opened here",
             remedy="If you trust it, convert it with transformers (save_pretrained writes safetensors), or use a safetensors release",
         )
 
 
-def _list_up_to_ten(items: Iterable[str]) -> str:
+def list_up_to_ten(items: Iterable[str]) -> str:
     items = sorted(items)
     more = f" and {len(items) - 10} more" if len(items) > 10 else ""
     return ", ".join(items[:10]) + more
 
 
-def load_into(module: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device) -> None:
+def load_into(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    mismatched: list[tuple[str, torch.Size, torch.Size]] | None = None,
+) -> None:
     """Load a checkpoint into a module that was built on the meta device.
 
     Names and shapes are compared first, and nothing is allocated unless all match. A parameter with two names in the module (a
@@ -224,12 +253,18 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype |
         checkpoint: the weights.
         dtype: of floating-point tensors; None keeps the dtypes of the file. Integers always keep theirs.
         device: where the weights go.
+        mismatched: takes the name, the file's shape and the model's shape of weights whose shapes differ; they are then allocated
+            without values. Such a weight is an error if this is None.
 
     Raises:
         CheckpointError: names missing from the file or unknown to the module, different shapes, two different values for one
             tied weight, a file that cannot be read, or a tensor of the module that is in no file.
     """
-    plan = _plan(module, checkpoint)
+    plan = _plan(module, checkpoint, mismatched)
+    wanted = module.state_dict(keep_vars=True)
+    for name, _, shape in mismatched or ():
+        names = [other for other, tensor in wanted.items() if tensor is wanted[name]]
+        _replace(module, names, torch.empty(shape, dtype=dtype or checkpoint.entries[name].dtype, device=device))
     staging = staging_buffer(device)
     for path, tensors in groupby(plan, key=lambda item: item[0].file):
         with open_tensors(path) as file:
@@ -242,13 +277,13 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype |
     unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if unfilled:
         raise CheckpointError(
-            got=f"tensors that are in no file: {_list_up_to_ten(unfilled)}",
+            got=f"tensors that are in no file: {list_up_to_ten(unfilled)}",
             expected="non-persistent buffers with their values",
             remedy="Build them outside the meta device, in the module's constructor",
         )
 
 
-def _plan(module: nn.Module, checkpoint: Checkpoint) -> list[tuple[TensorEntry, list[str]]]:
+def _plan(module: nn.Module, checkpoint: Checkpoint, mismatched: list | None) -> list[tuple[TensorEntry, list[str]]]:
     """The tensors to read and their names in the module, in the order of the files. Raises if file and module do not match."""
     wanted = module.state_dict(keep_vars=True)  # with keep_vars, a tied parameter is one object under its names
     names_by_tensor: dict[int, list[str]] = {}
@@ -260,6 +295,10 @@ def _plan(module: nn.Module, checkpoint: Checkpoint) -> list[tuple[TensorEntry, 
         stored = [name for name in names if name in checkpoint.entries]
         if not stored:
             missing += [" or ".join(names)] if not is_optional(names[0]) else []
+            continue
+        shape = wanted[stored[0]].shape
+        if mismatched is not None and checkpoint.entries[stored[0]].shape != shape:
+            mismatched.append((stored[0], torch.Size(checkpoint.entries[stored[0]].shape), shape))
             continue
         for name in stored:
             entry, tensor = checkpoint.entries[name], wanted[name]
@@ -274,7 +313,7 @@ def _plan(module: nn.Module, checkpoint: Checkpoint) -> list[tuple[TensorEntry, 
     if missing or extra or wrong:
         raise CheckpointError(
             got=f"{str(checkpoint.folder)!r}: "
-            + "; ".join(f"{len(found)} weights {kind}: {_list_up_to_ten(found)}" for kind, found in findings.items() if found),
+            + "; ".join(f"{len(found)} weights {kind}: {list_up_to_ten(found)}" for kind, found in findings.items() if found),
             expected="the weights of the model that the configuration describes",
             remedy="Check that config.json and the weights belong together",
         )
@@ -291,110 +330,3 @@ def _replace(module: nn.Module, names: list[str], tensor: torch.Tensor) -> None:
         if isinstance(old, nn.Parameter) and value is tensor:
             value = nn.Parameter(tensor, requires_grad=old.requires_grad)
         setattr(owner, leaf, value)
-
-
-def save(
-    folder: str | Path,
-    tensors: dict[str, torch.Tensor],
-    *,
-    config: dict,
-    adapter_tensors: dict[str, torch.Tensor] | None = None,
-    adapter_config: dict | None = None,
-    max_shard_size: int | str = "50GB",
-) -> None:
-    """Write a checkpoint in the layout of the released folders, which every version of transformers reads.
-
-    Files are written under temporary names and renamed when all are complete, so that a full disk does not damage an earlier
-    checkpoint in the folder, which may be the one that the weights came from. Shards, index and adapter of an earlier save are
-    removed if they are not part of this one; other files are not touched.
-
-    Args:
-        folder: created if missing.
-        tensors: canonical name → weight, without LoRA matrices. A head that shares the embedding's memory is not written.
-        config: contents of config.json.
-        adapter_tensors: canonical name → LoRA matrix; None without an adapter.
-        adapter_config: contents of adapter_config.json; required with adapter_tensors.
-        max_shard_size: bytes, or a number with KB, MB or GB (powers of 1000). A larger tensor gets a shard of its own.
-
-    Raises:
-        CheckpointError: a name that is not canonical, a tensor without memory, an adapter without its weights or its
-            configuration, or a failure to write.
-    """
-    folder = Path(folder)
-    _check_names(tensors, lora=False)
-    _check_names(adapter_tensors or {}, lora=True)
-    if bool(adapter_tensors) != (adapter_config is not None):
-        raise CheckpointError(
-            got="an adapter's weights without its configuration, or the reverse", expected="both or neither", remedy="Pass both"
-        )
-    if HEAD in tensors and EMBEDDING in tensors and tensors[HEAD].data_ptr() == tensors[EMBEDDING].data_ptr():
-        tensors = {name: tensor for name, tensor in tensors.items() if name != HEAD}
-    shards = list(_split(tensors, _bytes_of(max_shard_size)))
-    names = [_MODEL] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    weights = dict(zip(names, shards, strict=True))
-    documents = {_CONFIG: config}
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {name: file for file, shard in weights.items() for name in shard}
-        documents[_INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    if adapter_tensors:
-        weights[_ADAPTER] = {f"base_model.model.{name}": tensor for name, tensor in adapter_tensors.items()}
-        documents[_ADAPTER_CONFIG] = adapter_config
-    _write(folder, weights, documents)
-
-
-def _write(folder: Path, weights: dict[str, dict[str, torch.Tensor]], documents: dict[str, dict]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Inside the folder, because a rename is atomic only within one file system.
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
-            for name, content in documents.items():
-                Path(staging, name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            for name, tensors in weights.items():
-                save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, Path(staging, name), {"format": "pt"})
-                # safetensors makes its files readable only by the owner; use the permissions of the configuration instead.
-                Path(staging, name).chmod(Path(staging, _CONFIG).stat().st_mode)
-            for name in (*weights, *documents):
-                Path(staging, name).replace(folder / name)
-        earlier = {path.name for path in folder.glob("model-*-of-*.safetensors")} | {_MODEL, _INDEX, _ADAPTER, _ADAPTER_CONFIG}
-        for name in earlier - weights.keys() - documents.keys():
-            (folder / name).unlink(missing_ok=True)
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            got=f"{str(folder)!r}, which could not be written: {error}",
-            expected="a writable folder with enough free space, dense tensors that share no memory, and JSON values",
-            remedy="Check the path, its permissions and the free disk space",
-        ) from error
-
-
-def _check_names(tensors: dict[str, torch.Tensor], *, lora: bool) -> None:
-    wrong = [name for name, tensor in tensors.items() if canonical(name) != name or is_lora(name) != lora or tensor.is_meta]
-    if wrong:
-        raise CheckpointError(
-            got=f"{len(wrong)} tensors to save: {_list_up_to_ten(wrong)}",
-            expected=f"tensors with values and with canonical names {'of LoRA matrices' if lora else 'other than of LoRA matrices'}",
-            remedy="Rename them with granite_speech.checkpoints.weight_names.canonical_keys, and pass LoRA matrices as adapter_tensors",
-        )
-
-
-def _split(tensors: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    shard, nbytes = {}, 0
-    for name, tensor in tensors.items():
-        if shard and nbytes + tensor.nbytes > limit:
-            yield shard
-            shard, nbytes = {}, 0
-        shard[name] = tensor
-        nbytes += tensor.nbytes
-    yield shard
-
-
-def _bytes_of(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)B\s*", size)
-    if found is None:
-        raise InputError(got=f"max_shard_size={size!r}", expected="bytes, or a number with KB, MB or GB", remedy="Pass for example '5GB'")
-    return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])

@@ -24,6 +24,9 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    force_download: bool = False,
+    subfolder: str | Path | None = "",
+    weights: bool = True,
 ) -> Path:
     """The local folder of a checkpoint, which is downloaded into the hub's cache if needed.
 
@@ -35,14 +38,17 @@ def resolve(
         cache_dir: the hub's cache; None is Hugging Face's default (`HF_HOME`).
         local_files_only: use only the cache, not the network.
         token: access token for private and gated repositories; None uses that of the logged-in account.
+        force_download: download the files again, even if the cache has them.
+        subfolder: the checkpoint's place in the folder or repository; "" and None are its top.
+        weights: also download the weights; without them a configuration or a processor is there sooner.
 
     Returns:
-        The folder. Its files may be links into the cache.
+        The folder, `subfolder` included. Its files may be links into the cache.
 
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision, no permission, or neither network nor cached files.
         CheckpointError: the path is a file, or the download failed.
-        InputError: the name is neither a string nor a Path.
+        InputError: the name is neither a string nor a Path, or `subfolder` leads out of the folder.
         MissingDependencyError: huggingface_hub is needed and not installed.
     """
     if not isinstance(name_or_path, str | Path):
@@ -51,11 +57,12 @@ def resolve(
             expected="a string or a pathlib.Path",
             remedy="Pass a folder, or a hub id such as 'ibm-granite/granite-speech-3.3-2b'",
         )
+    inside = _inside(subfolder)
     if name_or_path == EMBEDDED and not Path(EMBEDDED, "config.json").is_file():
-        return EMBEDDED_FOLDER
+        return _existing(EMBEDDED_FOLDER, inside)
     path = Path(name_or_path).expanduser()
     if name_or_path != "" and path.is_dir():  # Path("") would be the working directory
-        return path
+        return _existing(path, inside)
     if path.is_file():
         raise CheckpointError(
             got=f"{str(path)!r}, which is a file",
@@ -68,10 +75,33 @@ def resolve(
             expected='an existing folder, or a hub id of the form "owner/name"',
             remedy="Check the path, or pass a hub id such as 'ibm-granite/granite-speech-3.3-2b'",
         )
-    return _download(name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+    options = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
+    return _existing(_download(name_or_path, inside, weights, revision=revision, local_files_only=local_files_only, **options), inside)
 
 
-def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **options) -> Path:
+def _inside(subfolder: str | Path | None) -> str:
+    """The subfolder with "/" between its parts; "" for none."""
+    path = Path(subfolder or "") if isinstance(subfolder, str | Path | None) else None
+    if path is None or path.is_absolute() or ".." in path.parts:
+        raise InputError(
+            got=f"subfolder={subfolder!r:.100}",
+            expected="a relative path inside the folder or repository",
+            remedy="Pass for example subfolder='checkpoint-500'",
+        )
+    return "" if path == Path() else path.as_posix()
+
+
+def _existing(folder: Path, inside: str) -> Path:
+    if inside and not (folder / inside).is_dir():
+        raise CheckpointNotFoundError(
+            got=f"subfolder={inside!r} of {str(folder)!r}, which does not exist",
+            expected="an existing subfolder",
+            remedy="Check subfolder=",
+        )
+    return folder / inside if inside else folder
+
+
+def _download(repo_id: str, inside: str, weights: bool, *, revision: str | None, local_files_only: bool, **options) -> Path:
     try:
         import huggingface_hub as hub
     except ImportError as error:
@@ -80,13 +110,14 @@ def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **o
             expected="huggingface_hub, which downloads checkpoints",
             remedy="Install it (pip install huggingface_hub), or pass a local folder",
         ) from error
+    prefix = f"{inside}/" if inside else ""
     try:
         folder = hub.snapshot_download(
             repo_id,
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
+            allow_patterns=[prefix + pattern for pattern in _WANTED if weights or pattern != "*.safetensors"],
+            ignore_patterns=[prefix + pattern for pattern in _UNWANTED],
             **options,
         )
     except Exception as error:

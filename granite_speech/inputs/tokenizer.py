@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from granite_speech.checkpoints.folder import load_json
+from granite_speech.checkpoints.call_options import check_unused
+from granite_speech.checkpoints.folder import load_json, resolve
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError, UnsupportedError
 from granite_speech.inputs.chat_template import LONGEST_PROMPT, read_chat_template, render_chat_template, write_chat_template, write_text
 from granite_speech.inputs.features import BatchFeature
@@ -63,6 +64,12 @@ class GraniteSpeechTokenizer:
             token = self.special_tokens.get(role)
             setattr(self, role, token)
             setattr(self, f"{role}_id", None if token is None else backend.token_to_id(token))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "GraniteSpeechTokenizer":
+        """As `from_folder`, also of a hub id."""
+        check_unused(options, "GraniteSpeechTokenizer.from_pretrained")
+        return cls.from_folder(resolve(pretrained_model_name_or_path))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "GraniteSpeechTokenizer":

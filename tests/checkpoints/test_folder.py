@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from granite_speech.checkpoints import tensor_file
-from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, save
+from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json
+from granite_speech.checkpoints.writing import save
 from granite_speech.errors import CheckpointError, InputError
 from tests.support.paths import ROOT
 

@@ -272,3 +272,24 @@ def test_the_hubs_environment_variable_is_used(hub, tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], cwd=root, env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, MAIN + "\n"), done.stderr
+
+
+def test_a_subfolder_of_a_folder_and_of_a_repository(hub, tmp_path):
+    (tmp_path / "all" / "checkpoint-5").mkdir(parents=True)
+    assert resolve(tmp_path / "all", subfolder="checkpoint-5") == tmp_path / "all" / "checkpoint-5"
+    assert resolve(tmp_path / "all", subfolder="") == resolve(tmp_path / "all", subfolder=None) == tmp_path / "all"
+    found = resolve("ibm/sharded", subfolder="onnx", cache_dir=tmp_path / "cache")
+    assert found.name == "onnx" and {path.name for path in found.iterdir()} == {"config.json"}
+    for name in (tmp_path / "all", "ibm/sharded"):
+        with pytest.raises(CheckpointNotFoundError, match=r"subfolder='nowhere'.* Check subfolder="):
+            resolve(name, subfolder="nowhere", cache_dir=tmp_path / "cache")
+        for bad in ("../all", "/etc", 3):
+            with pytest.raises(InputError, match="subfolder"):
+                resolve(name, subfolder=bad)
+
+
+def test_files_can_be_downloaded_again(hub, tmp_path):
+    resolve("ibm/single", cache_dir=tmp_path)
+    hub.paths.clear()
+    resolve("ibm/single", cache_dir=tmp_path, force_download=True)
+    assert len([path for path in hub.paths if path.startswith("GET") and "/resolve/" in path]) == len(SINGLE)

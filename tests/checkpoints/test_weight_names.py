@@ -10,8 +10,9 @@ from transformers import GraniteSpeechConfig, GraniteSpeechForConditionalGenerat
 from transformers.utils import logging
 
 from granite_speech.checkpoints import weight_names
-from granite_speech.checkpoints.folder import Checkpoint, read_adapter, save
+from granite_speech.checkpoints.folder import Checkpoint, read_adapter
 from granite_speech.checkpoints.tensor_file import open_tensors, read_tensor, staging_buffer
+from granite_speech.checkpoints.writing import save
 from granite_speech.errors import CheckpointError
 
 logging.set_verbosity_error()

@@ -1,0 +1,83 @@
+"""Methods that transformers gives every model: counting parameters, and settings of its other implementations."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from granite_speech.checkpoints.call_options import check_unused
+from granite_speech.checkpoints.upload import PushToHub
+from granite_speech.config import GraniteSpeechConfig
+
+__all__ = ["ModelMethods"]
+
+
+class ModelMethods(nn.Module, PushToHub):
+    """Parameters in numbers and bytes, where the model came from, and options that change nothing here."""
+
+    config: GraniteSpeechConfig
+    config_class: ClassVar[type[GraniteSpeechConfig]] = GraniteSpeechConfig
+    base_model_prefix: ClassVar[str] = "model"
+    main_input_name: ClassVar[str] = "input_ids"
+    model_tags: list[str] | None = None
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the weights came from: a folder or a hub id; "" if from neither."""
+        return self.config.name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, value: Any) -> None:
+        self.config.name_or_path = value
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters; a tied one counts once.
+
+        Args:
+            only_trainable: count only those that require a gradient.
+            exclude_embeddings: leave out the weights of embedding layers.
+        """
+        embeddings = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
+        return sum(
+            parameter.numel()
+            for name, parameter in self.named_parameters()
+            if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and name in embeddings)
+        )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, and of the buffers unless `return_buffers` is False."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def add_model_tags(self, tags: str | Iterable[str]) -> None:
+        """Add tags that `push_to_hub` writes into the model card."""
+        new = [tags] if isinstance(tags, str) else list(tags)
+        self.model_tags = list(dict.fromkeys([*(self.model_tags or ()), *new]))
+
+    def push_to_hub(self, repo_id: str, *, tags: Iterable[str] | None = None, **options: Any) -> str:
+        """As `PushToHub.push_to_hub`, with the tags of `add_model_tags`."""
+        every = list(dict.fromkeys([*(tags or ()), *(self.model_tags or ())]))
+        return super().push_to_hub(repo_id, tags=every or None, **options)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False) -> None:
+        """Accepts transformers' names, which all compute the same here; `config._attn_implementation` records it.
+
+        Raises:
+            InputError: an unknown name.
+        """
+        check_unused({"attn_implementation": attn_implementation}, "set_attn_implementation")
+        self.config._attn_implementation = attn_implementation
+
+    def post_init(self) -> None:
+        """transformers initialises a model's weights here; a model of this package has done so."""
+
+    def init_weights(self) -> None:
+        """Random weights in place of the present ones."""
+        self.initialize_weights()
+
+    def _record_dtype(self) -> None:
+        """Write the weights' dtype into the configuration and its parts, as transformers does."""
+        dtype = next((one.dtype for one in self.parameters() if one.is_floating_point()), torch.get_default_dtype())
+        for config in (self.config, *(getattr(self.config, name) for name in self.config.sub_configs)):
+            config.dtype = dtype
