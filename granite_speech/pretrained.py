@@ -8,6 +8,8 @@ from warnings import warn
 import torch
 from torch import nn
 
+from granite_speech.adapters import Adapters
+from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_adapter
 from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve, save
 from granite_speech.checkpoints.weight_names import HEAD, is_lora
 from granite_speech.config import GraniteSpeechConfig
@@ -18,12 +20,18 @@ from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_ada
 __all__ = ["Pretrained", "choose_device", "choose_dtype"]
 
 
-class Pretrained(nn.Module):
-    """Initialising, loading and saving weights, for the two public models."""
+class Pretrained(Adapters):
+    """Initialising, loading and saving weights, for the two public models.
+
+    Attributes:
+        name_or_path: what the model was loaded from; peft writes it into its adapters' configurations.
+        is_gradient_checkpointing: whether the backward pass computes activations again.
+    """
 
     config: GraniteSpeechConfig
     generation_config: dict[str, Any] | None = None
-    adapter_config: AdapterConfig | None = None
+    name_or_path: str = ""
+    is_gradient_checkpointing = False
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -56,7 +64,8 @@ class Pretrained(nn.Module):
         allocated; a weight that is not in the files is an error.
 
         Args:
-            name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`).
+            name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b" (`hub.resolve`). It may hold
+                only an adapter, as peft saves it; the model named there is then loaded with this adapter in place of its own.
             revision, cache_dir, local_files_only, token: of the hub.
             dtype: of the weights; "auto" and None take the configuration's, or if it has none the file's.
             torch_dtype: the earlier name of `dtype`.
@@ -76,6 +85,9 @@ class Pretrained(nn.Module):
             )
         target = choose_device(device, device_map)
         folder = resolve(name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        adapter_folder = folder if is_only_adapter(folder) else None
+        if adapter_folder is not None:
+            folder, name_or_path = base_of_adapter(folder, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         values = load_json(folder / "config.json")
         config = config_from_dict(values)
         if not isinstance(config, GraniteSpeechConfig):
@@ -86,9 +98,12 @@ class Pretrained(nn.Module):
             )
         wanted = choose_dtype(dtype if dtype is not None else torch_dtype, values)
         checkpoint = Checkpoint.open(folder)
+        if adapter_folder is not None:
+            checkpoint = checkpoint.with_adapter(adapter_folder)
         model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values)
         if (folder / "generation_config.json").is_file():
             model.generation_config = load_json(folder / "generation_config.json")
+        model.name_or_path = str(name_or_path)
         return model.eval()
 
     @classmethod
@@ -136,6 +151,12 @@ class Pretrained(nn.Module):
             save_directory: created if missing; nothing in it is replaced before everything is written.
             max_shard_size: bytes, or a number with KB, MB or GB.
         """
+        if len(self._adapters.active) > 1:
+            raise InputError(
+                got=f"the active adapters {self._adapters.active}",
+                expected="one active adapter, because a folder holds one",
+                remedy="Call set_adapter with each name and save to a folder of its own",
+            )
         tensors = self.canonical_state_dict()
         lora = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
         base = {name: tensor for name, tensor in tensors.items() if not is_lora(name)}

@@ -228,7 +228,7 @@ ORDER = (
     ("modules",),
     ("generation",),
     ("engine",),
-    ("model", "pretrained"),
+    ("adapters", "model", "peft_layers", "pretrained"),
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),
