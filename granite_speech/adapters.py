@@ -8,6 +8,7 @@ The active adapter is on for rows with audio. The others are kept aside (`LoraLi
 whichever adapter is active.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,25 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from granite_speech.checkpoints.folder import read_adapter, resolve
-from granite_speech.checkpoints.tensor_file import open_tensors, read_tensor, staging_buffer
+from granite_speech.adapter_tensors import AdapterLoadInfo, checked_paths, from_folder, from_tensors
 from granite_speech.checkpoints.weight_names import canonical_keys, canonical_path, is_lora
-from granite_speech.errors import CheckpointError, InputError, UnsupportedError
+from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_to, merge_adapter
 from granite_speech.modules.adapter_targets import ALL_LINEAR, target_paths, target_suffixes
 from granite_speech.peft_layers import complete, switch_layers, wrapped_layers
 
-__all__ = ["AdapterLoadInfo", "Adapters"]
+__all__ = ["Adapters"]
 
 
-@dataclass
-class AdapterLoadInfo:
-    """What `load_adapter` returns: all empty, because any difference is an error here. The names are those of transformers."""
-
-    missing_keys: set[str] = field(default_factory=set)
-    unexpected_keys: set[str] = field(default_factory=set)
-    mismatched_keys: set[str] = field(default_factory=set)
-    error_msgs: list[str] = field(default_factory=list)
+_WITHOUT_NAME = re.compile(r"(\.lora_[A-Za-z_]+)\.(weight|bias)$")
 
 
 @dataclass
@@ -135,9 +128,7 @@ class Adapters(nn.Module):
         chosen = target_paths(modules, config.raw)
         if str(config.raw["target_modules"]).lower() == ALL_LINEAR:
             config = AdapterConfig.from_dict(config.raw | {"target_modules": target_suffixes(modules, chosen)})
-        attach_to({path: modules[path] for path in chosen}, config, name)
-        for path in chosen:
-            _initialize(modules[path], name, initial)
+        attach_to({path: modules[path] for path in chosen}, config, name, False if initial is None else initial)
         self._keep(name, config, trainable=True)
 
     def load_adapter(
@@ -174,9 +165,9 @@ class Adapters(nn.Module):
         swaps = self._swaps(hotswap, adapter_name)
         name = adapter_name if swaps else self._new_name(adapter_name)
         if peft_model_id is not None and peft_config is None and adapter_state_dict is None:
-            config, tensors = _from_folder(peft_model_id, options)
+            config, tensors = from_folder(peft_model_id, options)
         elif peft_config is not None and adapter_state_dict is not None:
-            config, tensors = AdapterConfig.read(peft_config), _from_tensors(adapter_state_dict)
+            config, tensors = AdapterConfig.read(peft_config), from_tensors(adapter_state_dict)
         else:
             raise InputError(
                 got="neither a folder nor both peft_config and adapter_state_dict",
@@ -184,7 +175,7 @@ class Adapters(nn.Module):
                 remedy="Pass the folder that peft saved",
             )
         layers = self._modules_by_path()
-        paths = _checked_paths(tensors, layers, config)
+        paths = checked_paths(tensors, layers, config)
         attach_to({path: layers.get(path) for path in paths}, config, name)
         with torch.no_grad():
             for path in paths:
@@ -295,10 +286,13 @@ class Adapters(nn.Module):
             switch_layers(self, has_audio)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        # As part of peft's model: adapters trained with transformers have the names of its modules.
+        # As part of peft's model: adapters trained with transformers have the names of its modules. peft adds the adapter's name only
+        # to names that it knows; the newest adapter is the one that it is loading.
         for key in [key for key in state_dict if prefix and key.startswith(prefix)]:
             path = self._own_path(key.removeprefix(prefix))
             if path is not None and f"{prefix}{path}" not in state_dict:
+                if self._adapters.by_peft:
+                    path = _WITHOUT_NAME.sub(rf"\1.{list(self._adapters.configs)[-1]}.\2", path)
                 state_dict[f"{prefix}{path}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
@@ -377,63 +371,3 @@ class Adapters(nn.Module):
         switch_layers(self, on)
         for layer in self._layers():
             layer.adapter_enabled = on
-
-
-def _initialize(layer: LoraLinear, name: str, initial: Any) -> None:
-    """Draws numbers in peft's order, so that the same seed gives the same adapter."""
-    one = layer.adapters[name]
-    if initial == "gaussian":
-        nn.init.normal_(one.a.weight, std=1 / one.a.out_features)
-    elif initial:
-        one.a.reset_parameters()
-    else:
-        one.b.reset_parameters()
-
-
-def _from_folder(name_or_path: str | Path, options: dict[str, Any]) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    accepted = ("revision", "token", "cache_dir", "local_files_only")
-    hub = {name: options.pop(name) for name in accepted if name in options}
-    subfolder = options.pop("subfolder", None) or ""
-    if unknown := [name for name, value in options.items() if value not in (None, False, "auto") and name != "use_safetensors"]:
-        raise InputError(
-            got=f"the options {', '.join(sorted(unknown))} for load_adapter",
-            expected=", ".join((*accepted, "subfolder")),
-            remedy="Remove them; an adapter is read to where the model is",
-        )
-    folder = resolve(name_or_path, **hub) / subfolder
-    values, entries = read_adapter(folder)
-    config, tensors, staging = AdapterConfig.from_dict(values), {}, staging_buffer(torch.device("cpu"))
-    for name, entry in entries.items():
-        with open_tensors(entry.file) as file:
-            tensors[name] = read_tensor(file, entry, dtype=entry.dtype, device=torch.device("cpu"), staging=staging)
-    return config, tensors
-
-
-def _from_tensors(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {name: given[key] for key, name in canonical_keys(given).items()}
-    if others := [name for name in tensors if not is_lora(name)]:
-        raise UnsupportedError(
-            got=f"adapter_state_dict with {', '.join(others[:3])}",
-            expected="LoRA matrices only (lora_A.weight and lora_B.weight)",
-            remedy="Load whole modules with load_state_dict",
-        )
-    return tensors
-
-
-def _checked_paths(tensors: dict[str, Tensor], modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
-    """The layers that have tensors, once every tensor is known to fit."""
-    paths = sorted({name.rpartition(".lora_")[0] for name in tensors})
-    for path in paths:
-        layer = modules.get(path)
-        if not isinstance(layer, LoraLinear):
-            continue  # attach_to says what is wrong
-        expected = {"A": (config.rank(path), layer.in_features), "B": (layer.out_features, config.rank(path))}
-        for letter, shape in expected.items():
-            found = tensors.get(f"{path}.lora_{letter}.weight")
-            if found is None or tuple(found.shape) != shape:
-                raise CheckpointError(
-                    got=f"{path}.lora_{letter}.weight " + ("missing" if found is None else f"of shape {tuple(found.shape)}"),
-                    expected=f"shape {shape}",
-                    remedy="Check that the adapter is for this model, and that its adapter_config.json belongs to its tensors",
-                )
-    return paths

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from granite_speech.modules.adapter import AdapterConfig, Lora, LoraLinear
+from granite_speech.modules.adapter_targets import matches
 
 __all__ = ["complete", "switch_layers", "wrapped_layers"]
 
@@ -79,12 +80,13 @@ def _moved(module: LoraLinear, layer: nn.Module | None, name: str, one: Lora, la
 
 
 def _spare_head(model: nn.Module, head: str, config: Any) -> None:
+    """Take the adapter off the head if every other linear layer has one too, or is excluded: that is what "all-linear" becomes."""
     path, _, leaf = head.rpartition(".")
     owner = model.get_submodule(path) if head else None
     wrapped = None if owner is None else getattr(owner, leaf)
     if not isinstance(config.target_modules, set) or not hasattr(wrapped, "base_layer"):
         return
-    inside = {id(layer.base_layer) for layer in wrapped_layers(model) if hasattr(layer, "base_layer")}
-    if all(id(module) in inside for module in model.modules() if isinstance(module, LoraLinear)):
+    linear = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    if all(name.endswith(".base_layer") or matches(name, config.exclude_modules or ()) for name in linear):
         setattr(owner, leaf, wrapped.base_layer)
         config.target_modules = {name for name in config.target_modules if head != name and not head.endswith(f".{name}")}

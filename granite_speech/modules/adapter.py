@@ -246,11 +246,20 @@ class LoraLinear(nn.Linear):
         """Of the active adapter."""
         return self._active[0].dropout if self._active else 0.0
 
-    def attach(self, rank: int, scaling: float, dropout: float = 0.0, name: str = "default") -> None:
-        """Add an adapter on the weight's device and in its dtype, and make it the active one. B is zero, so it changes nothing yet."""
+    def attach(self, rank: int, scaling: float, dropout: float = 0.0, name: str = "default", initial: bool | str | None = None) -> None:
+        """Add an adapter on the weight's device and in its dtype, and make it the active one.
+
+        B is zero, so it changes nothing yet. `initial` gives peft's `init_lora_weights` (True, False or "gaussian") with peft's numbers for
+        the same seed; with False, B is random too.
+        """
         where = {"device": self.weight.device, "dtype": self.weight.dtype}
         a, b = LoraMatrix(self.in_features, rank, **where), LoraMatrix(rank, self.out_features, **where)
-        nn.init.zeros_(b.weight)
+        if initial is True:
+            a.reset_parameters()  # peft draws A twice
+        elif initial == "gaussian":
+            nn.init.normal_(a.weight, std=1 / rank)
+        if initial is not False:
+            nn.init.zeros_(b.weight)
         self.adapters[name] = Lora(a, b, scaling, dropout)
         self.activate([name])
 
@@ -335,8 +344,8 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, modules: Iterable[st
     attach_to({path: found.get(path) for path in modules}, config, name)
 
 
-def attach_to(modules: Mapping[str, nn.Module | None], config: AdapterConfig, name: str) -> None:
-    """As `attach_adapter`, for modules by their paths in the whole model."""
+def attach_to(modules: Mapping[str, nn.Module | None], config: AdapterConfig, name: str, initial: bool | str | None = None) -> None:
+    """As `attach_adapter`, for modules by their paths in the whole model; `initial` as for `LoraLinear.attach`."""
     for path, module in modules.items():
         if not isinstance(module, LoraLinear):
             raise UnsupportedError(
@@ -345,7 +354,7 @@ def attach_to(modules: Mapping[str, nn.Module | None], config: AdapterConfig, na
                 remedy="Merge the adapter into the weights with peft and load the merged folder",
             )
     for path, module in modules.items():
-        module.attach(config.rank(path), config.scaling(path), config.lora_dropout, name)
+        module.attach(config.rank(path), config.scaling(path), config.lora_dropout, name, initial)
 
 
 def merge_adapter(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from granite_speech.errors import InputError
 from granite_speech.modules.adapter import LoraLinear, known_paths
 
-__all__ = ["ALL_LINEAR", "target_paths", "target_suffixes"]
+__all__ = ["ALL_LINEAR", "matches", "target_paths", "target_suffixes"]
 
 ALL_LINEAR = "all-linear"
 
@@ -35,10 +35,10 @@ def target_paths(modules: dict[str, nn.Module], options: dict[str, Any]) -> list
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         found = [path for path, module in modules.items() if isinstance(module, LoraLinear)]
     else:
-        found = [path for path in modules if _matches(path, targets)]
+        found = [path for path in modules if matches(path, targets)]
     if not isinstance(targets, str) and options.get("layers_to_transform") is not None:
         found = [path for path in found if _is_in_layers(path, options["layers_to_transform"], options.get("layers_pattern"))]
-    found = [path for path in found if not (excluded and _matches(path, excluded))]
+    found = [path for path in found if not (excluded and matches(path, excluded))]
     if not found:
         raise InputError(
             got=f"target_modules={targets!r:.200}, which no module of this model matches",
@@ -60,7 +60,8 @@ def target_suffixes(modules: dict[str, nn.Module], chosen: Iterable[str]) -> lis
     return sorted(suffixes)
 
 
-def _matches(path: str, names: str | Iterable[str]) -> bool:
+def matches(path: str, names: str | Iterable[str]) -> bool:
+    """Whether a path is meant by a regular expression, or by one of several names or ends of paths."""
     spellings = known_paths(path)
     if not isinstance(names, str):
         return any(one == name or one.endswith(f".{name}") for one in spellings for name in names)
