@@ -35,9 +35,10 @@ Output = GraniteSpeechCausalLMOutputWithPast
 
 
 def _refuse_unknown(unknown: dict) -> None:
-    if unknown:
+    # None is what a wrapper passes on for an argument of another kind of model.
+    if given := sorted(name for name, value in unknown.items() if value is not None):
         raise InputError(
-            got=f"unknown arguments {', '.join(sorted(unknown))}",
+            got=f"unknown arguments {', '.join(given)}",
             expected="the arguments of transformers' GraniteSpeechForConditionalGeneration.forward",
             remedy="Remove them",
         )
@@ -60,7 +61,8 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
 
     def _follow(self, whole: "GraniteSpeechForConditionalGeneration") -> Self:
         """Share the modules and settings of `whole`, which owns them; no weight is copied."""
-        self.config, self.generation_config, self.adapter_config = whole.config, whole.generation_config, whole.adapter_config
+        self.config, self.generation_config, self.name_or_path = whole.config, whole.generation_config, whole.name_or_path
+        self.__dict__["_adapter_record"] = whole._adapters
         self.training = whole.training
         self.encoder, self.projector, self.language_model = whole.encoder, whole.projector, whole.language_model.model
         return self
@@ -74,6 +76,10 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
     def canonical_state_dict(self) -> dict[str, Tensor]:
         state = super().canonical_state_dict()
         return {name.replace("language_model.", "language_model.model.", 1): tensor for name, tensor in state.items()}
+
+    def _own_path(self, key: str) -> str | None:
+        path = super()._own_path(key)
+        return None if path is None else path.replace("language_model.model.", "language_model.", 1)
 
     @property
     def decoder(self) -> GraniteModel:

@@ -11,6 +11,8 @@ from warnings import warn
 import torch
 from torch import nn
 
+from granite_speech.adapters import Adapters
+from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_adapter
 from granite_speech.checkpoints.call_options import check_unused, pop_hub_options
 from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve
 from granite_speech.checkpoints.placement import choose_device, choose_dtype
@@ -26,12 +28,11 @@ from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_ada
 __all__ = ["Pretrained", "as_config"]
 
 
-class Pretrained(ModelMethods):
+class Pretrained(ModelMethods, Adapters):
     """Initialising, loading and saving weights, for the two public models."""
 
     config: GraniteSpeechConfig
     generation_config: dict[str, Any] | None = None
-    adapter_config: AdapterConfig | None = None
 
     def __init__(self, config: GraniteSpeechConfig):
         super().__init__()
@@ -94,7 +95,8 @@ class Pretrained(ModelMethods):
 
         Args:
             pretrained_model_name_or_path: a folder, "embedded", or a hub id such as "ibm-granite/granite-speech-3.3-2b"
-                (`hub.resolve`). None with `config` and `state_dict`.
+                (`hub.resolve`). It may hold only an adapter, as peft saves it; the model named there is then loaded with this adapter in
+                place of its own. None with `config` and `state_dict`.
             config: replaces the folder's config.json: a configuration of this package or of transformers, a dictionary, or a path.
             cache_dir, force_download, local_files_only, token, revision, subfolder: of the hub.
             ignore_mismatched_sizes: give weights whose shape in the file differs from the model's random values, instead of failing.
@@ -126,6 +128,10 @@ class Pretrained(ModelMethods):
         hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
         hub |= {"revision": revision, **pop_hub_options(kwargs)}
         folder = None if pretrained_model_name_or_path is None else resolve(pretrained_model_name_or_path, **hub, subfolder=subfolder)
+        adapter_folder = folder if folder is not None and is_only_adapter(folder) else None
+        if adapter_folder is not None:
+            del hub["revision"]  # of the adapter
+            folder, pretrained_model_name_or_path = base_of_adapter(folder, **hub)
         config, values = cls._config_for_call(config, folder, kwargs)
         wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype})
         mismatched: list[tuple] | None = [] if ignore_mismatched_sizes else None
@@ -135,6 +141,8 @@ class Pretrained(ModelMethods):
             raise InputError(got="no folder and no state_dict", expected="one of them", remedy="Pass a folder or hub id, or state_dict=")
         else:
             checkpoint = Checkpoint.open(folder, variant=variant)
+            if adapter_folder is not None:
+                checkpoint = checkpoint.with_adapter(adapter_folder)
             model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values, mismatched=mismatched)
         if folder is not None and (folder / "generation_config.json").is_file():
             model.generation_config = load_json(folder / "generation_config.json")
@@ -294,6 +302,12 @@ class Pretrained(ModelMethods):
         kwargs |= {"distributed_checkpoint": distributed_checkpoint}
         if not is_main_process:
             return
+        if len(self._adapters.active) > 1:
+            raise InputError(
+                got=f"the active adapters {self._adapters.active}",
+                expected="one active adapter, because a folder holds one",
+                remedy="Call set_adapter with each name and save to a folder of its own",
+            )
         tensors = self.canonical_state_dict() if state_dict is None else self._given_tensors(state_dict)
         lora = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
         base = {name: tensor for name, tensor in tensors.items() if not is_lora(name)}

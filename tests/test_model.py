@@ -262,7 +262,7 @@ REFUSED = {
     "nothing": ({}, "neither"),
     "ids and embeddings": ({"input_ids": prompt(0), "inputs_embeds": torch.zeros(1, 9, 48)}, "both"),
     "embeddings and features": ({"inputs_embeds": torch.zeros(1, 9, 48), "input_features": features(9)}, "input_ids"),
-    "unknown argument": (inputs_with(encoder_outputs=None, token_type_ids=1), "encoder_outputs, token_type_ids"),
+    "unknown argument": (inputs_with(encoder_outputs=(), token_type_ids=1), "encoder_outputs, token_type_ids"),
     "ids in lists": ({"input_ids": [[1, 2]]}, "input_ids of type list"),
     "rank of ids": ({"input_ids": prompt(0)[0]}, r"\(9,\)"),
     "dtype of ids": ({"input_ids": prompt(0).float()}, "float32"),

@@ -228,7 +228,7 @@ ORDER = (
     ("modules",),
     ("generation",),
     ("engine",),
-    ("model", "model_methods", "pretrained"),
+    ("adapter_tensors", "adapters", "embeddings", "model", "model_methods", "peft_layers", "pretrained"),
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),

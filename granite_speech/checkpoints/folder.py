@@ -128,6 +128,12 @@ class Checkpoint:
             )
         return cls(folder, entries, load_json(folder / ADAPTER_CONFIG) if has_config else None)
 
+    def with_adapter(self, folder: Path) -> "Checkpoint":
+        """The same model with the adapter in another folder, in place of its own."""
+        config, matrices = read_adapter(folder)
+        base = {name: entry for name, entry in self.entries.items() if not is_lora(name)}
+        return Checkpoint(self.folder, base | matrices, config)
+
     def head_is_tied(self) -> bool:
         """Whether the output head is the input embedding: the file has only one of the two, or both with the same bytes.
 

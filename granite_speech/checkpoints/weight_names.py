@@ -28,7 +28,7 @@ from collections.abc import Iterable
 
 from granite_speech.errors import CheckpointError
 
-__all__ = ["EMBEDDING", "HEAD", "canonical", "canonical_keys", "is_lora", "is_optional"]
+__all__ = ["EMBEDDING", "HEAD", "canonical", "canonical_keys", "canonical_path", "is_lora", "is_optional"]
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
@@ -52,15 +52,19 @@ def canonical(key: str) -> str | None:
     """
     if _RECOMPUTED.search(key):
         return None
-    name = _WRAPPERS.sub("", key.replace(".base_layer.", "."))
+    name = canonical_path(key.replace(".base_layer.", "."))
+    return key if name is None else _LORA.sub(r".lora_\1.weight", name)
+
+
+def canonical_path(key: str) -> str | None:
+    """The name from its anchor on, with the modules' names here and the rest unchanged; None without an anchor."""
+    name = _WRAPPERS.sub("", key)
     inside = _LANGUAGE_MODEL.sub("", name)
     if inside.startswith("lm_head."):
-        name = f"language_model.{inside}"
-    elif inside != name:
-        name = f"language_model.model.{inside}"
-    elif not name.startswith(("encoder.", "projector.")):
-        return key
-    return _LORA.sub(r".lora_\1.weight", name)
+        return f"language_model.{inside}"
+    if inside != name:
+        return f"language_model.model.{inside}"
+    return name if name.startswith(("encoder.", "projector.")) else None
 
 
 def canonical_keys(keys: Iterable[str]) -> dict[str, str]:

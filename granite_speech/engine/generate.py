@@ -76,6 +76,7 @@ class Generation:
             input_features_lengths=input_features_lengths,
             use_cache=True,
         )
+        self.switch_by_audio(input_features is not None)
         try:
             return self._answer(inputs, options, generation_config, generator, streamer, tokenizer)
         finally:

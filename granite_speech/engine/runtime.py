@@ -24,6 +24,9 @@ from granite_speech.modules.cache import PagePool
 
 __all__ = ["Runtime", "current_device"]
 
+# Attributes that decide which adapter a layer uses: of LoraLinear, and of peft's layers.
+_SWITCHES = {"adapter_enabled", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling"}
+
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -157,6 +160,8 @@ class _Weights:
         self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
         self._attributes = [vars(one) for one in modules]
         self._had_hooks = self.have_hooks()
+        self._switched = [table for table in self._attributes if not _SWITCHES.isdisjoint(table)]
+        self._switches = self._positions()
 
     def have_hooks(self) -> bool:
         """Whether Python code of somebody else runs with a module: a hook, or a forward of the module's own."""
@@ -165,9 +170,14 @@ class _Weights:
     def _contents(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._tables))]
 
+    def _positions(self) -> list[Any]:
+        values = (table[name] for table in self._switched for name in _SWITCHES & table.keys())
+        return [tuple(one.items()) if isinstance(one, dict) else tuple(one) if isinstance(one, list) else one for one in values]
+
     def are_unchanged(self) -> bool:
         return (
             self.have_hooks() == self._had_hooks
+            and self._positions() == self._switches
             and len(contents := self._contents()) == len(self._values)
             and all(map(is_, contents, self._values))
             and all(tensor.data_ptr() == address for tensor, address in self._addresses)

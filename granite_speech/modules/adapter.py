@@ -7,7 +7,9 @@ LoRA: Hu et al., arXiv 2106.09685. Scaling, patterns and rank-stabilised scaling
 """
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -16,11 +18,11 @@ import torch.nn.functional as F
 from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
-from granite_speech.errors import CheckpointError, UnsupportedError
+from granite_speech.errors import CheckpointError, InputError, UnsupportedError
 from granite_speech.modules.module_patterns import ModulePatterns
 from granite_speech.modules.transfers import on_device
 
-__all__ = ["AdapterConfig", "LoraLinear", "attach_adapter", "merge_adapter"]
+__all__ = ["AdapterConfig", "Lora", "LoraLinear", "LoraMatrix", "attach_adapter", "attach_to", "known_paths", "merge_adapter"]
 
 # Options that change the arithmetic and are not supported. All other keys of the file concern training or bookkeeping.
 _REFUSED = (
@@ -105,14 +107,38 @@ class AdapterConfig:
         raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": lora_alpha, "target_modules": target_modules}
         return cls.from_dict(raw | {"bias": "none", "inference_mode": True, "lora_dropout": 0.0})
 
+    @classmethod
+    def read(cls, given: Any) -> "AdapterConfig":
+        """The configuration that a user gave: peft's `LoraConfig`, the contents of an adapter_config.json, or an AdapterConfig."""
+        if isinstance(given, cls):
+            return given
+        values = given.to_dict() if callable(getattr(given, "to_dict", None)) else given
+        if not isinstance(values, dict):
+            raise InputError(
+                got=f"an adapter's configuration of type {type(given).__name__}",
+                expected="peft's LoraConfig, or a dictionary with the contents of an adapter_config.json",
+                remedy="Pass LoraConfig(r=16, lora_alpha=32, target_modules=['q_proj', 'v_proj'])",
+            )
+        return cls.from_dict({name: _plain(value) for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of adapter_config.json."""
+        return dict(self.raw)
+
+    def __getattr__(self, name: str) -> Any:
+        # peft's other options, such as target_modules, are read from its LoraConfig as attributes.
+        if name.startswith("_") or name == "raw" or name not in self.raw:
+            raise AttributeError(f"this adapter's configuration has no {name!r}")
+        return self.raw[name]
+
     def rank(self, module: str) -> int:
         """Rank of the adapter of the module at this path."""
-        return self._ranks.find(_paths(module), self.r)
+        return self._ranks.find(known_paths(module), self.r)
 
     def scaling(self, module: str) -> float:
         """Factor on the adapter's product in the module at this path."""
         rank = self.rank(module)
-        return self._alphas.find(_paths(module), self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self._alphas.find(known_paths(module), self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     @cached_property
     def _ranks(self) -> ModulePatterns:
@@ -123,8 +149,15 @@ class AdapterConfig:
         return ModulePatterns("alpha_pattern", self.alpha_pattern)
 
 
-def _paths(module: str) -> tuple[str, str]:
-    # A pattern refers to the module's path in the model that peft trained, which changed in transformers 5.10.
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: peft keeps module names in sets, and types in enumerations."""
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value) if isinstance(value, set | frozenset) else list(value)
+    return value.value if isinstance(value, Enum) else value
+
+
+def known_paths(module: str) -> tuple[str, str]:
+    """A module's path here, and in transformers 5.10 and later. A pattern refers to the path in the model that peft trained."""
     return module, "model." + module.replace("language_model.model.", "language_model.", 1)
 
 
@@ -142,28 +175,100 @@ def _refuse_value(name: str, value: Any, expected: str) -> NoReturn:
     )
 
 
-class LoraLinear(nn.Linear):
-    """`nn.Linear` with an optional low-rank adapter.
+class LoraMatrix(nn.Module):
+    """`x Wᵀ`, as `nn.Linear` without bias and initialised like it.
 
-    Without an adapter, `lora_A` and `lora_B` are None. With one, they are linear layers without bias, so that parameters are named as in
-    the released adapter files: `lora_A.weight` `(rank, in_features)` and `lora_B.weight` `(out_features, rank)`.
+    It is not an `nn.Linear`, so that peft's `target_modules="all-linear"` does not put an adapter on an adapter.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter of one layer: `scaling · (x Aᵀ) Bᵀ`, with dropout of x in training."""
+
+    a: LoraMatrix
+    b: LoraMatrix
+    scaling: float
+    dropout: float
+
+    def product(self, x: Tensor, training: bool) -> Tensor:
+        """Computed in the adapter's dtype, which may be wider than that of x."""
+        wide = F.dropout(x.to(self.a.weight.dtype), self.dropout, training)
+        return self.b(self.a(wide)) * self.scaling
+
+    def delta(self) -> Tensor:
+        """What a merge adds to the weight, in float32 or wider."""
+        dtype = torch.promote_types(self.a.weight.dtype, torch.float32)
+        return self.b.weight.to(dtype) @ self.a.weight.to(dtype) * self.scaling
+
+
+class LoraLinear(nn.Linear):
+    """`nn.Linear` with low-rank adapters, usually one.
+
+    `lora_A` and `lora_B` are None, or the matrices of the active adapter, whose parameters are thus named as in the released adapter
+    files: `lora_A.weight` `(rank, in_features)` and `lora_B.weight` `(out_features, rank)`. Adapters that are not active are kept
+    aside: they move with the layer, but they are not in its state dict and its parameters.
+
+    Attributes:
+        adapters: all adapters by name.
+        adapter_enabled: False turns the active adapter off.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias)
-        self.lora_A: nn.Linear | None = None
-        self.lora_B: nn.Linear | None = None
-        self.scaling = 0.0
-        self.lora_dropout = 0.0
+        self.lora_A: LoraMatrix | None = None
+        self.lora_B: LoraMatrix | None = None
+        self.lora_more: nn.ModuleList | None = None  # A and B of further active adapters
+        self.adapters: dict[str, Lora] = {}
+        self.adapter_enabled = True
+        self._active: tuple[Lora, ...] = ()
         self._scaling_tensor: Tensor | None = None
 
-    def attach(self, rank: int, scaling: float, dropout: float = 0.0) -> None:
-        """Add an adapter on the weight's device and in its dtype. B is zero, so it changes nothing yet."""
+    @property
+    def scaling(self) -> float:
+        """Of the active adapter."""
+        return self._active[0].scaling if self._active else 0.0
+
+    @property
+    def lora_dropout(self) -> float:
+        """Of the active adapter."""
+        return self._active[0].dropout if self._active else 0.0
+
+    def attach(self, rank: int, scaling: float, dropout: float = 0.0, name: str = "default", initial: bool | str | None = None) -> None:
+        """Add an adapter on the weight's device and in its dtype, and make it the active one.
+
+        B is zero, so it changes nothing yet. `initial` gives peft's `init_lora_weights` (True, False or "gaussian") with peft's numbers for
+        the same seed; with False, B is random too.
+        """
         where = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **where)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, **where)
-        nn.init.zeros_(self.lora_B.weight)
-        self.scaling, self.lora_dropout = scaling, dropout
+        a, b = LoraMatrix(self.in_features, rank, **where), LoraMatrix(rank, self.out_features, **where)
+        if initial is True:
+            a.reset_parameters()  # peft draws A twice
+        elif initial == "gaussian":
+            nn.init.normal_(a.weight, std=1 / rank)
+        if initial is not False:
+            nn.init.zeros_(b.weight)
+        self.adapters[name] = Lora(a, b, scaling, dropout)
+        self.activate([name])
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make these adapters the active ones; names that this layer does not have are skipped."""
+        self._active = tuple(self.adapters[name] for name in names if name in self.adapters)
+        self.lora_A, self.lora_B = (self._active[0].a, self._active[0].b) if self._active else (None, None)
+        further = [matrix for one in self._active[1:] for matrix in (one.a, one.b)]
+        self.lora_more = nn.ModuleList(further) if further else None
         self._scaling_tensor = None
 
     def forward(self, x: Tensor, adapter_index: Tensor | None = None) -> Tensor:
@@ -173,10 +278,10 @@ class LoraLinear(nn.Linear):
             x: rows, in the weight's dtype.
             adapter_index: `(rows,)` int32, 0 for rows with the adapter and −1 for rows without; None: all rows use it.
         """
-        if self.lora_A is None:
+        if self.lora_A is None or not self.adapter_enabled:
             return F.linear(x, self.weight, self.bias)
-        if self.training and self.lora_dropout:
-            return F.linear(x, self.weight, self.bias) + self._dropped_out_product(x, adapter_index)
+        if not self._is_one_operation():
+            return self._in_parts(x, adapter_index)
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features), adapter_index).view(*x.shape[:-1], self.out_features)
         a, b = self.lora_A.weight.unsqueeze(0), self.lora_B.weight.unsqueeze(0)
@@ -185,12 +290,20 @@ class LoraLinear(nn.Linear):
             tensors = _autocast(tensors, torch.get_autocast_dtype(x.device.type))
         return OPERATIONS["lora_linear"].run(*tensors, self._scaling_on(x.device), adapter_index)
 
-    def _dropped_out_product(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
-        # Only the adapter's input has dropout, so base and adapter no longer share x and cannot be one operation.
-        product = self.lora_B(self.lora_A(F.dropout(x, self.lora_dropout))) * self.scaling
-        if adapter_index is None:
-            return product
-        return torch.where((adapter_index >= 0).view(*x.shape[:-1], 1), product, 0.0)
+    def _is_one_operation(self) -> bool:
+        # With dropout only the adapter's input changes, so base and adapter no longer share x. Adapters that train in float32 next to
+        # a bfloat16 weight share no dtype with it.
+        one = self._active[0]
+        return len(self._active) == 1 and not (self.training and one.dropout) and one.a.weight.dtype == self.weight.dtype
+
+    def _in_parts(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        for one in self._active:
+            product = one.product(x, self.training)
+            if adapter_index is not None:
+                product = torch.where((adapter_index >= 0).view(*x.shape[:-1], 1), product, 0.0)
+            out = (out + product).to(out.dtype)
+        return out
 
     def _scaling_on(self, device: torch.device) -> Tensor:
         # Not a buffer, because checkpoints do not have it. Cached, because a new tensor for each call would be a kernel launch.
@@ -200,16 +313,22 @@ class LoraLinear(nn.Linear):
                 self._scaling_tensor = on_device([self.scaling], device, dtype)
         return self._scaling_tensor
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraLinear":
+        for one in self.adapters.values():
+            if one not in self._active:
+                one.a._apply(fn), one.b._apply(fn)
+        return super()._apply(fn, recurse)
+
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the adapter's product to the weight, which affects all rows, and remove the adapter."""
-        if self.lora_A is None:
+        """Add the products of the active adapters to the weight, which affects all rows, and remove these adapters."""
+        if not self._active:
             return
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        product = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide) * self.scaling
-        self.weight.copy_((self.weight.to(wide) + product).to(self.weight.dtype))
-        self.lora_A = self.lora_B = self._scaling_tensor = None
-        self.scaling = self.lora_dropout = 0.0
+        for one in self._active:
+            self.weight.copy_((self.weight.to(wide) + one.delta()).to(self.weight.dtype))
+        self.adapters = {name: one for name, one in self.adapters.items() if one not in self._active}
+        self.activate([])
 
     def extra_repr(self) -> str:
         if self.lora_A is None:
@@ -223,28 +342,31 @@ def _autocast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Te
     return [one if one is None or one.dtype == torch.float64 else one.to(dtype) for one in tensors]
 
 
-def attach_adapter(model: nn.Module, config: AdapterConfig, modules: list[str]) -> None:
-    """Attach an adapter to the named modules.
+def attach_adapter(model: nn.Module, config: AdapterConfig, modules: Iterable[str], name: str = "default") -> None:
+    """Attach an adapter to the modules at these paths, under a name.
 
     Raises:
-        UnsupportedError: a name that is not a linear layer of the model.
+        UnsupportedError: a path that is not a linear layer of the model; nothing is attached then.
     """
-    for name in modules:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            module = None
+    found = dict(model.named_modules())
+    attach_to({path: found.get(path) for path in modules}, config, name)
+
+
+def attach_to(modules: Mapping[str, nn.Module | None], config: AdapterConfig, name: str, initial: bool | str | None = None) -> None:
+    """As `attach_adapter`, for modules by their paths in the whole model; `initial` as for `LoraLinear.attach`."""
+    for path, module in modules.items():
         if not isinstance(module, LoraLinear):
             raise UnsupportedError(
-                got=f"an adapter for {name!r}, " + ("not a module of this model" if module is None else f"a {type(module).__name__}"),
+                got=f"an adapter for {path!r}, " + ("not a module of this model" if module is None else f"a {type(module).__name__}"),
                 expected="adapters of linear layers of the encoder, the projector or the language model",
                 remedy="Merge the adapter into the weights with peft and load the merged folder",
             )
-        module.attach(config.rank(name), config.scaling(name), config.lora_dropout)
+    for path, module in modules.items():
+        module.attach(config.rank(path), config.scaling(path), config.lora_dropout, name, initial)
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Merge a model's adapters into its weights. Requests without audio then use them too."""
+    """Merge a model's active adapters into its weights. Requests without audio then use them too."""
     for module in model.modules():
         if isinstance(module, LoraLinear):
             module.merge()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.errors import ConfigError, InputError, UnsupportedError
-from granite_speech.modules import adapter
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.language_model import GraniteModel, Tokens
@@ -79,10 +78,6 @@ class SpeechToStates(nn.Module):
     def num_parameters(self) -> int:
         """Number of parameters; a tied one counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def merge_adapter(self) -> None:
-        """Add the adapter to the weights and remove it. It is then on for requests without audio too."""
-        adapter.merge_adapter(self)
 
     def get_audio_features(
         self, input_features: Tensor, input_features_lengths: list[int] | Tensor | None = None, return_dict: bool = True
