@@ -85,6 +85,10 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
     def decoder(self) -> GraniteModel:
         return self.language_model
 
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Put another language model without head in the place of the present one."""
+        self.language_model = decoder
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -146,7 +150,6 @@ class GraniteForCausalLM(_Generating, TextToStates):
         tied: whether the head's weight is the embedding's.
     """
 
-    base_model_prefix = "model"
     generation_config = None
 
     def __init__(self, config: GraniteConfig, tied: bool):
@@ -168,6 +171,10 @@ class GraniteForCausalLM(_Generating, TextToStates):
     @property
     def text_config(self) -> GraniteConfig:
         return self.config
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Put another language model without head in the place of the present one."""
+        self.model = decoder
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -269,6 +276,10 @@ class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, SpeechToSta
         super().train(mode)
         self.model.training = mode
         return self
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Put another language model without head in the place of the present one."""
+        self.language_model.model = decoder
 
     @property
     def lm_head(self) -> nn.Linear:

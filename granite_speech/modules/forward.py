@@ -7,7 +7,7 @@ hooks in the encoder or the projector, that part runs padded.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from granite_speech.config import GraniteConfig, GraniteSpeechConfig
 from granite_speech.errors import ConfigError, InputError
@@ -33,6 +33,17 @@ class SpeechToStates(TextToStates):
     @property
     def text_config(self) -> GraniteConfig:
         return self.config.text_config
+
+    def get_encoder(self, modality: str | None = None) -> GraniteSpeechCTCEncoder:
+        """The encoder of audio, the only one; `modality` may be "audio" or None."""
+        if modality not in (None, "audio"):
+            raise InputError(got=f"modality {modality!r}", expected="'audio' or None", remedy="Omit it")
+        return self.encoder
+
+    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
+        """Put another encoder in the place of the present one."""
+        self.get_encoder(modality)
+        self.encoder = encoder
 
     def get_audio_features(
         self,

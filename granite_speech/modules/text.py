@@ -54,7 +54,7 @@ class PackedPrompt:
 class TextToStates(GradientCheckpointing, nn.Module):
     """Base of the public models. A subclass says which module is its language model without head, and gives its configuration."""
 
-    main_input_name = "input_ids"
+    main_input_name, base_model_prefix = "input_ids", "model"
 
     @property
     def decoder(self) -> "TextToStates":
@@ -74,6 +74,15 @@ class TextToStates(GradientCheckpointing, nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.embed_tokens
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head; the model itself if it has none."""
+        return getattr(self, self.base_model_prefix, self)
+
+    def get_decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.decoder
 
     def num_parameters(self) -> int:
         """Number of parameters; a tied one counts once."""
