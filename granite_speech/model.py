@@ -1,47 +1,37 @@
 """Granite Speech: audio encoder, projector and language model, under transformers' names.
 
-`forward` takes the same padded batches as transformers' classes. They are packed at once, run packed from end to end, and
-padded again when a padded output is read. Rows of a batch share nothing but the weights. The adapter is on for rows that have
-audio.
+`forward` takes the same padded batches as transformers' classes. They are packed at once, run packed from end to end unless there
+are hooks (`modules/encoder.py` describes both layouts), and padded again when a padded output is read. Rows of a batch share
+nothing but the weights. The adapter is on for rows that have audio.
 """
 
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
-import torch
-import torch.nn.functional as F
-from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
 from granite_speech.checkpoints.folder import Checkpoint
 from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys
-from granite_speech.config import GraniteSpeechConfig
+from granite_speech.config import GraniteConfig, GraniteSpeechConfig
 from granite_speech.engine.generate import Generation
-from granite_speech.errors import InputError
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.forward import SpeechToStates
-from granite_speech.modules.language_model import GraniteForCausalLM, GraniteModel
-from granite_speech.modules.outputs import GraniteSpeechCausalLMOutputWithPast, GraniteSpeechModelOutputWithPast, Lazy
+from granite_speech.modules.head import check_labels, next_token_loss, padded_logits, project
+from granite_speech.modules.hooks import have_hooks
+from granite_speech.modules.language_model import GraniteModel
+from granite_speech.modules.outputs import (
+    CausalLMOutputWithPast,
+    GraniteSpeechCausalLMOutputWithPast,
+    GraniteSpeechModelOutputWithPast,
+    Lazy,
+)
 from granite_speech.modules.projector import GraniteSpeechEncoderProjector
-from granite_speech.modules.prompts import ModelInputs
-from granite_speech.modules.rows import Rows
-from granite_speech.modules.transfers import on_device, on_host
+from granite_speech.modules.prompts import ModelInputs, refuse_arguments
+from granite_speech.modules.text import TextToStates
 from granite_speech.pretrained import Pretrained
 
 __all__ = ["GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"]
-
-Output = GraniteSpeechCausalLMOutputWithPast
-
-
-def _refuse_unknown(unknown: dict) -> None:
-    # None is what a wrapper passes on for an argument of another kind of model.
-    if given := sorted(name for name, value in unknown.items() if value is not None):
-        raise InputError(
-            got=f"unknown arguments {', '.join(given)}",
-            expected="the arguments of transformers' GraniteSpeechForConditionalGeneration.forward",
-            remedy="Remove them",
-        )
 
 
 class GraniteSpeechModel(Pretrained, SpeechToStates):
@@ -61,11 +51,20 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
 
     def _follow(self, whole: "GraniteSpeechForConditionalGeneration") -> Self:
         """Share the modules and settings of `whole`, which owns them; no weight is copied."""
-        self.config, self.generation_config, self.name_or_path = whole.config, whole.generation_config, whole.name_or_path
+        self.__dict__["_owner"] = None
+        self.config, self.generation_config = whole.config, whole.generation_config
         self.__dict__["_adapter_record"] = whole._adapters
         self.training = whole.training
         self.encoder, self.projector, self.language_model = whole.encoder, whole.projector, whole.language_model.model
+        self.__dict__["_owner"] = whole
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner = self.__dict__.get("_owner")
+        if owner is not None and name in ("encoder", "projector", "language_model"):
+            place, name_there = (owner.language_model, "model") if name == "language_model" else (owner, name)
+            setattr(place, name_there, value)
+        super().__setattr__(name, value)
 
     @classmethod
     def _load(cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, **target) -> "GraniteSpeechModel":
@@ -84,6 +83,10 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
     @property
     def decoder(self) -> GraniteModel:
         return self.language_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Put another language model without head in the place of the present one."""
+        self.language_model = decoder
 
     def forward(
         self,
@@ -104,7 +107,7 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
         **unknown,
     ) -> GraniteSpeechModelOutputWithPast | tuple:
         """As `GraniteSpeechForConditionalGeneration.forward`, without labels and logits."""
-        _refuse_unknown(unknown)
+        refuse_arguments(unknown, "GraniteSpeechModel.forward")
         inputs = ModelInputs(
             input_ids=input_ids,
             input_features=input_features,
@@ -123,7 +126,120 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
         return output.to_tuple() if return_dict is False else output
 
 
-class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStates):
+class _Generating(Generation):
+    """Frees what `generate` keeps when the weights move or are trained."""
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.runtime.clear()  # training needs the memory of pages and graphs
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        self.runtime.clear()  # weights that move or change dtype leave their pages and graphs behind
+        return super()._apply(fn, recurse)
+
+
+class GraniteForCausalLM(_Generating, TextToStates):
+    """The language model with its head, as in transformers; `model` and `lm_head` as in the checkpoints.
+
+    It can be called and generates on its own. Rows given as embeddings use the adapter, rows of token ids do not.
+
+    Args:
+        config: of the language model.
+        tied: whether the head's weight is the embedding's.
+    """
+
+    generation_config = None
+
+    def __init__(self, config: GraniteConfig, tied: bool):
+        super().__init__()
+        self.config = config
+        self.model = GraniteModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def decoder(self) -> GraniteModel:
+        return self.model
+
+    @property
+    def language_model(self) -> Self:
+        return self
+
+    @property
+    def text_config(self) -> GraniteConfig:
+        return self.config
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Put another language model without head in the place of the present one."""
+        self.model = decoder
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """Embeddings of token ids of any shape."""
+        return self.model.embed_tokens(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(..., hidden)` → `(..., vocabulary)`, divided by `logits_scaling`."""
+        return self.lm_head(hidden) / self.config.logits_scaling
+
+    def next_logits(self, states: Tensor) -> Tensor:
+        """`(rows, hidden)` → `(rows, vocabulary)` logits of each row's next token; hooks of the head see `(rows, 1, hidden)`."""
+        return self.logits(states.unsqueeze(1)).squeeze(1) if have_hooks(self.lm_head) else self.logits(states)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PagedCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        num_items_in_batch: int | Tensor | None = None,
+        **unknown: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits of every position, and the loss if labels are given.
+
+        Args:
+            labels, logits_to_keep, num_items_in_batch: as for `GraniteSpeechForConditionalGeneration.forward`.
+
+        The others are those of `GraniteModel.forward`.
+        """
+        refuse_arguments(unknown, "GraniteForCausalLM.forward")
+        check_labels(labels, logits_to_keep)
+        headless = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+        )
+        logits, places = project(self, headless, logits_to_keep)
+        output = CausalLMOutputWithPast(
+            loss=None if labels is None else next_token_loss(logits, labels, headless.rows, num_items_in_batch),
+            logits=Lazy(lambda: padded_logits(logits, places)),
+            past_key_values=headless.past_key_values,
+            hidden_states=vars(headless)["hidden_states"],
+            attentions=vars(headless)["attentions"],
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, SpeechToStates):
     """Speech and text in, text out: a drop-in for transformers' class of this name.
 
     Modules have the released checkpoints' names: `encoder`, `projector`, `language_model.model`, `language_model.lm_head`.
@@ -157,15 +273,13 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         return headless._follow(self)
 
     def train(self, mode: bool = True) -> Self:
-        if mode:
-            self.runtime.clear()  # training needs the memory of pages and graphs
         super().train(mode)
         self.model.training = mode
         return self
 
-    def _apply(self, fn, recurse: bool = True) -> Self:
-        self.runtime.clear()  # weights that move or change dtype leave their pages and graphs behind
-        return super()._apply(fn, recurse)
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Put another language model without head in the place of the present one."""
+        self.language_model.model = decoder
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -203,7 +317,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         input_features_lengths: list[int] | Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **unknown,
-    ) -> Output | tuple:
+    ) -> GraniteSpeechCausalLMOutputWithPast | tuple:
         """Logits of every position, and the loss if labels are given.
 
         The head runs only on tokens that the attention mask keeps. `logits` and the other padded fields are padded when they
@@ -235,9 +349,8 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
         Raises:
             InputError: arguments that do not fit together or to the model.
         """
-        _refuse_unknown(unknown)
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise InputError(got="labels with logits_to_keep", expected="one of them", remedy="Omit logits_to_keep to get a loss")
+        refuse_arguments(unknown, "GraniteSpeechForConditionalGeneration.forward")
+        check_labels(labels, logits_to_keep)
         # Called as a module, so that hooks registered on `model.model` run.
         headless = self.model(
             input_ids=input_ids,
@@ -253,60 +366,16 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
             cache_position=cache_position,
             input_features_lengths=input_features_lengths,
         )
-        rows, states = headless.rows, headless.states_to_project()
-        places = rows.places(_kept_columns(logits_to_keep, rows.width))
-        kept = places[places >= 0]
-        if not torch.equal(kept, torch.arange(len(states))):
-            states = states.index_select(0, on_device(kept, states.device))
-        logits = self.language_model.logits(states)
-        output = Output(
-            loss=None if labels is None else _next_token_loss(logits, labels, rows, num_items_in_batch),
-            logits=Lazy(lambda: _padded_logits(logits, places)),
+        logits, places = project(self.language_model, headless, logits_to_keep)
+        output = GraniteSpeechCausalLMOutputWithPast(
+            loss=None if labels is None else next_token_loss(logits, labels, headless.rows, num_items_in_batch),
+            logits=Lazy(lambda: padded_logits(logits, places)),
             past_key_values=headless.past_key_values,
             hidden_states=vars(headless)["hidden_states"],
             attentions=vars(headless)["attentions"],
             audio_hidden_states=vars(headless)["audio_hidden_states"],
         )
         return output.to_tuple() if return_dict is False else output
-
-
-def _kept_columns(logits_to_keep: int | Tensor, width: int) -> range | Tensor:
-    """Numbers of the columns to return logits for."""
-    if not isinstance(logits_to_keep, Tensor):
-        return range(width)[-logits_to_keep:]
-    (columns,) = on_host(logits_to_keep)
-    return columns.nonzero().squeeze(1) if columns.dtype == torch.bool else columns
-
-
-def _padded_logits(logits: Tensor, places: Tensor) -> Tensor:
-    """`(kept, vocabulary)` → `(batch, columns, vocabulary)`, zero where `places` is −1."""
-    if bool((places >= 0).all()):
-        return logits.view(*places.shape, logits.shape[1])
-    filled = on_device((places >= 0).flatten().nonzero().squeeze(1), logits.device)
-    return logits.new_zeros(places.numel(), logits.shape[1]).index_copy(0, filled, logits).view(*places.shape, logits.shape[1])
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor, rows: Rows, num_items: int | Tensor | None) -> Tensor:
-    """Cross entropy of each label given the tokens before it in its row: the mean, or the sum divided by `num_items`.
-
-    Labels of −100 do not count.
-
-    A label counts if the attention mask keeps its own column and the one before. After left padding, a row's first token thus
-    has no prediction, as in the unpadded row.
-    """
-    shape = (len(rows.segments.lengths), rows.width)
-    if labels.shape != shape:
-        raise InputError(got=f"labels of shape {tuple(labels.shape)}", expected=f"{shape}, as input_ids", remedy="Pad both in the same way")
-    columns = rows.kept[1:]
-    follows = (columns == rows.kept[:-1] + 1) & (columns % max(rows.width, 1) != 0)
-    answers = labels.flatten().index_select(0, on_device(columns[follows], labels.device))
-    logits = logits.index_select(0, on_device(follows.nonzero().squeeze(1), logits.device))
-    logits, answers = logits.to(accumulator(logits.dtype)), on_device(answers, logits.device)
-    if num_items is None:
-        return F.cross_entropy(logits, answers, ignore_index=-100)
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(logits.device)
-    return F.cross_entropy(logits, answers, ignore_index=-100, reduction="sum") / num_items
 
 
 # transformers has its own class for `granite_speech_plus`; here only the configuration differs.

@@ -89,7 +89,7 @@ def test_a_decode_step_runs_with_fake_tensors():
         rows = Segments((1,) * 4, device)
         step = PagedCache(config.text_config, 4, dtype=torch.float32, device=device).begin(rows)
         tokens = Tokens(segments=rows, positions=on_device([0] * 4, device), adapter_index=on_device([0, -1, 0, -1], device), step=step)
-        logits = model.language_model.logits(model.decoder(model.embed_tokens(on_device([3] * 4, device)), tokens))
+        logits = model.language_model.logits(model.language_states(model.embed_tokens(on_device([3] * 4, device)), tokens))
     assert (logits.shape, logits.device.type) == ((4, config.text_config.vocab_size), "cuda")
 
 

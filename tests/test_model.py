@@ -237,7 +237,7 @@ def test_batch_norm_in_training_ignores_padding(model):
     from granite_speech.modules.packing import Segments
 
     frames = torch.randn(23, 32)
-    packed = conv(frames, Segments((9, 14), frames.device))
+    packed = conv(frames, clips=Segments((9, 14), frames.device))
     hidden = torch.nn.functional.glu(torch.nn.functional.linear(conv.norm(frames), conv.up_conv.weight[:, :, 0], conv.up_conv.bias))
     k = conv.depth_conv.conv.weight.shape[-1]
     rows = [
@@ -262,7 +262,7 @@ REFUSED = {
     "nothing": ({}, "neither"),
     "ids and embeddings": ({"input_ids": prompt(0), "inputs_embeds": torch.zeros(1, 9, 48)}, "both"),
     "embeddings and features": ({"inputs_embeds": torch.zeros(1, 9, 48), "input_features": features(9)}, "input_ids"),
-    "unknown argument": (inputs_with(encoder_outputs=(), token_type_ids=1), "encoder_outputs, token_type_ids"),
+    "unknown argument": (inputs_with(encoder_outputs=None, token_type_ids=1), "unknown arguments token_type_ids"),
     "ids in lists": ({"input_ids": [[1, 2]]}, "input_ids of type list"),
     "rank of ids": ({"input_ids": prompt(0)[0]}, r"\(9,\)"),
     "dtype of ids": ({"input_ids": prompt(0).float()}, "float32"),

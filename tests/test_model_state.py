@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_a_failed_call_can_be_repeated(monkeypatch, where):
             if where == "the cache":
                 OutOfMemory(patch, 1)
             else:
-                patch.setattr(model.decoder.layers[1].mlp, "forward", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+                patch.setattr(model.decoder.layers[1].mlp, "forward", Mock(side_effect=torch.OutOfMemoryError("CUDA")))
             with pytest.raises(torch.OutOfMemoryError):
                 model(**long)
         assert torch.equal(continued(model, inputs, cache), expected)
@@ -209,12 +210,24 @@ def test_a_failed_call_can_be_repeated(monkeypatch, where):
 # --- outputs ---------------------------------------------------------------------------------------------------------------------
 
 
+def rows_of_head(model, monkeypatch) -> list[int]:
+    """Takes the number of rows of every product with the head's weight."""
+    rows, linear = [], nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight is model.lm_head.weight:
+            rows.append(x.shape[:-1].numel())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    return rows
+
+
 def test_fields_are_padded_only_when_they_are_read(monkeypatch):
     model = small_model()
     inputs = batch(model)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    heads = []
-    model.lm_head.register_forward_hook(lambda module, given, output: heads.append(given[0].shape[0]))
+    heads = rows_of_head(model, monkeypatch)
     padded, pad = [], Rows.pad
     monkeypatch.setattr(Rows, "pad", lambda rows, packed: padded.append(packed.shape) or pad(rows, packed))
     output = model(**inputs, labels=labels, output_hidden_states=True)
@@ -228,11 +241,10 @@ def test_fields_are_padded_only_when_they_are_read(monkeypatch):
     assert not output.logits[inputs["attention_mask"] == 0].any()
 
 
-def test_logits_to_keep_reduces_the_heads_work():
+def test_logits_to_keep_reduces_the_heads_work(monkeypatch):
     model = small_model()
     inputs = batch(model)
-    heads = []
-    model.lm_head.register_forward_hook(lambda module, given, output: heads.append(given[0].shape[0]))
+    heads = rows_of_head(model, monkeypatch)
     with torch.no_grad():
         whole = model(**inputs).logits
         width = whole.shape[1]

@@ -8,9 +8,10 @@ from granite_speech.engine.decoding import Prompts
 from granite_speech.generation.beam_search import BeamSearch
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import LogitsProcessor
-from granite_speech.modules.language_model import Tokens
+from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import GenerateOutput
-from granite_speech.modules.packing import Segments
+from granite_speech.modules.rows import Rows
+from granite_speech.modules.tokens import Tokens
 from granite_speech.modules.transfers import on_device
 
 __all__ = ["search_beams"]
@@ -29,7 +30,8 @@ def search_beams(model: Any, options: GenerationOptions, prompts: Prompts, rng: 
     processor = LogitsProcessor(options, prompts.ids, prompts.kept, logits.shape[1])
     beams = BeamSearch(options, len(cache) // options.num_beams, device, prompts.stops, rng)
     keeps_scores = options.return_dict_in_generate and options.output_scores
-    segments, positions = Segments((1,) * len(cache), device), on_device(cache.next_positions, device)
+    rows, positions = Rows.single_tokens(len(cache), device), on_device(cache.next_positions, device)
+    segments, padded = rows.segments, rows if have_hooks(model.decoder) else None
     adapter_index = model.adapter_index(cache.has_audio, segments)
     kept_scores = []
     while True:
@@ -41,8 +43,9 @@ def search_beams(model: Any, options: GenerationOptions, prompts: Prompts, rng: 
             break
         processor.extend(tokens, parents)
         cache.reorder(parents.tolist())
-        layout = Tokens(segments=segments, positions=positions, adapter_index=adapter_index, step=cache.begin(segments))
-        logits = model.language_model.logits(model.decoder(model.embed_tokens(tokens), layout))
+        layout = Tokens(segments, positions, adapter_index, cache.begin(segments), rows=padded)
+        embeddings = model.embed_tokens(tokens.unsqueeze(1)).squeeze(1)
+        logits = model.language_model.next_logits(model.language_states(embeddings, layout))
         positions = positions + 1
     new, sequences_scores, origins = beams.answers()
     return GenerateOutput(

@@ -79,7 +79,7 @@ class EncoderQueue:
         states = frames
         for states in self._model.encoder.blocks(frames, clips):
             yield states
-        request.vectors, _ = self._model.projector(states, clips)
+        request.vectors, _ = self._model.project_packed(states, clips)
 
 
 def _packed(requests: Sequence[Request]) -> tuple[Tensor, Segments]:

@@ -29,7 +29,7 @@ __all__ = ["Generation", "launches_of_generate"]
 
 
 class Generation:
-    """`generate`, for a model with `states`, `decoder`, `language_model` and `config`."""
+    """`generate`, for a model with `states`, `decoder`, `language_model` and `text_config`."""
 
     @torch.no_grad()
     def generate(
@@ -89,7 +89,7 @@ class Generation:
     ) -> Tensor | GenerateOutput:
         ids = inputs.input_ids
         _check_ids(ids)
-        options = GenerationOptions.resolve(call, generation_config, self.generation_config, self.config.text_config, ids.shape[1])
+        options = GenerationOptions.resolve(call, generation_config, self.generation_config, self.text_config, ids.shape[1])
         _check_generator(rng, self.device)
         _check_tokenizer(options, tokenizer)
         _check_streamer(streamer, options, len(ids))
@@ -109,13 +109,11 @@ class Generation:
             output.sequences = torch.cat((shown, output.sequences.to(ids.dtype)), dim=1)
         return output if options.return_dict_in_generate else output.sequences
 
-    def get_audio_features(
-        self, input_features: Tensor, input_features_lengths: list[int] | Tensor | None = None, return_dict: bool = True
-    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+    def get_audio_features(self, *arguments: Any, **options: Any) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         if torch.is_grad_enabled():
-            return super().get_audio_features(input_features, input_features_lengths, return_dict)
+            return super().get_audio_features(*arguments, **options)
         with self.runtime.session(self):
-            return super().get_audio_features(input_features, input_features_lengths, return_dict)
+            return super().get_audio_features(*arguments, **options)
 
     def encode_packed(self, frames: Tensor, clips: Segments) -> tuple[Tensor, Tensor, Segments]:
         running = self.runtime.running
@@ -163,7 +161,7 @@ class Generation:
 
     def _rehearse(self, inputs: ModelInputs, call: dict[str, Any]) -> None:
         columns = inputs.input_ids.shape[1]
-        options = GenerationOptions.resolve(call, None, self.generation_config, self.config.text_config, columns)
+        options = GenerationOptions.resolve(call, None, self.generation_config, self.text_config, columns)
         with self.runtime.session(self) as runtime, _prefill(self, runtime, options, inputs, inputs.on_host(), None) as prompts:
             # With its own generator, so that a warm-up does not change what a request draws.
             Decoding(self, runtime, options, prompts, torch.Generator(self.device).manual_seed(0), None).rehearse()
@@ -203,8 +201,8 @@ def _prefill(
     ids, host_ids = inputs.input_ids, host.input_ids
     kept = torch.ones_like(host_ids, dtype=torch.bool) if host.attention_mask is None else host.attention_mask != 0
     lengths = [length for length in kept.sum(1).tolist() for _ in range(copies)]
-    prepare(runtime, options, lengths, model.config.text_config.vocab_size)
-    cache = PagedCache(model.config.text_config, len(ids), dtype=model.dtype, device=model.device, pool=runtime.pool)
+    prepare(runtime, options, lengths, model.text_config.vocab_size)
+    cache = PagedCache(model.text_config, len(ids), dtype=model.dtype, device=model.device, pool=runtime.pool)
     try:
         inputs, host = (replace(one, past_key_values=cache) for one in (inputs, host))
         prompt = model.pack_prompt(inputs, host)
@@ -234,7 +232,7 @@ def launches_of_generate(model: Generation, inputs: Mapping[str, Any], architect
     """
     host = ModelInputs(**inputs, use_cache=True)
     on_meta = replace(host, **{name: one.to("meta") for name, one in inputs.items() if isinstance(one, Tensor)})
-    text_config, columns = model.config.text_config, host.input_ids.shape[1]
+    text_config, columns = model.text_config, host.input_ids.shape[1]
     options = GenerationOptions.resolve({"max_new_tokens": max_new_tokens}, None, model.generation_config, text_config, columns)
     with (
         recorded_launches(architecture) as launches,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from granite_speech.modules.cache import CacheStep, PagePool
 from granite_speech.modules.forward import PackedPrompt
-from granite_speech.modules.language_model import Tokens
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.tokens import Tokens
 from granite_speech.modules.transfers import on_device
 
 __all__ = ["PackedTokens", "store_keys"]
@@ -88,4 +88,4 @@ def store_keys(model: Any, pool: PagePool, tokens: PackedTokens) -> None:
         adapter_index=None if all(tokens.has_audio) else on_device(tokens.adapter_index, device),
         step=CacheStep(pool, slots, table, kv_lens, has_past=any(tokens.past)),
     )
-    model.decoder(embeddings, layout)
+    model.language_states(embeddings, layout)

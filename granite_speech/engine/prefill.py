@@ -18,9 +18,9 @@ from granite_speech.engine.graphs import Graphs
 from granite_speech.engine.packed_tokens import PackedTokens, store_keys
 from granite_speech.modules.cache import CacheStep, PagePool
 from granite_speech.modules.forward import PackedPrompt
-from granite_speech.modules.language_model import Tokens
 from granite_speech.modules.packing import Bucket
 from granite_speech.modules.prompts import ModelInputs
+from granite_speech.modules.tokens import Tokens
 
 __all__ = ["PrefillStage", "PromptBucket", "bucket_of", "prefill", "prefill_piece"]
 
@@ -97,7 +97,7 @@ class PrefillStage:
         self.adapter_index, self.slots, self.last = self._inputs["adapter_index"], self._inputs["slots"], self._inputs["last"]
         self.cu_seqlens, self.kv_lens = self._inputs["cu_seqlens"], self._inputs["kv_lens"]
         self.block_table = self._inputs["block_table"]
-        config, like = model.config.text_config, {"dtype": model.dtype, "device": model.device}
+        config, like = model.text_config, {"dtype": model.dtype, "device": model.device}
         with torch.inference_mode(False):  # see InputBlock
             self.vectors = torch.zeros(tokens, config.hidden_size, **like)
             self.logits = torch.zeros(rows, config.vocab_size, **like) if bucket.head else None
@@ -135,9 +135,9 @@ class PrefillStage:
         embeddings = torch.where((self.audio_rows >= 0).unsqueeze(1), audio, model.embed_tokens(self.ids))
         step = CacheStep(self._pool, self.slots, self.block_table, self.kv_lens, has_past=True)
         layout = Tokens(segments=self._segments, positions=self.positions, adapter_index=self.adapter_index, step=step)
-        states = model.decoder(embeddings, layout)
+        states = model.language_states(embeddings, layout)
         if self.logits is not None:
-            self.logits.copy_(model.language_model.logits(states.index_select(0, self.last)))
+            self.logits.copy_(model.language_model.next_logits(states.index_select(0, self.last)))
 
 
 def prefill(model: Any, graphs: Graphs, prompt: PackedPrompt, inputs: ModelInputs) -> Tensor:
@@ -153,13 +153,14 @@ def prefill(model: Any, graphs: Graphs, prompt: PackedPrompt, inputs: ModelInput
         `(rows, vocabulary)` logits of each row's next token; they belong to the caller. The cache has the prompts' keys.
     """
     cache, segments = prompt.cache, prompt.rows.segments
-    bucket = bucket_of(segments.lengths) if is_inference(model.decoder) else None
+    # A stage takes ids, not embeddings.
+    bucket = bucket_of(segments.lengths) if prompt.ids is not None and is_inference(model.decoder) else None
     stage = None if bucket is None else graphs.captured(bucket)
     if stage is None:
         if bucket is not None:
             graphs.want(bucket, partial(PrefillStage, model, bucket, cache.pool))
         states, _, _ = model.run_prompt(prompt, inputs)
-        return model.language_model.logits(states.index_select(0, segments.cu_seqlens[1:] - 1))
+        return model.language_model.next_logits(states.index_select(0, segments.cu_seqlens[1:] - 1))
     stage.fill(PackedTokens.of(prompt, cache.block_table()))
     graphs.replay(bucket)
     cache.lengths, cache.has_audio = list(segments.lengths), prompt.has_audio

@@ -111,7 +111,7 @@ class Runtime:
         """Make pages and graphs fit the model as it is now."""
         if self.pool is None or (self.pool.keys[0].dtype, self.pool.keys[0].device) != (model.dtype, model.device):
             self.clear()
-            self.pool = PagePool(model.config.text_config, dtype=model.dtype, device=model.device, page_size=self.page_size)
+            self.pool = PagePool(model.text_config, dtype=model.dtype, device=model.device, page_size=self.page_size)
         can_capture = self.use_graphs and _can_be_captured(model)
         if not can_capture or self._weights is None or not self._weights.are_unchanged():
             capture = self.make_capture(model.device) if can_capture else None

@@ -5,7 +5,7 @@ Nothing here depends on a value on the host, so the step can be captured. Run ea
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from granite_kernels import OPERATIONS
@@ -16,8 +16,11 @@ from granite_speech.engine.state import DecodeState
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import keep_top_k, keep_top_p, penalize
 from granite_speech.modules.cache import CacheStep
-from granite_speech.modules.language_model import GraniteForCausalLM, GraniteModel, Tokens
+from granite_speech.modules.hooks import have_hooks
+from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.packing import Bucket
+from granite_speech.modules.rows import Rows
+from granite_speech.modules.tokens import Tokens
 
 __all__ = ["DecodeStep", "Selection"]
 
@@ -80,9 +83,11 @@ class Selection:
 
 class _Model(Protocol):
     decoder: GraniteModel
-    language_model: GraniteForCausalLM
+    language_model: Any
 
     def embed_tokens(self, ids: Tensor) -> Tensor: ...
+
+    def language_states(self, embeddings: Tensor, tokens: Tokens) -> Tensor: ...
 
 
 class DecodeStep:
@@ -117,6 +122,8 @@ class DecodeStep:
         self._adapter_index = state.adapter_index[:rows] if mixed else None
         self._segments = Bucket(state.cu_seqlens[: rows + 1], rows, 1)
         self._rows = rows
+        # Hooks see `(rows, 1, hidden)`.
+        self._padded = Rows.single_tokens(rows, state.tokens.device) if have_hooks(model.decoder) else None
 
     def run(self) -> None:
         """`steps` times: store the newest token of each answer, and choose the next."""
@@ -136,12 +143,12 @@ class DecodeStep:
         page = self._block_table.gather(1, (place // self._page_size).unsqueeze(1)).squeeze(1)
         slots = (page * self._page_size + place % self._page_size) * self._active
         step = CacheStep(self._state.pool, slots, self._block_table, kv_lens, has_past=True)
-        layout = Tokens(segments=self._segments, positions=self._positions, adapter_index=self._adapter_index, step=step)
+        layout = Tokens(self._segments, self._positions, self._adapter_index, step, rows=self._padded)
         model = self._model
-        return model.language_model.logits(model.decoder(self._embeddings(), layout))
+        return model.language_model.next_logits(model.language_states(self._embeddings(), layout))
 
     def _embeddings(self) -> Tensor:
-        embeddings, state = self._model.embed_tokens(self._tokens), self._state
+        embeddings, state = self._model.embed_tokens(self._tokens.unsqueeze(1)).squeeze(1), self._state
         if not self._with_vectors:
             return embeddings
         return torch.where(state.is_vector[: self._rows].unsqueeze(1), state.vectors[: self._rows], embeddings)

@@ -1,107 +1,96 @@
-"""From token ids and audio features to the language model's last states: the pass that both public models share.
+"""From token ids and audio features to the language model's last states.
 
-A padded batch is packed at once and stays packed: frames through the encoder, windows through the projector, audio vectors
-straight into the packed prompt, tokens through the language model. It is padded again only for a caller who reads a padded
-field of the output. The host reads from the device once, everything that shapes depend on.
+Frames go packed through the encoder, windows through the projector, and audio vectors straight into the packed prompt. If there are
+hooks in the encoder or the projector, that part runs padded.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from granite_speech.config import GraniteSpeechConfig
-from granite_speech.errors import ConfigError, InputError, UnsupportedError
-from granite_speech.modules.cache import PagedCache
+from granite_speech.config import GraniteConfig, GraniteSpeechConfig
+from granite_speech.errors import ConfigError, InputError
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
-from granite_speech.modules.language_model import GraniteModel, Tokens
+from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import BaseModelOutputWithPooling, GraniteSpeechModelOutputWithPast, Lazy
 from granite_speech.modules.packing import Segments, pack_clips
 from granite_speech.modules.projector import GraniteSpeechEncoderProjector
-from granite_speech.modules.prompts import ModelInputs
-from granite_speech.modules.rows import Rows, pack_rows
+from granite_speech.modules.prompts import ModelInputs, refuse_arguments
+from granite_speech.modules.text import PackedPrompt, TextToStates, check_vocabulary
 from granite_speech.modules.transfers import on_device
 
-__all__ = ["SpeechToStates"]
+__all__ = ["PackedPrompt", "SpeechToStates"]
 
 
-@dataclass(frozen=True)
-class PackedPrompt:
-    """The language model's input for one call, before its tokens are embedded.
-
-    Attributes:
-        rows: where the packed tokens lie in the padded batch.
-        cache: keys and values of earlier calls, to which the call adds its own; None: no cache.
-        has_audio: for each row, whether it has audio in this call or in the cache.
-        ids: `(total_tokens,)` on the host; None if the caller gave embeddings.
-        is_audio: `(total_tokens,)` bool on the host, which tokens are audio tokens; None if the caller gave embeddings.
-        vectors: `(audio tokens, hidden)`, in the order of the tokens; None: no audio in this call.
-        audio: `(total audio tokens, hidden)`, the projector's output, if there are clips.
-        clips: where each clip's vectors lie in `audio`.
-    """
-
-    rows: Rows
-    cache: PagedCache | None
-    has_audio: list[bool]
-    ids: Tensor | None
-    is_audio: Tensor | None
-    vectors: Tensor | None
-    audio: Tensor | None
-    clips: Segments | None
-
-
-class SpeechToStates(nn.Module):
-    """Base of the two public models: everything but the head.
-
-    A subclass sets `config`, `encoder` and `projector`, and has a property `decoder`: the language model without its head.
-    """
+class SpeechToStates(TextToStates):
+    """Base of the two models of speech: everything but the head. A subclass sets `config`, `encoder` and `projector`."""
 
     config: GraniteSpeechConfig
     encoder: GraniteSpeechCTCEncoder
     projector: GraniteSpeechEncoderProjector
 
     @property
-    def decoder(self) -> GraniteModel:
-        raise NotImplementedError
+    def text_config(self) -> GraniteConfig:
+        return self.config.text_config
 
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.embed_tokens.weight.device
+    def get_encoder(self, modality: str | None = None) -> GraniteSpeechCTCEncoder:
+        """The encoder of audio, the only one; `modality` may be "audio" or None."""
+        if modality not in (None, "audio"):
+            raise InputError(got=f"modality {modality!r}", expected="'audio' or None", remedy="Omit it")
+        return self.encoder
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.decoder.embed_tokens.weight.dtype
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.decoder.embed_tokens
-
-    def num_parameters(self) -> int:
-        """Number of parameters; a tied one counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
+        """Put another encoder in the place of the present one."""
+        self.get_encoder(modality)
+        self.encoder = encoder
 
     def get_audio_features(
-        self, input_features: Tensor, input_features_lengths: list[int] | Tensor | None = None, return_dict: bool = True
+        self,
+        input_features: Tensor,
+        input_features_lengths: list[int] | Tensor | None = None,
+        return_dict: bool | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        **unknown: Any,
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """Audio vectors of a padded batch of clips.
 
         Args:
             input_features: `(clips, frames, input_dim)` log-mel features.
             input_features_lengths: each clip's true number of frames; None: `frames` each.
+            return_dict: False returns a tuple.
+            output_hidden_states: also return the encoder's states after every block.
 
         Returns:
             `last_hidden_state` `(clips, frames, encoder width)` and `pooler_output` `(clips, audio tokens, text hidden size)`,
             zero beyond a clip's end.
         """
-        states, clips, vectors, tokens = self.encode_audio(input_features, input_features_lengths)
-        width = input_features.shape[1]
+        refuse_arguments(unknown, "get_audio_features")
+        width = input_features.shape[1] if isinstance(input_features, Tensor) and input_features.dim() == 3 else 0
+        hidden_states = None
+        if output_hidden_states:
+            frames, clips = self.pack_features(input_features, input_features_lengths)
+            encoded = self.encoder(clips.pad(frames, width), clips.lengths, output_hidden_states=True)
+            hidden_states, states = encoded.hidden_states, clips.pack(encoded.last_hidden_state)
+            vectors, tokens = self.project_packed(states, clips)
+        else:
+            states, clips, vectors, tokens = self.encode_audio(input_features, input_features_lengths)
         output = BaseModelOutputWithPooling(
             last_hidden_state=Lazy(lambda: clips.pad(states, width)),
             pooler_output=Lazy(lambda: tokens.pad(vectors, tokens.longest)),
+            hidden_states=hidden_states,
         )
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
 
     def encode_audio(self, features: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tensor, Segments, Tensor, Segments]:
         """Encoder states and where each clip's lie, then audio vectors and where each clip's lie; both packed."""
+        frames, clips = self.pack_features(features, lengths)
+        states, vectors, tokens = self.encode_packed(frames, clips)
+        return states, clips, vectors, tokens
+
+    def pack_features(self, features: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tensor, Segments]:
+        """A padded batch of clips as packed frames in the model's dtype, checked."""
         if not isinstance(features, Tensor) or features.device != self.device:
             got = f"input_features on {features.device}" if isinstance(features, Tensor) else f"input_features of {type(features).__name__}"
             raise InputError(
@@ -121,8 +110,7 @@ class SpeechToStates(nn.Module):
                 expected="equal widths",
                 remedy="Set projector_config.encoder_hidden_size and build the model again",
             )
-        states, vectors, tokens = self.encode_packed(frames, clips)
-        return states, clips, vectors, tokens
+        return frames, clips
 
     def encode_packed(self, frames: Tensor, clips: Segments) -> tuple[Tensor, Tensor, Segments]:
         """Encode and project packed frames `(total_frames, input_dim)`, in the model's dtype.
@@ -131,118 +119,87 @@ class SpeechToStates(nn.Module):
             Encoder states `(total_frames, encoder width)`, audio vectors `(total audio tokens, text hidden size)`, and where each
             clip's vectors lie.
         """
-        states = self.encoder.encode(frames, clips)
-        return states, *self.projector(states, clips)
+        if have_hooks(self.encoder):
+            # Called as a module, so that its own hooks run.
+            states = clips.pack(self.encoder(clips.pad(frames, clips.longest), clips.lengths)[0])
+        else:
+            states = self.encoder.encode(frames, clips)
+        return states, *self.project_packed(states, clips)
 
-    def states(self, inputs: ModelInputs, host: ModelInputs | None = None) -> GraniteSpeechModelOutputWithPast:
-        """The forward pass up to the final norm.
+    def project_packed(self, states: Tensor, clips: Segments) -> tuple[Tensor, Segments]:
+        """Packed encoder states to packed audio vectors, and where each clip's vectors lie."""
+        tokens = self.projector.token_segments(clips)
+        if have_hooks(self.projector):
+            return tokens.pack(self.projector(clips.pad(states, clips.longest), clips=clips)), tokens
+        return self.projector.project(states, self.projector.windows(clips)), tokens
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, audio_features: Tensor) -> Tensor:
+        """`(batch, sequence, hidden)` bool, true where a vector of `audio_features` goes.
 
         Args:
-            inputs: the arguments of `forward`.
-            host: `inputs.on_host()`, if the caller has it already.
-
-        Returns:
-            Every field that `inputs` asks for; the padded ones are computed when they are read.
+            input_ids: `(batch, sequence)`; None: the embeddings that equal the audio token's.
+            inputs_embeds: `(batch, sequence, hidden)`.
+            audio_features: all vectors, `(..., hidden)`.
 
         Raises:
-            InputError: arguments that do not fit together or to the model.
-            UnsupportedError: attention weights of a continued sequence.
+            InputError: another number of vectors than places.
         """
-        prompt = self.pack_prompt(inputs, host or inputs.on_host())
-        rows = prompt.rows
-        states, hidden_states, attentions = self.run_prompt(prompt, inputs)
-        return GraniteSpeechModelOutputWithPast(
-            last_hidden_state=Lazy(lambda: rows.pad(states)),
-            past_key_values=prompt.cache,
-            hidden_states=None if hidden_states is None else Lazy(lambda: tuple(map(rows.pad, hidden_states))),
-            attentions=None if attentions is None else Lazy(lambda: tuple(map(rows.pad_weights, attentions))),
-            audio_hidden_states=None if prompt.clips is None else Lazy(lambda: prompt.clips.pad(prompt.audio, prompt.clips.longest)),
-            packed_states=states,
-            rows=rows,
-        )
+        if input_ids is None:
+            token = torch.tensor(self.config.audio_token_index, device=inputs_embeds.device)
+            places = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            places = input_ids == self.config.audio_token_index
+        count, vectors = int(places.sum()), audio_features.numel() // inputs_embeds.shape[-1]
+        if count * inputs_embeds.shape[-1] != audio_features.numel():
+            raise InputError(
+                got=f"{count} audio tokens and {vectors} audio vectors",
+                expected="equal numbers",
+                remedy="Pass input_features_mask, or the vectors of these clips alone",
+            )
+        return places.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
+
+    def get_merged_audio_embeddings(self, input_ids: Tensor, audio_features: Tensor, input_features_mask: Tensor | None = None) -> Tensor:
+        """`(batch, sequence, hidden)`: embeddings of the ids, with audio vectors in the place of the audio tokens.
+
+        Args:
+            input_ids: `(batch, sequence)`.
+            audio_features: `(clips, audio tokens, hidden)`, `get_audio_features(…).pooler_output`.
+            input_features_mask: `(clips, audio tokens)` bool, the vectors to use; all if omitted.
+
+        Raises:
+            InputError: another number of vectors than audio tokens.
+        """
+        embeddings = self.embed_tokens(input_ids)
+        vectors = audio_features.to(embeddings.device, embeddings.dtype)
+        if input_features_mask is not None:
+            vectors = vectors[input_features_mask.to(vectors.device, torch.bool)]
+        return embeddings.masked_scatter(self.get_placeholder_mask(input_ids, embeddings, vectors), vectors)
+
+    def output(self, prompt: PackedPrompt, *results) -> GraniteSpeechModelOutputWithPast:
+        fields = vars(super().output(prompt, *results))
+        audio = None if prompt.clips is None else Lazy(lambda: prompt.clips.pad(prompt.audio, prompt.clips.longest))
+        return GraniteSpeechModelOutputWithPast(**fields, audio_hidden_states=audio)
 
     def pack_prompt(self, inputs: ModelInputs, host: ModelInputs) -> PackedPrompt:
-        """Check a call's arguments, encode its audio, and lay out its tokens. The cache does not change.
-
-        Args:
-            inputs: the arguments of `forward`.
-            host: `inputs.on_host()`.
-
-        Raises:
-            InputError, UnsupportedError: as `states`.
-        """
-        batch, width = inputs.check(self.device)
-        self._check_past(inputs)
-        cache = self._cache(inputs, batch)
-        _check_cache_position(host.cache_position, cache, width)
-        rows = pack_rows((batch, width), self.device, host.attention_mask, host.position_ids, cache)
-        audio, vectors, clips = None, None, None
-        if inputs.input_features is not None:
-            _, _, audio, clips = self.encode_audio(inputs.input_features, host.input_features_lengths)
-            vectors = audio
-            if host.input_features_mask is not None:
-                vectors = _masked(audio, clips, host.input_features_mask, counted=inputs.input_features_lengths is not None)
-        if inputs.inputs_embeds is not None:
-            # The caller has already merged any audio in; without ids we cannot tell which rows have some.
-            ids, is_audio, has_audio = None, None, [True] * len(rows.segments.lengths)
-        else:
-            ids = host.input_ids.flatten()[rows.kept]
+        """As `TextToStates.pack_prompt`; encodes the audio."""
+        if inputs.input_features is None and (inputs.inputs_embeds is not None or not inputs.has_past):
+            return super().pack_prompt(inputs, host)
+        rows, cache = self.pack_rows(inputs, host)
+        ids = host.input_ids.flatten()[rows.kept]
+        if inputs.input_features is None:
             # The model itself may have emitted an audio token, which then has no vector.
-            is_continued = inputs.has_past and vectors is None
-            is_audio = self.audio_tokens(ids, None if is_continued else 0 if vectors is None else vectors.shape[0])
-            has_audio = [bool(one.any()) for one in is_audio.split(rows.segments.lengths)]
-        if cache is not None:
-            has_audio = [now or before for now, before in zip(has_audio, cache.has_audio, strict=True)]
-        return PackedPrompt(rows, cache, has_audio, ids, is_audio, vectors, audio, clips)
-
-    def _check_past(self, inputs: ModelInputs) -> None:
-        """Refuse what cannot be computed for a sequence that continues a cache."""
-        if not inputs.has_past:
-            return
-        if torch.is_grad_enabled() and any(one.requires_grad for one in self.decoder.parameters()):
-            raise InputError(
-                got="past_key_values while gradients are recorded",
-                expected="torch.no_grad() or torch.inference_mode(): no gradient flows through the cache",
-                remedy="Wrap the call in torch.no_grad(), or train on whole sequences without past_key_values",
-            )
-        if inputs.output_attentions:
-            raise UnsupportedError(
-                got="output_attentions=True with past_key_values",
-                expected="attention weights of a whole sequence",
-                remedy="Run the whole sequence in one call without past_key_values",
-            )
-
-    def _cache(self, inputs: ModelInputs, batch: int) -> PagedCache | None:
-        """The caller's cache, a new one if the call should return one, or None."""
-        wanted = inputs.use_cache
-        if wanted is None:
-            wanted = self.config.text_config.use_cache and not self.training
-        if inputs.past_key_values is not None or not wanted:
-            return inputs.past_key_values
-        return PagedCache(self.config.text_config, batch, dtype=self.dtype, device=self.device)
+            is_audio = self.audio_tokens(ids, None)
+            return PackedPrompt(rows, cache, self.rows_with_audio(rows, cache, is_audio), ids, is_audio)
+        _, _, audio, clips = self.encode_audio(inputs.input_features, host.input_features_lengths)
+        vectors = audio
+        if host.input_features_mask is not None:
+            vectors = _masked(audio, clips, host.input_features_mask, counted=inputs.input_features_lengths is not None)
+        is_audio = self.audio_tokens(ids, vectors.shape[0])
+        return PackedPrompt(rows, cache, self.rows_with_audio(rows, cache, is_audio), ids, is_audio, vectors, audio, clips)
 
     def audio_tokens(self, ids: Tensor, count: int | None) -> Tensor:
-        """Which of the packed ids are audio tokens.
-
-        Args:
-            ids: `(total_tokens,)` on the host.
-            count: audio vectors, one for each audio token; None: any number of audio tokens.
-
-        Returns:
-            `(total_tokens,)` bool on the host.
-
-        Raises:
-            InputError: a token that the model does not have, or another number of audio tokens.
-        """
-        config = self.config
-        is_audio = ids == config.audio_token_index
-        outside = ids[~is_audio & ((ids < 0) | (ids >= config.text_config.vocab_size))]
-        if len(outside):
-            raise InputError(
-                got=f"token id {int(outside[0])}",
-                expected=f"ids from 0 to {config.text_config.vocab_size - 1}, or audio_token_index {config.audio_token_index}",
-                remedy="Use the processor of this checkpoint",
-            )
+        is_audio = ids == self.config.audio_token_index
+        check_vocabulary(ids[~is_audio], self.config.text_config.vocab_size, f", or audio_token_index {self.config.audio_token_index}")
         tokens = int(is_audio.sum())
         if count is not None and tokens != count:
             raise InputError(
@@ -252,71 +209,9 @@ class SpeechToStates(nn.Module):
             )
         return is_audio
 
-    def run_prompt(self, prompt: PackedPrompt, inputs: ModelInputs) -> tuple[Tensor, list[Tensor] | None, list[list[Tensor]] | None]:
-        """Run the language model. If that fails, the cache is as it was.
-
-        Args:
-            prompt: from `pack_prompt`.
-            inputs: the arguments of `forward`.
-
-        Returns:
-            Packed states after the final norm, every layer's packed states, and every layer's attention weights by row; the last
-            two are None unless requested.
-        """
-        embeddings, cache = self._embed(prompt, inputs), prompt.cache
-        segments = prompt.rows.segments
-        before = None if cache is None else cache.lengths
-        step = None if cache is None else cache.begin(segments)
-        hidden_states = [] if inputs.output_hidden_states else None
-        attentions = [] if inputs.output_attentions else None
-        try:
-            tokens = Tokens(
-                segments=segments,
-                positions=on_device(prompt.rows.positions, self.device),
-                adapter_index=self.adapter_index(prompt.has_audio, segments),
-                step=step,
-                attentions=attentions,
-            )
-            states = self.decoder(embeddings, tokens, hidden_states)
-        except BaseException:
-            if cache is not None:
-                cache.lengths = before  # the new tokens' pages stay reserved
-            raise
-        if cache is not None:
-            cache.has_audio = prompt.has_audio
-            prompt.rows.advance(cache)
-        return states, hidden_states, attentions
-
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Embeddings of token ids. An audio token without an audio vector, which a model may emit, counts as token 0."""
         return self.decoder.embed_tokens(torch.where(ids == self.config.audio_token_index, 0, ids))
-
-    def _embed(self, prompt: PackedPrompt, inputs: ModelInputs) -> Tensor:
-        """`(total_tokens, hidden)`: the tokens' embeddings, with the audio vectors in place."""
-        if inputs.inputs_embeds is not None:
-            return prompt.rows.pack(inputs.inputs_embeds)
-        embeddings = self.embed_tokens(prompt.rows.pack(inputs.input_ids))
-        if prompt.vectors is None or prompt.vectors.shape[0] == 0:
-            return embeddings
-        places = prompt.is_audio.nonzero().squeeze(1)
-        return embeddings.index_copy(0, on_device(places, self.device), prompt.vectors.to(embeddings.dtype))
-
-    def adapter_index(self, has_audio: list[bool], segments: Segments) -> Tensor | None:
-        """`(total,)` int32, 0 for the tokens of rows with audio and −1 for the others; None if all rows have audio."""
-        if all(has_audio):
-            return None
-        of_rows = torch.tensor([0 if one else -1 for one in has_audio], dtype=torch.int32)
-        return on_device(of_rows.repeat_interleave(torch.tensor(segments.lengths)), self.device)
-
-
-def _check_cache_position(cache_position: Tensor | None, cache: PagedCache | None, width: int) -> None:
-    start = 0 if cache is None else cache.columns
-    if cache_position is not None and cache_position.tolist() != list(range(start, start + width)):
-        raise InputError(
-            got=f"cache_position {cache_position.tolist()!r:.100}",
-            expected=f"{start} to {start + width - 1}, which follow from past_key_values",
-            remedy="Omit it",
-        )
 
 
 def _masked(vectors: Tensor, clips: Segments, mask: Tensor, *, counted: bool) -> Tensor:

@@ -1,11 +1,15 @@
-"""The Granite language model, packed: tokens of all sequences in one tensor, `(total_tokens, hidden)`.
+"""The Granite language model. Inside `generate` it runs packed: tokens of all sequences in one tensor, `(total_tokens, hidden)`.
 
 Llama with four multipliers (Granite 3.0, arXiv 2408.13359): of the embeddings, of the attention scores in place of
 1/sqrt(head_dim), of every residual branch, and a divisor of the logits. Names and arithmetic are those of transformers'
 `GraniteForCausalLM`.
+
+Layers take both layouts that `encoder.py` describes: packed states with their `Tokens`, or transformers' padded
+`(batch, sequence, hidden)`. Only attention mixes tokens, so only attention packs padded states and pads its result. `Tokens.rows`
+says which layout a pass has.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,33 +17,19 @@ from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
 from granite_speech.config import GraniteConfig
-from granite_speech.modules.activations import activation
+from granite_speech.errors import UnsupportedError
+from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import LoraLinear
-from granite_speech.modules.cache import CacheStep
-from granite_speech.modules.packing import Bucket, Segments
+from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.checkpointing import Recomputation
+from granite_speech.modules.outputs import BaseModelOutputWithPast
+from granite_speech.modules.packing import Segments
+from granite_speech.modules.prompts import ModelInputs, refuse_arguments
+from granite_speech.modules.rotary import GraniteRotaryEmbedding, Rotary, rotary_embedding, rotate
+from granite_speech.modules.text import TextToStates
+from granite_speech.modules.tokens import Tokens
 
-__all__ = ["GraniteForCausalLM", "GraniteModel", "Tokens"]
-
-Rotary = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Layout of packed tokens, as every layer needs it.
-
-    Attributes:
-        segments: where each sequence lies; a Bucket only with a `step`.
-        positions: `(total_tokens,)` int64, for the rotary embedding.
-        adapter_index: `(total_tokens,)` int32, 0 with the adapter and −1 without; None: all tokens have it.
-        step: this call's view of the cache; None: no cache.
-        attentions: a list that takes each layer's softmax weights, one tensor `(heads, queries, keys)` per sequence.
-    """
-
-    segments: Segments | Bucket
-    positions: Tensor
-    adapter_index: Tensor | None = None
-    step: CacheStep | None = None
-    attentions: list[list[Tensor]] | None = None
+__all__ = ["GraniteModel", "Tokens"]
 
 
 class GraniteRMSNorm(nn.Module):
@@ -48,14 +38,14 @@ class GraniteRMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.variance_epsilon = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight  # once: looking up a parameter takes as long as a small kernel's dispatch
-        return weight * F.rms_norm(x, weight.shape, eps=self.eps)
+        return weight * F.rms_norm(hidden_states, weight.shape, eps=self.variance_epsilon)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps:g}"
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon:g}"
 
 
 class GraniteAttention(nn.Module):
@@ -63,31 +53,71 @@ class GraniteAttention(nn.Module):
 
     def __init__(self, config: GraniteConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.attention_head_dim
-        self.scaling, self.dropout = float(config.attention_multiplier), config.attention_dropout
+        self.config, self.layer_idx, self.head_dim = config, layer, config.attention_head_dim
+        self.scaling, self.attention_dropout = float(config.attention_multiplier), config.attention_dropout
         queries, keys, bias = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim, config.attention_bias
         self.q_proj = LoraLinear(config.hidden_size, queries, bias=bias)
         self.k_proj = LoraLinear(config.hidden_size, keys, bias=bias)
         self.v_proj = LoraLinear(config.hidden_size, keys, bias=bias)
         self.o_proj = LoraLinear(queries, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, rotary: Rotary, tokens: Tokens) -> Tensor:
-        q, k, v = (proj(x, tokens.adapter_index).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: None = None,
+        *,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        tokens: Tokens | None = None,
+        **unknown: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within each sequence.
+
+        Args:
+            hidden_states: `(total_tokens, hidden)` with `tokens`, or `(batch, sequence, hidden)`.
+            position_embeddings: cosine and sine of the tokens' positions: packed as `rotary_embedding` makes them, padded as
+                `GraniteRotaryEmbedding` does. None: of `position_ids`, or counted.
+            attention_mask, position_ids: of a padded batch, as for `GraniteModel`; only without `tokens`.
+            past_key_values: None. Keys of earlier calls go through the whole model.
+            use_cache, output_attentions: without effect here.
+            tokens: the layout. Without it nothing is read from or added to a cache.
+
+        Returns:
+            The states in the layout of `hidden_states`, and in a padded pass with output_attentions the softmax weights.
+        """
+        if tokens is None:
+            tokens = _layout_of_call(hidden_states, attention_mask, position_ids, past_key_values, unknown)
+        if position_embeddings is None:
+            frequencies = GraniteRotaryEmbedding(self.config).frequencies(hidden_states.device)
+            rotary = rotary_embedding(frequencies, tokens.positions, hidden_states.dtype)
+        else:
+            rotary = position_embeddings if tokens.rows is None else tokens.pack_rotary(position_embeddings)
+        projections, index = (self.q_proj, self.k_proj, self.v_proj), tokens.adapter_index
+        packed = (tokens.pack(one(hidden_states, adapter_index=index)) for one in projections)
+        q, k, v = (one.view(one.shape[0], -1, self.head_dim) for one in packed)
         # Together, because each operation on one token costs more than its arithmetic.
         q, k = rotate(torch.cat((q, k), dim=1), *rotary).split((q.shape[1], k.shape[1]), dim=1)
+        out = self._attend(q, k, v, tokens)
+        weights = None
+        if tokens.attentions is not None:
+            tokens.attentions.append(attention_weights(q, k, tokens.segments, self.scaling))
+            weights = None if tokens.rows is None else tokens.rows.pad_weights(tokens.attentions[-1])
+        return self.o_proj(tokens.unpack(out.flatten(1)), adapter_index=index), weights
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+        """`(total_tokens, heads, head_dim)` in and out. Keys and values are added to the cache, if there is one."""
         step, segments = tokens.step, tokens.segments
         if step is not None:
-            step.write(self.layer, k, v)
+            step.write(self.layer_idx, k, v)
         if step is not None and (step.has_past or self._reads_own_pages(q)):
-            pools = step.pool.keys[self.layer], step.pool.values[self.layer]
+            pools = step.pool.keys[self.layer_idx], step.pool.values[self.layer_idx]
             extent = {"max_query_len": segments.longest, "scale": self.scaling}
-            out = OPERATIONS["paged_attention"].run(q, *pools, step.block_table, step.kv_lens, segments.cu_seqlens, **extent)
-        else:
-            # All keys are from this call, so nothing needs to be read back from pages, and gradients flow.
-            out = causal_attention(q, k, v, segments, self.scaling, self.dropout if self.training else 0.0)
-        if tokens.attentions is not None:
-            tokens.attentions.append(attention_weights(q, k, segments, self.scaling))
-        return self.o_proj(out.flatten(1), tokens.adapter_index)
+            return OPERATIONS["paged_attention"].run(q, *pools, step.block_table, step.kv_lens, segments.cu_seqlens, **extent)
+        # All keys are from this call, so nothing needs to be read back from pages, and gradients flow.
+        return causal_attention(q, k, v, segments, self.scaling, self.attention_dropout if self.training else 0.0)
 
     @staticmethod
     def _reads_own_pages(q: Tensor) -> bool:
@@ -99,29 +129,18 @@ class GraniteAttention(nn.Module):
         return OPERATIONS["paged_attention"].backend(self.q_proj.weight)
 
 
-def rotary_frequencies(config: GraniteConfig, device: torch.device) -> Tensor:
-    """Angle per position of every feature of a head, `(head_dim,)` float32: first half negative, second half positive."""
-    rope, width = config.rope_parameters, config.attention_head_dim
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
-    if rope["rope_type"] == "linear":
-        frequencies = frequencies / rope["factor"]
-    return torch.cat((-frequencies, frequencies))
-
-
-def rotary_embedding(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Cosine and signed sine of every position, `(total_tokens, 1, head_dim)` each, for `rotate`.
-
-    Computed in float32, rounded to dtype. The sine's first half is negative.
-    """
-    angles = positions.float()[:, None, None] * frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of `(total_tokens, heads, head_dim)` by the angles of their positions."""
-    # Not addcmul, which rounds only once: eager code in bfloat16 rounds both products.
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+def _layout_of_call(
+    states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Any, unknown: dict[str, Any]
+) -> Tokens:
+    """The layout of a padded batch that a caller gave to a layer on its own."""
+    refuse_arguments(unknown, "a layer's forward", allowed=("cache_position",))
+    if past_key_values is not None:
+        raise UnsupportedError(
+            got="past_key_values for a single layer",
+            expected="a whole sequence: pages of a cache are shared by all layers and reserved for all at once",
+            remedy="Call language_model.model with past_key_values",
+        )
+    return Tokens.of_batch(states, attention_mask, position_ids)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, dropout: float) -> Tensor:
@@ -162,11 +181,11 @@ class GraniteMLP(nn.Module):
         self.gate_proj = LoraLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = LoraLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = LoraLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.activation = activation(config.hidden_act)
+        self.act_fn = Activation(config.hidden_act)
 
-    def forward(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
-        hidden = self.activation(self.gate_proj(x, adapter_index)) * self.up_proj(x, adapter_index)
-        return self.down_proj(hidden, adapter_index)
+    def forward(self, x: Tensor, *, adapter_index: Tensor | None = None) -> Tensor:
+        hidden = self.act_fn(self.gate_proj(x, adapter_index=adapter_index)) * self.up_proj(x, adapter_index=adapter_index)
+        return self.down_proj(hidden, adapter_index=adapter_index)
 
 
 class GraniteDecoderLayer(nn.Module):
@@ -180,12 +199,29 @@ class GraniteDecoderLayer(nn.Module):
         self.input_layernorm = GraniteRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = GraniteRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, tokens: Tokens) -> Tensor:
-        x = torch.add(x, self.self_attn(self.input_layernorm(x), rotary, tokens), alpha=self.residual_multiplier)
-        return torch.add(x, self.mlp(self.post_attention_layernorm(x), tokens.adapter_index), alpha=self.residual_multiplier)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: None = None,
+        use_cache: bool | None = None,
+        position_embeddings: Rotary | None = None,
+        *,
+        tokens: Tokens | None = None,
+        **unknown: Any,
+    ) -> Tensor:
+        """Arguments as for `GraniteAttention`; states in, states of the same layout out."""
+        if tokens is None:
+            tokens = _layout_of_call(hidden_states, attention_mask, position_ids, past_key_values, unknown)
+        x = hidden_states
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(x), position_embeddings=position_embeddings, tokens=tokens)
+        x = torch.add(x, attended, alpha=self.residual_multiplier)
+        hidden = self.mlp(self.post_attention_layernorm(x), adapter_index=tokens.adapter_index)
+        return torch.add(x, hidden, alpha=self.residual_multiplier)
 
 
-class GraniteModel(nn.Module):
+class GraniteModel(TextToStates):
     """Embeddings, layers and the final norm."""
 
     def __init__(self, config: GraniteConfig):
@@ -197,52 +233,93 @@ class GraniteModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad if inside else None)
         self.layers = nn.ModuleList([GraniteDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = GraniteRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._frequencies: Tensor | None = None
+        self.rotary_emb = GraniteRotaryEmbedding(config)
+        self.recomputation: Recomputation | None = None
 
-    def forward(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None = None) -> Tensor:
-        """Run packed embeddings through the layers.
+    @property
+    def decoder(self) -> "GraniteModel":
+        return self
+
+    @property
+    def text_config(self) -> GraniteConfig:
+        return self.config
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PagedCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        *,
+        tokens: Tokens | None = None,
+        collected: list[Tensor] | None = None,
+        **unknown: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """States of every position after the final norm.
 
         Args:
-            embeddings: `(total_tokens, hidden)`, before the embedding multiplier.
+            input_ids: `(batch, sequence)`. The adapter is off for these rows.
+            attention_mask: `(batch, sequence)` of 0 and 1, or wider by the columns in `past_key_values`.
+            position_ids: `(batch, sequence)`; counted along each row if omitted.
+            past_key_values: the cache that an earlier call returned; the ids are then the new tokens only.
+            inputs_embeds: `(batch, sequence, hidden)` in place of `input_ids`; the adapter is on.
+            use_cache: return `past_key_values`; if omitted, as the configuration says, and False while training.
+            output_attentions, output_hidden_states: return these of every layer.
+            return_dict: False returns a tuple of the fields that are not None.
+            cache_position: checked, never needed.
+            tokens, collected: of a padded pass of a model that contains this one; `inputs_embeds` is then a padded batch.
+
+        Raises:
+            InputError: arguments that do not fit together or to the model.
+        """
+        refuse_arguments(unknown, "GraniteModel.forward")
+        if tokens is not None:
+            return BaseModelOutputWithPast(self.run(inputs_embeds, tokens, collected), past_key_values)
+        inputs = ModelInputs(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+        )
+        output = self.states(inputs)
+        return output.to_tuple() if return_dict is False else output
+
+    def run(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None = None) -> Tensor:
+        """Run embeddings through the layers.
+
+        Args:
+            embeddings: before the embedding multiplier: packed, `(total_tokens, hidden)`, or padded if `tokens.rows` says so.
             tokens: their layout.
             collected: a list that takes the multiplied embeddings and every layer's output, the last one after the norm.
 
         Returns:
-            `(total_tokens, hidden)` after the final norm.
+            States after the final norm, in the layout of the embeddings.
         """
         x = embeddings * self.embedding_multiplier
-        rotary = rotary_embedding(self._frequencies_on(x.device), tokens.positions, x.dtype)
-        for layer in self.layers:
+        if tokens.rows is None:
+            rotary = rotary_embedding(self.rotary_emb.frequencies(x.device), tokens.positions, x.dtype)
+        else:
+            rotary = self.rotary_emb(x, tokens.rows.pad(tokens.positions))
+        recomputation = self.recomputation if self.training else None
+        for number, layer in enumerate(self.layers):
             if collected is not None:
                 collected.append(x)
-            x = layer(x, rotary, tokens)
+            if recomputation is None:
+                x = layer(x, position_embeddings=rotary, tokens=tokens)
+            else:
+                x = recomputation.run(layer, number, x, position_embeddings=rotary, tokens=tokens)
         x = self.norm(x)
         if collected is not None:
             collected.append(x)
         return x
-
-    def _frequencies_on(self, device: torch.device) -> Tensor:
-        # Not a buffer, because checkpoints do not have it. Cached, because computing it takes as many launches as half a layer.
-        if self._frequencies is None or self._frequencies.device != device:
-            with torch.inference_mode(False):  # a tensor from inference mode could not be used in a later backward pass
-                self._frequencies = rotary_frequencies(self.config, device)
-        return self._frequencies
-
-
-class GraniteForCausalLM(nn.Module):
-    """The language model with its head; `model` and `lm_head` as in the checkpoints."""
-
-    def __init__(self, config: GraniteConfig, tied: bool):
-        super().__init__()
-        self.config = config
-        self.model = GraniteModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`(..., hidden)` → `(..., vocabulary)`, divided by `logits_scaling`."""
-        return self.lm_head(hidden) / self.config.logits_scaling

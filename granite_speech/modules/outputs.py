@@ -10,7 +10,9 @@ from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.rows import Rows
 
 __all__ = [
+    "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
+    "CausalLMOutputWithPast",
     "GenerateOutput",
     "GraniteSpeechCausalLMOutputWithPast",
     "GraniteSpeechModelOutputWithPast",
@@ -96,15 +98,14 @@ class BaseModelOutputWithPooling(ModelOutput):
 
 
 @dataclass
-class GraniteSpeechModelOutputWithPast(ModelOutput):
-    """Output of `GraniteSpeechModel`.
+class BaseModelOutputWithPast(ModelOutput):
+    """Output of the language model without its head.
 
     Attributes:
         last_hidden_state: `(batch, sequence, hidden)` after the final norm; zero where the attention mask is 0.
         past_key_values: keys and values of all tokens so far, for the next call.
         hidden_states: embeddings and the output of every layer, the last one after the final norm.
         attentions: softmax weights of every layer, `(batch, heads, queries, keys)`.
-        audio_hidden_states: `(clips, audio tokens, hidden)`, the projector's output.
         packed_states: `last_hidden_state` without padding, `(total_tokens, hidden)`; not among the keys.
         rows: where the packed tokens lie in the batch; not among the keys.
     """
@@ -113,7 +114,6 @@ class GraniteSpeechModelOutputWithPast(ModelOutput):
     past_key_values: PagedCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    audio_hidden_states: torch.Tensor | None = None
     packed_states: torch.Tensor | None = field(default=None, repr=False, metadata={"internal": True})
     rows: Rows | None = field(default=None, repr=False, metadata={"internal": True})
 
@@ -124,13 +124,24 @@ class GraniteSpeechModelOutputWithPast(ModelOutput):
 
 
 @dataclass
-class GraniteSpeechCausalLMOutputWithPast(ModelOutput):
-    """Output of `GraniteSpeechForConditionalGeneration`.
+class GraniteSpeechModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `GraniteSpeechModel`.
+
+    Attributes:
+        audio_hidden_states: `(clips, audio tokens, hidden)`, the projector's output.
+    """
+
+    audio_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class CausalLMOutputWithPast(ModelOutput):
+    """Output of the language model on its own.
 
     Attributes:
         loss: next-token cross entropy, a scalar, if labels were given.
         logits: `(batch, kept positions, vocabulary)`, divided by `logits_scaling`; zero where the attention mask is 0.
-        past_key_values, hidden_states, attentions, audio_hidden_states: as `GraniteSpeechModelOutputWithPast`.
+        past_key_values, hidden_states, attentions: as `BaseModelOutputWithPast`.
     """
 
     loss: torch.Tensor | None = None
@@ -138,6 +149,16 @@ class GraniteSpeechCausalLMOutputWithPast(ModelOutput):
     past_key_values: PagedCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GraniteSpeechCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of `GraniteSpeechForConditionalGeneration`.
+
+    Attributes:
+        audio_hidden_states: as `GraniteSpeechModelOutputWithPast`.
+    """
+
     audio_hidden_states: torch.Tensor | None = None
 
 

@@ -52,6 +52,18 @@ class Segments:
         rows = [torch.arange(place, place + length) for place, length in zip(places, self.lengths, strict=True)]
         return on_device(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), self.device)
 
+    @classmethod
+    def of_batch(cls, padded: Tensor) -> "Segments":
+        """Of a batch `(segments, width, ...)` without padding."""
+        return cls((padded.shape[1],) * padded.shape[0], padded.device)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`(segments, width, ...)` → `(total, ...)`."""
+        width = padded.shape[1]
+        if all(length == width for length in self.lengths):
+            return padded.flatten(0, 1)
+        return padded.flatten(0, 1).index_select(0, self.rows_at(segment * width for segment in range(len(self.lengths))))
+
     def pad(self, packed: Tensor, width: int) -> Tensor:
         """`(total, ...)` → `(segments, width, ...)`, zero beyond a segment's length."""
         return self.pad_to_multiple(packed, width, (1,) * len(self.lengths))
@@ -117,6 +129,6 @@ def pack_clips(padded: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tens
         )
     count, width, _ = padded.shape
     if lengths is None:
-        return padded.flatten(0, 1), Segments((width,) * count, padded.device)
+        return padded.flatten(0, 1), Segments.of_batch(padded)
     clips = Segments(host_lengths(lengths, count, width, "input_features_lengths"), padded.device)
-    return padded.flatten(0, 1).index_select(0, clips.rows_at(clip * width for clip in range(count))), clips
+    return clips.pack(padded), clips

@@ -3,16 +3,24 @@
 BERT layers over a few learned queries with cross-attention to the audio (Li et al., "BLIP-2", arXiv 2301.12597). Names and
 arithmetic are those of transformers' `GraniteSpeechEncoderProjector` and `Blip2QFormerModel`. Windows are independent. A clip's
 last window is padded with zero vectors, which are attended to like frames, because the model was trained that way.
+
+Inside, every tensor is `(windows, queries or frames, width)`. Packed, only the windows that clips have are computed; padded, each
+clip has as many windows as the longest, as in transformers. `encoder.py` describes both layouts.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granite_speech.config import Blip2QFormerConfig, GraniteSpeechConfig
-from granite_speech.modules.activations import activation
+from granite_speech.errors import InputError, UnsupportedError
+from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.outputs import BaseModelOutputWithPooling
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.prompts import refuse_arguments
 from granite_speech.modules.transfers import on_device
 
 __all__ = ["GraniteSpeechEncoderProjector"]
@@ -23,20 +31,31 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
 
     def __init__(self, config: Blip2QFormerConfig, source_width: int):
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.dropout = config.attention_probs_dropout_prob
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
         self.query = LoraLinear(config.hidden_size, config.hidden_size)
         self.key = LoraLinear(source_width, config.hidden_size)
         self.value = LoraLinear(source_width, config.hidden_size)
 
-    def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """`(windows, queries, hidden)`, and None in the place of transformers' weights. Masks are bool, `(windows, 1, 1, keys)`."""
+        source, mask = hidden_states, attention_mask
+        if encoder_hidden_states is not None:
+            source, mask = encoder_hidden_states, encoder_attention_mask
         q, k, v = (
-            one.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for one in (self.query(hidden), self.key(source), self.value(source))
+            one.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2)
+            for one in (self.query(hidden_states), self.key(source), self.value(source))
         )
-        # Before the first cross-attention all windows have the same queries, so `hidden` has a single row.
+        # Before the first cross-attention all windows have the same queries, so `hidden_states` has a single row.
         q = q.expand(k.shape[0], -1, -1, -1)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return out.transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.attention_dropout if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2), None
 
 
 class Blip2QFormerOutput(nn.Module):
@@ -48,8 +67,8 @@ class Blip2QFormerOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
 
 
 class Blip2QFormerAttention(nn.Module):
@@ -60,8 +79,20 @@ class Blip2QFormerAttention(nn.Module):
         self.attention = Blip2QFormerMultiHeadAttention(config, source_width)
         self.output = Blip2QFormerOutput(config, config.hidden_size)
 
-    def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
-        return self.output(self.attention(hidden, source), hidden)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        attended, _ = self.attention(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+        )
+        return self.output(attended, hidden_states)
 
 
 class Blip2QFormerIntermediate(nn.Module):
@@ -70,10 +101,10 @@ class Blip2QFormerIntermediate(nn.Module):
     def __init__(self, config: Blip2QFormerConfig):
         super().__init__()
         self.dense = LoraLinear(config.hidden_size, config.intermediate_size)
-        self.activation = activation(config.hidden_act)
+        self.intermediate_act_fn = Activation(config.hidden_act)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.intermediate_act_fn(self.dense(hidden_states))
 
 
 class Blip2QFormerLayer(nn.Module):
@@ -88,10 +119,29 @@ class Blip2QFormerLayer(nn.Module):
         self.intermediate_query = Blip2QFormerIntermediate(config)
         self.output_query = Blip2QFormerOutput(config, config.intermediate_size)
 
-    def forward(self, queries: Tensor, frames: Tensor) -> Tensor:
-        queries = self.attention(queries, queries)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        query_length: int | None = None,
+    ) -> Tensor:
+        """All of `hidden_states` are queries, whatever `query_length` is."""
+        queries = self.attention(hidden_states=hidden_states, attention_mask=attention_mask)
         if self.crossattention is not None:
-            queries = self.crossattention(queries, frames)
+            if encoder_hidden_states is None:
+                raise InputError(
+                    got="a Q-Former layer without encoder_hidden_states",
+                    expected="(windows, frames, width)",
+                    remedy="Pass the frames to attend to",
+                )
+            queries = self.crossattention(
+                hidden_states=queries,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+            )
         return self.output_query(self.intermediate_query(queries), queries)
 
 
@@ -102,21 +152,66 @@ class Blip2QFormerEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([Blip2QFormerLayer(config, number) for number in range(config.num_hidden_layers)])
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        query_length: int | None = None,
+    ) -> BaseModelOutputWithPooling:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states)
+
 
 class Blip2QFormerModel(nn.Module):
-    """`(1, queries, hidden)` and `(windows, frames, width)` → `(windows, queries, hidden)`."""
+    """Norm of the queries, then the layers."""
 
     def __init__(self, config: Blip2QFormerConfig):
         super().__init__()
+        self.config = config
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.encoder = Blip2QFormerEncoder(config)
 
-    def forward(self, queries: Tensor, frames: Tensor) -> Tensor:
-        queries = self.dropout(self.layernorm(queries))
-        for layer in self.encoder.layer:
-            queries = layer(queries, frames)
-        return queries
+    def forward(
+        self,
+        query_embeds: Tensor,
+        query_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **unknown: Any,
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """Attend from queries to frames.
+
+        Args:
+            query_embeds: `(windows, queries, hidden)`, or `(1, queries, hidden)` for all windows.
+            query_length: the number of queries, or None.
+            attention_mask, encoder_attention_mask: `(windows, queries)` and `(windows, frames)` of 0 and 1; None keeps all.
+            encoder_hidden_states: `(windows, frames, width)`.
+            return_dict: False returns a tuple.
+
+        Returns:
+            `last_hidden_state` `(windows, queries, hidden)`, and the first query's as `pooler_output`.
+        """
+        refuse_arguments(unknown, "Blip2QFormerModel.forward")
+        if query_length not in (None, query_embeds.shape[1]):
+            raise UnsupportedError(
+                got=f"query_length={query_length} of {query_embeds.shape[1]} vectors",
+                expected="queries alone: these models have no text in the Q-Former",
+                remedy="Omit query_length",
+            )
+        queries = self.dropout(self.layernorm(query_embeds.to(self.layernorm.weight.dtype)))
+        frames = None if encoder_hidden_states is None else encoder_hidden_states.to(queries.dtype)
+        masks = (None if one is None else one.bool()[:, None, None, :] for one in (attention_mask, encoder_attention_mask))
+        own, of_frames = masks
+        output = self.encoder(queries, attention_mask=own, encoder_hidden_states=frames, encoder_attention_mask=of_frames)
+        states = output.last_hidden_state
+        output = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=states[:, 0])
+        return output.to_tuple() if return_dict is False else output
 
 
 class GraniteSpeechEncoderProjector(nn.Module):
@@ -125,7 +220,11 @@ class GraniteSpeechEncoderProjector(nn.Module):
     def __init__(self, config: GraniteSpeechConfig):
         super().__init__()
         config.validate()
-        self.window_size = config.window_size
+        self.hidden_size, self.downsample_rate, self.window_size = (
+            config.projector_config.hidden_size,
+            config.downsample_rate,
+            config.window_size,
+        )
         self.num_queries = config.window_size // config.downsample_rate
         self.query = nn.Parameter(torch.randn(1, self.num_queries, config.projector_config.hidden_size))
         self.qformer = Blip2QFormerModel(config.projector_config)
@@ -160,16 +259,32 @@ class GraniteSpeechEncoderProjector(nn.Module):
             windows = frames.reshape(frames.shape[0] // self.window_size, self.window_size, frames.shape[1])
         else:
             windows = F.pad(frames, (0, 0, 0, 1)).index_select(0, index.flatten()).unflatten(0, index.shape)
-        return self.linear(self.qformer(self.query, windows)).flatten(0, 1)
+        return self.linear(self._queried(windows)).flatten(0, 1)
 
-    def forward(self, frames: Tensor, clips: Segments) -> tuple[Tensor, Segments]:
-        """Project packed frames.
+    def forward(self, hidden_states: Tensor, *, clips: Segments | None = None) -> Tensor:
+        """Project a padded batch, as transformers does: windows beyond a clip's end are computed too.
 
         Args:
-            frames: `(total_frames, encoder width)`.
-            clips: where each clip lies.
+            hidden_states: `(clips, frames, encoder width)`.
+            clips: each clip's true number of frames; None: `frames` each.
 
         Returns:
-            `(total audio tokens, text hidden size)`, and where each clip's vectors lie.
+            `(clips, audio tokens, text hidden size)`, as many vectors as the padded frames give. `project` computes only those
+            that clips have.
         """
-        return self.project(frames, self.windows(clips)), self.token_segments(clips)
+        if hidden_states.dim() != 3:
+            raise InputError(
+                got=f"hidden_states of shape {tuple(hidden_states.shape)}",
+                expected="(clips, frames, encoder width)",
+                remedy="Pass the encoder's last_hidden_state",
+            )
+        count, frames, width = hidden_states.shape
+        if clips is not None:
+            hidden_states = clips.pad(clips.pack(hidden_states), frames)  # zeros after a clip's end
+        padded = F.pad(hidden_states, (0, 0, 0, -frames % self.window_size))
+        vectors = self._queried(padded.reshape(-1, self.window_size, width))
+        return self.linear(vectors.reshape(count, self.tokens(frames), self.hidden_size))
+
+    def _queried(self, windows: Tensor) -> Tensor:
+        """`(windows, window_size, encoder width)` → `(windows, queries, hidden)`."""
+        return self.qformer(query_embeds=self.query, encoder_hidden_states=windows).last_hidden_state

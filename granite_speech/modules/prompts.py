@@ -1,7 +1,8 @@
 """The inputs of a forward pass: collected in one record, checked, and read from the device once."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from granite_speech.errors import InputError
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.transfers import on_host
 
-__all__ = ["ModelInputs"]
+__all__ = ["ModelInputs", "refuse_arguments"]
 
 _READ_BY_THE_HOST = (
     "input_ids",
@@ -91,6 +92,13 @@ class ModelInputs:
                 expected="the rows of the call that made the cache, in the same order",
                 remedy="Pass the same batch, or no past_key_values",
             )
+
+
+def refuse_arguments(unknown: Mapping[str, Any], call: str, allowed: Collection[str] = ()) -> None:
+    """Raise InputError for arguments that a call does not have, unless they are None or `allowed`, as without effect."""
+    names = sorted(name for name, value in unknown.items() if value is not None and name not in allowed)
+    if names:
+        raise InputError(got=f"unknown arguments {', '.join(names)}", expected=f"those of transformers' {call}", remedy="Remove them")
 
 
 def _check_ids(ids: Tensor, device: torch.device) -> tuple[int, int]:

@@ -35,6 +35,11 @@ class Rows:
     positions: Tensor
     next_positions: list[int]
 
+    @classmethod
+    def single_tokens(cls, rows: int, device: torch.device) -> "Rows":
+        """Rows of one token each, as in a decode step. Their positions are not known here."""
+        return cls(1, Segments((1,) * rows, device), torch.arange(rows), torch.empty(0, dtype=torch.int64), [])
+
     @cached_property
     def _index(self) -> Tensor:
         return on_device(self.kept, self.segments.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
-from granite_speech.modules.language_model import Tokens
+from granite_speech.modules.tokens import Tokens
 from granite_speech.training.batches import Batch
 
 __all__ = ["LossFunction", "LossValue", "ctc_logits", "ctc_loss", "label_loss", "speech_loss", "text_loss"]
@@ -66,7 +66,7 @@ def speech_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, ctc_we
         ctc_middle: the `middle` of `ctc_loss`.
     """
     states, heads = _encode(model, batch, heads=ctc_weight > 0)
-    vectors, _ = model.projector(states, batch.clips)
+    vectors, _ = model.project_packed(states, batch.clips)
     language = _answer_loss(model, batch, counts, vectors)
     if not ctc_weight:
         return LossValue(language, {"lm": language})
@@ -94,7 +94,7 @@ def label_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, tokens:
         labels = batch.clips.pad_to_multiple(heads[-1].argmax(1), model.config.window_size, windows)
         # The blank is 0, so the maximum picks a letter if a vector's frames have one.
         wanted = model.embed_tokens(tokens[labels.unflatten(1, (queries, -1)).amax(2).flatten()]).float()
-    vectors, _ = model.projector(states, batch.clips)
+    vectors, _ = model.project_packed(states, batch.clips)
     distance = F.mse_loss(vectors.float(), wanted) / wanted.square().mean()
     return LossValue(distance * (batch.counts["answer_tokens"] / counts["answer_tokens"]), {"distance": distance})
 
@@ -156,6 +156,6 @@ def _answer_loss(model: Model, batch: Batch, counts: Mapping[str, int], vectors:
         embeddings = embeddings.index_copy(0, batch.audio_places, vectors.to(embeddings.dtype))
     has_audio = [vectors is not None] * len(batch.rows.lengths)
     tokens = Tokens(segments=batch.rows, positions=batch.positions, adapter_index=model.adapter_index(has_audio, batch.rows))
-    states = model.decoder(embeddings, tokens)
+    states = model.language_states(embeddings, tokens)
     logits = model.language_model.logits(states.index_select(0, batch.answer_places))
     return F.cross_entropy(logits.to(accumulator(logits.dtype)), batch.answers, reduction="sum") / counts["answer_tokens"]

@@ -191,7 +191,6 @@ def test_a_warmup_leaves_random_numbers_alone(model):
 
 def test_a_warmup_without_graphs_runs_one_request(monkeypatch):
     model, calls = small_model(), []
-    model.encoder.register_forward_hook(lambda *_: calls.append("forward"))
     encode = model.encoder.encode
     monkeypatch.setattr(model.encoder, "encode", lambda *given: (calls.append("encode"), encode(*given))[1])
     model.warmup(rows=[1, 2, 4], seconds=[0.3, 0.5])

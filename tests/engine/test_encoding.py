@@ -175,9 +175,9 @@ def test_gathered_windows_are_the_padded_frames(lengths):
     projector, clips = MODEL.projector, Segments(lengths, CPU)
     frames = torch.randn(clips.total, projector.qformer.encoder.layer[0].crossattention.attention.key.in_features)
     with torch.no_grad():
-        vectors, tokens = projector(frames, clips)
+        vectors, tokens = projector.project(frames, projector.windows(clips)), projector.token_segments(clips)
         windows = clips.pad_to_multiple(frames, projector.window_size, tuple(-(-one // projector.window_size) for one in lengths))
-        expected = projector.linear(projector.qformer(projector.query, windows)).flatten(0, 1)
+        expected = projector.linear(projector.qformer(projector.query, encoder_hidden_states=windows).last_hidden_state).flatten(0, 1)
     assert torch.equal(vectors, expected)
     assert tokens.lengths == tuple(map(projector.tokens, lengths))
 

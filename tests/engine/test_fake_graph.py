@@ -296,7 +296,7 @@ def step(monkeypatch):
 
     @torch.no_grad()
     def body():
-        given.logits.copy_(model.language_model.logits(model.decoder(model.embed_tokens(given.tokens), layout)))
+        given.logits.copy_(model.language_model.logits(model.language_states(model.embed_tokens(given.tokens), layout)))
         given.positions.add_(1)
 
     return body, lambda: [*tensors_of(model, cache, layout), *tensors(given).values()], given
