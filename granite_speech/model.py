@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from granite_speech.checkpoints.folder import Checkpoint
 from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys
 from granite_speech.config import GraniteSpeechConfig
+from granite_speech.embeddings import Embeddings, checked_embeddings
 from granite_speech.engine.generate import Generation
 from granite_speech.errors import InputError
 from granite_speech.modules.cache import PagedCache
@@ -44,7 +45,7 @@ def _refuse_unknown(unknown: dict) -> None:
         )
 
 
-class GraniteSpeechModel(Pretrained, SpeechToStates):
+class GraniteSpeechModel(Pretrained, Embeddings, SpeechToStates):
     """Encoder, projector and language model without its head.
 
     Args:
@@ -124,7 +125,7 @@ class GraniteSpeechModel(Pretrained, SpeechToStates):
         return output.to_tuple() if return_dict is False else output
 
 
-class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStates):
+class GraniteSpeechForConditionalGeneration(Pretrained, Generation, Embeddings, SpeechToStates):
     """Speech and text in, text out: a drop-in for transformers' class of this name.
 
     Modules have the released checkpoints' names: `encoder`, `projector`, `language_model.model`, `language_model.lm_head`.
@@ -175,6 +176,11 @@ class GraniteSpeechForConditionalGeneration(Pretrained, Generation, SpeechToStat
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output head."""
+        self.language_model.lm_head = checked_embeddings(new_embeddings)
+        self.config.text_config.vocab_size = new_embeddings.weight.shape[0]
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
         """As `torch.nn.Module.load_state_dict`, and also accepts the names that transformers and peft use in memory."""

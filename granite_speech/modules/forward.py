@@ -72,9 +72,6 @@ class SpeechToStates(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.embed_tokens.weight.dtype
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.decoder.embed_tokens
-
     def num_parameters(self) -> int:
         """Number of parameters; a tied one counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -236,11 +233,12 @@ class SpeechToStates(nn.Module):
         """
         config = self.config
         is_audio = ids == config.audio_token_index
-        outside = ids[~is_audio & ((ids < 0) | (ids >= config.text_config.vocab_size))]
+        known = self.decoder.embed_tokens.weight.shape[0]
+        outside = ids[~is_audio & ((ids < 0) | (ids >= known))]
         if len(outside):
             raise InputError(
                 got=f"token id {int(outside[0])}",
-                expected=f"ids from 0 to {config.text_config.vocab_size - 1}, or audio_token_index {config.audio_token_index}",
+                expected=f"ids from 0 to {known - 1}, or audio_token_index {config.audio_token_index}",
                 remedy="Use the processor of this checkpoint",
             )
         tokens = int(is_audio.sum())
