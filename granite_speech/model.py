@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from granite_speech.checkpoints.folder import Checkpoint
 from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys
 from granite_speech.config import GraniteConfig, GraniteSpeechConfig
+from granite_speech.embeddings import Embeddings, checked_embeddings
 from granite_speech.engine.generate import Generation
+from granite_speech.model_methods import ModelMethods
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.forward import SpeechToStates
@@ -34,7 +36,7 @@ from granite_speech.pretrained import Pretrained
 __all__ = ["GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"]
 
 
-class GraniteSpeechModel(Pretrained, SpeechToStates):
+class GraniteSpeechModel(Pretrained, Embeddings, SpeechToStates):
     """Encoder, projector and language model without its head.
 
     Args:
@@ -139,7 +141,7 @@ class _Generating(Generation):
         return super()._apply(fn, recurse)
 
 
-class GraniteForCausalLM(_Generating, TextToStates):
+class GraniteForCausalLM(ModelMethods, _Generating, TextToStates):
     """The language model with its head, as in transformers; `model` and `lm_head` as in the checkpoints.
 
     It can be called and generates on its own. Rows given as embeddings use the adapter, rows of token ids do not.
@@ -239,7 +241,7 @@ class GraniteForCausalLM(_Generating, TextToStates):
         return output.to_tuple() if return_dict is False else output
 
 
-class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, SpeechToStates):
+class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, Embeddings, SpeechToStates):
     """Speech and text in, text out: a drop-in for transformers' class of this name.
 
     Modules have the released checkpoints' names: `encoder`, `projector`, `language_model.model`, `language_model.lm_head`.
@@ -287,6 +289,11 @@ class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, SpeechToSta
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output head."""
+        self.language_model.lm_head = checked_embeddings(new_embeddings)
+        self.config.text_config.vocab_size = new_embeddings.weight.shape[0]
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
         """As `torch.nn.Module.load_state_dict`, and also accepts the names that transformers and peft use in memory."""

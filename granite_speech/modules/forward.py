@@ -199,7 +199,9 @@ class SpeechToStates(TextToStates):
 
     def audio_tokens(self, ids: Tensor, count: int | None) -> Tensor:
         is_audio = ids == self.config.audio_token_index
-        check_vocabulary(ids[~is_audio], self.config.text_config.vocab_size, f", or audio_token_index {self.config.audio_token_index}")
+        check_vocabulary(
+            ids[~is_audio], self.decoder.embed_tokens.weight.shape[0], f", or audio_token_index {self.config.audio_token_index}"
+        )
         tokens = int(is_audio.sum())
         if count is not None and tokens != count:
             raise InputError(

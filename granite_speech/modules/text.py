@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from granite_speech.config import GraniteConfig
 from granite_speech.errors import InputError, UnsupportedError
-from granite_speech.modules import adapter
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.checkpointing import GradientCheckpointing
 from granite_speech.modules.hooks import have_hooks
@@ -83,14 +82,6 @@ class TextToStates(GradientCheckpointing, nn.Module):
     def get_decoder(self) -> nn.Module:
         """The language model without its head."""
         return self.decoder
-
-    def num_parameters(self) -> int:
-        """Number of parameters; a tied one counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def merge_adapter(self) -> None:
-        """Add the adapter to the weights and remove it. It is then on for requests without audio too."""
-        adapter.merge_adapter(self)
 
     def states(self, inputs: ModelInputs, host: ModelInputs | None = None) -> BaseModelOutputWithPast:
         """The forward pass up to the final norm.
@@ -196,7 +187,7 @@ class TextToStates(GradientCheckpointing, nn.Module):
         Raises:
             InputError: another number of audio tokens, or an id outside the vocabulary.
         """
-        check_vocabulary(ids, self.text_config.vocab_size, "")
+        check_vocabulary(ids, self.decoder.embed_tokens.weight.shape[0], "")
         return torch.zeros_like(ids, dtype=torch.bool)
 
     def run_prompt(self, prompt: PackedPrompt, inputs: ModelInputs) -> tuple[Tensor, list[Tensor] | None, list[list[Tensor]] | None]:

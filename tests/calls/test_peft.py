@@ -1,7 +1,6 @@
 """Fine-tuning with peft, and adapters by name, as users write them, here and in transformers."""
 
 import json
-from pathlib import Path
 
 import peft
 import torch
@@ -24,28 +23,9 @@ def lora(targets=ATTENTION, **options):
 
 def wrapped(lib, config=None, *, own=True, **options):
     """A PeftModel. `own`: whether the base model keeps the adapter of the checkpoint."""
-    model = lib.new_model() if own else bare(lib)
+    model = lib.new_model() if own else lib.new_bare_model()
     torch.manual_seed(1)
     return get_peft_model(model, lora() if config is None else config, **options).eval()
-
-
-def bare(lib):
-    """A model from a folder without an adapter, as `save_pretrained` of a merged model or a fresh training gives it."""
-    folder = lib.new_folder()
-    for file in Path(lib.folder).iterdir():
-        if not file.name.startswith("adapter"):
-            (folder / file.name).symlink_to(file)
-    return lib.new_model.__func__(_At(lib, str(folder)))
-
-
-class _At:
-    """A library whose checkpoint is in another folder."""
-
-    def __init__(self, lib, folder):
-        self.lib, self.folder = lib, folder
-
-    def __getattr__(self, name):
-        return getattr(self.lib, name)
 
 
 def pair(lib):
@@ -128,7 +108,7 @@ def count(model):
 
 def reloaded(lib, config=None, *, own=True):
     folder = folder_of(lib, config, own=own)
-    model = PeftModel.from_pretrained(lib.new_model() if own else bare(lib), folder)
+    model = PeftModel.from_pretrained(lib.new_model() if own else lib.new_bare_model(), folder)
     return logits(lib, model), words(lib, model)
 
 
@@ -205,7 +185,7 @@ def loaded_by_name(lib):
 
 
 def added(lib, config, own=False, name=None):
-    model = lib.new_model() if own else bare(lib)
+    model = lib.new_model() if own else lib.new_bare_model()
     torch.manual_seed(1)
     model.add_adapter(config, name)
     return model

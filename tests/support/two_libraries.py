@@ -51,6 +51,15 @@ class Library:
             scale_logits(model)
         return model.eval()
 
+    def new_bare_model(self, **options: Any) -> Any:
+        """A model of the same checkpoint without its adapter."""
+        folder = self.folder
+        try:
+            self.folder = str(_bare_folder())
+            return self.new_model(**options)
+        finally:
+            self.folder = folder
+
     def new_processor(self) -> Any:
         return self.AutoProcessor.from_pretrained(self.folder)
 
@@ -83,6 +92,15 @@ class Library:
 
     def new_folder(self) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
+
+
+@cache
+def _bare_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="bare-"))
+    for file in EMBEDDED_FOLDER.iterdir():
+        if not file.name.startswith("adapter"):
+            (folder / file.name).symlink_to(file)
+    return folder
 
 
 @cache
