@@ -126,6 +126,11 @@ class CommonAttributes:
             if isinstance(part, CommonAttributes):
                 part._attn_implementation = value if each is None else each.get(name, part._attn_implementation)
 
+    def complete_attention(self, name: str) -> None:
+        """Give the configuration and its parts a name where none was chosen."""
+        for config in (self, *(self.__dict__[part] for part in self.sub_configs)):
+            config.__dict__["_attention"] = config._attn_implementation or name
+
     @property
     def use_return_dict(self) -> bool:
         """The earlier name of `return_dict`."""

@@ -38,8 +38,7 @@ class Pretrained(ModelMethods, Adapters):
         super().__init__()
         self.config = as_config(config)
         self.config.validate()
-        if self.config._attn_implementation is None:
-            self.config._attn_implementation = "sdpa"  # the name that transformers gives to what runs if nothing is chosen
+        self.config.complete_attention("sdpa")  # what transformers chooses if nothing is given
 
     @torch.no_grad()
     def initialize_weights(self, names: Collection[str] | None = None) -> None:

@@ -39,8 +39,8 @@ def save(
         config: contents of config.json.
         adapter_tensors: canonical name → LoRA matrix; None without an adapter.
         adapter_config: contents of adapter_config.json; required with adapter_tensors.
-        max_shard_size: bytes, or a number with KB, MB or GB (powers of 1000), KiB, MiB or GiB (of 1024). A larger tensor gets a shard
-            of its own.
+        max_shard_size: bytes, or a number with KB, MB, GB or TB (powers of 1000), KiB, MiB, GiB or TiB (of 1024). A larger tensor
+            gets a shard of its own.
         variant: of the weights' file names, as of `Checkpoint.open`.
 
     Raises:
@@ -124,7 +124,9 @@ def _split(tensors: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, t
 def _bytes_of(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(I?)B\s*", size.upper()) if isinstance(size, str) else None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B\s*", size.upper()) if isinstance(size, str) else None
     if found is None:
-        raise InputError(got=f"max_shard_size={size!r}", expected="bytes, or a number with KB, MB or GB", remedy="Pass for example '5GB'")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2] or " "))
+        raise InputError(
+            got=f"max_shard_size={size!r}", expected="bytes, or a number with KB, MB, GB or TB", remedy="Pass for example '5GB'"
+        )
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))

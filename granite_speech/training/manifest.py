@@ -3,13 +3,15 @@
     {"audio": "clips/0001.flac", "text": "seven left"}
     {"audio": "clips/0002.flac", "text": "sieben links", "prompt": "translate the speech to German.", "voice": "anna"}
 
-- `audio`: path of the sound file, relative to the manifest's folder
-- `text`: the answer to train on
+- `audio`: path of the sound file, relative to the manifest's folder. Also understood: `audio_filepath`, `audio_path`, `path`, `file`,
+  `file_name`, and the audio column of the package datasets, `{"path": …}`
+- `text`: the answer to train on. Also understood: `sentence`, `transcription`, `transcript`
 - `prompt` (optional): the request, without the audio placeholder
 - `voice` (optional): the speaker, used to group word error rates
 
-A manifest of texts has only `prompt` and `text`. Other keys are refused, because a misspelled key would silently change the training.
-Empty lines are skipped.
+A manifest of texts has only `prompt` and `text`. `duration` may be given; recordings are measured all the same. Other keys are
+ignored with one warning for each manifest. A key that looks like a misspelling of one that the line does not have is refused, because
+it would silently change the training. Null is the same as no key. Empty lines are skipped.
 """
 
 import json
@@ -19,10 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from granite_speech.config_values import shown
 from granite_speech.errors import GraniteSpeechError, InputError
 from granite_speech.inputs.audio import load_audio, measure_seconds
+from granite_speech.training.manifest_keys import known_values
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +94,8 @@ def read_manifest(path: str | Path, *, audio: bool = True) -> list[Utterance]:
 
     Raises:
         InputError: no manifest, an empty one, or an invalid line; names the file and line. Sound files must exist, but are not decoded.
+
+    Warns of keys that are not used, once for the manifest.
     """
     path = Path(path)
     try:
@@ -100,17 +106,23 @@ def read_manifest(path: str | Path, *, audio: bool = True) -> list[Utterance]:
             expected="a file with one JSON object per line",
             remedy="Check the path",
         ) from error
-    found = [_utterance(path, number, line, audio) for number, line in enumerate(lines, 1) if line.strip()]
+    ignored: set[str] = set()
+    found = [_utterance(path, number, line, audio, ignored) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise InputError(
             got=f"the manifest {str(path)!r}, which has no lines",
             expected="one JSON object per line",
             remedy='Write {"audio": …, "text": …}',
         )
+    if ignored:
+        used = "audio, text, prompt and voice" if audio else "prompt and text"
+        warn(f"{path}: the keys {', '.join(sorted(ignored))} are ignored; used are {used}.", stacklevel=2)
     return found
 
 
-def _utterance(manifest: Path, number: int, line: bytes, audio: bool) -> Utterance:
+def _utterance(manifest: Path, number: int, line: bytes, audio: bool, ignored: set[str]) -> Utterance:
+    """The utterance of a line. Adds the keys that it does not use to `ignored`."""
+
     def refuse(got: str, expected: str, remedy: str, cause: Exception | None = None) -> InputError:
         error = InputError(got=f"{manifest}, line {number}: {got}", expected=expected, remedy=remedy)
         error.__cause__ = cause
@@ -124,11 +136,11 @@ def _utterance(manifest: Path, number: int, line: bytes, audio: bool) -> Utteran
         raise refuse(f"{text!r:.100}, which does not parse ({error})", f"a JSON object such as {example}", "Correct it", error) from error
     if not isinstance(value, dict):
         raise refuse(f"a {type(value).__name__}", f"a JSON object such as {example}", "Correct it")
-    needed, known = (("audio", "text"), ("audio", "text", "prompt", "voice")) if audio else (("prompt", "text"), ("prompt", "text"))
-    if unknown := sorted(value.keys() - set(known)):
-        raise refuse(f"unknown keys {', '.join(map(shown, unknown))}", f"only {', '.join(known)}", "Rename or remove them")
-    if missing := [name for name in needed if name not in value]:
-        raise refuse(f"no {' and no '.join(missing)}", f"a JSON object such as {example}", "Add the missing keys")
+    try:
+        value, extra = known_values(value, audio=audio)
+    except InputError as error:
+        raise refuse(error.got, error.expected, error.remedy) from error
+    ignored |= extra
     for name, one in value.items():
         if (problem := _not_text(one)) is not None:
             raise refuse(f"{name} = {shown(one)}{problem}", "non-empty text", f"Correct {name}, or remove the line")

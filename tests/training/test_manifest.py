@@ -60,12 +60,18 @@ BAD = {
     "empty": ({}, "no audio and no text"),
     "blank text": (GOOD | {"text": "  "}, "text = '  '"),
     "text of another type": (GOOD | {"text": 5}, "text = 5"),
-    "null prompt": (GOOD | {"prompt": None}, "prompt = None"),
+    "null text": (GOOD | {"text": None}, "no text"),
     "voice of another type": (GOOD | {"voice": 5}, "voice = 5"),
     "blank voice": (GOOD | {"voice": " "}, "voice = ' '"),
     "an unpaired surrogate": (GOOD | {"text": "\ud800"}, "an unpaired surrogate"),
     "NUL": (GOOD | {"audio": "one.wav\0"}, "contains a NUL character"),
-    "unknown key": (GOOD | {"duration": 1.0}, "unknown keys 'duration'"),
+    "a misspelled key": (GOOD | {"promt": "?"}, "the key 'promt', and no 'prompt'"),
+    "a misspelled key in capitals": (GOOD | {"Voice": "anna"}, "the key 'Voice', and no 'voice'"),
+    "a misspelled needed key": ({"audio": "one.wav", "transcripton": "one"}, "the key 'transcripton', and no 'transcription'"),
+    "two texts": (GOOD | {"sentence": "two"}, "text = 'one' and sentence = 'two'"),
+    "two files": (GOOD | {"audio_filepath": "two.wav"}, "audio = 'one.wav' and audio_filepath = 'two.wav'"),
+    "a part of a recording": (GOOD | {"offset": 2.5, "duration": 1.0}, "offset = 2.5"),
+    "samples in place of a file": (GOOD | {"audio": {"array": [0.0]}}, "audio = {'array'"),
     "no such file": (GOOD | {"audio": "two.wav"}, "two.wav', which does not exist"),
     "a folder": (GOOD | {"audio": "sub"}, "which is a folder"),
 }
@@ -82,12 +88,44 @@ def test_an_invalid_line_is_reported_before_the_model_is_loaded(folder, line, me
 
 
 def test_texts_have_a_prompt_and_no_audio(folder):
-    with pytest.raises(InputError, match="unknown keys 'audio'"):
+    with pytest.raises(InputError, match="the key 'audio' in a manifest of texts"):
         read_manifest(write(folder, GOOD | {"prompt": "?"}), audio=False)
-    with pytest.raises(InputError, match="unknown keys 'voice'"):
+    with pytest.raises(InputError, match="the key 'voice' in a manifest of texts"):
         read_manifest(write(folder, {"prompt": "?", "text": "one", "voice": "anna"}), audio=False)
     with pytest.raises(InputError, match="no prompt"):
         read_manifest(write(folder, {"text": "one"}), audio=False)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"audio_filepath": "one.wav", "duration": 0.25, "text": "one"},  # NeMo
+        {"audio_filepath": "one.wav", "duration": None, "offset": 0.0, "text": "one"},
+        {"path": "one.wav", "sentence": "one"},  # Common Voice
+        {"file_name": "one.wav", "transcription": "one"},  # a folder of the package datasets
+        {"audio": {"path": "one.wav", "bytes": None}, "transcript": "one"},  # its audio column
+        {"audio": {"path": "one.wav"}, "path": "one.wav", "text": "one", "sentence": "one"},
+        {"file": "one.wav", "text": " one ", "prompt": None, "voice": None},
+        {"audio_path": "one.wav", "text": "one", "sentence": None},
+    ],
+    ids=lambda line: " ".join(line),
+)
+def test_names_of_common_data_sets_are_understood(folder, line):
+    (one,) = read_manifest(write(folder, line))
+    assert (one.audio, one.text, one.prompt, one.voice) == (folder / "one.wav", "one", None, None)
+
+
+def test_other_keys_are_ignored_with_one_warning(folder):
+    lines = [GOOD | {"lang": "en", "id": number, "up_votes": 2, "choice": "a"} for number in range(3)]
+    with pytest.warns(UserWarning) as caught:
+        found = read_manifest(write(folder, *lines, GOOD | {"accent": ""}))
+    assert len(found) == 4 and len(caught) == 1
+    message = str(caught[0].message)
+    assert "m.jsonl: the keys accent, choice, id, lang, up_votes are ignored; used are audio, text, prompt and voice" in message
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="the keys lang are ignored; used are prompt and text"):
+        read_manifest(write(folder, {"prompt": "?", "text": "one", "lang": "en"}), audio=False)
 
 
 def test_missing_and_empty_manifests_are_refused(folder):
