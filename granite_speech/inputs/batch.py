@@ -116,7 +116,7 @@ class Span(NamedTuple):
 class BatchEncoding(BatchFeature):
     """A `BatchFeature` of texts, which also knows where in the text each token comes from.
 
-    An integer as index gives the `tokenizers.Encoding` of a text, a slice the entries of some texts. The methods that take a text's
+    An integer as index gives the `tokenizers.Encoding` of a text, and a slice those of some texts. The methods that take a text's
     number can be called without it for the first text.
 
     Args:
@@ -143,7 +143,7 @@ class BatchEncoding(BatchFeature):
     def __getitem__(self, item: str | int | slice) -> Any:
         if isinstance(item, str):
             return super().__getitem__(item)
-        if isinstance(item, slice):
+        if isinstance(item, slice) and self.encodings is None:
             return {name: value[item] for name, value in self.items()}
         return self._encoding(item)
 
@@ -202,7 +202,7 @@ class BatchEncoding(BatchFeature):
     def _place(self, first: int, second: int | None) -> "tuple[tokenizers.Encoding, int]":
         return (self._encoding(0), first) if second is None else (self._encoding(first), second)
 
-    def _encoding(self, index: int) -> "tokenizers.Encoding":
+    def _encoding(self, index: int | slice) -> Any:
         if self.encodings is None:
             raise InputError(
                 got="a batch that does not know where its tokens come from",

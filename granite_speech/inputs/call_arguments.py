@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.inputs.text_options import TextOptions
 
-__all__ = ["CallArguments", "chat_arguments"]
+__all__ = ["CallArguments", "chat_arguments", "only_one"]
 
 _TEXT = {one.name for one in fields(TextOptions)} | {
     "text_pair",
@@ -64,7 +64,7 @@ class CallArguments(NamedTuple):
             raise InputError(
                 got=f"unknown options {unknown}", expected="text, audio, device, sampling_rate and text options", remedy="Remove them"
             )
-        audio = _only(options.get("audio"), options.get("audios"))
+        audio = only_one(options.get("audio"), options.get("audios"))
         flat = {name: value for name, value in options.items() if name in _TEXT}
         passed = {**flat, **({"padding": padding} if padding is not True else {})}
         if twice := sorted(name for name in text_kwargs if name in passed and passed[name] != text_kwargs[name]):
@@ -97,9 +97,10 @@ def _refuse_other_modalities(options: dict[str, Any]) -> None:
     options.pop("load_audio_backend", None)  # files are always decoded with FFmpeg
 
 
-def _only(first: Any, second: Any) -> Any:
+def only_one(first: Any, second: Any) -> Any:
+    """Whichever of audio and audios was given, or None."""
     if first is not None and second is not None:
-        raise InputError(got="audio and audios", expected="one of them", remedy="Pass audio")
+        raise InputError(got="audio and audios, or two lots of audio", expected="one of them", remedy="Pass audio once")
     return second if first is None else first
 
 

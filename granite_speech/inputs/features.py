@@ -18,7 +18,7 @@ from granite_speech.inputs.clips import as_clips
 from granite_speech.inputs.feature_padding import pad_features
 from granite_speech.inputs.log_mel import FrameCounts, LogMel, count_frames
 from granite_speech.inputs.processor_files import EXTRACTOR, EXTRACTOR_TYPE, extractor_arguments, read_configuration, write_json
-from granite_speech.inputs.saving import hub_options, push, saving
+from granite_speech.inputs.saving import HUB_OPTIONS, hub_options, push, saving
 from granite_speech.inputs.sources import arrays_and_rates
 from granite_speech.inputs.text_options import check_choice
 
@@ -241,8 +241,10 @@ class GraniteSpeechFeatureExtractor(LogMel):
     @classmethod
     def get_feature_extractor_dict(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The contents of a folder's configuration file, and the options that are changes of it. options: as in `from_pretrained`."""
-        names = (*_ENTRIES, "return_unused_kwargs")
-        changes = {name: options.pop(name) for name in names if name in options}
+        names = {*_ENTRIES, "return_unused_kwargs"}
+        if options.get("return_unused_kwargs"):
+            names |= options.keys() - HUB_OPTIONS
+        changes = {name: options.pop(name) for name in list(options) if name in names}
         path = Path(pretrained_model_name_or_path).expanduser()
         if path.is_file():
             hub_options(options, "GraniteSpeechFeatureExtractor.from_pretrained")

@@ -14,7 +14,7 @@ from granite_speech.checkpoints.folder import resolve
 from granite_speech.errors import InputError
 from granite_speech.inputs.audio import resample
 from granite_speech.inputs.batch import BatchEncoding, BatchFeature
-from granite_speech.inputs.call_arguments import CallArguments, chat_arguments
+from granite_speech.inputs.call_arguments import CallArguments, chat_arguments, only_one
 from granite_speech.inputs.chat import audio_of, render_conversations, select_template, text_masks
 from granite_speech.inputs.chat_template import write_chat_template
 from granite_speech.inputs.clips import check_clips, clips_of_prompt, wrong_clips
@@ -91,7 +91,7 @@ class GraniteSpeechProcessor:
             MissingDependencyError: another sampling rate, and torchaudio cannot be imported.
         """
         arguments = CallArguments.of(device, sampling_rate, return_tensors, padding, options)
-        encoded, features, _ = self._process(text, arguments.audio if audio is None else audio, arguments)
+        encoded, features, _ = self._process(text, only_one(audio, arguments.audio), arguments)
         if arguments.text["return_tensors"] == "np":
             features.convert_to_tensors("np")
         return BatchFeature({**encoded, **features})
@@ -217,7 +217,7 @@ class GraniteSpeechProcessor:
         if bos is not None and prompts.texts[0].startswith(bos):
             options["options"].setdefault("add_special_tokens", False)
         arguments = CallArguments.of(**options)
-        encoded, features, counts = self._process(prompts.texts, audio_of(conversation) or arguments.audio, arguments)
+        encoded, features, counts = self._process(prompts.texts, only_one(audio_of(conversation) or None, arguments.audio), arguments)
         result = BatchFeature({**encoded, **features})
         if return_assistant_tokens_mask:
             counts = counts or [1] * sum(text.count(self.audio_token) for text in prompts.texts)

@@ -1,5 +1,6 @@
 """What every `from_pretrained`, `save_pretrained` and `push_to_hub` of this folder does with its options."""
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,9 @@ from typing import Any
 from granite_speech.checkpoints.call_options import check_unused
 from granite_speech.errors import CheckpointError, InputError
 
-__all__ = ["hub_options", "push", "saving"]
+__all__ = ["HUB_OPTIONS", "hub_options", "push", "saving"]
 
-_HUB = {"cache_dir": None, "force_download": False, "local_files_only": False, "token": None, "revision": None, "subfolder": ""}
+HUB_OPTIONS = {"cache_dir": None, "force_download": False, "local_files_only": False, "token": None, "revision": None, "subfolder": ""}
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
@@ -23,11 +24,11 @@ def hub_options(options: dict[str, Any], call: str) -> dict[str, Any]:
     """
     options = dict(options)
     earlier = options.pop("use_auth_token", None)  # the name of token in transformers 4
-    found = {name: options.pop(name) for name in _HUB if name in options}
+    found = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
     if earlier is not None:
         found.setdefault("token", earlier)
     check_unused(options, call)
-    return {name: value for name, value in found.items() if value is not None and value != _HUB[name]}
+    return {name: value for name, value in found.items() if value is not None and value != HUB_OPTIONS[name]}
 
 
 @contextmanager
@@ -55,9 +56,20 @@ def saving(folder: str | Path, call: str, push_to_hub: bool, options: dict[str, 
         raise CheckpointError(
             got=f"{str(path)!r}, where no folder can be made ({error})", expected="a folder, existing or not", remedy="Pass another path"
         ) from error
+    before = _times(path) if push_to_hub else {}
     yield path
     if push_to_hub:
-        _upload(path, upload_options.pop("repo_id", None) or path.resolve().name, upload_options)
+        with tempfile.TemporaryDirectory(prefix="granite-speech-") as copies:  # of the files just written, not of others in the folder
+            for name, time in _times(path).items():
+                if before.get(name) != time:
+                    (Path(copies) / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path / name, Path(copies) / name)
+            _upload(Path(copies), upload_options.pop("repo_id", None) or path.resolve().name, upload_options)
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    """When each file was written."""
+    return {file.relative_to(folder): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
 def push(save: Callable[[str], Any], repo_id: str, call: str, options: dict[str, Any]) -> Any:

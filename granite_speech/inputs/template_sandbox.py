@@ -165,7 +165,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: self._metered(name, one, _FLAT_FILTERS) for name, one in (self.filters | {"tojson": _tojson}).items()}
         self.tests = {name: self._metered(name, one, _FLAT_TESTS) for name, one in self.tests.items()}
         inline = {"items": self.items, "step": self.step, "concat": self._concatenated, "compare": self._compared, "made": self.made}
-        inline |= {"weighed": self.weighed, "mark": lambda place: self.marks[place]}
+        inline |= {"weighed": self.weighed, "mark": _mark}
         self.filters |= {f"|{name}": one for name, one in inline.items()}
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -370,6 +370,11 @@ def _widths(name: str, text: str) -> int:
     percent = re.findall(r"[%)][-+ #]*([\d.]+)", text) if name == "%" else []
     braces = [] if name == "%" else [spec for _, _, spec, _ in Formatter().parse(text) if spec]
     return sum(min(int(digits[:12]), 1 << 40) for field in percent + braces for digits in re.findall(r"\d+", field))
+
+
+@jinja2.pass_context  # otherwise jinja2 would call it once, when it compiles
+def _mark(context: jinja2.runtime.Context, place: int) -> str:
+    return context.environment.marks[place]
 
 
 def _raise_exception(message: str):

@@ -130,9 +130,11 @@ class Vocabulary:
         Raises:
             InputError: an unknown role, or a token of another type.
         """
-        tokens: list[Any] = []
-        for name, value in special_tokens_dict.items():
-            if name in _EXTRA:
+        given, tokens = dict(special_tokens_dict), []
+        if _EXTRA[1] in given:
+            given.setdefault(_EXTRA[0], given.pop(_EXTRA[1]))  # last, as in transformers, which decides the ids
+        for name, value in given.items():
+            if name == _EXTRA[0]:
                 values = _listed(name, value)
                 before = [] if replace_extra_special_tokens and values else self._extra
                 self._extra = list(dict.fromkeys((*before, *map(_content, values))))
@@ -146,7 +148,7 @@ class Vocabulary:
                     remedy=f"Pass tokens without a role as {_EXTRA[0]}",
                 )
         added = self.backend.add_special_tokens([_added(token) for token in tokens])
-        for name, value in special_tokens_dict.items():
+        for name, value in given.items():
             if name in self._roles:
                 self._assign(name, value)
         return added

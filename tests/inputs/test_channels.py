@@ -106,8 +106,8 @@ def test_other_layouts_are_refused_before_anything_is_computed(processor, monkey
 
 
 def test_values_that_are_not_audio_are_input_errors(processor):
-    for audio in ("speech.wav", b"RIFF", {"array": 1}, 5):
-        with pytest.raises(InputError, match="audio of type"):
+    for audio, words in (("speech.wav", "does not exist"), (b"RIFF", "does not decode"), ({"array": 1}, "a int"), (5, "audio of type int")):
+        with pytest.raises(InputError, match=words):
             processor(PROMPT, audio)
 
 

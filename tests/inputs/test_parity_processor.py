@@ -161,8 +161,10 @@ def test_refusals(ours):
             ours(PROMPT, sound, sampling_rate=rate)
     with pytest.raises(AudioError, match=r"1 placeholder\(s\) <\|audio\|> for 2 clip"):
         ours(PROMPT, [sound, sound])
-    with pytest.raises(InputError, match=r"\['audios', 'truncation'\].*named audio"):
-        ours(PROMPT, audios=sound, truncation=True)
+    with pytest.raises(InputError, match=r"audio and audios"):
+        ours(PROMPT, sound, audios=sound)
+    with pytest.raises(InputError, match=r"unknown options \['colour'\]"):
+        ours(PROMPT, sound, colour=1)
     with pytest.raises(InputError, match="text of type"):
         ours(None, sound)
     with pytest.raises(InputError, match="text of type"):
