@@ -18,7 +18,7 @@ from granite_speech.inputs.clips import as_clips
 from granite_speech.inputs.feature_padding import pad_features
 from granite_speech.inputs.log_mel import FrameCounts, LogMel, count_frames
 from granite_speech.inputs.processor_files import EXTRACTOR, EXTRACTOR_TYPE, extractor_arguments, read_configuration, write_json
-from granite_speech.inputs.saving import HUB_OPTIONS, hub_options, push, saving
+from granite_speech.inputs.saving import HUB_OPTIONS, hub_arguments, hub_options, push, saving, upload_arguments
 from granite_speech.inputs.sources import arrays_and_rates
 from granite_speech.inputs.text_options import check_choice
 
@@ -253,12 +253,22 @@ class GraniteSpeechFeatureExtractor(LogMel):
         return read_configuration(folder)[0], changes
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Any:
         """Loads the feature extractor of a folder, a hub id or a JSON file.
 
         Args:
             pretrained_model_name_or_path: a JSON file, or as in `granite_speech.checkpoints.hub.resolve`.
-            options: cache_dir, force_download, local_files_only, token, revision and subfolder; arguments of the class, which replace
+            cache_dir, force_download, local_files_only, token, revision: as in `resolve`.
+            options: subfolder; arguments of the class, which replace
                 those in the file; return_unused_kwargs; and options of transformers that change nothing here.
 
         Raises:
@@ -266,6 +276,7 @@ class GraniteSpeechFeatureExtractor(LogMel):
             CheckpointError, ConfigError, UnsupportedError: a file with invalid contents, or of another model.
             InputError: an unknown option.
         """
+        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
         contents, changes = cls.get_feature_extractor_dict(pretrained_model_name_or_path, **options)
         return cls.from_dict(contents, **changes)
 
@@ -284,8 +295,32 @@ class GraniteSpeechFeatureExtractor(LogMel):
             self.to_json_file(folder / EXTRACTOR)
         return [str(folder / EXTRACTOR)]
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Uploads preprocessor_config.json. options: commit_message, private, token, revision, create_pr …"""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads preprocessor_config.json.
+
+        Args:
+            repo_id: "owner/name", or a name in the account's own namespace.
+            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
+            max_shard_size: of weights, of which there are none here.
+            options: those of transformers that change nothing.
+
+        Returns:
+            The address of the commit.
+        """
+        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
         return push(self.save_pretrained, repo_id, "GraniteSpeechFeatureExtractor.push_to_hub", options)
 
     @classmethod

@@ -21,7 +21,7 @@ from granite_speech.inputs.clips import check_clips, clips_of_prompt, wrong_clip
 from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
 from granite_speech.inputs.placeholders import count_placeholders, expand, moved, tokens_for
 from granite_speech.inputs.processor_files import EXTRACTOR, PROCESSOR, read_configuration, write_json
-from granite_speech.inputs.saving import hub_options, push, saving
+from granite_speech.inputs.saving import hub_arguments, hub_options, push, saving, upload_arguments
 from granite_speech.inputs.sources import arrays_and_rates
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 
@@ -228,14 +228,24 @@ class GraniteSpeechProcessor:
     # --- files --------------------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "GraniteSpeechProcessor":
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> "GraniteSpeechProcessor":
         """Loads the processor of a folder or hub id.
 
         5.x keeps the feature extractor inside processor_config.json, 4.x in preprocessor_config.json.
 
         Args:
             pretrained_model_name_or_path: as in `granite_speech.checkpoints.hub.resolve`.
-            options: cache_dir, force_download, local_files_only, token, revision and subfolder; settings that replace those in the
+            cache_dir, force_download, local_files_only, token, revision: as in `resolve`.
+            options: subfolder; settings that replace those in the
                 folder: of `GraniteSpeechTokenizer.from_pretrained`, arguments of the feature extractor, and audio_token; and options of
                 transformers that change nothing here.
 
@@ -245,6 +255,7 @@ class GraniteSpeechProcessor:
             UnsupportedError: the feature extractor of another model.
             InputError: unknown options.
         """
+        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
         settings = GraniteSpeechTokenizer.pop_settings(options)
         changes = {name: options.pop(name) for name in GraniteSpeechFeatureExtractor.SETTINGS if name in options}
         audio_token = options.pop("audio_token", None)
@@ -285,8 +296,32 @@ class GraniteSpeechProcessor:
             write_json(folder / EXTRACTOR, {**self.audio_processor.to_dict(), "processor_class": type(self).__name__})
         return [str(folder / PROCESSOR)]
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Uploads the processor's files. options: commit_message, private, token, revision, create_pr …"""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads the processor's files.
+
+        Args:
+            repo_id: "owner/name", or a name in the account's own namespace.
+            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
+            max_shard_size: of weights, of which there are none here.
+            options: those of transformers that change nothing.
+
+        Returns:
+            The address of the commit.
+        """
+        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
         return push(self.save_pretrained, repo_id, "GraniteSpeechProcessor.push_to_hub", options)
 
     def to_dict(self) -> dict[str, Any]:

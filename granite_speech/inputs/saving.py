@@ -10,10 +10,29 @@ from typing import Any
 from granite_speech.checkpoints.call_options import check_unused
 from granite_speech.errors import CheckpointError, InputError
 
-__all__ = ["HUB_OPTIONS", "hub_options", "push", "saving"]
+__all__ = ["HUB_OPTIONS", "hub_arguments", "hub_options", "push", "saving", "upload_arguments"]
 
 HUB_OPTIONS = {"cache_dir": None, "force_download": False, "local_files_only": False, "token": None, "revision": None, "subfolder": ""}
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+
+
+def hub_arguments(cache_dir: Any, force_download: bool, local_files_only: bool, token: Any, revision: str | None) -> dict[str, Any]:
+    """The named arguments of a `from_pretrained` as options, without those at their default."""
+    given = {
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+        "local_files_only": local_files_only,
+        "token": token,
+        "revision": revision,
+    }
+    return {name: value for name, value in given.items() if value != HUB_OPTIONS[name]}
+
+
+def upload_arguments(message: Any, description: Any, private: Any, token: Any, revision: Any, create_pr: bool, tags: Any) -> dict[str, Any]:
+    """The named arguments of a `push_to_hub` as options, without those at their default."""
+    given = {"commit_message": message, "commit_description": description, "private": private, "token": token, "revision": revision}
+    given |= {"create_pr": create_pr or None, "tags": tags}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def hub_options(options: dict[str, Any], call: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from granite_speech.errors import CheckpointError, InputError, UnsupportedError
 from granite_speech.inputs.chat import message_ids, render_conversations, select_template, text_masks
 from granite_speech.inputs.chat_template import LONGEST_PROMPT, render_chat_template, write_chat_template
 from granite_speech.inputs.coding import Coder
-from granite_speech.inputs.saving import hub_options, push, saving
+from granite_speech.inputs.saving import hub_arguments, hub_options, push, saving, upload_arguments
 from granite_speech.inputs.text_options import UNLIMITED, check_choice
 from granite_speech.inputs.tokenizer_files import read_files, write_files
 from granite_speech.inputs.vocabulary import ROLES
@@ -105,12 +105,25 @@ class GraniteSpeechTokenizer(Coder):
         return cls(backend, {**config, "name_or_path": str(folder), **settings}, template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "GraniteSpeechTokenizer":
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> "GraniteSpeechTokenizer":
         """Loads the tokenizer of a folder or hub id.
 
         Args:
             pretrained_model_name_or_path: as in `granite_speech.checkpoints.hub.resolve`.
-            options: cache_dir, force_download, local_files_only, token, revision and subfolder; settings that replace those in the
+            cache_dir, force_download, local_files_only, token, revision: as in `resolve`.
+            trust_remote_code: accepted; no code from a checkpoint is ever run.
+            options: subfolder; settings that replace those in the
                 folder: padding_side, truncation_side, model_max_length, chat_template, special tokens by role …; and options of
                 transformers that change nothing here.
 
@@ -118,6 +131,7 @@ class GraniteSpeechTokenizer(Coder):
             CheckpointNotFoundError, CheckpointError, MissingDependencyError: as `from_folder`.
             InputError, UnsupportedError: an unknown option, or one that would change the result.
         """
+        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
         settings = cls.pop_settings(options)
         folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechTokenizer.from_pretrained"))
         return cls.from_folder(folder, **settings | {"name_or_path": str(pretrained_model_name_or_path)})
@@ -174,8 +188,32 @@ class GraniteSpeechTokenizer(Coder):
             files += write_chat_template(folder, self.chat_template)
         return tuple(map(str, files))
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Uploads the tokenizer's files. options: commit_message, private, token, revision, create_pr …"""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads the tokenizer's files.
+
+        Args:
+            repo_id: "owner/name", or a name in the account's own namespace.
+            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
+            max_shard_size: of weights, of which there are none here.
+            options: those of transformers that change nothing.
+
+        Returns:
+            The address of the commit.
+        """
+        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
         return push(self.save_pretrained, repo_id, "GraniteSpeechTokenizer.push_to_hub", options)
 
     def save_vocabulary(self, save_directory: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
