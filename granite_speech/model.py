@@ -141,7 +141,7 @@ class _Generating(Generation):
         return super()._apply(fn, recurse)
 
 
-class GraniteForCausalLM(ModelMethods, _Generating, TextToStates):
+class GraniteForCausalLM(_Generating, TextToStates):
     """The language model with its head, as in transformers; `model` and `lm_head` as in the checkpoints.
 
     It can be called and generates on its own. Rows given as embeddings use the adapter, rows of token ids do not.
@@ -152,6 +152,7 @@ class GraniteForCausalLM(ModelMethods, _Generating, TextToStates):
     """
 
     generation_config = None
+    num_parameters = ModelMethods.num_parameters
 
     def __init__(self, config: GraniteConfig, tied: bool):
         super().__init__()

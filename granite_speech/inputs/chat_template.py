@@ -2,16 +2,34 @@
 
 import io
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
 from granite_speech.checkpoints.folder import load_json
 from granite_speech.errors import CheckpointError, InputError, MissingDependencyError
 
-__all__ = ["LONGEST_PROMPT", "read_chat_template", "render_chat_template", "write_chat_template", "write_text"]
+__all__ = ["LONGEST_PROMPT", "read_chat_template", "render_chat_template", "render_with_spans", "write_chat_template", "write_text"]
 
 # This is many times longer than any context window; a template that writes more is stuck in a loop.
 LONGEST_PROMPT = 1 << 22
+
+
+def render_with_spans(template: str, **names) -> tuple[str, list[tuple[int, int]]]:
+    """As `render_chat_template`, and where the contents of each {% generation %} block are: first character, and the one after the last."""
+    secret = secrets.token_hex(8)  # so that no message can hold a mark
+    marks = f"<{secret}+>", f"<{secret}->"
+    marked = _render(template, marks, names)
+    pieces = re.split(f"({'|'.join(map(re.escape, marks))})", marked)
+    prompt, open_at, spans = "", [], []
+    for piece in pieces:
+        if piece == marks[0]:
+            open_at.append(len(prompt))
+        elif piece == marks[1] and open_at:
+            spans.append((open_at.pop(), len(prompt)))
+        elif piece not in marks:
+            prompt += piece
+    return prompt, spans
 
 
 def render_chat_template(template: str, **names) -> str:
@@ -24,13 +42,18 @@ def render_chat_template(template: str, **names) -> str:
         InputError: the template is invalid, raises, writes too much, or takes more work than any prompt needs.
         MissingDependencyError: jinja2 is not installed.
     """
+    return _render(template, ("", ""), names)
+
+
+def _render(template: str, marks: tuple[str, str], names: dict[str, Any]) -> str:
     try:
         from granite_speech.inputs.template_sandbox import Sandbox
     except ImportError as error:
         raise MissingDependencyError(got="no jinja2", expected="jinja2, for chat templates", remedy="pip install jinja2") from error
-    prompt, length = io.StringIO(), 0
+    prompt, length, sandbox = io.StringIO(), 0, Sandbox()
+    sandbox.marks = marks
     try:
-        for part in Sandbox().template(template).generate(**names):
+        for part in sandbox.template(template).generate(**names):
             prompt.write(part)
             length += len(part)
             if length > LONGEST_PROMPT:
@@ -50,14 +73,17 @@ def render_chat_template(template: str, **names) -> str:
     return prompt.getvalue()
 
 
-def write_chat_template(folder: Path, chat_template: str | dict[str, str] | None) -> None:
-    """Writes the default template to chat_template.jinja and others, by name, to additional_chat_templates."""
+def write_chat_template(folder: Path, chat_template: str | dict[str, str] | None) -> list[Path]:
+    """Writes the default template to chat_template.jinja and others, by name, to additional_chat_templates. Returns the files."""
+    files: list[Path] = []
     templates = {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
     for name, template in templates.items():
         if not re.fullmatch(r"[\w-]+", name):
             raise InputError(got=f"a chat template named {name!r}", expected="letters, digits, _ and -", remedy="Rename it")
         file = folder / "chat_template.jinja" if name == "default" else folder / "additional_chat_templates" / f"{name}.jinja"
         write_text(file, template)
+        files.append(file)
+    return files
 
 
 def write_text(file: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from granite_speech.errors import AudioError, InputError
 from granite_speech.inputs.channels import mix
 
-__all__ = ["as_clips", "check_clips", "clips_of_prompt"]
+__all__ = ["as_clips", "check_clips", "clips_of_prompt", "wrong_clips"]
 
 # Only an axis of this length or less can be channels.
 MOST_CHANNELS = 8
@@ -33,42 +33,51 @@ def as_clips(audios) -> list[torch.Tensor]:
     return clips
 
 
-def clips_of_prompt(audios, placeholders: int, audio_token: str) -> list[torch.Tensor]:
+def clips_of_prompt(audios, expected: int, runs: int = 0) -> list[torch.Tensor] | None:
     """The clips for a prompt's placeholders, each as float32 `(samples,)`; several channels become one (`channels.mix`).
 
     Shapes alone decide the layout, and all are checked before any sample is read. The rows of an array of two dimensions are clips if
-    there is one placeholder for each. Otherwise the array is one clip, with channels along the axis of length 8 or less.
+    there is one for each placeholder. Otherwise the array is one clip, with channels along the axis of length 8 or less.
 
     Args:
         audios: an array or tensor `(samples,)`, `(clips, samples)`, `(samples, channels)` or `(channels, samples)`; or a list with one
             array for each clip, with or without channels.
-        placeholders: their number in all prompts.
-        audio_token: the placeholder's text, for messages.
+        expected: the number of placeholders in all prompts.
+        runs: of placeholders without anything in between. With fewer clips than placeholders, each run may stand for some clips.
+
+    Returns:
+        The clips; None if these cannot belong to the placeholders.
 
     Raises:
-        AudioError: another layout, or a number of clips that differs from the number of placeholders.
+        AudioError: samples that cannot be used.
         InputError: neither an array nor a list.
     """
     if not isinstance(audios, (np.ndarray, torch.Tensor)):
         arrays = _as_arrays(audios)
-    elif audios.ndim == 2 and audios.shape[0] == placeholders:
+    elif audios.ndim == 2 and audios.shape[0] in (expected, runs):
         arrays = list(audios)
     else:
         arrays = [audios]
     layouts = [_channel_axis(tuple(array.shape)) for array in arrays]
-    if len(arrays) != placeholders or None in layouts:
-        shapes = ", ".join(str(tuple(array.shape)) for array in arrays[:4]) + (", …" if len(arrays) > 4 else "")
-        raise AudioError(
-            got=f"{placeholders} placeholder(s) {audio_token} for {len(arrays)} clip(s) of shape {shapes or 'nothing'}",
-            expected="one placeholder for each clip. Clips are (clips, samples), or a list; one clip is (samples,), or with at most "
-            f"{MOST_CHANNELS} channels (samples, channels) or (channels, samples)",
-            remedy=f"Put {audio_token} into the prompt once where each clip belongs, and pass one of these layouts",
-        )
+    if None in layouts or not (len(arrays) == expected or 0 < runs <= len(arrays) < expected):
+        return None
     clips = []
     for index, (array, axis) in enumerate(zip(arrays, layouts, strict=True)):
         clip = _as_float32(array, index)
         clips.append(clip if axis < 0 else mix(clip if axis == 0 else clip.T))
     return clips
+
+
+def wrong_clips(audios, placeholders: int, audio_token: str) -> AudioError:
+    """The error for clips that do not belong to the placeholders."""
+    arrays = [audios] if isinstance(audios, (np.ndarray, torch.Tensor)) else audios
+    shapes = ", ".join(str(tuple(array.shape)) for array in arrays[:4]) + (", …" if len(arrays) > 4 else "")
+    return AudioError(
+        got=f"{placeholders} placeholder(s) {audio_token} for {len(arrays)} clip(s) of shape {shapes or 'nothing'}",
+        expected="one placeholder for each clip, or as many as its audio tokens. Clips are (clips, samples), or a list; one clip is "
+        f"(samples,), or with at most {MOST_CHANNELS} channels (samples, channels) or (channels, samples)",
+        remedy=f"Put {audio_token} into the prompt once where each clip belongs, and pass one of these layouts",
+    )
 
 
 def _channel_axis(shape: tuple[int, ...]) -> int | None:

@@ -1,94 +1,39 @@
-"""Log-mel features of 16 kHz speech: from waveforms to the encoder's frames.
+"""The feature extractor: clips to padded log-mel features, and its configuration files.
 
-Clips are packed end to end, never padded to a common length. So a batch costs one FFT over all frames, and a clip has the
-same features in a batch as alone.
-
-The definition is that of transformers' `GraniteSpeechFeatureExtractor` for a single clip: the power mel spectrogram
-of `torchaudio.transforms.MelSpectrogram` (periodic Hann window, centred frames, reflected edges, HTK triangles without
-normalisation), log10 floored at the clip's own maximum less 8, mapped by x / 4 + 1, and mel frames stacked in pairs.
-torchaudio itself is not needed.
+The counterpart of transformers' `GraniteSpeechFeatureExtractor`. `log_mel` computes the features.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from granite_speech.errors import AudioError, ConfigError, InputError, UnsupportedError
-from granite_speech.inputs.clips import as_clips, check_clips
+from granite_speech.checkpoints.folder import load_json, resolve
+from granite_speech.errors import AudioError, ConfigError, InputError
+from granite_speech.inputs.batch import BatchFeature
+from granite_speech.inputs.clips import as_clips
+from granite_speech.inputs.feature_padding import pad_features
+from granite_speech.inputs.log_mel import FrameCounts, LogMel, count_frames
+from granite_speech.inputs.processor_files import EXTRACTOR, EXTRACTOR_TYPE, extractor_arguments, read_configuration, write_json
+from granite_speech.inputs.saving import HUB_OPTIONS, hub_arguments, hub_options, push, saving, upload_arguments
+from granite_speech.inputs.sources import arrays_and_rates
+from granite_speech.inputs.text_options import check_choice
 
-__all__ = ["BatchFeature", "FrameCounts", "GraniteSpeechFeatureExtractor", "count_frames"]
-
-# Mel frames transformed at once. Limits the scratch memory of an hour of audio to that of about three minutes on a CPU.
-ROWS_PER_BLOCK = {"cpu": 1 << 14, "cuda": 1 << 18}
-# The limit for every size in a file, and for the filters (bins times bands). The largest sampling rates are below it.
-LARGEST_SIZE, LARGEST_FILTERS = 1_000_000, 1 << 24
-# torchaudio's defaults for options that the released files do not set. No other values are supported.
-FIXED_MELSPEC = {
-    "f_min": 0.0,
-    "f_max": None,
-    "pad": 0,
-    "power": 2.0,
-    "normalized": False,
-    "center": True,
-    "pad_mode": "reflect",
-    "onesided": None,
-    "norm": None,
-    "mel_scale": "htk",
-}
+__all__ = ["FrameCounts", "GraniteSpeechFeatureExtractor", "count_frames"]
 
 
-class BatchFeature(dict):
-    """A dictionary whose entries are attributes too, and whose tensors move together.
-
-    Entries that are not tensors (such as `input_features_lengths`) stay on the host, unchanged.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no entry {name!r}; there are {sorted(self)}") from None
-
-    def to(self, *args, device=None, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "BatchFeature":
-        """Moves the tensors, in place as transformers does, and returns itself.
-
-        Args: a device, a dtype or both, by position or by name. Only floating-point tensors change their dtype.
-        """
-        for arg in args:
-            if isinstance(arg, torch.dtype):
-                dtype = arg
-            else:
-                device = arg
-        for name, value in self.items():
-            if isinstance(value, torch.Tensor):
-                self[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=non_blocking)
-        return self
+_MELSPEC = {"sampling_rate": "sample_rate", "n_fft": "n_fft", "win_length": "win_length", "hop_length": "hop_length", "n_mels": "n_mels"}
+# Entries of a configuration file that can be replaced when loading.
+_ENTRIES = (
+    *_MELSPEC, "projector_window_size", "projector_downsample_rate", "padding_value", "feature_size", "melspec_kwargs", "padding_side",
+    "return_attention_mask",
+)  # fmt: skip
 
 
-class FrameCounts(NamedTuple):
-    """The length of one clip at each stage."""
-
-    mel: int
-    encoder: int
-    tokens: int
-
-
-def count_frames(samples: int, *, hop_length: int = 160, window_size: int = 15, downsample_rate: int = 5) -> FrameCounts:
-    """Lengths of a clip of `samples` samples: mel frames, encoder frames (pairs of mel frames), audio tokens.
-
-    A partly filled last projector window gives as many tokens as a full one. A clip shorter than one hop has no encoder frame and no
-    token; the feature extractor refuses it.
-    """
-    mel = samples // hop_length + 1
-    encoder = mel // 2
-    tokens = -(-encoder // window_size) * (window_size // downsample_rate)
-    return FrameCounts(mel, encoder, tokens)
-
-
-class GraniteSpeechFeatureExtractor:
+class GraniteSpeechFeatureExtractor(LogMel):
     """Turns clips into log-mel features.
 
     Args:
@@ -99,15 +44,21 @@ class GraniteSpeechFeatureExtractor:
         n_mels: mel bands.
         projector_window_size: encoder frames in a projector window.
         projector_downsample_rate: divides projector_window_size; a window gives window / rate audio tokens.
-        padding_value, feature_size: kept for files that have them; neither has an effect.
+        padding_value: what `pad` fills with.
+        feature_size: kept for files that have it; it has no effect.
         melspec_kwargs: as written by transformers 4.x. Its entries (sample_rate, n_fft, win_length, hop_length,
             n_mels) take precedence over the arguments of the same meaning.
-        **kwargs: kept for `to_dict`.
+        **kwargs: kept for `to_dict`, and attributes; `padding_side` and `return_attention_mask` are those of `pad`.
 
     Raises:
         ConfigError: a size that is not a positive integer or is too large, or sizes that contradict each other.
         UnsupportedError: melspec_kwargs asks for another kind of spectrogram.
     """
+
+    SETTINGS = _ENTRIES
+    model_input_names = ["input_features"]  # noqa: RUF012 (a list, as in transformers)
+    padding_side = "right"
+    return_attention_mask = True
 
     def __init__(
         self,
@@ -123,7 +74,7 @@ class GraniteSpeechFeatureExtractor:
         melspec_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ):
-        self.melspec_kwargs = {
+        sizes = {
             "sample_rate": sampling_rate,
             "n_fft": n_fft,
             "win_length": win_length,
@@ -134,100 +85,54 @@ class GraniteSpeechFeatureExtractor:
             raise ConfigError(
                 got=f"melspec_kwargs = {melspec_kwargs!r:.100}", expected="an object", remedy="Correct it in preprocessor_config.json"
             )
-        for name, value in (melspec_kwargs or {}).items():
-            if name in self.melspec_kwargs:
-                self.melspec_kwargs[name] = value
-            elif name not in FIXED_MELSPEC or value != FIXED_MELSPEC[name]:
-                raise UnsupportedError(
-                    got=f"melspec_kwargs[{name!r}] = {value!r}",
-                    expected=f"only {', '.join(self.melspec_kwargs)}",
-                    remedy="Use the preprocessor_config.json that belongs to the checkpoint",
-                )
-        self.projector_window_size = projector_window_size
-        self.projector_downsample_rate = projector_downsample_rate
+        given = melspec_kwargs or {}
+        others = {name: value for name, value in given.items() if name not in sizes}
+        super().__init__(
+            {name: given.get(name, value) for name, value in sizes.items()}, others, projector_window_size, projector_downsample_rate
+        )
         self.padding_value = padding_value
         self.feature_size = self.melspec_kwargs["n_mels"] if feature_size is None else feature_size
+        for name in ("processor_class", "feature_extractor_type"):
+            kwargs.pop(name, None)
         self.extra_kwargs = kwargs
-        self._check_sizes()
-        self.sampling_rate: int = self.melspec_kwargs["sample_rate"]
-        self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, value in kwargs.items():
+            if not callable(getattr(type(self), name, None)):
+                setattr(self, name, value)
 
-    def _check_sizes(self) -> None:
-        sizes = {
-            **self.melspec_kwargs,
-            "projector_window_size": self.projector_window_size,
-            "projector_downsample_rate": self.projector_downsample_rate,
-        }
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
-                raise ConfigError(
-                    got=f"{name} = {value!r:.40}",
-                    expected=f"an integer from 1 to {LARGEST_SIZE}",
-                    remedy="Correct it in preprocessor_config.json",
-                )
-        n_fft, win_length = sizes["n_fft"], sizes["win_length"]
-        if n_fft * sizes["n_mels"] > LARGEST_FILTERS:
-            raise ConfigError(
-                got=f"n_fft = {n_fft} with n_mels = {sizes['n_mels']}",
-                expected=f"a product of at most {LARGEST_FILTERS}",
-                remedy="Correct them in preprocessor_config.json",
-            )
-        if n_fft % 2 or win_length > n_fft:
-            raise ConfigError(
-                got=f"n_fft = {n_fft} with win_length = {win_length}",
-                expected="an even n_fft that holds the window",
-                remedy="Correct them in preprocessor_config.json",
-            )
-        if self.projector_window_size % self.projector_downsample_rate:
-            raise ConfigError(
-                got=f"projector_downsample_rate = {self.projector_downsample_rate}",
-                expected=f"a divisor of projector_window_size = {self.projector_window_size}",
-                remedy="Correct it in preprocessor_config.json",
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of a configuration file: plain names for transformers 5.x, melspec_kwargs for 4.x."""
-        mel = dict(self.melspec_kwargs)
-        del mel["sample_rate"]
-        return {
-            **self.extra_kwargs,
-            "feature_extractor_type": "GraniteSpeechFeatureExtractor",
-            "sampling_rate": self.sampling_rate,
-            **mel,
-            "melspec_kwargs": dict(self.melspec_kwargs),
-            "projector_window_size": self.projector_window_size,
-            "projector_downsample_rate": self.projector_downsample_rate,
-            "padding_value": self.padding_value,
-            "feature_size": self.feature_size,
-        }
-
-    def count_frames(self, samples: int) -> FrameCounts:
-        """`count_frames` with this extractor's hop, window and rate."""
-        return count_frames(
-            samples,
-            hop_length=self.melspec_kwargs["hop_length"],
-            window_size=self.projector_window_size,
-            downsample_rate=self.projector_downsample_rate,
-        )
-
-    def __call__(self, audios, device: str | torch.device | None = "cpu") -> BatchFeature:
+    def __call__(
+        self,
+        audios,
+        device: str | torch.device | None = "cpu",
+        *,
+        sampling_rate: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
         """Features of a batch, padded, as the model's public `forward` takes them.
 
         Args:
             audios: one clip `(samples,)`, clips of one length `(batch, samples)`, or a list of clips `(samples,)` or
                 `(1, samples)` of any lengths; numpy arrays or tensors, floating point in [-1, 1] or int16.
             device: of the computation and the result; None for the device of the first clip.
+            sampling_rate: of the clips, in Hz, to have it checked.
+            return_tensors: "pt" or None for tensors; "np" for arrays.
 
         Returns:
             input_features `(batch, max_frames, 2 * n_mels)` float32, zero after a clip's end; audio_embed_sizes, the list of
-            audio tokens of each clip; input_features_mask `(batch, max_tokens)` bool on the CPU; input_features_lengths, the
-            list of encoder frames of each clip.
+            audio tokens of each clip; input_features_mask `(batch, max_tokens)` bool on the CPU; input_features_lengths, encoder
+            frames of each clip, `(batch,)` int64 on the CPU.
 
         Raises:
             AudioError: no clips, or a clip that is empty, too short for one audio token, not finite, complex, of another integer type
-                or another rank.
+                or another rank; another sampling_rate than the extractor's.
             InputError: neither an array nor a list, or no such device.
         """
+        check_choice("return_tensors", return_tensors, (None, "pt", "np"))
+        if sampling_rate not in (None, self.sampling_rate):
+            raise AudioError(
+                got=f"clips with a sampling rate of {sampling_rate!r:.40}",
+                expected=f"{self.sampling_rate} Hz",
+                remedy="Resample them with granite_speech.inputs.audio.resample, or pass them to the processor, which does",
+            )
         clips = as_clips(audios)
         counts = [self.count_frames(clip.numel()) for clip in clips]
         packed, lengths = self.extract_packed(clips, clips[0].device if device is None else device)
@@ -240,126 +145,205 @@ class GraniteSpeechFeatureExtractor:
                 remedy="Omit the clip: it is too short for speech",
             )
         mask = torch.arange(max(tokens), device="cpu").view(1, -1) < torch.tensor(tokens, device="cpu").view(-1, 1)
-        return BatchFeature(
+        batch = BatchFeature(
             input_features=torch.nn.utils.rnn.pad_sequence(packed.split(lengths), batch_first=True),
             audio_embed_sizes=tokens,
             input_features_mask=mask,
-            input_features_lengths=lengths,
+            input_features_lengths=torch.tensor(lengths, dtype=torch.int64, device="cpu"),
         )
+        return batch.convert_to_tensors(None if return_tensors == "pt" else return_tensors, ["audio_embed_sizes"])
 
-    @torch.no_grad()
-    def extract_packed(self, audios: Sequence[torch.Tensor], device: str | torch.device) -> tuple[torch.Tensor, list[int]]:
-        """Features of all clips, end to end.
-
-        Clips on the CPU are joined there and copied to the device once, without waiting for it. Clips on an accelerator cost
-        one wait, to check that they are finite.
+    def fetch_audio(self, audio_url_or_urls: Any, sampling_rate: int | None = None) -> Any:
+        """Sound files as float32 arrays `(samples,)`; arrays are returned as they are. A list gives a list.
 
         Args:
-            audios: clips `(samples,)`, float32, at least one sample each, on any device. A clip shorter than a hop has no frame.
-            device: of the computation and the result.
+            audio_url_or_urls: a path, an array, or a list of them. Network addresses are refused.
+            sampling_rate: to which files are resampled, in Hz; None for the extractor's.
+        """
+        if isinstance(audio_url_or_urls, list | tuple):
+            return [self.fetch_audio(one, sampling_rate) for one in audio_url_or_urls]
+        if isinstance(audio_url_or_urls, np.ndarray | torch.Tensor):
+            return audio_url_or_urls
+        arrays, _ = arrays_and_rates(str(audio_url_or_urls), None, sampling_rate or self.sampling_rate)
+        return arrays[0].numpy()
 
-        Returns:
-            `(total_frames, 2 * n_mels)` float32 on device, and each clip's number of encoder frames.
+    def pad(
+        self,
+        processed_features: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Pads features of several clips to one length, as data collators do.
+
+        Args:
+            processed_features: a dictionary with input_features, clips `(frames, 2 * n_mels)` in a list; or a list of such
+                dictionaries, each of one clip.
+            padding: True or "longest", "max_length", or False.
+            max_length: in frames.
+            truncation: whether longer clips are cut to max_length.
+            pad_to_multiple_of: rounds lengths up.
+            return_attention_mask: whether to add attention_mask `(clips, frames)`, 1 for frames and 0 for padding; None for the attribute.
+            return_tensors: "pt" or "np"; None for the form of the input.
 
         Raises:
-            AudioError: as `__call__`, except for clips that are too short.
-            InputError: no such device.
+            InputError: no input_features, or options that contradict each other.
         """
-        device = _device(device)
-        hop, n_fft, n_mels = (self.melspec_kwargs[name] for name in ("hop_length", "n_fft", "n_mels"))
-        check_clips(audios)
-        counts = [self.count_frames(clip.numel()) for clip in audios]
-        # Each clip's part of the buffer begins at a multiple of hop, so that one strided view holds the frames of all
-        # clips. The few frames that cross a border between clips are computed too, but never read.
-        rows = [-(-(clip.numel() + n_fft) // hop) for clip in audios]
-        first_row = np.cumsum([0, *rows])
-        total_rows = int(first_row[-1])
-        signal = self._lay_out(audios, first_row[:-1] * hop, total_rows * hop + n_fft, device)
-        log_mel = self._log_mel(signal, total_rows)
+        mask = self.return_attention_mask if return_attention_mask is None else return_attention_mask
+        left = self.padding_side == "left"
+        entries, kind = pad_features(
+            processed_features, padding, max_length, truncation, pad_to_multiple_of, mask, left=left, filler=self.padding_value
+        )
+        return BatchFeature(entries, tensor_type=return_tensors or kind)
 
-        per_clip = np.array([[count.mel, row] for count, row in zip(counts, rows, strict=True)], dtype=np.int64)
-        within = np.arange(total_rows) - np.repeat(first_row[:-1], per_clip[:, 1])
-        mel_count = np.repeat(per_clip[:, 0], per_clip[:, 1])
-        # Rows that cross a border belong to an extra clip, whose maximum is never read.
-        owner = np.where(within < mel_count, np.repeat(np.arange(len(audios)), per_clip[:, 1]), len(audios))
-        keep = np.flatnonzero(within < mel_count // 2 * 2)
-        owner, keep = torch.from_numpy(owner).to(device), torch.from_numpy(keep).to(device)
+    # --- files --------------------------------------------------------------------------------------------------------------------------
 
-        # The odd last frame counts towards the maximum, then is dropped.
-        loudest = torch.full((len(audios) + 1,), -math.inf, device=device, dtype=torch.float32)
-        loudest.scatter_reduce_(0, owner, log_mel.amax(dim=1), "amax")
-        floor = (loudest - 8.0)[owner[keep]].unsqueeze(1)
-        features = torch.maximum(log_mel[keep], floor).div_(4).add_(1)
-        return features.view(-1, 2 * n_mels), [count.encoder for count in counts]
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a configuration file: plain names for transformers 5.x, melspec_kwargs for 4.x."""
+        mel = dict(self.melspec_kwargs)
+        del mel["sample_rate"]
+        return {
+            **{name: getattr(self, name, value) for name, value in self.extra_kwargs.items()},
+            "feature_extractor_type": EXTRACTOR_TYPE,
+            "sampling_rate": self.sampling_rate,
+            **mel,
+            "melspec_kwargs": dict(self.melspec_kwargs),
+            "projector_window_size": self.projector_window_size,
+            "projector_downsample_rate": self.projector_downsample_rate,
+            "padding_value": self.padding_value,
+            "feature_size": self.feature_size,
+        }
 
-    def _lay_out(self, audios: Sequence[torch.Tensor], starts: np.ndarray, size: int, device: torch.device) -> torch.Tensor:
-        """One buffer `(size,)` with every clip from its start on, and half an FFT of reflected samples on either side of it."""
-        half = self.melspec_kwargs["n_fft"] // 2
-        on_host = all(clip.device.type == "cpu" for clip in audios)
-        pinned = on_host and device.type == "cuda"
-        signal = torch.zeros(size, dtype=torch.float32, device="cpu" if on_host else device, pin_memory=pinned)
-        for clip, start in zip(audios, starts.tolist(), strict=True):
-            signal[start + half : start + half + clip.numel()].copy_(clip)
-        signal = signal.to(device, non_blocking=pinned)
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: Mapping[str, Any], **changes: Any) -> Any:
+        """From the contents of a configuration file.
 
-        samples = np.array([clip.numel() for clip in audios], dtype=np.int64)[:, None]
-        edge = np.tile(np.arange(half), (len(audios), 1))
-        position = np.concatenate([edge - half, edge + samples], axis=1)
-        # The reflection repeats with period 2 * (n - 1): a clip shorter than half an FFT is reflected several times.
-        period = np.maximum(2 * (samples - 1), 1)
-        folded = position % period
-        source = np.where(samples == 1, 0, np.minimum(folded, period - folded))
-        target_and_source = np.stack([position, source]) + (starts[:, None] + half)
-        target, source = torch.from_numpy(target_and_source.reshape(2, -1)).to(device)
-        signal[target] = signal[source]
-        return signal
+        Args:
+            feature_extractor_dict: the contents.
+            changes: replace entries. With return_unused_kwargs=True, those that are no entries are returned too.
 
-    def _log_mel(self, signal: torch.Tensor, total_rows: int) -> torch.Tensor:
-        """log10 of the mel power of every frame: `(total_rows, n_mels)` float32."""
-        hop, n_fft, n_mels = (self.melspec_kwargs[name] for name in ("hop_length", "n_fft", "n_mels"))
-        window, filters = self._constants_on(signal.device)
-        frames = signal.unfold(0, n_fft, hop)
-        log_mel = torch.empty(total_rows, n_mels, dtype=torch.float32, device=signal.device)
-        block = ROWS_PER_BLOCK.get(signal.device.type, ROWS_PER_BLOCK["cpu"])
-        for begin in range(0, total_rows, block):
-            end = min(begin + block, total_rows)
-            spectrum = torch.fft.rfft(frames[begin:end] * window)
-            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-            # In float64, which neither autocast nor settings for faster float32 products affect.
-            mel = torch.mm(power.double(), filters)
-            log_mel[begin:end] = mel.float().clamp_(min=1e-10).log10_()
-        return log_mel
+        Raises:
+            ConfigError, UnsupportedError: as the class.
+            InputError: a change of something that is not an entry.
+        """
+        return_unused = changes.pop("return_unused_kwargs", False)
+        names = {*feature_extractor_dict, *_ENTRIES}
+        unused = {name: value for name, value in changes.items() if name not in names}
+        if unused and not return_unused:
+            raise InputError(got=f"unknown options {', '.join(unused)}", expected=", ".join(sorted(names)), remedy="Remove them")
+        changes = {name: value for name, value in changes.items() if name in names}
+        extractor = cls(**extractor_arguments(_changed(feature_extractor_dict, changes)))
+        return (extractor, unused) if return_unused else extractor
 
-    def _constants_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Window `(n_fft,)` float32 and filters `(n_fft // 2 + 1, n_mels)` float64, cached for each device."""
-        if device not in self._constants:
-            kwargs = self.melspec_kwargs
-            window = torch.hann_window(kwargs["win_length"], periodic=True, dtype=torch.float32, device="cpu")
-            left = (kwargs["n_fft"] - kwargs["win_length"]) // 2
-            window = torch.nn.functional.pad(window, (left, kwargs["n_fft"] - kwargs["win_length"] - left))
-            filters = mel_filters(kwargs["n_fft"] // 2 + 1, kwargs["n_mels"], kwargs["sample_rate"]).double()
-            self._constants[device] = window.to(device), filters.to(device)
-        return self._constants[device]
+    @classmethod
+    def get_feature_extractor_dict(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contents of a folder's configuration file, and the options that are changes of it. options: as in `from_pretrained`."""
+        names = {*_ENTRIES, "return_unused_kwargs"}
+        if options.get("return_unused_kwargs"):
+            names |= options.keys() - HUB_OPTIONS
+        changes = {name: options.pop(name) for name in list(options) if name in names}
+        path = Path(pretrained_model_name_or_path).expanduser()
+        if path.is_file():
+            hub_options(options, "GraniteSpeechFeatureExtractor.from_pretrained")
+            return load_json(path), changes
+        folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechFeatureExtractor.from_pretrained"))
+        return read_configuration(folder)[0], changes
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Loads the feature extractor of a folder, a hub id or a JSON file.
+
+        Args:
+            pretrained_model_name_or_path: a JSON file, or as in `granite_speech.checkpoints.hub.resolve`.
+            cache_dir, force_download, local_files_only, token, revision: as in `resolve`.
+            options: subfolder; arguments of the class, which replace
+                those in the file; return_unused_kwargs; and options of transformers that change nothing here.
+
+        Raises:
+            CheckpointNotFoundError: no such folder or id, or no configuration in it.
+            CheckpointError, ConfigError, UnsupportedError: a file with invalid contents, or of another model.
+            InputError: an unknown option.
+        """
+        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
+        contents, changes = cls.get_feature_extractor_dict(pretrained_model_name_or_path, **options)
+        return cls.from_dict(contents, **changes)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
+        """Writes preprocessor_config.json.
+
+        Args:
+            save_directory: created if missing.
+            push_to_hub: also upload it.
+            options: of the upload: repo_id, commit_message, private, token …
+
+        Returns:
+            The path of the file, in a list.
+        """
+        with saving(save_directory, "GraniteSpeechFeatureExtractor.save_pretrained", push_to_hub, options) as folder:
+            self.to_json_file(folder / EXTRACTOR)
+        return [str(folder / EXTRACTOR)]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads preprocessor_config.json.
+
+        Args:
+            repo_id: "owner/name", or a name in the account's own namespace.
+            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
+            max_shard_size: of weights, of which there are none here.
+            options: those of transformers that change nothing.
+
+        Returns:
+            The address of the commit.
+        """
+        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
+        return push(self.save_pretrained, repo_id, "GraniteSpeechFeatureExtractor.push_to_hub", options)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> "GraniteSpeechFeatureExtractor":
+        """From a configuration file."""
+        return cls.from_dict(load_json(json_file))
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Writes a configuration file."""
+        write_json(Path(json_file_path), self.to_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
 
 
-def mel_filters(num_bins: int, n_mels: int, sampling_rate: int) -> torch.Tensor:
-    """HTK triangles, `(num_bins, n_mels)` float32 on the CPU.
-
-    Rounded to float32 at each step, in torchaudio's order. A tone at the foot of a triangle shows how its corners were
-    rounded, and a more exact filter would differ there by far more than the tolerance.
-    """
-    top = float(sampling_rate // 2)
-    bins = torch.linspace(0, top, num_bins, dtype=torch.float32, device="cpu")
-    corners = torch.linspace(0.0, 2595.0 * math.log10(1.0 + top / 700.0), n_mels + 2, dtype=torch.float32, device="cpu")
-    corners = 700.0 * (10.0 ** (corners / 2595.0) - 1.0)
-    width = corners[1:] - corners[:-1]
-    rising = (bins[:, None] - corners[None, :-2]) / width[:-1]
-    falling = (corners[None, 2:] - bins[:, None]) / width[1:]
-    return torch.minimum(rising, falling).clamp_(min=0.0)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(got=f"device {device!r:.100}", expected="a torch device", remedy="Pass 'cpu' or 'cuda'") from error
+def _changed(contents: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents with changes; a size is changed in both places that a file gives it."""
+    melspec = changes.get("melspec_kwargs", contents.get("melspec_kwargs"))
+    if isinstance(melspec, dict):
+        melspec = melspec | {_MELSPEC[name]: value for name, value in changes.items() if name in _MELSPEC}
+        return {**contents, **changes, "melspec_kwargs": melspec}
+    return {**contents, **changes}

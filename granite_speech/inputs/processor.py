@@ -4,22 +4,28 @@ The counterpart of transformers' `GraniteSpeechProcessor`. Reads and writes the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from granite_speech.checkpoints.folder import load_json, resolve
-from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedError
+from granite_speech.checkpoints.folder import resolve
+from granite_speech.errors import InputError
 from granite_speech.inputs.audio import resample
-from granite_speech.inputs.clips import check_clips, clips_of_prompt
-from granite_speech.inputs.features import BatchFeature, GraniteSpeechFeatureExtractor
-from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer, write_chat_template
+from granite_speech.inputs.batch import BatchEncoding, BatchFeature
+from granite_speech.inputs.call_arguments import CallArguments, chat_arguments, only_one
+from granite_speech.inputs.chat import audio_of, render_conversations, select_template, text_masks
+from granite_speech.inputs.chat_template import write_chat_template
+from granite_speech.inputs.clips import check_clips, clips_of_prompt, wrong_clips
+from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
+from granite_speech.inputs.placeholders import count_placeholders, expand, moved, tokens_for
+from granite_speech.inputs.processor_files import EXTRACTOR, PROCESSOR, read_configuration, write_json
+from granite_speech.inputs.saving import hub_arguments, hub_options, push, saving, upload_arguments
+from granite_speech.inputs.sources import arrays_and_rates
+from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 
 __all__ = ["BatchFeature", "GraniteSpeechProcessor"]
-
-EXTRACTOR_TYPE = "GraniteSpeechFeatureExtractor"
 
 
 class GraniteSpeechProcessor:
@@ -47,104 +53,201 @@ class GraniteSpeechProcessor:
     def __call__(
         self,
         text: str | Sequence[str],
-        audio=None,
+        audio: Any = None,
         device: str | torch.device | None = "cpu",
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
-        padding: bool = True,
-        **kwargs,
+        padding: bool | str = True,
+        **options: Any,
     ) -> BatchFeature:
         """The model's inputs for prompts and their clips.
 
         Args:
-            text: one prompt or a list. Each `<|audio|>` is the place of one clip, in order, across all prompts.
+            text: one prompt or a list. Each `<|audio|>` is the place of one clip, in order, across all prompts. A prompt in which it is
+                already there once for each audio token is used as it is.
             audio: None if no prompt has a placeholder. Else numpy arrays or tensors, floating point in [-1, 1] or int16: one clip
                 `(samples,)`; clips of one length `(clips, samples)`, as many rows as placeholders; one clip with at most 8 channels,
                 `(samples, channels)` as soundfile returns it or `(channels, samples)` as torchaudio does, for one placeholder; or a
-                list of clips. Channels are averaged; if they cancel out, the loudest is used.
+                list of clips. Channels are averaged; if they cancel out, the loudest is used. A clip can also be a list of numbers, a
+                path or another sound file, or an entry of `datasets`, which says its own rate (`sources.arrays_and_rates`).
             device: of the features. Token ids stay on the CPU until `.to(device)`.
-            sampling_rate: of the clips, in Hz; None for the model's. Clips at another rate are resampled
+            sampling_rate: of clips that do not say theirs, in Hz; None for the model's. Clips at another rate are resampled
                 (`granite_speech.inputs.audio.resample`, which needs torchaudio).
-            return_tensors: "pt", or None for token ids in lists.
-            padding: whether to pad shorter prompts, on the tokenizer's padding_side.
+            return_tensors: "pt"; "np" for arrays; or None for token ids in lists.
+            padding: whether to pad shorter prompts: True or "longest", "max_length", or False.
+            options: others of `GraniteSpeechTokenizer.__call__` (padding_side, truncation, max_length, add_special_tokens, text_target …);
+                text_kwargs, audio_kwargs and common_kwargs, dictionaries of options as in transformers; audios, the earlier name of audio.
 
         Returns:
             input_ids and attention_mask `(prompts, tokens)` int64; with audio also input_features
             `(clips, max_frames, 2 * n_mels)` float32, input_features_mask `(clips, max_tokens)` bool and
-            input_features_lengths, encoder frames of each clip as a list.
+            input_features_lengths `(clips,)` int64, the encoder frames of each clip.
 
         Raises:
-            InputError: unknown options; placeholders without audio.
+            InputError: unknown options; placeholders without audio; truncation that cuts audio tokens.
             AudioError: another layout, or a number of clips that differs from the number of placeholders (both checked before anything
                 is computed); a clip that cannot be used or is too short for one audio token; an impossible rate.
+            UnsupportedError: options of another modality.
             MissingDependencyError: another sampling rate, and torchaudio cannot be imported.
         """
-        if kwargs:
-            raise InputError(
-                got=f"unknown options {sorted(kwargs)}",
-                expected="text, audio, device, sampling_rate, return_tensors and padding",
-                remedy="The clips are named audio" if "audios" in kwargs else "Remove them",
-            )
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
-            raise InputError(got=f"text of type {type(text).__name__}", expected="a string or a list of strings", remedy="Pass those")
-        placeholders = sum(text.count(self.audio_token) for text in texts)
-        if audio is None and placeholders:
-            raise InputError(
-                got=f"{placeholders} placeholder(s) {self.audio_token} for 0 clip(s)",
-                expected="one clip for each placeholder",
-                remedy="Pass the clips as audio",
-            )
-        features = BatchFeature()
-        if audio is not None:
-            clips = clips_of_prompt(audio, placeholders, self.audio_token)
-            features = self.audio_processor(self._resampled(clips, sampling_rate), device=device)
-        texts = self._expand(texts, features.pop("audio_embed_sizes", []))
-        return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **features})
+        arguments = CallArguments.of(device, sampling_rate, return_tensors, padding, options)
+        encoded, features, _ = self._process(text, only_one(audio, arguments.audio), arguments)
+        if arguments.text["return_tensors"] == "np":
+            features.convert_to_tensors("np")
+        return BatchFeature({**encoded, **features})
 
-    def _resampled(self, clips: list[torch.Tensor], sampling_rate: int | None) -> list[torch.Tensor]:
+    def _process(self, text: Any, audio: Any, arguments: CallArguments) -> tuple[BatchEncoding, BatchFeature, list[int]]:
+        """The encoded prompts, the features, and how many tokens each placeholder became."""
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
+            raise InputError(got=f"text of type {type(text).__name__}", expected="a string or a list of strings", remedy="Pass those")
+        placeholders, runs = count_placeholders(texts, self.audio_token)
+        if audio is None or (isinstance(audio, list | tuple) and not audio):
+            if placeholders:
+                raise InputError(
+                    got=f"{placeholders} placeholder(s) {self.audio_token} for 0 clip(s)",
+                    expected="one clip for each placeholder",
+                    remedy="Pass the clips as audio",
+                )
+            return self.tokenizer(texts, **arguments.text), BatchFeature(), []
+        arrays, rates = arrays_and_rates(audio, arguments.sampling_rate, self.audio_processor.sampling_rate)
+        clips = clips_of_prompt(arrays, placeholders, len(runs))
+        if clips is None:
+            raise wrong_clips(arrays, placeholders, self.audio_token)
+        clips = self._resampled(clips, rates)
+        counts = tokens_for(runs, [self.audio_processor.count_frames(clip.numel()).tokens for clip in clips])
+        if counts is None:
+            raise wrong_clips(clips, placeholders, self.audio_token)
+        features = self.audio_processor(clips, device=arguments.device)
+        features.pop("audio_embed_sizes")
+        encoded = self.tokenizer(expand(texts, self.audio_token, counts), **arguments.text)
+        if arguments.text["truncation"] or arguments.text["max_length"]:
+            self._check_audio_tokens(encoded, sum(counts))
+        return encoded, features, counts
+
+    def _resampled(self, clips: list[torch.Tensor], rates: list[int | None]) -> list[torch.Tensor]:
         """The clips at the model's rate. They are checked before they are resampled, because a filter would spread a NaN."""
-        if sampling_rate is None:
+        if all(rate is None for rate in rates):
             return clips
         check_clips(clips)
-        return [resample(clip, sampling_rate, self.audio_processor.sampling_rate) for clip in clips]
+        rates = rates * len(clips) if len(rates) < len(clips) else rates  # of the rows of one array
+        pairs = zip(clips, rates, strict=True)
+        return [clip if rate is None else resample(clip, rate, self.audio_processor.sampling_rate) for clip, rate in pairs]
 
-    def _expand(self, texts: Sequence[str], sizes: list[int]) -> list[str]:
-        """Repeats each placeholder once for each audio token of its clip."""
-        pieces = [text.split(self.audio_token) for text in texts]
-        size = iter(sizes)
-        return [piece[0] + "".join(self.audio_token * next(size) + rest for rest in piece[1:]) for piece in pieces]
+    def _check_audio_tokens(self, encoded: BatchEncoding, expected: int) -> None:
+        audio_id = self.tokenizer.convert_tokens_to_ids(self.audio_token)
+        left = sum(one.ids.count(audio_id) for one in encoded.encodings)
+        if left != expected:
+            raise InputError(
+                got=f"truncation that leaves {left} of {expected} audio tokens",
+                expected="all of them, because each is the place of a part of a clip",
+                remedy="Raise max_length, or split the recording",
+            )
 
-    def decode(self, token_ids, skip_special_tokens: bool = False) -> str | list[str]:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> str | list[str]:
         """See `GraniteSpeechTokenizer.decode`."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens)
+        return self.tokenizer.decode(token_ids, skip_special_tokens, **options)
 
-    def batch_decode(self, sequences, skip_special_tokens: bool = False, *, add_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
         """See `GraniteSpeechTokenizer.batch_decode`."""
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens, add_special_tokens=add_special_tokens)
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens, **options)
 
-    def apply_chat_template(self, conversation, chat_template: str | None = None, tokenize: bool = False, **kwargs):
-        """See `GraniteSpeechTokenizer.apply_chat_template`; here, as in transformers, the default is to return text."""
-        if chat_template is None and isinstance(self.chat_template, str):
-            chat_template = self.chat_template
-        elif isinstance(self.chat_template, dict):
-            chat_template = self.chat_template.get(chat_template or "default", chat_template)
-        return self.tokenizer.apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
+    def post_process_multimodal_output(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, generation_mode: str | None = None, **options: Any
+    ) -> str | list[str]:
+        """The text of what `generate` returned. generation_mode is "text" or None; options are of `decode`."""
+        if generation_mode not in (None, "text"):
+            raise InputError(got=f"generation_mode={generation_mode!r:.40}", expected="'text', which the model writes", remedy="Omit it")
+        return self.decode(generated_outputs, skip_special_tokens, **options)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        load_audio_from_video: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **names: Any,
+    ) -> Any:
+        """Formats messages as a prompt; with tokenize=True, also processes it and the recordings in the messages.
+
+        Args:
+            conversation: messages with "role" and "content"; or a list of conversations. A content is text, or a list of parts:
+                {"type": "text", "text": …}, and {"type": "audio", "audio": …} for a recording in any form that `__call__` takes; its
+                path may also be called "path" or "url".
+            chat_template: a template, or the name of one of this processor's; None for its own.
+            tools, documents, add_generation_prompt, continue_final_message: as in `GraniteSpeechTokenizer.apply_chat_template`.
+            return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
+            tokenize: whether to return token ids, not text. As in transformers, the default is text.
+            return_tensors: "pt", "np", or None for token ids in lists.
+            return_dict: whether to return the result of `__call__`, not input_ids alone.
+            load_audio_from_video: must be False.
+            processor_kwargs: options of `__call__`.
+            **names: options of `__call__`, or names for the template.
+
+        Raises:
+            InputError, AudioError, UnsupportedError: as `__call__` and `GraniteSpeechTokenizer.apply_chat_template`.
+        """
+        options, names = chat_arguments(processor_kwargs, names, return_tensors, load_audio_from_video)
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise InputError(
+                got="return_assistant_tokens_mask without token ids", expected="tokenize=True and return_dict=True", remedy="Pass them"
+            )
+        prompts = render_conversations(
+            conversation,
+            select_template(self.chat_template, chat_template, tools),
+            {**self.tokenizer.special_tokens, **names},
+            audio_token=self.audio_token,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            with_spans=return_assistant_tokens_mask,
+        )
+        if not tokenize:
+            return prompts.texts if prompts.batched else prompts.texts[0]
+        bos = self.tokenizer.bos_token
+        if bos is not None and prompts.texts[0].startswith(bos):
+            options["options"].setdefault("add_special_tokens", False)
+        arguments = CallArguments.of(**options)
+        encoded, features, counts = self._process(prompts.texts, only_one(audio_of(conversation) or None, arguments.audio), arguments)
+        result = BatchFeature({**encoded, **features})
+        if return_assistant_tokens_mask:
+            counts = counts or [1] * sum(text.count(self.audio_token) for text in prompts.texts)
+            result["assistant_masks"] = text_masks(encoded.encodings, moved(prompts.texts, self.audio_token, counts, prompts.spans))
+        result.convert_to_tensors(arguments.text["return_tensors"])
+        return result if return_dict else result["input_ids"]
+
+    # --- files --------------------------------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        *,
-        revision: str | None = None,
         cache_dir: str | Path | None = None,
+        force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        **unknown: Any,
+        revision: str | None = None,
+        **options: Any,
     ) -> "GraniteSpeechProcessor":
-        """Loads the processor from a folder or hub id.
+        """Loads the processor of a folder or hub id.
 
         5.x keeps the feature extractor inside processor_config.json, 4.x in preprocessor_config.json.
+
+        Args:
+            pretrained_model_name_or_path: as in `granite_speech.checkpoints.hub.resolve`.
+            cache_dir, force_download, local_files_only, token, revision: as in `resolve`.
+            options: subfolder; settings that replace those in the
+                folder: of `GraniteSpeechTokenizer.from_pretrained`, arguments of the feature extractor, and audio_token; and options of
+                transformers that change nothing here.
 
         Raises:
             CheckpointNotFoundError: no such folder or id, or neither file in it, or no tokenizer.json.
@@ -152,57 +255,103 @@ class GraniteSpeechProcessor:
             UnsupportedError: the feature extractor of another model.
             InputError: unknown options.
         """
-        if unknown:
-            raise InputError(
-                got=f"unknown options {', '.join(sorted(unknown))} for from_pretrained",
-                expected="revision, cache_dir, local_files_only and token",
-                remedy="Remove them; code from a checkpoint is never run",
-            )
-        folder = resolve(
-            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
-        extractor, audio_token = _read_configuration(folder)
-        tokenizer = GraniteSpeechTokenizer.from_folder(folder)
-        return cls(GraniteSpeechFeatureExtractor(**extractor), tokenizer, audio_token=audio_token)
+        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
+        settings = GraniteSpeechTokenizer.pop_settings(options)
+        changes = {name: options.pop(name) for name in GraniteSpeechFeatureExtractor.SETTINGS if name in options}
+        audio_token = options.pop("audio_token", None)
+        folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechProcessor.from_pretrained"))
+        entries, config = read_configuration(folder)
+        extractor = GraniteSpeechFeatureExtractor.from_dict(entries, **changes)
+        tokenizer = GraniteSpeechTokenizer.from_folder(folder, **settings, name_or_path=str(pretrained_model_name_or_path))
+        return cls(extractor, tokenizer, audio_token=audio_token or config["audio_token"])
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes processor_config.json (5.x), preprocessor_config.json (4.x), the tokenizer's files and the chat template."""
-        folder = Path(folder)
-        self.tokenizer.save_pretrained(folder)
-        write_chat_template(folder, self.chat_template)
-        name = type(self).__name__
-        extractor = self.audio_processor.to_dict()
-        _write_json(
-            folder / "processor_config.json", {"processor_class": name, "audio_token": self.audio_token, "audio_processor": extractor}
-        )
-        _write_json(folder / "preprocessor_config.json", {**extractor, "processor_class": name})
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contents of processor_config.json with the feature extractor's entries, and an empty dictionary: no option is left over."""
+        folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechProcessor.get_processor_dict"))
+        entries, config = read_configuration(folder)
+        return {**config, "audio_processor": entries}, {}
 
+    @classmethod
+    def from_args_and_dict(cls, args: Sequence[Any], processor_dict: Mapping[str, Any], **changes: Any) -> "GraniteSpeechProcessor":
+        """A processor of a feature extractor and a tokenizer, `args`, with the audio_token and chat_template of a dictionary."""
+        entries = {**processor_dict, **changes}
+        return cls(*args, **{name: entries[name] for name in ("audio_token", "chat_template") if entries.get(name) is not None})
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
+        """Writes processor_config.json (5.x), preprocessor_config.json (4.x), the tokenizer's files and the chat template.
 
+        Args:
+            save_directory: created if missing.
+            push_to_hub: also upload the files.
+            options: of the upload: repo_id, commit_message, private, token …
 
-def _read_configuration(folder: Path) -> tuple[dict[str, Any], str]:
-    """The feature extractor's arguments and the audio token."""
-    file, legacy_file = folder / "processor_config.json", folder / "preprocessor_config.json"
-    config = load_json(file) if file.is_file() else {}
-    extractor, audio_token = config.get("audio_processor"), config.get("audio_token", "<|audio|>")
-    if not isinstance(extractor, dict | None) or not isinstance(audio_token, str) or not audio_token:
-        raise CheckpointError(
-            got=f"{file} with audio_processor {extractor!r:.100} and audio_token {audio_token!r:.100}",
-            expected="an object and a token",
-            remedy="Download it again",
-        )
-    if extractor is None:
-        if not legacy_file.is_file():
-            raise CheckpointNotFoundError(
-                got=f"no feature extractor in {folder}",
-                expected="processor_config.json with an audio_processor, or preprocessor_config.json",
-                remedy="Name a whole checkpoint folder or a hub id",
-            )
-        extractor = load_json(legacy_file)
-    extractor = {name: value for name, value in extractor.items() if name != "processor_class"}
-    kind = extractor.pop("feature_extractor_type", EXTRACTOR_TYPE)
-    if kind != EXTRACTOR_TYPE:
-        raise UnsupportedError(got=f"feature_extractor_type = {kind!r}", expected=EXTRACTOR_TYPE, remedy="Name a Granite Speech checkpoint")
-    return extractor, audio_token
+        Returns:
+            The path of processor_config.json, in a list.
+        """
+        with saving(save_directory, "GraniteSpeechProcessor.save_pretrained", push_to_hub, options) as folder:
+            self.tokenizer.save_pretrained(folder)
+            write_chat_template(folder, self.chat_template)
+            self.to_json_file(folder / PROCESSOR)
+            write_json(folder / EXTRACTOR, {**self.audio_processor.to_dict(), "processor_class": type(self).__name__})
+        return [str(folder / PROCESSOR)]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads the processor's files.
+
+        Args:
+            repo_id: "owner/name", or a name in the account's own namespace.
+            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
+            max_shard_size: of weights, of which there are none here.
+            options: those of transformers that change nothing.
+
+        Returns:
+            The address of the commit.
+        """
+        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
+        return push(self.save_pretrained, repo_id, "GraniteSpeechProcessor.push_to_hub", options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of processor_config.json."""
+        entries = {"audio_token": self.audio_token, "audio_processor": self.audio_processor.to_dict()}
+        return {"processor_class": type(self).__name__, **entries}
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Writes processor_config.json under any name."""
+        write_json(Path(json_file_path), self.to_dict())
+
+    @property
+    def feature_extractor(self) -> GraniteSpeechFeatureExtractor:
+        """The feature extractor, under the name that it has in other processors."""
+        return self.audio_processor
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the model's inputs that the parts make."""
+        return [*self.audio_processor.model_input_names, *self.tokenizer.model_input_names]
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Names of the parts."""
+        return ["audio_processor", "tokenizer"]
+
+    def __repr__(self) -> str:
+        parts = "".join(f"- {name}: {getattr(self, name)!r}\n" for name in self.get_attributes())
+        return f"{type(self).__name__}:\n{parts}\n{self.to_json_string()}"

@@ -78,13 +78,15 @@ _COMPARISONS = {
 
 
 class _Generation(Extension):
-    """{% generation %} … {% endgeneration %} marks the assistant's words for training; here it only renders its contents."""
+    """{% generation %} … {% endgeneration %} is around the assistant's words. It renders its contents between `Sandbox.marks`."""
 
     tags = frozenset({"generation"})
 
     def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([_filter(nodes.Const(place, lineno=line), "|mark")], lineno=line) for place in (0, 1))
+        return [begin, *body, end]
 
 
 class _Metering(NodeTransformer):
@@ -159,10 +161,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False, finalize=self.weighed
         )
         self.left = BUDGET
+        self.marks = ("", "")
         self.filters = {name: self._metered(name, one, _FLAT_FILTERS) for name, one in (self.filters | {"tojson": _tojson}).items()}
         self.tests = {name: self._metered(name, one, _FLAT_TESTS) for name, one in self.tests.items()}
         inline = {"items": self.items, "step": self.step, "concat": self._concatenated, "compare": self._compared, "made": self.made}
-        self.filters |= {f"|{name}": one for name, one in (inline | {"weighed": self.weighed}).items()}
+        inline |= {"weighed": self.weighed, "mark": _mark}
+        self.filters |= {f"|{name}": one for name, one in inline.items()}
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
@@ -366,6 +370,11 @@ def _widths(name: str, text: str) -> int:
     percent = re.findall(r"[%)][-+ #]*([\d.]+)", text) if name == "%" else []
     braces = [] if name == "%" else [spec for _, _, spec, _ in Formatter().parse(text) if spec]
     return sum(min(int(digits[:12]), 1 << 40) for field in percent + braces for digits in re.findall(r"\d+", field))
+
+
+@jinja2.pass_context  # otherwise jinja2 would call it once, when it compiles
+def _mark(context: jinja2.runtime.Context, place: int) -> str:
+    return context.environment.marks[place]
 
 
 def _raise_exception(message: str):

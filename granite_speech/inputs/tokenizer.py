@@ -1,32 +1,36 @@
 """Text to token ids and back, with the `tokenizers` library.
 
 Text is split as the folder's `tokenizer.json` says, whichever class `tokenizer_config.json` names. That file gives only the
-roles of special tokens, the padding side and the chat template.
+roles of special tokens, lengths, the padding side and the chat template.
 """
 
-import json
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from granite_speech.checkpoints.call_options import check_unused
-from granite_speech.checkpoints.folder import load_json, resolve
-from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError, UnsupportedError
-from granite_speech.inputs.chat_template import LONGEST_PROMPT, read_chat_template, render_chat_template, write_chat_template, write_text
-from granite_speech.inputs.features import BatchFeature
+from granite_speech.checkpoints.folder import resolve
+from granite_speech.errors import CheckpointError, InputError, UnsupportedError
+from granite_speech.inputs.chat import message_ids, render_conversations, select_template, text_masks
+from granite_speech.inputs.chat_template import LONGEST_PROMPT, render_chat_template, write_chat_template
+from granite_speech.inputs.coding import Coder
+from granite_speech.inputs.saving import hub_arguments, hub_options, push, saving, upload_arguments
+from granite_speech.inputs.text_options import UNLIMITED, check_choice
+from granite_speech.inputs.tokenizer_files import read_files, write_files
+from granite_speech.inputs.vocabulary import ROLES
 
 if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["LONGEST_PROMPT", "GraniteSpeechTokenizer", "render_chat_template", "write_chat_template"]
 
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# tokenizer_config.json entries that can be replaced when loading, besides the roles.
+_SETTINGS = (
+    "padding_side", "truncation_side", "model_max_length", "model_input_names", "split_special_tokens", "clean_up_tokenization_spaces",
+    "extra_special_tokens", "additional_special_tokens", "add_bos_token", "add_eos_token",
+)  # fmt: skip
 
 
-class GraniteSpeechTokenizer:
+class GraniteSpeechTokenizer(Coder):
     """A byte-level BPE tokenizer with padding and a chat template.
 
     Args:
@@ -36,306 +40,277 @@ class GraniteSpeechTokenizer:
         chat_template: a Jinja template, several by name, or None.
 
     Attributes: bos_token, eos_token, unk_token, pad_token … and the same with `_id`, None for a role without a token; other
-    roles in the configuration (`audio_token`); padding_side, "left" or "right"; chat_template.
+    roles in the configuration (`audio_token`); padding_side and truncation_side, "left" or "right"; model_max_length, 10**30 if
+    there is no limit; chat_template; name_or_path. All can be assigned.
 
     Raises:
-        CheckpointError: padding_side is neither "left" nor "right".
+        CheckpointError: padding_side or truncation_side is neither "left" nor "right".
     """
 
-    model_input_names = ("input_ids", "attention_mask")
+    is_fast = True
+    pad_token_type_id = 0
 
     def __init__(
         self, backend: "tokenizers.Tokenizer", config: dict[str, Any] | None = None, chat_template: str | dict[str, str] | None = None
     ):
-        self.backend = backend
-        self.config = dict(config or {})
-        self.chat_template = chat_template
-        self.padding_side: str = self.config.get("padding_side", "right")
-        if self.padding_side not in ("left", "right"):
-            raise CheckpointError(
-                got=f"padding_side = {self.padding_side!r}", expected="'left' or 'right'", remedy="Correct tokenizer_config.json"
-            )
         backend.no_padding()
         backend.no_truncation()
-        self.special_tokens: dict[str, str] = _special_tokens(self.config)
-        known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        backend.add_special_tokens([token for token in self.special_tokens.values() if token not in known])
-        for role in dict.fromkeys((*ROLES, *self.special_tokens)):
-            token = self.special_tokens.get(role)
-            setattr(self, role, token)
-            setattr(self, f"{role}_id", None if token is None else backend.token_to_id(token))
+        super().__init__(backend, config or {})
+        self.config = dict(config or {})
+        self.chat_template = chat_template
+        self.name_or_path: str = self.config.get("name_or_path", "")
+        self.model_input_names = list(self.config.get("model_input_names", ("input_ids", "attention_mask")))
+        self.model_max_length: int = self.config.get("model_max_length") or UNLIMITED
+        self.split_special_tokens: bool = self.config.get("split_special_tokens", False)
+        self.clean_up_tokenization_spaces: bool = self.config.get("clean_up_tokenization_spaces", False)
+        self.padding_side: str = self.config.get("padding_side", "right")
+        self.truncation_side: str = self.config.get("truncation_side", "right")
+        for name in ("padding_side", "truncation_side"):
+            if getattr(self, name) not in ("left", "right"):
+                raise CheckpointError(
+                    got=f"{name} = {getattr(self, name)!r}", expected="'left' or 'right'", remedy="Correct tokenizer_config.json"
+                )
+        if "add_bos_token" in self.config or "add_eos_token" in self.config:
+            self._add_ends()
+
+    def _add_ends(self) -> None:
+        """Makes every text begin with the bos token or end with the eos token, as the configuration says."""
+        from tokenizers.processors import TemplateProcessing
+
+        ends = [role if self.config.get(f"add_{role}") and role in self.special_tokens else None for role in ("bos_token", "eos_token")]
+        first, last = (() if role is None else (self.special_tokens[role],) for role in ends)
+        single, second = ([f"{one}:{n}" for one in (*first, f"${'AB'[n]}", *last)] for n in (0, 1))
+        ids = {self.special_tokens[role]: getattr(self, f"{role}_id") for role in ends if role is not None}
+        self.backend.post_processor = TemplateProcessing(single=single, pair=[*single, *second], special_tokens=list(ids.items()))
+
+    # --- files --------------------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "GraniteSpeechTokenizer":
-        """As `from_folder`, also of a hub id."""
-        check_unused(options, "GraniteSpeechTokenizer.from_pretrained")
-        return cls.from_folder(resolve(pretrained_model_name_or_path))
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "GraniteSpeechTokenizer":
+    def from_folder(cls, folder: str | Path, **settings: Any) -> "GraniteSpeechTokenizer":
         """Reads tokenizer.json, tokenizer_config.json, the legacy special_tokens_map.json and added_tokens.json, and the template.
+
+        Args:
+            folder: of the files.
+            settings: replace entries of tokenizer_config.json, or the chat_template.
 
         Raises:
             CheckpointNotFoundError: there is no tokenizer.json.
             CheckpointError: a file with invalid contents.
             MissingDependencyError: tokenizers is not installed.
         """
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise MissingDependencyError(got="no tokenizers", expected="the package tokenizers", remedy="pip install tokenizers") from error
-        folder = Path(folder)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointNotFoundError(
-                got=f"no {file}", expected="a folder with a tokenizer.json", remedy="Name a whole checkpoint folder or a hub id"
-            )
-        try:
-            backend = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(got=f"{file}, unreadable ({error})", expected="a tokenizer", remedy="Download it again") from error
-        config = _read(folder / "tokenizer_config.json")
-        if config.get("added_tokens_decoder") is None:
-            # Folders older than added_tokens_decoder: special_tokens_map.json overrides tokenizer_config.json there.
-            config.update(_read(folder / "special_tokens_map.json"))
-            _add_legacy_tokens(backend, _read(folder / "added_tokens.json"), config)
-        else:
-            _add_tokens(backend, config["added_tokens_decoder"], folder / "tokenizer_config.json")
-        return cls(backend, config, read_chat_template(folder, config))
+        backend, config, template = read_files(Path(folder))
+        for name in ("add_bos_token", "add_eos_token"):
+            config.pop(name, None)  # tokenizer.json says it; only a caller can change it
+        template = settings.pop("chat_template", None) or template
+        return cls(backend, {**config, "name_or_path": str(folder), **settings}, template)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and the chat template, as transformers 4.x and 5.x read them.
-
-        The class is written as PreTrainedTokenizerFast, which follows tokenizer.json. For GPT2Tokenizer, transformers 5.x
-        uses the vocabulary alone and ignores how tokenizer.json splits text.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
-        config = {name: value for name, value in self.config.items() if name not in ("chat_template", "add_bos_token", "add_eos_token")}
-        config |= self.special_tokens
-        config |= {
-            "padding_side": self.padding_side,
-            "model_input_names": list(self.model_input_names),
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
-        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        write_chat_template(folder, self.chat_template)
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the vocabulary without added tokens; `len` includes them."""
-        return self.backend.get_vocab_size(with_added_tokens=False)
-
-    def __len__(self) -> int:
-        return self.backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        """Ids of the special tokens, ascending."""
-        return sorted(index for index, token in self.backend.get_added_tokens_decoder().items() if token.special)
-
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
-        """The id of a token, or of each. Outside the vocabulary it is the unknown token's id, or None if there is no such token."""
-        if isinstance(tokens, str):
-            index = self.backend.token_to_id(tokens)
-            return self.unk_token_id if index is None else index
-        return [self.convert_tokens_to_ids(token) for token in tokens]
-
-    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str | None] | None:
-        """The token of an id, or of each; None outside the vocabulary."""
-        return self.backend.id_to_token(ids) if isinstance(ids, int) else [self.backend.id_to_token(int(index)) for index in ids]
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of one text. add_special_tokens: whether tokenizer.json's post-processor adds its tokens."""
-        return self._encode([text], add_special_tokens)[0]
-
-    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        try:
-            return [one.ids for one in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
-        except (TypeError, UnicodeError) as error:  # the library refuses lone surrogates
-            raise InputError(
-                got=f"text that is not Unicode, such as a lone surrogate ({error})",
-                expected="text",
-                remedy="Decode it again from its bytes",
-            ) from error
-
-    def __call__(
-        self,
-        text: str | Sequence[str],
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        padding: bool = False,
-        return_tensors: str | None = None,
-        padding_side: str | None = None,
-        add_special_tokens: bool = True,
-    ) -> BatchFeature:
-        """Token ids of one text or of several.
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> "GraniteSpeechTokenizer":
+        """Loads the tokenizer of a folder or hub id.
 
         Args:
-            text: one text or a list.
-            padding: pad to the longest text, on padding_side (None: the tokenizer's own). Generation needs "left".
-            return_tensors: "pt" for int64 tensors `(texts, tokens)`; None for lists, flat for one text.
-            add_special_tokens: as in `encode`.
-
-        Returns: input_ids, and attention_mask with 1 for tokens and 0 for padding.
+            pretrained_model_name_or_path: as in `granite_speech.checkpoints.hub.resolve`.
+            cache_dir, force_download, local_files_only, token, revision: as in `resolve`.
+            trust_remote_code: accepted; no code from a checkpoint is ever run.
+            options: subfolder; settings that replace those in the
+                folder: padding_side, truncation_side, model_max_length, chat_template, special tokens by role …; and options of
+                transformers that change nothing here.
 
         Raises:
-            InputError: not text; unequal lengths with return_tensors="pt" and no padding; padding without a pad token.
+            CheckpointNotFoundError, CheckpointError, MissingDependencyError: as `from_folder`.
+            InputError, UnsupportedError: an unknown option, or one that would change the result.
         """
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
-            raise InputError(got=f"text of type {type(text).__name__}", expected="a string or a list of strings", remedy="Pass those")
-        _check_choice("return_tensors", return_tensors, (None, "pt"))
-        _check_choice("padding", padding, (True, False, "longest"))
-        _check_choice("padding_side", padding_side, (None, "left", "right"))
-        ids = self._encode(texts, add_special_tokens)
-        masks = [[1] * len(one) for one in ids]
-        longest = max(map(len, ids))
-        if padding and any(len(one) < longest for one in ids):
-            if self.pad_token_id is None:
-                raise InputError(
-                    got="texts of unequal lengths and no pad token", expected="a pad_token in tokenizer_config.json", remedy="Set pad_token"
+        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
+        settings = cls.pop_settings(options)
+        folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechTokenizer.from_pretrained"))
+        return cls.from_folder(folder, **settings | {"name_or_path": str(pretrained_model_name_or_path)})
+
+    @staticmethod
+    def pop_settings(options: dict[str, Any]) -> dict[str, Any]:
+        """Removes a tokenizer's settings from the options of a `from_pretrained` and returns them."""
+        names = [name for name in options if name in _SETTINGS or name in ROLES or name == "chat_template"]
+        settings = {name: options.pop(name) for name in names}
+        for name in ("add_prefix_space", "from_slow"):
+            if options.pop(name, None):
+                raise UnsupportedError(
+                    got=f"{name}=True", expected="text split as tokenizer.json says", remedy="Omit it, or change tokenizer.json"
                 )
-            left = (padding_side or self.padding_side) == "left"
-            for rows, filler in ((ids, self.pad_token_id), (masks, 0)):
-                for index, row in enumerate(rows):
-                    fill = [filler] * (longest - len(row))
-                    rows[index] = fill + row if left else row + fill
-        if return_tensors is None:
-            flat = isinstance(text, str)
-            return BatchFeature(input_ids=ids[0] if flat else ids, attention_mask=masks[0] if flat else masks)
-        if any(len(row) != len(ids[0]) for row in ids):
-            raise InputError(
-                got=f"texts of {sorted(set(map(len, ids)))} tokens", expected="one length for a tensor", remedy="Pass padding=True"
-            )
-        as_tensor = {name: torch.tensor(rows, dtype=torch.int64) for name, rows in (("input_ids", ids), ("attention_mask", masks))}
-        return BatchFeature(as_tensor)
+        for name in ("legacy", "fix_mistral_regex", "tokenizer_type"):  # of other models' tokenizers
+            options.pop(name, None)
+        for side in ("padding_side", "truncation_side"):
+            check_choice(side, settings.get(side, "left"), ("left", "right"))
+        return settings
 
-    def decode(self, token_ids, skip_special_tokens: bool = False) -> str | list[str]:
-        """The text of an id or of ids `(tokens,)`, in a list or tensor; a list of texts for `(texts, tokens)`.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        save_format: str | None = None,
+        **options: Any,
+    ) -> tuple[str, ...]:
+        """Writes tokenizer.json, tokenizer_config.json and the chat template, as transformers 4.x and 5.x read them.
 
-        Ids outside the vocabulary are skipped. Bytes that are not UTF-8 become U+FFFD.
+        Args:
+            save_directory: created if missing.
+            legacy_format: accepted; the files are always those of fast tokenizers.
+            filename_prefix: of the two files' names, with a hyphen after it.
+            push_to_hub: also upload the folder.
+            save_format: "hf" or None.
+            options: of the upload: repo_id, commit_message, private, token …
+
+        Returns:
+            The paths of the files.
 
         Raises:
-            InputError: a value that is not an id, or is negative.
+            CheckpointError: a file is in the place of the folder.
+            InputError: an unknown option.
         """
-        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-        if isinstance(ids, int):
-            ids = [ids]
-        if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
-            raise InputError(got=f"token ids of type {type(ids).__name__}", expected="ids, a list or a tensor of them", remedy="Pass those")
-        if len(ids) and not isinstance(ids[0], int):
-            return [self.decode(row, skip_special_tokens) for row in ids]
-        if min(ids, default=0) < 0 or max(ids, default=0) >> 32:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise InputError(got=f"token id {wrong}", expected="ids from 0", remedy="Remove label padding (-100) before decoding")
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        check_choice("save_format", save_format, (None, "hf"))
+        with saving(save_directory, "GraniteSpeechTokenizer.save_pretrained", push_to_hub, options) as folder:
+            names = ("padding_side", "truncation_side", "model_max_length", "model_input_names", "clean_up_tokenization_spaces")
+            settings = {name: getattr(self, name) for name in names if name in self.config or name in ("padding_side", "model_input_names")}
+            if self.truncation_side != "right" or self.model_max_length != UNLIMITED:
+                settings |= {"truncation_side": self.truncation_side, "model_max_length": self.model_max_length}
+            files = write_files(folder, self, self.config, settings, f"{filename_prefix}-" if filename_prefix else "")
+            files += write_chat_template(folder, self.chat_template)
+        return tuple(map(str, files))
 
-    def batch_decode(self, sequences, skip_special_tokens: bool = False, *, add_special_tokens: bool = False) -> list[str]:
-        """Texts of several sequences of token ids; see `decode`.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads the tokenizer's files.
 
-        add_special_tokens is accepted because model cards pass it; it has no effect, here or in transformers.
+        Args:
+            repo_id: "owner/name", or a name in the account's own namespace.
+            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
+            max_shard_size: of weights, of which there are none here.
+            options: those of transformers that change nothing.
+
+        Returns:
+            The address of the commit.
         """
-        return [self.decode(row, skip_special_tokens) for row in sequences]
+        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
+        return push(self.save_pretrained, repo_id, "GraniteSpeechTokenizer.push_to_hub", options)
+
+    def save_vocabulary(self, save_directory: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Writes vocab.json and merges.txt, without added tokens. Returns the paths."""
+        with saving(save_directory, "GraniteSpeechTokenizer.save_vocabulary", False, {}) as folder:
+            return tuple(self.backend.model.save(str(folder), filename_prefix))
+
+    @property
+    def backend_tokenizer(self) -> "tokenizers.Tokenizer":
+        """The `tokenizers.Tokenizer`."""
+        return self.backend
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """What the tokenizer was made with: the contents of tokenizer_config.json."""
+        return dict(self.config)
+
+    def __repr__(self) -> str:
+        shown = ("name_or_path", "vocab_size", "model_max_length", "padding_side", "truncation_side")
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return f"{type(self).__name__}({values}, special_tokens={self.special_tokens_map}, added_tokens={self.get_added_vocab()})"
+
+    # --- messages -----------------------------------------------------------------------------------------------------------------------
 
     def apply_chat_template(
         self,
-        conversation: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        conversation: Any,
         tools: list[dict[str, Any]] | None = None,
         documents: list[dict[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
         tokenize: bool = True,
-        padding: bool = False,
+        padding: bool | str = False,
+        truncation: bool | str | None = False,
+        max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool = True,
-        **kwargs,
-    ) -> str | list[str] | BatchFeature | list:
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        **names: Any,
+    ) -> Any:
         """Formats messages as the prompt that the model was trained on. The defaults are those of transformers.
 
         Args:
-            conversation: messages with "role" and "content"; or a list of conversations.
+            conversation: messages with "role" and "content", a text or a list of parts; or a list of conversations.
             tools, documents: passed to the template; tools as JSON schemas.
             chat_template: a template, or the name of one of this tokenizer's; None for its own.
             add_generation_prompt: whether to end with the beginning of the assistant's turn.
+            continue_final_message: whether to end within the last message, so that the model continues it; or the name of its field.
             tokenize: whether to return the result of `__call__` for the prompt (only input_ids if return_dict is False) or text.
-            **kwargs: passed to the template.
+            padding, truncation, max_length, return_tensors: as in `__call__`.
+            return_dict: whether to return more than input_ids.
+            return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
+            tokenizer_kwargs: more options of `__call__`.
+            **names: passed to the template.
 
         Raises:
-            InputError: no messages, no template, or a template that fails or writes more than LONGEST_PROMPT characters.
-            UnsupportedError: continue_final_message, return_assistant_tokens_mask, or a tool that is not a dictionary.
+            InputError: no messages, no template, options that exclude each other, or a template that fails or writes more than
+                LONGEST_PROMPT characters.
+            UnsupportedError: a tool that is not a dictionary.
         """
-        for name in ("continue_final_message", "return_assistant_tokens_mask", "truncation", "tokenizer_kwargs"):
-            if kwargs.pop(name, None):
-                raise UnsupportedError(got=name, expected="a plain prompt", remedy="Call with tokenize=False and work on the text")
-        if any(not isinstance(tool, dict) for tool in tools or ()):
-            raise UnsupportedError(got="a tool that is not a dictionary", expected="JSON schemas", remedy="Write the schema out")
-        if not isinstance(conversation, list | tuple) or not conversation:
-            got = f"messages of type {type(conversation).__name__}" if conversation else "no messages"
-            raise InputError(got=got, expected="at least one, in a list", remedy="Pass a list of {'role': …, 'content': …}")
-        template = self.get_chat_template(chat_template, tools)
-        single = isinstance(conversation[0], dict)
-        names = {**self.special_tokens, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **kwargs}
-        prompts = [render_chat_template(template, messages=one, **names) for one in ([conversation] if single else conversation)]
-        prompt = prompts[0] if single else prompts
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise InputError(
+                got="return_assistant_tokens_mask without token ids", expected="tokenize=True and return_dict=True", remedy="Pass them"
+            )
+        prompts = render_conversations(
+            conversation,
+            self.get_chat_template(chat_template, tools),
+            {**self.special_tokens, **names},
+            audio_token=self.special_tokens.get("audio_token", "<|audio|>"),
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            with_spans=return_assistant_tokens_mask,
+        )
+        prompt = prompts.texts if prompts.batched else prompts.texts[0]
         if not tokenize:
             return prompt
-        encoded = self(prompt, padding=padding, return_tensors=return_tensors, add_special_tokens=False)
+        lengths = {"padding": padding, "truncation": truncation, "max_length": max_length}
+        options = {"add_special_tokens": False, "return_tensors": return_tensors, **lengths, **(tokenizer_kwargs or {})}
+        encoded = self(prompt, **options)
+        if return_assistant_tokens_mask:
+            masks = text_masks(encoded.encodings, prompts.spans)
+            encoded["assistant_masks"] = masks if prompts.batched or options["return_tensors"] else masks[0]
+            encoded.convert_to_tensors(options["return_tensors"])
         return encoded if return_dict else encoded["input_ids"]
 
     def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
         """The template that `apply_chat_template` uses for the same two arguments."""
-        own = self.chat_template
-        if isinstance(own, dict):
-            name = chat_template or ("tool_use" if tools and "tool_use" in own else "default")
-            if name in own:
-                return own[name]
-        if chat_template is None and isinstance(own, str):
-            return own
-        if chat_template is None:
-            known = f"only templates {sorted(own)}" if own else "no chat template"
-            raise InputError(got=known, expected="one to use", remedy="Pass chat_template, or add chat_template.jinja to the folder")
-        return chat_template
+        return select_template(self.chat_template, chat_template, tools)
 
-
-def _read(file: Path) -> dict[str, Any]:
-    return load_json(file) if file.is_file() else {}
-
-
-def _add_legacy_tokens(backend: "tokenizers.Tokenizer", added: dict[str, int], config: dict[str, Any]) -> None:
-    """Adds the tokens of added_tokens.json that the vocabulary lacks, in the order of their ids."""
-    from tokenizers import AddedToken
-
-    special = set(_special_tokens(config).values())
-    for token, _ in sorted(added.items(), key=lambda item: item[1]):
-        if backend.token_to_id(token) is None:
-            backend.add_tokens([AddedToken(token, special=token in special, normalized=token not in special)])
-
-
-def _add_tokens(backend: "tokenizers.Tokenizer", added: Any, file: Path) -> None:
-    """Adds the tokens of added_tokens_decoder, from `file`, that tokenizer.json lacks, in the order of their ids."""
-    from tokenizers import AddedToken
-
-    known = {str(index) for index in backend.get_added_tokens_decoder()}
-    try:
-        late = sorted(((int(index), token) for index, token in added.items() if index not in known), key=itemgetter(0))
-        backend.add_tokens([AddedToken(**token) for _, token in late])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            got=f"added_tokens_decoder in {file}, which does not describe tokens ({error})",
-            expected="ids and their tokens",
-            remedy="Download it again",
-        ) from error
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Roles and their tokens. An entry is a string or the description of an added token."""
-    extra = config.get("extra_special_tokens")
-    entries = {name: value for name, value in config.items() if name.endswith("_token")} | (extra if isinstance(extra, dict) else {})
-    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
-    return {name: token for name, token in tokens.items() if isinstance(token, str)}
-
-
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise InputError(got=f"{name} = {value!r}", expected=f"one of {choices}", remedy=f"Pass {name} as one of those")
+    def encode_message_with_chat_template(
+        self, message: dict[str, Any], conversation_history: Sequence[dict[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
+        """The ids that one message adds to those of the conversation before it. options: of `apply_chat_template`."""
+        if "add_generation_prompt" in options:
+            raise InputError(got="add_generation_prompt", expected="one message alone", remedy="Omit it, and add that prompt afterwards")
+        return message_ids(lambda chat: self.apply_chat_template(chat, return_dict=False, **options), message, conversation_history or [])

@@ -36,7 +36,7 @@ class Dialogue:
             got = f"eos_token_id = {ends!r}" if found == self.audio_token else f"{processor.audio_token} with id {found} in the tokenizer"
             expected = "a token that ends an answer" if found == self.audio_token else f"audio_token_index = {self.audio_token}"
             raise ConfigError(got=got, expected=expected, remedy="Use the processor of this checkpoint, or correct config.json")
-        self._special = frozenset(self.tokenizer.all_special_ids)
+        self._special = frozenset(index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         # Most manifests have the same prompt for every clip.
         self._request_ids = cache(self._tokenize_request)
         self._answer_ids = cache(self._tokenize_answer)

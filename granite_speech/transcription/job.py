@@ -73,7 +73,7 @@ class Job:
         """Decode the file and compute its features. `transcript` raises the error, if there is one."""
         try:
             self._inputs = self._read()
-            self.frames = sum(self._inputs["input_features_lengths"])
+            self.frames = int(self._inputs["input_features_lengths"].sum())
         except GraniteSpeechError as error:
             self._error = error
         self._recording = None

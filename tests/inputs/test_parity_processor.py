@@ -134,7 +134,7 @@ def test_clips_of_another_rate_are_resampled(ours, theirs, rate):
     clips = [clip(rate), (clip(rate // 3) * 32767).to(torch.int16).numpy()]
     at_16_khz = [torchaudio.functional.resample(one, rate, 16000) for one in (clips[0], torch.from_numpy(clips[1]).float() / 32768)]
     batch = ours([PROMPT, PROMPT], clips, sampling_rate=rate)
-    assert batch.input_features_lengths == [ours.audio_processor.count_frames(len(one)).encoder for one in at_16_khz]
+    assert batch.input_features_lengths.tolist() == [ours.audio_processor.count_frames(len(one)).encoder for one in at_16_khz]
     for index, sound in enumerate(at_16_khz):
         alone = theirs(PROMPT, sound, return_tensors="pt")["input_features"][0]
         torch.testing.assert_close(batch.input_features[index, : len(alone)], alone, rtol=0, atol=TOLERANCE)
@@ -143,7 +143,7 @@ def test_clips_of_another_rate_are_resampled(ours, theirs, rate):
 
 def test_resampling_without_torchaudio_is_refused_by_name(ours, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
-    assert ours(PROMPT, clip(8000), sampling_rate=16000).input_features_lengths == [25]
+    assert ours(PROMPT, clip(8000), sampling_rate=16000).input_features_lengths.tolist() == [25]
     with pytest.raises(MissingDependencyError, match=r"torchaudio.*16000"):
         ours(PROMPT, clip(8000), sampling_rate=8000)
 
@@ -161,8 +161,10 @@ def test_refusals(ours):
             ours(PROMPT, sound, sampling_rate=rate)
     with pytest.raises(AudioError, match=r"1 placeholder\(s\) <\|audio\|> for 2 clip"):
         ours(PROMPT, [sound, sound])
-    with pytest.raises(InputError, match=r"\['audios', 'truncation'\].*named audio"):
-        ours(PROMPT, audios=sound, truncation=True)
+    with pytest.raises(InputError, match=r"audio and audios"):
+        ours(PROMPT, sound, audios=sound)
+    with pytest.raises(InputError, match=r"unknown options \['colour'\]"):
+        ours(PROMPT, sound, colour=1)
     with pytest.raises(InputError, match="text of type"):
         ours(None, sound)
     with pytest.raises(InputError, match="text of type"):

@@ -96,7 +96,7 @@ def _repeated(model: Any, inputs: dict[str, Any], times: int) -> dict[str, Any]:
         if name in inputs:
             repeated[name] = inputs[name].repeat_interleave(times, 0)
     if "input_features" in inputs and times > 1:
-        lengths = list(inputs["input_features_lengths"])
+        lengths = torch.as_tensor(inputs["input_features_lengths"]).tolist()
         clips, order = iter(range(len(lengths))), []
         for ids in inputs["input_ids"]:
             missing, own = int((ids == model.config.audio_token_index).sum()), []

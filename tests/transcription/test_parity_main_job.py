@@ -81,7 +81,7 @@ def test_a_clip_too_short_for_an_audio_token_is_refused(ours):
         ours.transcribe(short)
     with pytest.raises(AudioError, match="clip 1 has 159 samples"):
         ours.processor(["<|audio|>what?", "<|audio|>what?"], [clip, short])
-    assert ours.processor("<|audio|>what?", torch.zeros(160))["input_features_lengths"] == [1]
+    assert ours.processor("<|audio|>what?", torch.zeros(160))["input_features_lengths"].tolist() == [1]
 
 
 def test_the_third_generations_template_gets_its_own_request(ours, monkeypatch):
