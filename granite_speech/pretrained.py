@@ -1,6 +1,5 @@
 """`from_pretrained` and `save_pretrained`: a folder or hub id to a model and back."""
 
-import json
 from pathlib import Path
 from typing import Any, Self
 from warnings import warn
@@ -13,6 +12,7 @@ from granite_speech.checkpoints.weight_names import HEAD, is_lora
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.config_values import config_from_dict
 from granite_speech.errors import ConfigError, InputError
+from granite_speech.generation.config import GenerationConfig
 from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
 
 __all__ = ["Pretrained", "choose_device", "choose_dtype"]
@@ -22,8 +22,18 @@ class Pretrained(nn.Module):
     """Initialising, loading and saving weights, for the two public models."""
 
     config: GraniteSpeechConfig
-    generation_config: dict[str, Any] | None = None
     adapter_config: AdapterConfig | None = None
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The options of `generate` that its calls do not set. A dictionary, or transformers' class, may be assigned too."""
+        if "_generation_config" not in self.__dict__:
+            self.generation_config = GenerationConfig.from_model_config(self.config)
+        return self.__dict__["_generation_config"]
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.__dict__["_generation_config"] = GenerationConfig.of(value)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -88,7 +98,7 @@ class Pretrained(nn.Module):
         checkpoint = Checkpoint.open(folder)
         model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values)
         if (folder / "generation_config.json").is_file():
-            model.generation_config = load_json(folder / "generation_config.json")
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 
     @classmethod
@@ -148,8 +158,7 @@ class Pretrained(nn.Module):
         config.pop("dtype", None)
         adapter = self._adapter_json() if lora else None
         save(save_directory, base, config=config, adapter_tensors=lora or None, adapter_config=adapter, max_shard_size=max_shard_size)
-        if self.generation_config is not None:
-            (Path(save_directory) / "generation_config.json").write_text(json.dumps(self.generation_config, indent=2) + "\n")
+        self.generation_config.save_pretrained(save_directory)
 
     def canonical_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict with the names of the released files, for either model."""
