@@ -32,8 +32,7 @@ class GenerationConfig:
     def __init__(self, **options: Any):
         for name in _NAMES:
             setattr(self, name, options.get(name))
-        if not self._from_model_config:  # a model's configuration has much else
-            vars(self).update(options)
+        vars(self).update(options)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GenerationConfig) and self._compared() == other._compared()

@@ -148,7 +148,7 @@ ARGUMENTS = {
         inputs_embeds=None,
         pixel_values=None,
         assistant_tokenizer=None,
-    ),  # fmt: skip
+    ),
     "empty lists": continued(logits_processor=[], stopping_criteria=transformers.StoppingCriteriaList()),
     "options that change nothing": continued(use_cache=False, cache_implementation="static", synced_gpus=False, disable_compile=True),
     "labels": continued(labels=TEXT),
@@ -183,7 +183,9 @@ PROCESSORS = {
     "sequence bias as a list": continued(sequence_bias=[[[40], -3.0], [[33, 17], 9.0]], num_beams=2),
     "forced end": continued(forced_eos_token_id=[320, 7], eos_token_id=320, max_new_tokens=6),
     "forced end of beams": continued(forced_eos_token_id=320, eos_token_id=320, max_new_tokens=6, num_beams=3),
-    "forced beginning": Call(lambda lib: lib.model.generate(TEXT[:, :1], forced_bos_token_id=44, begin_suppress_tokens=[17], max_new_tokens=4)),
+    "forced beginning": Call(
+        lambda lib: lib.model.generate(TEXT[:, :1], forced_bos_token_id=44, begin_suppress_tokens=[17], max_new_tokens=4)
+    ),
     "decay": continued(exponential_decay_length_penalty=(2, 1.7), eos_token_id=[320, 40], max_new_tokens=20),
     "renormalized": recorded(renormalize_logits=True, output_scores=True, output_logits=True),
     "invalid values": recorded(remove_invalid_values=True, suppress_tokens=[4], output_scores=True),
@@ -210,8 +212,10 @@ PROCESSORS = {
     "transformers' processor in place of an option": continued(
         no_repeat_ngram_size=1, logits_processor=[transformers.NoRepeatNGramLogitsProcessor(3)]
     ),
-    "transformers' temperature": continued(**SAMPLING, logits_processor=transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(0.7)])),
-}  # fmt: skip
+    "transformers' temperature": continued(
+        **SAMPLING, logits_processor=transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(0.7)])
+    ),
+}
 
 CUTOFFS = {
     "min p": continued(**SAMPLING, min_p=0.2),
@@ -247,7 +251,10 @@ STOPPING = {
 EMBEDDINGS = {
     "alone": Call(lambda lib: lib.model.generate(inputs_embeds=embedded(lib), max_new_tokens=8)),
     "with ids": Call(lambda lib: lib.model.generate(input_ids=TEXT, inputs_embeds=embedded(lib), max_new_tokens=8)),
-    "with other ids": Call(lambda lib: lib.model.generate(input_ids=TEXT[:, :2], inputs_embeds=embedded(lib), max_length=17)),
+    "with other ids": Call(
+        lambda lib: lib.model.generate(input_ids=TEXT[:, :2], inputs_embeds=embedded(lib), max_length=17),
+        differs="transformers fails, because its positions follow the ids",
+    ),
     "padded on the left": Call(
         lambda lib: lib.model.generate(
             inputs_embeds=embedded(lib, torch.cat((TEXT, TEXT.flip(1)))),
@@ -275,7 +282,7 @@ RECORDS = {
     ),
     "not returned": continued(output_scores=True, output_attentions=True, output_hidden_states=True),
     "transition scores": Call(lambda lib: transition_scores(lib)),
-    "normalized transition scores": Call(lambda lib: transition_scores(lib, normalize_logits=True)),
+    "normalized transition scores": Call(lambda lib: transition_scores(lib, normalize_logits=True), tolerance=1e-3),
     "transition scores of beams": Call(lambda lib: transition_scores(lib, num_beams=3, num_return_sequences=3)),
     "attentions": Call(
         lambda lib: lib.model.generate(TEXT, output_attentions=True, return_dict_in_generate=True),
@@ -302,7 +309,7 @@ CONFIGURATIONS = {
     "with unknown names": Call(lambda lib: saved(lib, languages=["en"], forced_decoder_ids=None)),
     "update": Call(lambda lib: lib.GenerationConfig(top_k=3).update(top_k=4, nonsense=5, max_new_tokens=6)),
     "from a dictionary": Call(lambda lib: lib.GenerationConfig.from_dict({"top_k": 3}, top_p=0.5, do_sample=True).to_dict()),
-    "unused arguments": Call(lambda lib: lib.GenerationConfig.from_dict({"top_k": 3}, return_unused_kwargs=True, top_p=1.0)[1]),
+    "unused arguments": Call(lambda lib: lib.GenerationConfig.from_dict({"top_k": 3}, return_unused_kwargs=True, top_p=1.0)[1] == {}),
     "equality": Call(
         lambda lib: [
             lib.GenerationConfig(top_k=3) == lib.GenerationConfig(top_k=3),
