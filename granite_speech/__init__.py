@@ -48,6 +48,7 @@ _HOMES = {
         "MissingDependencyError",
         "UnsupportedError",
     ),
+    "generation.config": ("GenerationConfig",),
     "inputs.audio": ("AudioWarning", "load_audio", "read_blocks"),
     "inputs.features": ("GraniteSpeechFeatureExtractor",),
     "inputs.processor": ("GraniteSpeechProcessor",),
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from granite_speech.errors import KernelError as KernelError
     from granite_speech.errors import MissingDependencyError as MissingDependencyError
     from granite_speech.errors import UnsupportedError as UnsupportedError
+    from granite_speech.generation.config import GenerationConfig as GenerationConfig
     from granite_speech.inputs.audio import AudioWarning as AudioWarning
     from granite_speech.inputs.audio import load_audio as load_audio
     from granite_speech.inputs.audio import read_blocks as read_blocks

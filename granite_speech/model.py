@@ -15,6 +15,7 @@ from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_k
 from granite_speech.config import GraniteConfig, GraniteSpeechConfig
 from granite_speech.embeddings import Embeddings, checked_embeddings
 from granite_speech.engine.generate import Generation
+from granite_speech.generation.config import WithGenerationConfig
 from granite_speech.model_methods import ModelMethods
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
@@ -141,7 +142,7 @@ class _Generating(Generation):
         return super()._apply(fn, recurse)
 
 
-class GraniteForCausalLM(_Generating, TextToStates):
+class GraniteForCausalLM(_Generating, WithGenerationConfig, TextToStates):
     """The language model with its head, as in transformers; `model` and `lm_head` as in the checkpoints.
 
     It can be called and generates on its own. Rows given as embeddings use the adapter, rows of token ids do not.
@@ -151,7 +152,6 @@ class GraniteForCausalLM(_Generating, TextToStates):
         tied: whether the head's weight is the embedding's.
     """
 
-    generation_config = None
     num_parameters = ModelMethods.num_parameters
 
     def __init__(self, config: GraniteConfig, tied: bool):

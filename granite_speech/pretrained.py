@@ -1,7 +1,6 @@
 """`from_pretrained` and `save_pretrained`: a folder or hub id to a model and back."""
 
 import copy
-import json
 from collections.abc import Collection, Mapping
 from inspect import signature
 from pathlib import Path
@@ -22,17 +21,17 @@ from granite_speech.checkpoints.writing import save
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import CheckpointError, ConfigError, InputError
+from granite_speech.generation.config import GenerationConfig, WithGenerationConfig
 from granite_speech.model_methods import ModelMethods
 from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
 
 __all__ = ["Pretrained", "as_config"]
 
 
-class Pretrained(ModelMethods, Adapters):
+class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
     """Initialising, loading and saving weights, for the two public models."""
 
     config: GraniteSpeechConfig
-    generation_config: dict[str, Any] | None = None
 
     def __init__(self, config: GraniteSpeechConfig):
         super().__init__()
@@ -144,7 +143,7 @@ class Pretrained(ModelMethods, Adapters):
                 checkpoint = checkpoint.with_adapter(adapter_folder)
             model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values, mismatched=mismatched)
         if folder is not None and (folder / "generation_config.json").is_file():
-            model.generation_config = load_json(folder / "generation_config.json")
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         model._record_dtype()
         model.name_or_path = pretrained_model_name_or_path or ""
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(mismatched or ()), "error_msgs": []}
@@ -328,8 +327,7 @@ class Pretrained(ModelMethods, Adapters):
                 max_shard_size=max_shard_size or "50GB",
                 variant=variant,
             )
-            if self.generation_config is not None:
-                (folder / "generation_config.json").write_text(json.dumps(self.generation_config, indent=2) + "\n")
+            self.generation_config.save_pretrained(folder)
 
     def _given_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A caller's state dict with canonical names. A head that this model ties is left out."""

@@ -5,6 +5,7 @@ so the last step of a request is wasted there. On a CPU tokens are read at once.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,10 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from granite_speech.engine.records import Records
+from granite_speech.engine.rules import Rules
 from granite_speech.engine.runtime import Runtime
 from granite_speech.engine.state import STEPS, Row, StateSize, ladder
 from granite_speech.engine.step import DecodeStep, Selection
 from granite_speech.generation.options import GenerationOptions
+from granite_speech.generation.processors import History
 from granite_speech.generation.stop_strings import StopStrings
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.outputs import GenerateOutput
@@ -58,9 +62,10 @@ class Prompts:
     Attributes:
         cache: their keys and values.
         logits: `(rows, vocabulary)` of each answer's first token.
-        ids: `(rows, width)` on the device.
+        ids: `(rows, width)` on the device; no columns if the prompts were given as embeddings alone.
         kept: `(rows, width)` bool on the device, False for padding.
         stops: the text of the rows, if there are stop strings.
+        hidden_states: `(rows, width, hidden)` of every layer, if the request returns them.
     """
 
     cache: PagedCache
@@ -68,6 +73,7 @@ class Prompts:
     ids: Tensor
     kept: Tensor
     stops: StopStrings | None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class StepKey(NamedTuple):
@@ -93,22 +99,25 @@ class Decoding:
     Args:
         model: the model.
         runtime: its pages, state and graphs.
-        options: of the request.
+        rules: of the request, with its options.
         prompts: after their prefill.
         rng: for sampling; None: torch's default generator.
         streamer: takes tokens as they are read, or None.
     """
 
-    def __init__(
-        self, model: Any, runtime: Runtime, options: GenerationOptions, prompts: Prompts, rng: torch.Generator | None, streamer: Any
-    ):
-        cache, vocab_size = prompts.cache, prompts.logits.shape[1]
+    def __init__(self, model: Any, runtime: Runtime, rules: Rules, prompts: Prompts, rng: torch.Generator | None, streamer: Any):
+        cache, vocab_size, options = prompts.cache, prompts.logits.shape[1], rules.options
         self._model, self._runtime, self._options, self._prompts = model, runtime, options, prompts
-        self._rng, self._streamer = rng, streamer
-        self._selection = Selection.of(options, vocab_size)
+        self._rng, self._streamer, self._stopping = rng, streamer, rules.stopping
+        # Where something looks at all tokens after every step, no step runs ahead, and no row leaves its place.
+        self._history = History(prompts.ids, prompts.kept) if rules.has_history else None
+        self._processors = rules.processors(self._history) if self._history is not None and rules.has_processors else None
+        self._selection = Selection.of(options, vocab_size) if self._processors is None else Selection(sample=options.do_sample)
         self._mixed = not all(cache.has_audio)
         self._ends = frozenset(options.eos_token_id)
-        self._keeps_scores = options.return_dict_in_generate and options.output_scores
+        self._records = Records(rules.asked, len(cache))
+        self._is_eager = bool(self._records) or self._history is not None
+        self._stays = self._history is not None or self._records.hidden_states is not None
         self._on_gpu = model.device.type == "cuda"
         self._answers: list[list[int]] = [[] for _ in range(len(cache))]
         self._open = [True] * len(cache)  # by row of the request: whether the answer goes on, as far as the host has read
@@ -116,7 +125,6 @@ class Decoding:
         self._texts = list(range(len(cache)))  # the request's row of each text that the stop strings know
         self._chosen = 0  # tokens of each answer that steps were launched for
         self._launched: deque[_Launched] = deque()
-        self._scores: list[Tensor] = []
         self._eager: tuple[StepKey, DecodeStep] | None = None
 
         self._reserved = _reserved_tokens(options)
@@ -132,11 +140,11 @@ class Decoding:
         """Add tokens to every answer until it ends.
 
         Returns:
-            `sequences`, the new tokens alone, and `scores` if the options ask for them.
+            `sequences`, the new tokens alone, and the records that the options ask for.
         """
         self._choose_first()
+        ahead = 1 if self._on_gpu and self._history is None else 0
         while True:
-            ahead = 1 if self._on_gpu else 0
             if self._chosen < self._options.max_new_tokens and len(self._launched) <= ahead and any(self._open):
                 self._launch()
             elif self._launched and any(self._open):
@@ -169,8 +177,17 @@ class Decoding:
         """The first tokens, from the logits of the prompts."""
         key = StepKey(len(self._rows), self._selection, self._mixed, 1)
         offset = self._draw()
-        self._record(self._eager_step(key).choose(self._prompts.logits, 0))
+        self._choose(self._eager_step(key), self._prompts.logits, self._prompts.hidden_states)
         self._sent(key, offset)
+
+    def _choose(self, step: DecodeStep, logits: Tensor, hidden_states: Sequence[Tensor] | None) -> None:
+        """Choose a token of each row in an eager step, and keep what the request returns of it."""
+        scores = None if self._processors is None else self._processors(self._history, logits)
+        scores = step.choose(logits, 0, scores)
+        self._records.add(scores, logits, hidden_states, self._rows)
+        if self._history is not None:
+            chosen = self._state.history[0, : len(self._rows)]
+            self._history.extend(torch.where(chosen < 0, self._options.fill, chosen))
 
     def _launch(self) -> None:
         """One step, or as many as a graph makes."""
@@ -178,16 +195,17 @@ class Decoding:
         self._add_pages(steps)
         offset = self._draw()
         for key in (self._key(steps), self._key(1)):
-            if not self._keeps_scores and self._replayed(key):
+            if not self._is_eager and self._replayed(key):
                 break
         else:
-            step = self._eager_step(key)
-            self._record(step.choose(step.logits(), 0))
+            step, collected = self._eager_step(key), self._records.collected()
+            self._choose(step, step.logits(collected), collected)
         self._sent(key, offset)
 
     def _key(self, steps: int) -> StepKey:
         rows = len(self._rows)
-        return StepKey(ladder(rows) if self._runtime.decoder_graphs.can_capture else rows, self._selection, self._mixed, steps)
+        padded = self._runtime.decoder_graphs.can_capture and not self._stays
+        return StepKey(ladder(rows) if padded else rows, self._selection, self._mixed, steps)
 
     def _replayed(self, key: StepKey) -> bool:
         """Replay this step if it is captured; else have it captured after the request."""
@@ -205,7 +223,7 @@ class Decoding:
     def _steps(self) -> int:
         """Steps to launch at once: many if none of their tokens can end an answer or must be looked at, else one."""
         options = self._options
-        if self._selection.sample or self._keeps_scores or self._streamer is not None or self._prompts.stops is not None:
+        if self._selection.sample or self._is_eager or self._streamer is not None or self._prompts.stops is not None:
             return 1
         last = options.min_new_tokens if self._ends else options.max_new_tokens
         return STEPS if self._chosen + STEPS <= last else 1
@@ -255,10 +273,27 @@ class Decoding:
                 self._answers[row].append(token)
                 if token in self._ends or len(self._answers[row]) == self._options.max_new_tokens:
                     self._open[row] = False
-            if self._streamer is not None:
-                self._streamer.put(torch.tensor([token for _, token in new]))
+            if self._streamer is not None and new:
+                of_row = dict(new)
+                self._streamer.put(torch.tensor([of_row.get(row, self._options.fill) for row in range(len(self._answers))]))
             if self._prompts.stops is not None and new:
                 self._stop(new)
+            if self._stopping and new:
+                self._end_early()
+
+    def _end_early(self) -> None:
+        """End the answers that the time limit or the caller's criteria end."""
+        if self._history is not None and self._stopping.criteria:
+            ended = self._stopping.ended(self._history.ids, self._records.scores_so_far()).tolist()
+        else:
+            ended = [self._stopping.is_late] * len(self._answers)
+        self._close({row for row, is_ended in enumerate(ended) if is_ended and self._open[row]})
+
+    def _close(self, stopped: set[int]) -> None:
+        """End the answers of these rows of the request."""
+        if stopped:
+            self._open = [is_open and row not in stopped for row, is_open in enumerate(self._open)]
+            self._state.stop([place for place, row in enumerate(self._rows) if row in stopped])
 
     def _stop(self, new: list[tuple[int, int]]) -> None:
         """End the answers whose newest token completes a stop string."""
@@ -267,29 +302,20 @@ class Decoding:
         stopped = {row for (row, _), ended in zip(new, stops.ends(texts, tokens), strict=True) if ended}
         stops.extend(texts, tokens)
         self._texts = [row for row, _ in new]
-        if stopped:
-            self._open = [is_open and row not in stopped for row, is_open in enumerate(self._open)]
-            self._state.stop([place for place, row in enumerate(self._rows) if row in stopped])
+        self._close(stopped)
 
     def _drop_ended(self) -> None:
         """Move the answers that go on together, if a step for them has fewer rows."""
+        if self._stays:
+            return
         going_on = [place for place, row in enumerate(self._rows) if self._open[row]]
         size = ladder if self._runtime.decoder_graphs.can_capture else int
         if going_on and size(len(going_on)) < size(len(self._rows)):
             self._state.keep(going_on)
             self._rows = [self._rows[place] for place in going_on]
 
-    def _record(self, scores: Tensor) -> None:
-        """Keep the scores of a step, for all rows of the request."""
-        if not self._keeps_scores:
-            return
-        full = scores.new_full((len(self._answers), scores.shape[1]), float("-inf"), dtype=torch.float32)
-        rows = on_device(self._rows, scores.device, torch.int64)
-        self._scores.append(full.index_copy_(0, rows, scores[: len(self._rows)].float()))
-
     def _output(self) -> GenerateOutput:
         longest = max(map(len, self._answers))
-        pad = self._options.pad_token_id
-        new = torch.tensor([answer + [pad] * (longest - len(answer)) for answer in self._answers], dtype=torch.int64)
-        scores = tuple(self._scores[:longest]) if self._options.output_scores else None
-        return GenerateOutput(on_device(new, self._model.device), scores=scores)
+        fill = self._options.fill
+        new = torch.tensor([answer + [fill] * (longest - len(answer)) for answer in self._answers], dtype=torch.int64)
+        return self._records.put_into(GenerateOutput(on_device(new, self._model.device)), longest)

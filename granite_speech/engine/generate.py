@@ -1,6 +1,6 @@
 """`generate`: one packed prefill of all prompts, then one token per row and step through the paged cache."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -10,16 +10,29 @@ import torch
 from granite_kernels.launch import Launch, recorded_launches
 from torch import Tensor
 
+from granite_speech.engine.arguments import (
+    Arguments,
+    check_generator,
+    check_streamer,
+    check_tokenizer,
+    first_token,
+    moved,
+    only_one,
+    refuse_others,
+)
 from granite_speech.engine.beams import search_beams
 from granite_speech.engine.decoding import Decoding, Prompts, prepare
 from granite_speech.engine.encoding import encode
 from granite_speech.engine.prefill import prefill
+from granite_speech.engine.rules import Custom, Rules
 from granite_speech.engine.runtime import Runtime
 from granite_speech.engine.warmup import silence
 from granite_speech.errors import InputError
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.stop_strings import StopStrings
+from granite_speech.generation.transition_scores import transition_scores
 from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.forward import SpeechToStates
 from granite_speech.modules.outputs import BaseModelOutputWithPooling, GenerateOutput
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import ModelInputs
@@ -34,32 +47,53 @@ class Generation:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], Any] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        streamer: Any = None,
+        negative_prompt_ids: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        custom_generate: Any = None,
+        *,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         input_features: Tensor | None = None,
         input_features_mask: Tensor | None = None,
         input_features_lengths: list[int] | Tensor | None = None,
-        generation_config: Any = None,
-        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
         generator: torch.Generator | None = None,
-        streamer: Any = None,
         tokenizer: Any = None,
         **options: Any,
     ) -> Tensor | GenerateOutput:
         """Answer prompts greedily, by sampling or with beam search, as transformers 5.17 does.
 
         Args:
+            inputs: another name of input_ids.
+            generation_config: a `GenerationConfig`, this package's or transformers', or a dictionary of options.
+            logits_processor: callables `(input_ids, scores)` that return scores: `(rows, columns)`, prompts with their padding and
+                answers, and `(rows, vocabulary)` float32.
+            stopping_criteria: callables `(input_ids, scores)` that return a bool, or one for each row. The rows it is true for end.
+            prefix_allowed_tokens_fn: `(number of the prompt, ids of the row)` → the tokens allowed next.
+            streamer: an object with `put(ids)` and `end()`, without beams. `put` gets the prompts `(rows, columns)`, then each new
+                token `(rows,)`, on the host.
+            synced_gpus, assistant_model, negative_prompt_ids, negative_prompt_attention_mask, custom_generate, past_key_values:
+                of transformers; None is accepted.
             input_ids, attention_mask, input_features, input_features_mask, input_features_lengths: the prompts, padded on the
                 left, as the processor returns them. An answer does not depend on its prompt's padding or neighbours; neither
-                does a repetition penalty.
-            generation_config: a dictionary of options, or an object with options as attributes.
+                does a rule such as a repetition penalty.
+            inputs_embeds: `(rows, columns, hidden)` in place of input_ids, the adapter off; with input_ids, the answers are appended
+                to those.
+            position_ids: `(rows, columns)`; counted along each row if omitted.
             generator: source of random numbers, on the model's device; torch's default generator if omitted.
-            streamer: an object with `put(ids)` and `end()`, for one prompt with one answer and no beams. `put` gets the prompt
-                `(1, columns)`, then each new token `(1,)`, on the host.
             tokenizer: gives the text of tokens, for stop_strings; the processor's.
             options: those of `GenerationOptions`, for example max_new_tokens, do_sample and num_beams. They override
-                generation_config, which overrides the checkpoint's generation_config.json, which overrides the token ids of the
-                text configuration. None means not set.
+                generation_config, which overrides `model.generation_config`. Those that do nothing give a warning.
 
         Returns:
             `(batch * num_return_sequences, prompt + new tokens)` in the dtype of input_ids, prompts included, the answers to one
@@ -67,47 +101,118 @@ class Generation:
 
         Raises:
             InputError: an unknown option, one out of range, options that contradict each other, or inputs that `forward` refuses.
+            UnsupportedError: an argument that only transformers has.
         """
-        inputs = ModelInputs(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            input_features=input_features,
-            input_features_mask=input_features_mask,
-            input_features_lengths=input_features_lengths,
-            use_cache=True,
-        )
         self.switch_by_audio(input_features is not None)
         try:
-            return self._answer(inputs, options, generation_config, generator, streamer, tokenizer)
+            others = {"synced_gpus": synced_gpus, "assistant_model": assistant_model, "custom_generate": custom_generate}
+            others |= {"negative_prompt_ids": negative_prompt_ids, "negative_prompt_attention_mask": negative_prompt_attention_mask}
+            call = refuse_others(options, others | {"past_key_values": past_key_values})
+            custom = Custom.of(logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
+            given = ModelInputs(
+                input_ids=only_one(inputs, input_ids),
+                attention_mask=attention_mask,
+                input_features=input_features,
+                input_features_mask=input_features_mask,
+                input_features_lengths=input_features_lengths,
+                inputs_embeds=inputs_embeds,
+                position_ids=position_ids,
+                use_cache=True,
+            )
+            return self._answer(given, call, generation_config, custom, generator, streamer, tokenizer)
         finally:
             # Also after an error: another thread may be waiting for the end.
             if callable(getattr(streamer, "end", None)):
                 streamer.end()
 
     def _answer(
-        self, inputs: ModelInputs, call: dict[str, Any], generation_config: Any, rng: torch.Generator | None, streamer: Any, tokenizer: Any
+        self,
+        given: ModelInputs,
+        call: dict[str, Any],
+        generation_config: Any,
+        custom: Custom,
+        rng: torch.Generator | None,
+        streamer: Any,
+        tokenizer: Any,
     ) -> Tensor | GenerateOutput:
+        if given.input_ids is None and given.inputs_embeds is None:
+            bos = GenerationOptions.resolve(call, generation_config, self.generation_config, 1).bos_token_id
+            given = replace(given, input_ids=first_token(bos, self.device))
+        inputs, asked_ids = moved(given, self.device), given.input_ids
         ids = inputs.input_ids
-        _check_ids(ids)
-        options = GenerationOptions.resolve(call, generation_config, self.generation_config, self.text_config, ids.shape[1])
-        _check_generator(rng, self.device)
-        _check_tokenizer(options, tokenizer)
-        _check_streamer(streamer, options, len(ids))
-        host = inputs.on_host()
-        _check_padding(host.attention_mask)
+        prompts = Arguments.of(self.device, ids, inputs if inputs.inputs_embeds is None else replace(inputs, input_ids=None))
+        options = GenerationOptions.resolve(call, generation_config, self.generation_config, prompts.columns)
+        check_generator(rng, self.device)
+        check_tokenizer(options, tokenizer)
+        check_streamer(streamer, options)
+        prompts = prompts.with_mask(options)
+        rules = Rules.of(options, custom, prompts.ids.shape[1])
+        shown = prompts.ids.repeat_interleave(options.num_return_sequences, 0)
         if streamer is not None:
-            streamer.put(host.input_ids)
-        shown = ids.repeat_interleave(options.num_return_sequences, 0)
-        if options.max_new_tokens == 0 or len(ids) == 0:
+            streamer.put(prompts.host_ids.repeat_interleave(options.num_return_sequences, 0))
+        if rules.options.max_new_tokens == 0 or len(shown) == 0:
             output = GenerateOutput(shown)
         else:
-            with self.runtime.session(self) as runtime, _prefill(self, runtime, options, inputs, host, tokenizer) as prompts:
+            with self.runtime.session(self) as runtime, _prefill(self, runtime, rules.options, prompts, tokenizer) as prefilled:
                 if options.num_beams == 1:
-                    output = Decoding(self, runtime, options, prompts, rng, streamer).run()
+                    output = Decoding(self, runtime, rules, prefilled, rng, streamer).run()
                 else:
-                    output = search_beams(self, options, prompts, rng)
-            output.sequences = torch.cat((shown, output.sequences.to(ids.dtype)), dim=1)
+                    output = search_beams(self, rules, prefilled, rng)
+            output.sequences = torch.cat((shown, output.sequences.to(shown.dtype)), dim=1)
+        if asked_ids is not None and asked_ids.device != self.device:
+            output.sequences = output.sequences.to(asked_ids.device)
         return output if options.return_dict_in_generate else output.sequences
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: tuple[Tensor, ...],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The scores of the tokens that were chosen: `(rows, new tokens)`.
+
+        Args:
+            sequences, scores, beam_indices: fields of a `GenerateOutput`; beam_indices with beams alone.
+            normalize_logits: return log-probabilities.
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of `forward` for one step of a decoding loop of your own. `generate` does not call it.
+
+        Args:
+            input_ids: `(rows, columns)`, all tokens so far.
+            next_sequence_length: how many last columns to run; None: all.
+            past_key_values: what an earlier step returned.
+            inputs_embeds: in place of the ids, for the first step.
+            is_first_iteration: whether this is the first step, which alone takes audio.
+            kwargs: other arguments of `forward`; labels are dropped.
+        """
+        last = slice(None) if next_sequence_length is None else slice(-next_sequence_length, None)
+        prepared = {name: value for name, value in kwargs.items() if name != "labels"}
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            prepared = {name: value for name, value in prepared.items() if not name.startswith("input_features")}
+        prepared["input_ids"] = input_ids[:, last]
+        if inputs_embeds is not None and is_first_iteration:
+            prepared |= {"input_ids": None, "inputs_embeds": inputs_embeds[:, last]}
+        if kwargs.get("position_ids") is not None:
+            prepared["position_ids"] = kwargs["position_ids"][:, last]
+        rest = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        return prepared | {name: value for name, value in rest.items() if value is not None}
 
     def get_audio_features(self, *arguments: Any, **options: Any) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         if torch.is_grad_enabled():
@@ -160,11 +265,11 @@ class Generation:
                 pass  # captures what was asked for
 
     def _rehearse(self, inputs: ModelInputs, call: dict[str, Any]) -> None:
-        columns = inputs.input_ids.shape[1]
-        options = GenerationOptions.resolve(call, None, self.generation_config, self.text_config, columns)
-        with self.runtime.session(self) as runtime, _prefill(self, runtime, options, inputs, inputs.on_host(), None) as prompts:
+        given = Arguments.of(self.device, inputs.input_ids, inputs)
+        options = GenerationOptions.resolve(call, None, self.generation_config, given.columns)
+        with self.runtime.session(self) as runtime, _prefill(self, runtime, options, given, None) as prompts:
             # With its own generator, so that a warm-up does not change what a request draws.
-            Decoding(self, runtime, options, prompts, torch.Generator(self.device).manual_seed(0), None).rehearse()
+            Decoding(self, runtime, Rules.of(options), prompts, torch.Generator(self.device).manual_seed(0), None).rehearse()
 
     @property
     def runtime(self) -> Runtime:
@@ -184,40 +289,52 @@ class Generation:
 
 
 @contextmanager
-def _prefill(
-    model: Generation, runtime: Runtime, options: GenerationOptions, inputs: ModelInputs, host: ModelInputs, tokenizer: Any
-) -> Iterator[Prompts]:
+def _prefill(model: Generation, runtime: Runtime, options: GenerationOptions, given: Arguments, tokenizer: Any) -> Iterator[Prompts]:
     """Run the prompts. Their pages are given back at the end of the block.
 
     Args:
         model: the model.
         runtime: whose pages to use.
         options: of the request.
-        inputs: the prompts, on the model's device, with use_cache.
-        host: `inputs.on_host()`.
+        given: the prompts.
         tokenizer: for stop strings.
     """
     copies = max(options.num_beams, options.num_return_sequences)
-    ids, host_ids = inputs.input_ids, host.input_ids
-    kept = torch.ones_like(host_ids, dtype=torch.bool) if host.attention_mask is None else host.attention_mask != 0
-    lengths = [length for length in kept.sum(1).tolist() for _ in range(copies)]
+    ids, host_ids, kept = given.ids, given.host_ids, given.kept_ids
+    lengths = [length for length in given.kept.sum(1).tolist() for _ in range(copies)]
     prepare(runtime, options, lengths, model.text_config.vocab_size)
     cache = PagedCache(model.text_config, len(ids), dtype=model.dtype, device=model.device, pool=runtime.pool)
     try:
-        inputs, host = (replace(one, past_key_values=cache) for one in (inputs, host))
-        prompt = model.pack_prompt(inputs, host)
-        cache.reserve(list(prompt.rows.segments.lengths))
-        logits = prefill(model, runtime.decoder_graphs, prompt, inputs)
+        logits, hidden_states = _run_prompts(model, runtime, options, given, cache)
         if copies > 1:
             cache.reorder([row for row in range(len(cache)) for _ in range(copies)])
             logits, ids, host_ids, kept = (one.repeat_interleave(copies, 0) for one in (logits, ids, host_ids, kept))
+            hidden_states = hidden_states and tuple(one.repeat_interleave(copies, 0) for one in hidden_states)
         stops = None
         if options.stop_strings:
             texts = [row[keep].tolist() for row, keep in zip(host_ids, kept, strict=True)]
             stops = StopStrings(options.stop_strings, tokenizer, texts)
-        yield Prompts(cache, logits, ids, on_device(kept, model.device), stops)
+        yield Prompts(cache, logits, ids, on_device(kept, model.device), stops, hidden_states)
     finally:
         cache.release()
+
+
+def _run_prompts(
+    model: Generation, runtime: Runtime, options: GenerationOptions, given: Arguments, cache: PagedCache
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Logits of each prompt's next token `(rows, vocabulary)`, and `(rows, width, hidden)` of every layer if the request returns them."""
+    wants_states = options.return_dict_in_generate and options.output_hidden_states
+    inputs, host = (replace(one, past_key_values=cache, output_hidden_states=wants_states) for one in (given.model, given.host))
+    prompt = model.pack_prompt(inputs, host)
+    if prompt.ids is None and isinstance(model, SpeechToStates):
+        # As in transformers, whose `generate` switches the adapter off without input_features.
+        prompt = replace(prompt, has_audio=[False] * len(prompt.has_audio))
+    cache.reserve(list(prompt.rows.segments.lengths))
+    if prompt.ids is not None and not wants_states:
+        return prefill(model, runtime.decoder_graphs, prompt, inputs), None
+    states, layers, _ = model.run_prompt(prompt, inputs)
+    logits = model.language_model.next_logits(states.index_select(0, prompt.rows.segments.cu_seqlens[1:] - 1))
+    return logits, None if layers is None else tuple(map(prompt.rows.pad, layers))
 
 
 @torch.no_grad()
@@ -232,66 +349,11 @@ def launches_of_generate(model: Generation, inputs: Mapping[str, Any], architect
     """
     host = ModelInputs(**inputs, use_cache=True)
     on_meta = replace(host, **{name: one.to("meta") for name, one in inputs.items() if isinstance(one, Tensor)})
-    text_config, columns = model.text_config, host.input_ids.shape[1]
-    options = GenerationOptions.resolve({"max_new_tokens": max_new_tokens}, None, model.generation_config, text_config, columns)
+    options = GenerationOptions.resolve({"max_new_tokens": max_new_tokens}, None, model.generation_config, host.input_ids.shape[1])
     with (
         recorded_launches(architecture) as launches,
         model.runtime.session(model) as runtime,
-        _prefill(model, runtime, options, on_meta, host, None) as prompts,
+        _prefill(model, runtime, options, Arguments(on_meta, host, on_meta.input_ids, host.input_ids), None) as prompts,
     ):
-        Decoding(model, runtime, options, prompts, None, None).rehearse()
+        Decoding(model, runtime, Rules.of(options), prompts, None, None).rehearse()
     return launches
-
-
-def _check_ids(input_ids: Any) -> None:
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-        shape = f" and shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else ""
-        raise InputError(
-            got=f"input_ids of type {type(input_ids).__name__}{shape}",
-            expected="a tensor (batch, sequence)",
-            remedy="Use what the processor returns",
-        )
-    if input_ids.shape[1] == 0:
-        raise InputError(got="empty prompts", expected="at least one token in each", remedy="Give the model a text to continue")
-
-
-def _check_padding(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None and not bool(attention_mask[:, -1:].all()):
-        raise InputError(got="prompts padded on the right", expected="padding on the left", remedy="Set tokenizer.padding_side = 'left'")
-
-
-def _check_generator(generator: Any, device: torch.device) -> None:
-    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != device.type):
-        where = f" on {generator.device}" if isinstance(generator, torch.Generator) else ""
-        raise InputError(
-            got=f"generator of type {type(generator).__name__}{where}",
-            expected=f"a torch.Generator on {device.type}",
-            remedy=f"Pass torch.Generator('{device.type}').manual_seed(seed)",
-        )
-
-
-def _check_tokenizer(options: GenerationOptions, tokenizer: Any) -> None:
-    if options.stop_strings and tokenizer is None:
-        raise InputError(
-            got=f"stop_strings={list(options.stop_strings)!r:.60} without a tokenizer",
-            expected="a tokenizer, which gives the text of tokens",
-            remedy="Pass tokenizer=processor.tokenizer",
-        )
-
-
-def _check_streamer(streamer: Any, options: GenerationOptions, batch: int) -> None:
-    if streamer is None:
-        return
-    answers = batch * options.num_return_sequences
-    if options.num_beams > 1 or answers != 1:
-        raise InputError(
-            got=f"a streamer for num_beams={options.num_beams} and {answers} answers",
-            expected="one answer to one prompt, without beams, so that every token is final when it is chosen",
-            remedy="Omit the streamer, or call generate for each prompt",
-        )
-    if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
-        raise InputError(
-            got=f"a streamer of type {type(streamer).__name__}",
-            expected="an object with put(ids) and end()",
-            remedy="Pass one like transformers' TextStreamer",
-        )

@@ -20,7 +20,7 @@ from granite_speech.modules.prompts import ModelInputs
 __all__ = ["Prompt", "Repetition", "Request", "engine_options"]
 
 # Options of `generate` whose value an engine cannot give a meaning.
-_OF_GENERATE_ALONE = {"num_beams": 1, "num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False}
+_OF_GENERATE_ALONE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "max_time": None}
 
 _INPUTS = {"input_ids", "attention_mask", "input_features", "input_features_mask", "input_features_lengths"}
 
@@ -219,7 +219,7 @@ def engine_options(call: dict[str, Any], model: Any, columns: int) -> Generation
     elif given.keys() & {"temperature", "top_k", "top_p", "seed"}:
         given.setdefault("do_sample", True)
     given.pop("seed", None)
-    options = GenerationOptions.resolve(given, None, model.generation_config, model.config.text_config, columns)
+    options = GenerationOptions.resolve(given, None, model.generation_config, columns)
     for name, value in _OF_GENERATE_ALONE.items():
         if getattr(options, name) != value:
             raise InputError(
@@ -227,6 +227,12 @@ def engine_options(call: dict[str, Any], model: Any, columns: int) -> Generation
                 expected=f"{name}={value!r}: an engine decodes one answer to each prompt, token by token",
                 remedy=f"Call model.generate, or pass {name}={value!r}",
             )
+    if options.rules:
+        raise InputError(
+            got=f"a request with {', '.join(options.rules)}",
+            expected="options that a captured step has: sampling with temperature, top_k and top_p, repetition_penalty, min_new_tokens",
+            remedy=f"Call model.generate, or omit {', '.join(options.rules)}",
+        )
     return options
 
 

@@ -133,8 +133,12 @@ class DecodeStep:
     def reset(self) -> None:
         self._state.reset()
 
-    def logits(self) -> Tensor:
-        """Store the newest token of each active row; `(rows, vocabulary)` logits of the next."""
+    def logits(self, collected: list[Tensor] | None = None) -> Tensor:
+        """Store the newest token of each active row; `(rows, vocabulary)` logits of the next.
+
+        Args:
+            collected: a list that takes every layer's states, `(rows, hidden)`.
+        """
         self._kv_lens.add_(self._active)
         self._positions.add_(self._active)
         # A row that is not active has no keys, and writes to the first slot of page 0, which belongs to no sequence.
@@ -145,7 +149,7 @@ class DecodeStep:
         step = CacheStep(self._state.pool, slots, self._block_table, kv_lens, has_past=True)
         layout = Tokens(self._segments, self._positions, self._adapter_index, step, rows=self._padded)
         model = self._model
-        return model.language_model.next_logits(model.language_states(self._embeddings(), layout))
+        return model.language_model.next_logits(model.language_states(self._embeddings(), layout, collected))
 
     def _embeddings(self) -> Tensor:
         embeddings, state = self._model.embed_tokens(self._tokens.unsqueeze(1)).squeeze(1), self._state
@@ -153,13 +157,16 @@ class DecodeStep:
             return embeddings
         return torch.where(state.is_vector[: self._rows].unsqueeze(1), state.vectors[: self._rows], embeddings)
 
-    def choose(self, logits: Tensor, step: int) -> Tensor:
+    def choose(self, logits: Tensor, step: int, scores: Tensor | None = None) -> Tensor:
         """Choose a token of each row from its logits, write it to the state and to `history[step]`.
+
+        Args:
+            scores: `(rows, vocabulary)` to choose from; None: those that the selection's rules make of the logits.
 
         Returns:
             `(rows, vocabulary)` scores that the tokens were chosen from.
         """
-        scores = self._scores(logits)
+        scores = self._scores(logits) if scores is None else scores
         if self._selection.sample:
             # Of independent waiting times with the probabilities as rates, the first: the draw of torch.multinomial.
             chosen = (scores.softmax(-1) / self._noise()).argmax(-1)

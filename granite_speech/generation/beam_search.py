@@ -5,6 +5,7 @@ best `(end tokens + 1) * num_beams` continuations of a row. Those that end are c
 best num_beams; the best num_beams of the others are continued.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,8 @@ class BeamSearch:
         batch: number of rows.
         device: of the logits.
         stops: the text of all `batch * num_beams` beams, if there are stop strings.
+        criteria: whether beams end that continue the old beams of the first argument with the tokens of the second, `(n,)` each;
+            None: only those that end by their tokens or length.
         rng: for do_sample; None: torch's default generator.
 
     Attributes:
@@ -66,9 +69,10 @@ class BeamSearch:
         batch: int,
         device: torch.device,
         stops: StopStrings | None,
+        criteria: Callable[[Tensor, Tensor], Tensor] | None,
         rng: torch.Generator | None,
     ):
-        self.options, self.stops, self.rng = options, stops, rng
+        self.options, self.stops, self.criteria, self.rng = options, stops, criteria, rng
         self.is_over = False
         self._step = 0
         ends, beams, steps = options.eos_token_id, options.num_beams, options.max_new_tokens
@@ -130,6 +134,8 @@ class BeamSearch:
         elif self.stops is not None:
             stopped = self.stops.ends(parents.flatten().tolist(), tokens.flatten().tolist())
             ended = ended | on_device(stopped, ended.device).view_as(ended)
+        if self.criteria is not None:
+            ended = ended | self.criteria(parents.flatten(), tokens.flatten()).view_as(ended)
         return continued, tokens, ended
 
     def _collect(self, continued: Hypotheses, ended: Tensor) -> None:

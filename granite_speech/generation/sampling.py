@@ -1,60 +1,13 @@
-"""From logits to the next token: penalties, the choice of tokens to draw from, and drawing.
+"""From logits to the next token: the rules that a captured step has, and drawing.
 
 Order and arithmetic are those of transformers 5.17's logits processors: repetition penalty, minimum length, and for sampling
-temperature, top k, top p. Nothing here reads from the device.
+temperature, top k, top p. Nothing here reads from the device. The other rules are in cutoffs.py and constraints.py.
 """
 
 import torch
 from torch import Tensor
 
-from granite_speech.generation.options import GenerationOptions
-from granite_speech.modules.transfers import on_device
-
-__all__ = ["LogitsProcessor", "draw", "keep_top_k", "keep_top_p", "penalize", "seen_tokens"]
-
-
-class LogitsProcessor:
-    """Turns a beam search's log-probabilities into the scores that tokens are chosen from, for beams that grow by one token a step.
-
-    Args:
-        options: of the call.
-        ids: `(rows, width)`, the prompts.
-        kept: `(rows, width)` bool, False for padding.
-        vocab_size: columns of the logits.
-    """
-
-    def __init__(self, options: GenerationOptions, ids: Tensor, kept: Tensor, vocab_size: int):
-        self._options = options
-        self._new_tokens = 0
-        inside = [one for one in options.eos_token_id if 0 <= one < vocab_size]
-        self._ends = on_device(inside, ids.device, torch.int64)
-        # Some beam must go on, so one token more is kept than there are end tokens.
-        self._at_least = len(options.eos_token_id) + 1
-        self._seen = seen_tokens(ids, kept, vocab_size) if options.repetition_penalty != 1 else None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """`(rows, vocabulary)` scores of the next token: float32, or `logits` unchanged if no option applies."""
-        options, scores = self._options, logits
-        if self._seen is not None:
-            scores = penalize(scores.float(), self._seen[:, :-1], options.repetition_penalty)
-        if self._new_tokens < options.min_new_tokens and len(self._ends):
-            scores = scores.float().index_fill(1, self._ends, float("-inf"))
-        if not options.do_sample:
-            return scores
-        scores = scores.float()
-        if options.temperature != 1:
-            scores = scores / options.temperature
-        if options.top_k:
-            scores = keep_top_k(scores, max(options.top_k, self._at_least))
-        if options.top_p < 1:
-            scores = keep_top_p(scores, 1 - options.top_p, self._at_least)
-        return scores
-
-    def extend(self, tokens: Tensor, rows: Tensor) -> None:
-        """Make row i the old row `rows[i]` followed by `tokens[i]`."""
-        self._new_tokens += 1
-        if self._seen is not None:
-            self._seen = self._seen.index_select(0, rows).scatter(1, tokens[:, None], True)
+__all__ = ["draw", "keep_top_k", "keep_top_p", "penalize", "seen_tokens"]
 
 
 def seen_tokens(ids: Tensor, kept: Tensor, vocab_size: int) -> Tensor:

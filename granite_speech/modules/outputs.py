@@ -172,11 +172,16 @@ class GenerateOutput(ModelOutput):
         scores: one tensor per step with the scores its tokens were chosen from, if output_scores: `(rows, vocabulary)` float32,
             undefined for a row that has ended; with beams `(batch * num_beams, vocabulary)`, log-probabilities of the open beams'
             next tokens.
+        logits: the same before any rule, if output_logits.
         beam_indices: `(rows, new tokens)` int32, with beams: the open beam, counted over the batch, that each token was added to;
             −1 after an answer's end.
+        hidden_states: one tuple per step, if output_hidden_states: `(rows, tokens of the step, hidden)` of the embeddings and every
+            layer, the last one after the final norm; the first step has the prompt, with zeros for padding.
     """
 
     sequences: torch.Tensor
     sequences_scores: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
     beam_indices: torch.Tensor | None = None
+    hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None

@@ -94,6 +94,46 @@ def test_processors_and_sampling(pair: Pair, beams: int, ends):
     assert len(answers) >= 2
 
 
+RULES = (
+    {"no_repeat_ngram_size": 2, "repetition_penalty": 1.2},
+    {"encoder_no_repeat_ngram_size": 1, "suppress_tokens": list(range(60, 90))},
+    {"bad_words_ids": [[3], [118], [7, 9]], "sequence_bias": {(5,): 2.5, (8, 9): -4.0}, "begin_suppress_tokens": list(range(0, 60))},
+    {"exponential_decay_length_penalty": (1, 1.5), "forced_eos_token_id": 118, "remove_invalid_values": True},
+    {"renormalize_logits": True, "min_new_tokens": 3, "no_repeat_ngram_size": 3},
+    {"do_sample": True, "min_p": 0.05, "typical_p": 0.9, "no_repeat_ngram_size": 2, "top_k": 0},
+    {"do_sample": True, "eta_cutoff": 0.02, "epsilon_cutoff": 0.003, "top_h": 0.8, "temperature": 1.4, "suppress_tokens": [4, 5, 118]},
+)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rules(pair: Pair, beams: int):
+    """One prompt, because to transformers padding is among the tokens that a row has."""
+    inputs = batch_of(pair[0], [33])
+    answers = {tuple(pair[2].generate(**inputs, num_beams=beams, max_new_tokens=8)[0].tolist())}
+    for options in RULES:
+        theirs, mine = both(pair, inputs, options | {"num_beams": beams, "max_new_tokens": 8})
+        answers.add(tuple(theirs.sequences[0].tolist()))
+        if beams == 1:
+            assert all(torch.allclose(a, b, atol=SCORES) for a, b in zip(mine.scores, theirs.scores, strict=True))
+    assert len(answers) >= 5
+
+
+def test_rules_for_the_prompt(pair: Pair):
+    """transformers applies this rule to the first beam of each prompt alone, so only without beams."""
+    both(pair, batch_of(pair[0], [17, 33]), {"encoder_repetition_penalty": 3.0, "max_new_tokens": 8})
+
+
+def test_embeddings(pair: Pair):
+    """Padded on the left, greedily, by sampling and with beams. The adapter is off."""
+    ids = batch_of(pair[0], [17, 33])
+    embeddings = pair[2].get_input_embeddings()(ids["input_ids"].masked_fill(ids["input_ids"] == 119, 3)).detach()
+    inputs = {"inputs_embeds": embeddings, "attention_mask": ids["attention_mask"]}
+    for options in ({}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3, "eos_token_id": MANY_ENDS}):
+        both(pair, inputs, options | {"max_new_tokens": 9, "no_repeat_ngram_size": 2})
+        both(pair, inputs, options | {"max_new_tokens": 9, "repetition_penalty": 1.3})
+    set_adapter(pair[1], True)
+
+
 def test_sampling_several_answers_for_a_batch(pair: Pair):
     both(
         pair, batch_of(pair[0], [17, 33, 8]), {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 7, "eos_token_id": MANY_ENDS}

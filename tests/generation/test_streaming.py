@@ -67,7 +67,7 @@ def test_end_is_called_after_an_error_in_the_streamer(raises_at):
         {"input_ids": None},
         {"input_ids": PROMPT, "attention_mask": torch.tensor([[1, 1, 0]])},
     ],
-    ids=["unknown option", "bad option", "bad id", "two prompts", "no ids", "padding on the right"],
+    ids=["unknown option", "bad option", "bad id", "beams", "a list", "padding on the right"],
 )
 def test_end_is_called_after_refused_arguments(call):
     streamer = Recorder()

@@ -57,7 +57,9 @@ def plain_generate(
 
     inputs = _repeated(model, inputs, num_return_sequences)
     prompts = inputs["input_ids"]
-    mask = inputs.pop("attention_mask", torch.ones_like(prompts))
+    mask = inputs.pop("attention_mask", None)
+    if mask is None:  # as in transformers, padding shows by its token, unless that can also end a row
+        mask = (prompts != pad).long() if pad not in ends else torch.ones_like(prompts)
     rows = [prompt[kept != 0].tolist() for prompt, kept in zip(prompts, mask, strict=True)]
     answers: list[list[int]] = [[] for _ in rows]
     has_ended = [False] * len(rows)

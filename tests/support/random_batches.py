@@ -62,7 +62,11 @@ def random_batch(seed: int, model: Any) -> tuple[dict[str, Any], dict[str, Any]]
     dice = _Dice(seed)
     rows = 1 if dice.happens(0.3) else dice.integer(2, _MOST_ROWS)
     inputs = _inputs(dice, model, rows)
-    return inputs, _options(dice, model, inputs["input_ids"][:, -1].tolist())
+    options = _options(dice, model, inputs["input_ids"][:, -1].tolist())
+    if options.get("pad_token_id", model.config.text_config.pad_token_id) == int(inputs["input_ids"][0, -1]):
+        # Without a mask this prompt would look padded on the right.
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return inputs, options
 
 
 def assert_as_plain(model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
