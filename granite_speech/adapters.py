@@ -273,10 +273,6 @@ class Adapters(nn.Module):
             record.configs.pop(name, None)
         record.active, record.shown = [], None
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
-        """The arguments of `forward` for a prompt. peft asks for this method; `generate` does not need it."""
-        return {"input_ids": input_ids, **inputs}
-
     def _prepare_encoder_decoder_kwargs_for_generation(self, *arguments: Any, **inputs: Any) -> dict[str, Any]:
         return inputs  # peft asks for it under task_type="SEQ_2_SEQ_LM"
 

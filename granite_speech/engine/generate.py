@@ -163,6 +163,9 @@ class Generation:
             output.sequences = output.sequences.to(asked_ids.device)
         return output if options.return_dict_in_generate else output.sequences
 
+    def switch_by_audio(self, has_audio: bool) -> None:
+        """Called before a request. A model whose layers peft has wrapped switches their adapters here."""
+
     def compute_transition_scores(
         self,
         sequences: Tensor,
