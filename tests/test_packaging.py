@@ -228,7 +228,7 @@ ORDER = (
     ("modules",),
     ("generation",),
     ("engine",),
-    ("model", "model_methods", "pretrained"),
+    ("model", "pretrained"),
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),

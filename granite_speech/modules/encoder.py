@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.encoder_files import EncoderFiles
 from granite_speech.modules.outputs import BaseModelOutputWithPooling
 from granite_speech.modules.packing import Segments, pack_clips
 
@@ -126,7 +127,7 @@ class GraniteSpeechConformerBlock(nn.Module):
         return self.post_norm(x)
 
 
-class GraniteSpeechCTCEncoder(nn.Module):
+class GraniteSpeechCTCEncoder(EncoderFiles):
     """Log-mel frames to audio states, 50 per second."""
 
     def __init__(self, config: GraniteSpeechEncoderConfig):
