@@ -61,6 +61,10 @@ class CommonAttributes:
             if (value := given.pop(name, None)) is not None:
                 setattr(self, attribute, value)
 
+    def chosen(self, name: str, given: bool | None) -> bool:
+        """An argument of a call, or if it is None the attribute of this name."""
+        return bool(getattr(self, name) if given is None else given)
+
     def _common(self) -> dict[str, Any]:
         """Name → value, for JSON."""
         values = {name: copy.deepcopy(self.__dict__[name]) for name in COMMON if name != "dtype"}

@@ -16,13 +16,13 @@ from granite_speech.config import GraniteConfig, GraniteSpeechConfig
 from granite_speech.embeddings import Embeddings, checked_embeddings
 from granite_speech.engine.generate import Generation
 from granite_speech.generation.config import WithGenerationConfig
-from granite_speech.model_methods import ModelMethods
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.forward import SpeechToStates
 from granite_speech.modules.head import check_labels, next_token_loss, padded_logits, project
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.language_model import GraniteModel
+from granite_speech.modules.model_methods import ModelMethods
 from granite_speech.modules.outputs import (
     CausalLMOutputWithPast,
     GraniteSpeechCausalLMOutputWithPast,
@@ -120,13 +120,13 @@ class GraniteSpeechModel(Pretrained, Embeddings, SpeechToStates):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_attentions=self.config.text_config.chosen("output_attentions", output_attentions),
+            output_hidden_states=self.config.text_config.chosen("output_hidden_states", output_hidden_states),
             cache_position=cache_position,
             input_features_lengths=input_features_lengths,
         )
         output = self.states(inputs)
-        return output.to_tuple() if return_dict is False else output
+        return output if self.config.chosen("return_dict", return_dict) else output.to_tuple()
 
 
 class _Generating(Generation):
@@ -341,9 +341,9 @@ class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, Embeddings,
             inputs_embeds: `(batch, sequence, hidden)` in place of `input_ids`; the adapter is on for all rows.
             labels: `(batch, sequence)` token ids, −100 to ignore a position.
             use_cache: return `past_key_values`; if omitted, as the text configuration says, and False while training.
-            output_attentions: return the softmax weights of the language model's layers.
-            output_hidden_states: return the states of the language model's layers.
-            return_dict: False returns a tuple of the fields that are not None.
+            output_attentions: return the softmax weights of the language model's layers; if omitted, as the text configuration says.
+            output_hidden_states: return the states of the language model's layers; if omitted, as the text configuration says.
+            return_dict: False returns a tuple of the fields that are not None; if omitted, as the configuration says.
             cache_position: checked, never needed.
             logits_to_keep: how many last positions to return logits for (0: all), or a 1-D tensor of positions.
             input_features_lengths: each clip's true number of frames, as the processor returns it. With it nothing is computed
@@ -371,6 +371,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, Embeddings,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             cache_position=cache_position,
             input_features_lengths=input_features_lengths,
         )
@@ -383,7 +384,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, Embeddings,
             attentions=vars(headless)["attentions"],
             audio_hidden_states=vars(headless)["audio_hidden_states"],
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if self.config.chosen("return_dict", return_dict) else output.to_tuple()
 
 
 # transformers has its own class for `granite_speech_plus`; here only the configuration differs.

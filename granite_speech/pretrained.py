@@ -22,8 +22,8 @@ from granite_speech.config import GraniteSpeechConfig
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import CheckpointError, ConfigError, InputError
 from granite_speech.generation.config import GenerationConfig, WithGenerationConfig
-from granite_speech.model_methods import ModelMethods
 from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
+from granite_speech.modules.model_methods import ModelMethods
 
 __all__ = ["Pretrained", "as_config"]
 
@@ -59,6 +59,10 @@ class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
                     tensor.fill_(1)
                 else:
                     tensor.normal_(std=deviation)
+
+    def init_weights(self) -> None:
+        """Random weights in place of the present ones."""
+        self.initialize_weights()
 
     @classmethod
     def from_pretrained(

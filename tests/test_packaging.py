@@ -228,7 +228,7 @@ ORDER = (
     ("modules",),
     ("generation",),
     ("engine",),
-    ("adapter_tensors", "adapters", "embeddings", "model", "model_methods", "peft_layers", "pretrained"),
+    ("adapter_tensors", "adapters", "embeddings", "model", "peft_layers", "pretrained"),
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),

@@ -28,6 +28,7 @@ from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.checkpointing import GradientCheckpointing, Recomputation
+from granite_speech.modules.encoder_files import EncoderFiles
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import BaseModelOutputWithPooling
 from granite_speech.modules.packing import Segments, pack_clips
@@ -214,7 +215,7 @@ class GraniteSpeechConformerBlock(nn.Module):
         return self.post_norm(x)
 
 
-class GraniteSpeechCTCEncoder(GradientCheckpointing, nn.Module):
+class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
     """Log-mel frames to audio states, 50 per second."""
 
     main_input_name = "input_features"

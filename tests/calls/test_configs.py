@@ -47,6 +47,19 @@ def parts(config):
     return config.text_config.hidden_size, config.encoder_config.hidden_dim, config.projector_config.hidden_size, config.window_size
 
 
+def output(lib, kind=None, **attributes):
+    """What `forward` returns after the configuration was changed; `text_config` is the language model's part."""
+    model = lib.new_model()
+    for name, value in attributes.items():
+        part, _, attribute = name.rpartition("__")
+        setattr(getattr(model.config, part) if part else model.config, attribute, value)
+    return (model.model if kind == "headless" else model)(**lib.inputs)
+
+
+def fields_of(result, *names):
+    return [getattr(result, name) is not None for name in names]
+
+
 def values(config):
     return {name: getattr(config, name) for name in COMMON + MORE}
 
@@ -137,6 +150,22 @@ CALLS = {
     ),
     "is a name in it": Call(lambda lib: [name in small(lib, note=1) for name in ("window_size", "note", "architectures", "nothing")]),
     "attributes that are not there": Call(lambda lib: [hasattr(small(lib), name) for name in ("nothing", "hidden_size", "audio_token_id")]),
+    # in a model
+    "hidden states of the language model": Call(
+        lambda lib: [one.shape for one in output(lib, text_config__output_hidden_states=True).hidden_states]
+    ),
+    "attentions of the language model": Call(
+        lambda lib: output(lib, _attn_implementation="eager", text_config__output_attentions=True).attentions[0]
+    ),
+    "hidden states of the whole": Call(
+        lambda lib: fields_of(output(lib, output_hidden_states=True), "hidden_states", "attentions", "past_key_values")
+    ),
+    "no cache of the language model": Call(lambda lib: fields_of(output(lib, text_config__use_cache=False), "past_key_values", "logits")),
+    "a cache of the whole": Call(lambda lib: fields_of(output(lib, use_cache=False), "past_key_values", "logits")),
+    "a tuple": Call(lambda lib: output(lib, "headless", return_dict=False)[0]),
+    "a tuple of the whole": Call(
+        lambda lib: isinstance(output(lib, return_dict=False), tuple), differs="transformers fails: its inner model returns a tuple too"
+    ),
     # writing files
     "what is written": Call(lambda lib: saved(lib, changed(bundled(lib), note=1, architectures=["A"], dtype="float16"))[0]),
     "a saved configuration": Call(lambda lib: parts(saved(lib, small(lib, window_size=20))[1])),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from granite_speech import (
     CheckpointError,
     GraniteSpeechConfig,
+    GraniteSpeechCTCEncoder,
     GraniteSpeechForConditionalGeneration,
     GraniteSpeechModel,
     InputError,
@@ -20,6 +21,7 @@ from granite_speech import (
 )
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.checkpoints.weight_names import canonical_keys
+from granite_speech.modules.adapter import AdapterConfig, attach_adapter
 from tests.support.two_libraries import Call, comparison
 
 
@@ -153,6 +155,35 @@ def test_each_package_loads_what_the_other_saved(options, tmp_path):
         for key, name in canonical_keys(source).items():
             assert torch.equal(source[key], values[name]), name
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["has_lora_adapter"] is True
+
+
+def test_the_encoder_by_itself(tmp_path):
+    import transformers
+
+    whole = GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
+    encoder = GraniteSpeechCTCEncoder.from_pretrained("embedded", dtype="float32", device_map="cpu", trust_remote_code=True)
+    assert not encoder.training and encoder.num_parameters() == whole.encoder.num_parameters()
+    encoder.save_pretrained(tmp_path / "ours", safe_serialization=True)
+    transformers.GraniteSpeechCTCEncoder.from_pretrained(str(tmp_path / "ours")).save_pretrained(str(tmp_path / "theirs"))
+    theirs, info = transformers.GraniteSpeechCTCEncoder.from_pretrained(str(tmp_path / "ours"), output_loading_info=True)
+    assert not any(info.values()), info
+    for one in (encoder, theirs, *(GraniteSpeechCTCEncoder.from_pretrained(tmp_path / name) for name in ("ours", "theirs"))):
+        state = one.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in whole.encoder.state_dict().items())
+    half = GraniteSpeechCTCEncoder.from_pretrained("embedded", torch_dtype=torch.float16, dropout=0.5)
+    assert half.out.weight.dtype == half.config.dtype == torch.float16 and half.config.dropout == 0.5
+    with pytest.raises(InputError, match=r"unknown option 'dropuot'.*'dropout'"):
+        GraniteSpeechCTCEncoder.from_pretrained("embedded", dropuot=0.5)
+
+
+def test_an_encoder_with_an_adapter_is_not_saved_without_it(tmp_path):
+    whole = GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
+    attach_adapter(whole, AdapterConfig.plain(2, 4, ["up_proj"]), ["encoder.layers.0.ff1.up_proj"])
+    with pytest.raises(UnsupportedError, match="merge_adapter"):
+        whole.encoder.save_pretrained(tmp_path / "encoder")
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(UnsupportedError, match="merge_adapter"):
+        GraniteSpeechCTCEncoder.from_pretrained(tmp_path / "whole")
 
 
 def test_a_state_dict_to_save_is_complete_and_known(tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 from granite_speech.checkpoints.call_options import check_unused
 from granite_speech.checkpoints.upload import PushToHub
 from granite_speech.config import GraniteSpeechConfig
+from granite_speech.config_base import Config
 
 __all__ = ["ModelMethods"]
 
@@ -16,8 +17,8 @@ __all__ = ["ModelMethods"]
 class ModelMethods(nn.Module, PushToHub):
     """Parameters in numbers and bytes, where the model came from, and options that change nothing here."""
 
-    config: GraniteSpeechConfig
-    config_class: ClassVar[type[GraniteSpeechConfig]] = GraniteSpeechConfig
+    config: Config
+    config_class: ClassVar[type[Config]] = GraniteSpeechConfig
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
     model_tags: list[str] | None = None
@@ -71,10 +72,6 @@ class ModelMethods(nn.Module, PushToHub):
 
     def post_init(self) -> None:
         """transformers initialises a model's weights here; a model of this package has done so."""
-
-    def init_weights(self) -> None:
-        """Random weights in place of the present ones."""
-        self.initialize_weights()
 
     def _record_dtype(self) -> None:
         """Write the weights' dtype into the configuration and its parts, as transformers does."""

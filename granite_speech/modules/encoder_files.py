@@ -1,0 +1,107 @@
+"""Loading and saving the encoder by itself: from the folder of a whole model, or from one of its own."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from granite_speech.checkpoints.call_options import pop_hub_options
+from granite_speech.checkpoints.folder import Checkpoint, load_into, resolve
+from granite_speech.checkpoints.placement import choose_device, choose_dtype
+from granite_speech.checkpoints.upload import saving
+from granite_speech.checkpoints.weight_names import is_lora
+from granite_speech.checkpoints.writing import save
+from granite_speech.config import GraniteSpeechEncoderConfig
+from granite_speech.errors import UnsupportedError
+from granite_speech.modules.model_methods import ModelMethods
+
+__all__ = ["EncoderFiles"]
+
+_PREFIX = "encoder."  # of its weights in the files of a whole model
+
+
+class EncoderFiles(ModelMethods):
+    """`from_pretrained` and `save_pretrained` of the encoder."""
+
+    config: GraniteSpeechEncoderConfig
+    config_class: ClassVar[type[GraniteSpeechEncoderConfig]] = GraniteSpeechEncoderConfig
+    main_input_name: ClassVar[str] = "input_features"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: GraniteSpeechEncoderConfig | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load the encoder's weights, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: the folder or hub id of a whole model, or of an encoder that `save_pretrained` wrote.
+            config: replaces the one in the folder.
+            variant, dtype, torch_dtype, device, device_map: as of `GraniteSpeechForConditionalGeneration.from_pretrained`.
+            kwargs: the hub's options, values that replace those of the configuration, and transformers' options that change nothing
+                here.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointError, ConfigError, InputError: as there.
+            UnsupportedError: the checkpoint's adapter changes the encoder.
+        """
+        target = choose_device(device, device_map)
+        folder = resolve(pretrained_model_name_or_path, **pop_hub_options(kwargs))
+        config = GraniteSpeechEncoderConfig.from_pretrained(folder) if config is None else config
+        config.refuse_unused(config.override(kwargs), f"{cls.__name__}.from_pretrained", known=("config", "variant", "dtype", "device"))
+        checkpoint = Checkpoint.open(folder, variant)
+        own = {name.removeprefix(_PREFIX): entry for name, entry in checkpoint.entries.items() if name.startswith(_PREFIX)}
+        if any(map(is_lora, own)):
+            raise UnsupportedError(
+                got=f"{str(folder)!r}, whose adapter changes the encoder",
+                expected="an encoder without an adapter",
+                remedy="Load the whole model, call its merge_adapter(), and use model.encoder",
+            )
+        with torch.device("meta"):
+            encoder = cls(config)
+        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype})
+        load_into(encoder, replace(checkpoint, entries=own or checkpoint.entries), dtype=wanted, device=target)
+        encoder._record_dtype()
+        encoder.name_or_path = pretrained_model_name_or_path
+        return encoder.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json and model.safetensors, which transformers' class of this name reads.
+
+        Args:
+            save_directory, is_main_process, push_to_hub, max_shard_size, variant, kwargs: as of
+                `GraniteSpeechForConditionalGeneration.save_pretrained`.
+
+        Raises:
+            UnsupportedError: the encoder has an adapter.
+        """
+        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        if any(map(is_lora, tensors)):
+            raise UnsupportedError(
+                got="an encoder with an adapter",
+                expected="an encoder without one",
+                remedy="Save the whole model, or call its merge_adapter() first",
+            )
+        if not is_main_process:
+            return
+        self.config.architectures = [type(self).__name__]
+        self._record_dtype()
+        with saving(save_directory, "save_pretrained", push_to_hub=push_to_hub, options=kwargs) as folder:
+            save(folder, tensors, config=self.config.to_diff_dict(), max_shard_size=max_shard_size or "50GB", variant=variant)
