@@ -9,6 +9,7 @@ from torch import Tensor
 from granite_speech.engine.encoding import encode
 from granite_speech.engine.requests import Request
 from granite_speech.engine.runtime import Runtime
+from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.packing import Segments
 
 __all__ = ["EncoderQueue"]
@@ -76,9 +77,11 @@ class EncoderQueue:
     def _blocks(self, request: Request) -> Iterator[Tensor]:
         """Yields after each block; the request has its vectors at the end."""
         frames, clips = _packed([request])
-        states = frames
-        for states in self._model.encoder.blocks(frames, clips):
+        encoder, is_padded = self._model.encoder, have_hooks(self._model.encoder)
+        states = given = clips.pad(frames, clips.longest) if is_padded else frames
+        for states in encoder.blocks(given, clips):
             yield states
+        states = clips.pack(states) if is_padded else states
         request.vectors, _ = self._model.project_packed(states, clips)
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from granite_speech.modules.cache import CacheStep, PagePool
 from granite_speech.modules.forward import PackedPrompt
+from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.rows import Rows
 from granite_speech.modules.tokens import Tokens
 from granite_speech.modules.transfers import on_device
 
@@ -82,10 +84,12 @@ def store_keys(model: Any, pool: PagePool, tokens: PackedTokens) -> None:
         places = on_device(tokens.is_audio.nonzero().squeeze(1), device)
         embeddings = embeddings.index_copy(0, places, tokens.vectors.to(embeddings.dtype))
     table, kv_lens = (on_device(one, device) for one in (tokens.block_table, tokens.kv_lens))
+    segments = Segments(tuple(tokens.lengths), device)
     layout = Tokens(
-        segments=Segments(tuple(tokens.lengths), device),
+        segments=segments,
         positions=positions,
         adapter_index=None if all(tokens.has_audio) else on_device(tokens.adapter_index, device),
         step=CacheStep(pool, slots, table, kv_lens, has_past=any(tokens.past)),
+        rows=Rows.of_segments(segments) if have_hooks(model.decoder) else None,
     )
     model.language_states(embeddings, layout)

@@ -39,6 +39,11 @@ class Recomputation:
         """`layer(x, **given)`; gradients flow through `x` alone."""
         if number % self.every_n_layers or not torch.is_grad_enabled():
             return layer(x, **given)
+        if self.options["use_reentrant"] and not x.requires_grad:
+            # Reentrant checkpointing has gradients only if its input needs one.
+            if not any(one.requires_grad for one in layer.parameters()):
+                return layer(x, **given)
+            x = x.detach().requires_grad_()
         runs = 0
 
         def call(x: Tensor) -> Tensor:
@@ -97,7 +102,6 @@ class GradientCheckpointing:
             )
         self._set_recomputation(Recomputation(options, every_n_layers, offload))
         if getattr(self, "main_input_name", "input_ids") == "input_ids":
-            # Reentrant checkpointing has no gradients unless the input of the first layer needs one.
             self.enable_input_require_grads()
 
     def gradient_checkpointing_disable(self) -> None:

@@ -146,9 +146,9 @@ class GraniteSpeechConformerConvModule(nn.Module):
 
     def forward(self, hidden_states: Tensor, *, clips: Segments | None = None) -> Tensor:
         """Convolve each clip: `(total_frames, width)` with `clips`, or `(clips, frames, width)`; the same layout out."""
+        clips = Segments.of_batch(hidden_states) if clips is None else clips
         if hidden_states.dim() == 2:
             return self._convolve(hidden_states, clips)
-        clips = Segments.of_batch(hidden_states) if clips is None else clips
         if have_hooks(*self.children()):
             return self._convolve_in_steps(hidden_states, clips)
         return clips.pad(self._convolve(clips.pack(hidden_states), clips), hidden_states.shape[1])

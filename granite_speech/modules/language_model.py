@@ -9,6 +9,7 @@ Layers take both layouts that `encoder.py` describes: packed states with their `
 says which layout a pass has.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,30 +83,34 @@ class GraniteAttention(nn.Module):
                 `GraniteRotaryEmbedding` does. None: of `position_ids`, or counted.
             attention_mask, position_ids: of a padded batch, as for `GraniteModel`; only without `tokens`.
             past_key_values: None. Keys of earlier calls go through the whole model.
-            use_cache, output_attentions: without effect here.
+            use_cache: without effect here.
+            output_attentions: of a call without `tokens`: return the softmax weights.
             tokens: the layout. Without it nothing is read from or added to a cache.
 
         Returns:
-            The states in the layout of `hidden_states`, and in a padded pass with output_attentions the softmax weights.
+            The states in the layout of `hidden_states`, and the softmax weights of a padded batch, if requested.
         """
         if tokens is None:
             tokens = _layout_of_call(hidden_states, attention_mask, position_ids, past_key_values, unknown)
+            tokens = replace(tokens, attentions=[] if output_attentions else None)
         if position_embeddings is None:
             frequencies = GraniteRotaryEmbedding(self.config).frequencies(hidden_states.device)
             rotary = rotary_embedding(frequencies, tokens.positions, hidden_states.dtype)
         else:
             rotary = position_embeddings if tokens.rows is None else tokens.pack_rotary(position_embeddings)
-        projections, index = (self.q_proj, self.k_proj, self.v_proj), tokens.adapter_index
-        packed = (tokens.pack(one(hidden_states, adapter_index=index)) for one in projections)
-        q, k, v = (one.view(one.shape[0], -1, self.head_dim) for one in packed)
+        index = tokens.adapter_index
+        projected = (one(hidden_states, adapter_index=index) for one in (self.q_proj, self.k_proj, self.v_proj))
+        if tokens.rows is not None:
+            projected = map(tokens.rows.pack, projected)
+        q, k, v = (one.view(one.shape[0], -1, self.head_dim) for one in projected)
         # Together, because each operation on one token costs more than its arithmetic.
         q, k = rotate(torch.cat((q, k), dim=1), *rotary).split((q.shape[1], k.shape[1]), dim=1)
-        out = self._attend(q, k, v, tokens)
+        out = self._attend(q, k, v, tokens).flatten(1)
         weights = None
         if tokens.attentions is not None:
             tokens.attentions.append(attention_weights(q, k, tokens.segments, self.scaling))
             weights = None if tokens.rows is None else tokens.rows.pad_weights(tokens.attentions[-1])
-        return self.o_proj(tokens.unpack(out.flatten(1)), adapter_index=index), weights
+        return self.o_proj(out if tokens.rows is None else tokens.rows.pad(out), adapter_index=index), weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         """`(total_tokens, heads, head_dim)` in and out. Keys and values are added to the cache, if there is one."""

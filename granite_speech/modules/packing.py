@@ -54,7 +54,13 @@ class Segments:
 
     @classmethod
     def of_batch(cls, padded: Tensor) -> "Segments":
-        """Of a batch `(segments, width, ...)` without padding."""
+        """Of a batch `(segments, width, features)` without padding."""
+        if padded.dim() != 3:
+            raise InputError(
+                got=f"hidden_states of shape {tuple(padded.shape)}",
+                expected="(clips, frames, width)",
+                remedy="Add the missing dimensions with unsqueeze",
+            )
         return cls((padded.shape[1],) * padded.shape[0], padded.device)
 
     def pack(self, padded: Tensor) -> Tensor:

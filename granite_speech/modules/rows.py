@@ -36,9 +36,17 @@ class Rows:
     next_positions: list[int]
 
     @classmethod
+    def of_segments(cls, segments: Segments) -> "Rows":
+        """The batch of these sequences, padded on the right. Positions of the tokens are not known here."""
+        width = segments.longest
+        columns = [torch.arange(row * width, row * width + length) for row, length in enumerate(segments.lengths)]
+        kept = torch.cat(columns) if columns else torch.empty(0, dtype=torch.int64)
+        return cls(width, segments, kept, torch.empty(0, dtype=torch.int64), [])
+
+    @classmethod
     def single_tokens(cls, rows: int, device: torch.device) -> "Rows":
-        """Rows of one token each, as in a decode step. Their positions are not known here."""
-        return cls(1, Segments((1,) * rows, device), torch.arange(rows), torch.empty(0, dtype=torch.int64), [])
+        """Rows of one token each, as in a decode step."""
+        return cls.of_segments(Segments((1,) * rows, device))
 
     @cached_property
     def _index(self) -> Tensor:

@@ -64,14 +64,6 @@ class Tokens:
             return self
         return replace(self, adapter_index=self.rows.pad(self.adapter_index).flatten())
 
-    def pack(self, states: Tensor) -> Tensor:
-        """A layer's states as `(total_tokens, ...)`."""
-        return states if self.rows is None else self.rows.pack(states)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Packed states in the layout that the layers run in."""
-        return packed if self.rows is None else self.rows.pad(packed)
-
     def pack_rotary(self, rotary: Rotary) -> Rotary:
         """transformers' cosine and sine `(batch or 1, sequence, head_dim)`, for the packed tokens."""
         shape = len(self.rows.segments.lengths), -1, -1
