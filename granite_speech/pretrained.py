@@ -151,6 +151,12 @@ class Pretrained(Adapters):
             save_directory: created if missing; nothing in it is replaced before everything is written.
             max_shard_size: bytes, or a number with KB, MB or GB.
         """
+        if self._adapters.by_peft:
+            raise InputError(
+                got="a model whose layers peft has wrapped",
+                expected="the PeftModel, which saves its adapter, or a model with merged adapters",
+                remedy="Call save_pretrained of the PeftModel, or merge_and_unload() first",
+            )
         if len(self._adapters.active) > 1:
             raise InputError(
                 got=f"the active adapters {self._adapters.active}",
