@@ -105,6 +105,11 @@ class Adapters(nn.Module):
     def _hf_peft_config_loaded(self) -> bool:
         return self._adapters.switches or (bool(self._adapters.configs) and not self._adapters.by_peft)
 
+    @_hf_peft_config_loaded.setter
+    def _hf_peft_config_loaded(self, value: bool) -> None:
+        # Code that puts peft's layers in place itself sets this, so that `generate` switches them as transformers does.
+        self._adapters.switches = bool(value)
+
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Add an untrained adapter, make it the active one, and freeze everything else, as transformers and peft do.
 
@@ -267,6 +272,7 @@ class Adapters(nn.Module):
 
     def merge_adapter(self) -> None:
         """Add the active adapter to the weights and remove it. It is then on for requests without audio too."""
+        self._refuse_wrapped("merge_adapter")
         merge_adapter(self)
         record = self._adapters
         for name in record.active:

@@ -304,6 +304,12 @@ class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
         kwargs |= {"distributed_checkpoint": distributed_checkpoint}
         if not is_main_process:
             return
+        if self._adapters.by_peft:
+            raise InputError(
+                got="a model whose layers peft has wrapped",
+                expected="the PeftModel, which saves its adapter, or a model with merged adapters",
+                remedy="Call save_pretrained of the PeftModel, or merge_and_unload() first",
+            )
         if len(self._adapters.active) > 1:
             raise InputError(
                 got=f"the active adapters {self._adapters.active}",

@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from granite_kernels.op import CHOICE
@@ -281,6 +282,19 @@ def hook(model):
     model.language_model.lm_head.register_forward_hook(lambda module, given, out: -out)
 
 
+def second_adapter(model):
+    config = {"r": 4, "lora_alpha": 400, "target_modules": ["k_proj", "down_proj"], "init_lora_weights": False}
+    torch.manual_seed(5)
+    model.add_adapter(config, "second")
+
+
+def grow(model):
+    model.resize_token_embeddings(128)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[96:] = 10 * head.weight[:32]
+
+
 CHANGES = {
     "replaced parameter": replace_parameter,
     "replaced data": replace_data,
@@ -289,16 +303,48 @@ CHANGES = {
     "attached adapter": attach,
     "merged adapter": lambda model: model.merge_adapter(),
     "forward hook": hook,
+    "adapters off": lambda model: model.disable_adapters(),
+    "another adapter": second_adapter,
+    "more tokens": grow,
 }
+ABOUT_AUDIO = ("attached adapter", "adapters off", "another adapter")  # without audio an adapter has no effect
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_graphs_of_another_model_are_dropped(graphed, name):
-    inputs = prompts(clip_in=0 if name == "attached adapter" else None)  # without audio an adapter has no effect
+    inputs = prompts(clip_in=0 if name in ABOUT_AUDIO else None)
     before = captured(graphed, inputs)
     CHANGES[name](graphed.model)
     expected = eagerly(graphed.model, inputs)
     assert not torch.equal(expected, before), "or choose a greater change"
+    assert torch.equal(answers(graphed.model, inputs), expected)
+    assert len(graphed.model.runtime.decoder_graphs) == 0 and graphed.capture.replays == 3
+
+
+def scale_up(layer):
+    layer.scaling["default"] *= 50
+
+
+BY_PEFT = {
+    "off": lambda layer: layer.enable_adapters(False),
+    "another": lambda layer: layer.set_adapter("second"),
+    "merged": lambda layer: layer.merge(),
+    "another scaling": scale_up,
+}
+
+
+@pytest.mark.parametrize("name", BY_PEFT)
+def test_graphs_are_dropped_when_peft_switches_its_layers(graphed, name):
+    """A merge changes weights in place, which a graph follows, but the adapter must leave the graph."""
+    graphed.model.merge_adapter()  # with one of its own, `generate` would switch adapters by itself
+    wrapped = peft.get_peft_model(graphed.model, peft.LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False, lora_alpha=400))
+    wrapped.add_adapter("second", peft.LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False, lora_alpha=400))
+    wrapped.eval()
+    inputs = prompts()
+    captured(graphed, inputs)
+    for layer in (one for one in graphed.model.modules() if isinstance(one, peft.tuners.lora.Linear)):
+        BY_PEFT[name](layer)
+    expected = eagerly(graphed.model, inputs)
     assert torch.equal(answers(graphed.model, inputs), expected)
     assert len(graphed.model.runtime.decoder_graphs) == 0 and graphed.capture.replays == 3
 
