@@ -180,7 +180,8 @@ class PushToHub:
         Args:
             repo_id: "owner/name", or a name in the account's own namespace. Created if it does not exist.
             max_shard_size: of a model's files: bytes, or a number with KB, MB or GB.
-            commit_message, commit_description, private, token, revision, create_pr, tags: of `upload`.
+            commit_message, commit_description, private, token, revision, create_pr, tags: of `upload`. A model adds the tags of its
+                `add_model_tags`.
             options: transformers' options that change nothing here.
 
         Returns:
@@ -191,6 +192,7 @@ class PushToHub:
         """
         with tempfile.TemporaryDirectory(prefix="granite-speech-") as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, **options)
+            every = dict.fromkeys([*(tags or ()), *(getattr(self, "model_tags", None) or ())])
             return upload(
                 folder,
                 repo_id,
@@ -200,5 +202,5 @@ class PushToHub:
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
-                tags=tags,
+                tags=list(every) or None,
             )

@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 
 from granite_speech.checkpoints.folder import load_json, resolve
-from granite_speech.errors import CheckpointNotFoundError, InputError, UnsupportedError
+from granite_speech.checkpoints.upload import PushToHub, saving
+from granite_speech.errors import CheckpointNotFoundError, InputError
 from granite_speech.generation.option_table import ACCEPTED, REFUSED
 from granite_speech.generation.options import GenerationOptions
 
@@ -22,7 +23,7 @@ _ABOUT_THE_FILE = ("_from_model_config", "transformers_version")
 _LANGUAGE_MODELS = ("decoder", "generator", "text_config")
 
 
-class GenerationConfig:
+class GenerationConfig(PushToHub):
     """Options as attributes, None where not set; `GenerationOptions` describes them. Other names are kept, and not used.
 
     Args:
@@ -107,20 +108,17 @@ class GenerationConfig:
         Args:
             pretrained_model_name: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
             config_file_name: another name of the file.
-            cache_dir, local_files_only, token, revision: of the hub.
-            force_download: False; files in the hub's cache never change.
+            cache_dir, force_download, local_files_only, token, revision: of the hub.
             kwargs: options that override those of the file; subfolder and return_unused_kwargs.
 
         Raises:
             CheckpointNotFoundError: no such folder, hub id or file.
             CheckpointError: a file that is not JSON.
         """
-        if force_download:
-            raise UnsupportedError(got="force_download=True", expected="files from the hub's cache", remedy="Delete them there, or omit it")
         kwargs.pop("proxies", None)
         kwargs.pop("trust_remote_code", None)
-        hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token, "revision": revision}
-        folder = resolve(pretrained_model_name, **hub) / (kwargs.pop("subfolder", None) or "")
+        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
+        folder = resolve(pretrained_model_name, **hub, revision=revision, subfolder=kwargs.pop("subfolder", None) or "")
         file = folder / (config_file_name or FILE)
         if not file.is_file():
             raise CheckpointNotFoundError(
@@ -138,19 +136,14 @@ class GenerationConfig:
         """Write generation_config.json into a folder, which is created if missing. transformers reads it too.
 
         Args:
+            save_directory: the folder.
             config_file_name: another name of the file.
-            push_to_hub: False.
+            push_to_hub: upload the file afterwards.
+            kwargs: of the upload (`PushToHub.push_to_hub`), and transformers' options that change nothing here.
         """
-        if push_to_hub:
-            raise UnsupportedError(
-                got="push_to_hub=True", expected="a local folder", remedy="Save it, then call huggingface_hub.upload_folder"
-            )
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise InputError(got=f"{folder}, which is a file", expected="a folder", remedy="Pass the folder of the model")
         text = self.to_json_string(keys_to_pop=["compile_config"])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / (config_file_name or FILE)).write_text(text, encoding="utf-8")
+        with saving(save_directory, "GenerationConfig.save_pretrained", push_to_hub=push_to_hub, options=kwargs) as folder:
+            (folder / (config_file_name or FILE)).write_text(text, encoding="utf-8")
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Set options.

@@ -56,11 +56,6 @@ class ModelMethods(nn.Module, PushToHub):
         new = [tags] if isinstance(tags, str) else list(tags)
         self.model_tags = list(dict.fromkeys([*(self.model_tags or ()), *new]))
 
-    def push_to_hub(self, repo_id: str, *, tags: Iterable[str] | None = None, **options: Any) -> str:
-        """As `PushToHub.push_to_hub`, with the tags of `add_model_tags`."""
-        every = list(dict.fromkeys([*(tags or ()), *(self.model_tags or ())]))
-        return super().push_to_hub(repo_id, tags=every or None, **options)
-
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False) -> None:
         """Accepts transformers' names, which all compute the same here; `config._attn_implementation` records it.
 
