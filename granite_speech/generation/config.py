@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
@@ -144,6 +145,29 @@ class GenerationConfig(PushToHub):
         text = self.to_json_string(keys_to_pop=["compile_config"])
         with saving(save_directory, "GenerationConfig.save_pretrained", push_to_hub=push_to_hub, options=kwargs) as folder:
             (folder / (config_file_name or FILE)).write_text(text, encoding="utf-8")
+
+    def validate(self, strict: bool = False) -> None:
+        """Check the options as `generate` does.
+
+        Args:
+            strict: refuse options that do nothing too, which otherwise give a warning.
+
+        Raises:
+            InputError: an option out of range or not supported, or options that contradict each other.
+        """
+        with warnings.catch_warnings():
+            if strict:
+                warnings.simplefilter("error")
+            try:
+                GenerationOptions.resolve({}, self, None, 0)
+            except UserWarning as warning:
+                raise InputError(got=str(warning), expected="options that have an effect", remedy="Remove it") from None
+
+    def get_generation_mode(self) -> str:
+        """The method: "greedy_search", "sample", "beam_search" or "beam_sample"."""
+        if (self.num_beams or 1) == 1:
+            return "sample" if self.do_sample else "greedy_search"
+        return "beam_sample" if self.do_sample else "beam_search"
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Set options.

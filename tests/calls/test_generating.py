@@ -4,12 +4,11 @@ import copy
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import transformers
 
 from granite_speech import InputError, UnsupportedError
-from tests.support.two_libraries import PROMPT, Call, Library, comparison
+from tests.support.two_libraries import PROMPT, Call, Library, comparison, library
 
 TEXT = torch.tensor([[17, 40, 17, 41, 17, 40, 33]])
 SHORT = "USER: <|audio|>transcribe\n ASSISTANT:"
@@ -184,7 +183,7 @@ PROCESSORS = {
     "forced end": continued(forced_eos_token_id=[320, 7], eos_token_id=320, max_new_tokens=6),
     "forced end of beams": continued(forced_eos_token_id=320, eos_token_id=320, max_new_tokens=6, num_beams=3),
     "forced beginning": Call(
-        lambda lib: lib.model.generate(TEXT[:, :1], forced_bos_token_id=44, begin_suppress_tokens=[17], max_new_tokens=4)
+        lambda lib: lib.model.generate(TEXT[:, :1], forced_bos_token_id=44, begin_suppress_tokens=range(45, 323), max_new_tokens=4)
     ),
     "decay": continued(exponential_decay_length_penalty=(2, 1.7), eos_token_id=[320, 40], max_new_tokens=20),
     "renormalized": recorded(renormalize_logits=True, output_scores=True, output_logits=True),
@@ -244,6 +243,13 @@ STOPPING = {
     "time criterion": continued(stopping_criteria=[transformers.MaxTimeCriteria(0.0)]),
     "criterion of recorded scores": recorded(
         output_scores=True, stopping_criteria=[lambda ids, scores, **kwargs: len(scores) == 4], max_new_tokens=8
+    ),
+    "a stop string as a criterion": Call(
+        lambda lib: lib.model.generate(
+            **lib.inputs,
+            stopping_criteria=[transformers.StopStringCriteria(library("transformers").processor.tokenizer, ["one", "zzz"])],
+            max_new_tokens=12,
+        )
     ),
     "length by columns": Call(lambda lib: lib.model.generate(TEXT, max_length=12, min_length=11, eos_token_id=list(range(300)))),
 }
@@ -343,11 +349,8 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("_", [0])
-def test_text_streamer(_, capsys):
+def test_text_streamer(capsys):
     """transformers' TextStreamer prints the answer as it grows."""
-    from tests.support.two_libraries import library
-
     printed = []
     for name in ("granite_speech", "transformers"):
         lib = library(name)

@@ -203,3 +203,32 @@ def test_sizes_of_a_warmup_that_are_refused(sizes):
         PLAIN.warmup(**sizes)
     with pytest.raises(InputError, match="beams"):
         PLAIN.warmup(beams=3)
+
+
+RULES = [
+    {"no_repeat_ngram_size": 1},
+    {"do_sample": True, "min_p": 0.02, "num_return_sequences": 2},
+    {"logits_processor": [lambda ids, scores: scores.roll(ids.shape[1], 1)], "stopping_criteria": [lambda ids, scores: ids[:, -1] < 30]},
+    {"stopping_criteria": [lambda ids, scores: ids[:, -1] < 20], "repetition_penalty": 1.3},
+    {"output_hidden_states": True, "output_logits": True, "return_dict_in_generate": True},
+    {"max_time": 100.0},
+]
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+def test_rules_that_cannot_be_captured_run_without_graphs(model, options):
+    """Between requests whose steps are captured, and with rows that a captured step would pad."""
+    for seed in range(3):
+        for lengths in ([50, 23, None], [23, 50]):
+            inputs = request(lengths, seed)
+            model.generate(**inputs, max_new_tokens=6)
+            answers = []
+            for one in (PLAIN, model):
+                torch.manual_seed(seed)
+                answers.append(one.generate(**inputs, max_new_tokens=12, **options))
+            if isinstance(answers[0], torch.Tensor):
+                assert torch.equal(*answers)
+            else:
+                for ours, expected in zip(answers[1].logits, answers[0].logits, strict=True):
+                    torch.testing.assert_close(ours, expected)
+                assert [one.shape for one in answers[1].hidden_states[1]] == [one.shape for one in answers[0].hidden_states[1]]

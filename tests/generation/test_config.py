@@ -92,6 +92,21 @@ def test_a_models_configuration_without_attributes_of_its_own(model):
     assert not hasattr(GenerationConfig.from_model_config(model.config), "encoder_config")
 
 
+def test_validation():
+    GenerationConfig(max_new_tokens=3).validate(strict=True)
+    with pytest.raises(InputError, match="num_return_sequences=3"):
+        GenerationConfig(num_return_sequences=3).validate()
+    with pytest.warns(UserWarning, match="temperature"):
+        GenerationConfig(temperature=0.5).validate()
+    with pytest.raises(InputError, match="temperature"):
+        GenerationConfig(temperature=0.5).validate(strict=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}, {"num_beams": 2, "do_sample": True}, {"num_beams": 1}])
+def test_the_method(options):
+    assert GenerationConfig(**options).get_generation_mode() == transformers.GenerationConfig(**options).get_generation_mode()
+
+
 def test_missing_files_and_bad_folders(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match="generation_config"):
         GenerationConfig.from_pretrained(tmp_path)

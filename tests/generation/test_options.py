@@ -161,6 +161,13 @@ def test_an_engine_refuses_what_its_steps_cannot_do(options):
         engine_options({"max_new_tokens": 2} | options, small_model(), 5)
 
 
+def test_a_processor_that_writes_to_its_argument_changes_no_logits():
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    plain = small_model().generate(IDS, **options)
+    changed = small_model().generate(IDS, **options, logits_processor=[lambda ids, scores: scores.mul_(-1)])
+    assert torch.equal(changed.logits[0], plain.logits[0]) and not torch.equal(changed.sequences, plain.sequences)
+
+
 def test_a_criterion_ends_its_row_alone():
     model, ids = small_model(), torch.tensor([[3, 4, 5], [6, 7, 8]])
     free = model.generate(ids, max_new_tokens=6, eos_token_id=[])

@@ -102,6 +102,8 @@ RULES = (
     {"renormalize_logits": True, "min_new_tokens": 3, "no_repeat_ngram_size": 3},
     {"do_sample": True, "min_p": 0.05, "typical_p": 0.9, "no_repeat_ngram_size": 2, "top_k": 0},
     {"do_sample": True, "eta_cutoff": 0.02, "epsilon_cutoff": 0.003, "top_h": 0.8, "temperature": 1.4, "suppress_tokens": [4, 5, 118]},
+    {"do_sample": True, "min_p": 0.9, "eos_token_id": MANY_ENDS},
+    {"do_sample": True, "epsilon_cutoff": 0.5, "eta_cutoff": 0.6, "typical_p": 0.1, "eos_token_id": MANY_ENDS},
 )
 
 

@@ -64,7 +64,8 @@ def random_request(seed: int, model: Any, *, sample: bool = False, longest: int 
         pieces += [torch.full((model.projector.tokens(frames),), audio), text(integer(0, 6) if integer(0, 1) else 0, rng)]
     ids = torch.cat(pieces)
     ids = ids if len(ids) else text(1, rng)
-    inputs: dict[str, Any] = {"input_ids": ids.unsqueeze(0)}
+    # With a mask, since `generate` takes the padding token for padding without one.
+    inputs: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
     if clips:
         inputs["input_features"] = torch.randn(len(clips), max(clips), model.config.encoder_config.input_dim, generator=rng)
         inputs["input_features_lengths"] = clips
