@@ -74,6 +74,35 @@ def test_pieces_through_the_cache(model, given):
     assert headless.past_key_values is cache and cache.get_seq_length() == 13
 
 
+@pytest.mark.parametrize("crop", [11, -4, 9, 2, 0, -15, 15, 99])
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_as_if_the_columns_had_never_been(model, crop):
+    language, everything = model.language_model, ids(width=15)
+    mask = torch.cat((MASK, torch.ones(2, 6, dtype=torch.int64)), dim=1)
+    cache = language(everything[:, :10], attention_mask=mask[:, :10]).past_key_values
+    language(everything[:, 10:], attention_mask=mask, past_key_values=cache)
+    cache.crop(crop)
+    kept = min(15, crop if crop >= 0 else 15 + crop)
+    assert cache.get_seq_length() == kept
+    new = torch.full((2, 3), 7)
+    seen = torch.cat((mask[:, :kept], torch.ones_like(new)), dim=1)
+    output = language(new, attention_mask=seen, past_key_values=cache)
+    expected = language(torch.cat((everything[:, :kept], new), dim=1), attention_mask=seen).logits[:, kept:]
+    same(output.logits, expected)
+
+
+@torch.no_grad()
+def test_crops_that_are_refused(model):
+    cache = model.language_model(ids(width=70)).past_key_values
+    with pytest.raises(InputError, match="crop"):
+        cache.crop(2.5)
+    cache.reorder([0, 0, 1])
+    cache.crop(66)  # in the last page, of which each row has its own
+    with pytest.raises(InputError, match="reorder"):
+        cache.crop(5)
+    assert cache.get_seq_length() == 66
+
+
 def test_loss_and_kept_logits(model):
     labels = ids().masked_fill(MASK == 0, -100)
     expected = model(input_ids=ids(), attention_mask=MASK, labels=labels)

@@ -15,7 +15,9 @@ from granite_speech.errors import InputError
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.transfers import on_device
 
-__all__ = ["CacheStep", "PagePool", "PagedCache"]
+__all__ = ["PADDING", "CacheStep", "PagePool", "PagedCache"]
+
+PADDING = torch.iinfo(torch.int64).min  # in the place of the position of a column without a token
 
 
 class PagePool:
@@ -137,6 +139,7 @@ class PagedCache:
         self.pool = pool or PagePool(config, dtype=dtype, device=device, page_size=page_size)
         self.lengths = [0] * sequences  # keys of each sequence
         self.columns = 0  # width of the padded batch so far, for a caller that pads
+        self._positions = torch.empty(sequences, 0, dtype=torch.int64)  # of every column's token
         self.next_positions = [0] * sequences
         self.has_audio = [False] * sequences
         self._pages: list[list[int]] = [[] for _ in range(sequences)]
@@ -157,9 +160,47 @@ class PagedCache:
         """Sequences in the batch."""
         return len(self.lengths)
 
-    def get_seq_length(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.lengths, default=0)
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far, padding included; in steps that do not pad, the tokens of the longest sequence."""
+        return max(self.columns, max(self.lengths, default=0))
+
+    def advance(self, positions: Tensor, next_positions: list[int]) -> None:
+        """Count the columns of a call whose tokens are stored.
+
+        Args:
+            positions: `(sequences, columns)` on the host, `PADDING` for a masked column.
+            next_positions: of each sequence.
+        """
+        self._positions = torch.cat((self._positions, positions), dim=1)
+        self.columns, self.next_positions = self._positions.shape[1], next_positions
+
+    def crop(self, max_length: int) -> None:
+        """Forget the last columns, as a step that checks a draft does with the tokens that it refuses.
+
+        Args:
+            max_length: columns to keep; negative: columns to remove.
+
+        Raises:
+            InputError: no integer, or a cache whose sequences share pages that would be written again.
+        """
+        if not isinstance(max_length, int) or isinstance(max_length, bool):
+            raise InputError(got=f"crop({max_length!r:.60})", expected="an integer", remedy="Pass the number of columns to keep")
+        kept = self._positions[:, : max(0, self.columns + max_length) if max_length < 0 else max_length]
+        if kept.shape[1] == self._positions.shape[1]:
+            return
+        lengths = (kept != PADDING).sum(1).tolist()
+        written = [page for pages, length in zip(self._pages, lengths, strict=True) for page in pages[length // self.page_size :]]
+        held = [page for pages in self._pages for page in pages]
+        if any(held.count(page) > 1 for page in set(written)):
+            raise InputError(
+                got="crop of a cache after reorder",
+                expected="sequences that share no page beyond the columns to keep",
+                remedy="Crop first, or run the rows again without past_key_values",
+            )
+        self._positions, self.columns, self.lengths = kept, kept.shape[1], lengths
+        # A row without tokens begins again.
+        lasts = kept.amax(1).tolist() if kept.shape[1] else [PADDING] * len(self)
+        self.next_positions = [0 if last == PADDING else last + 1 for last in lasts]
 
     def reserve(self, capacities: list[int]) -> None:
         """Reserve pages for this many tokens of each sequence, so that later calls need none."""
@@ -207,6 +248,7 @@ class PagedCache:
             for pool in (*self.keys, *self.values):
                 pool.index_copy_(0, target, pool.index_select(0, source))
 
+        self._positions = self._positions[rows]
         self.lengths, self.next_positions, self.has_audio = (
             [values[row] for row in rows] for values in (self.lengths, self.next_positions, self.has_audio)
         )

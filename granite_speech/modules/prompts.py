@@ -43,7 +43,7 @@ class ModelInputs:
     @property
     def has_past(self) -> bool:
         """Whether the cache holds keys of earlier calls."""
-        return self.past_key_values is not None and self.past_key_values.get_seq_length() > 0
+        return self.past_key_values is not None and any(self.past_key_values.lengths)
 
     def on_host(self) -> Self:
         """A copy whose tensors that shapes and checks depend on are on the CPU: one wait if any of them was on a device.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from granite_speech.errors import InputError
-from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.cache import PADDING, PagedCache
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.transfers import on_device
 
@@ -58,8 +58,9 @@ class Rows:
 
     def advance(self, cache: PagedCache) -> None:
         """Add these columns to the cache's count. Call this when nothing in the call can fail any more."""
-        cache.columns += self.width
-        cache.next_positions = self.next_positions
+        positions = torch.full((len(self.segments.lengths) * self.width,), PADDING, dtype=torch.int64)
+        positions[self.kept] = self.positions
+        cache.advance(positions.view(-1, self.width), self.next_positions)
 
     def pack(self, padded: Tensor) -> Tensor:
         """`(batch, width, ...)` → `(total, ...)`."""
