@@ -159,7 +159,13 @@ def _times(folder: Path) -> dict[str, int]:
 
 
 class PushToHub:
-    """`push_to_hub` of a class that has `save_pretrained`."""
+    """`push_to_hub` of a class that has `save_pretrained`.
+
+    Attributes:
+        model_tags: tags for the model card, in addition to those of a call.
+    """
+
+    model_tags: list[str] | None = None
 
     def push_to_hub(
         self,
@@ -200,5 +206,5 @@ class PushToHub:
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
-                tags=tags,
+                tags=list(dict.fromkeys([*(tags or ()), *(self.model_tags or ())])),
             )

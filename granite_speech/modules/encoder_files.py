@@ -1,5 +1,6 @@
 """Loading and saving the encoder by itself: from the folder of a whole model, or from one of its own."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,7 +14,7 @@ from granite_speech.checkpoints.upload import saving
 from granite_speech.checkpoints.weight_names import is_lora
 from granite_speech.checkpoints.writing import save
 from granite_speech.config import GraniteSpeechEncoderConfig
-from granite_speech.errors import UnsupportedError
+from granite_speech.errors import CheckpointError, UnsupportedError
 from granite_speech.modules.model_methods import ModelMethods
 
 __all__ = ["EncoderFiles"]
@@ -34,6 +35,16 @@ class EncoderFiles(ModelMethods):
         pretrained_model_name_or_path: str | Path,
         *,
         config: GraniteSpeechEncoderConfig | None = None,
+        cache_dir: str | Path | None = None,
+        ignore_mismatched_sizes: bool = False,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = "main",
+        use_safetensors: bool | None = None,
+        weights_only: bool = True,
+        fusion_config: dict[str, Any] | None = None,
+        disable_mmap: bool | None = None,
         variant: str | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -46,16 +57,20 @@ class EncoderFiles(ModelMethods):
         Args:
             pretrained_model_name_or_path: the folder or hub id of a whole model, or of an encoder that `save_pretrained` wrote.
             config: replaces the one in the folder.
+            cache_dir, force_download, local_files_only, token, revision: of the hub.
+            ignore_mismatched_sizes, use_safetensors, weights_only, fusion_config, disable_mmap: of transformers. At their usual values
+                they change nothing here (`call_options`).
             variant, dtype, torch_dtype, device, device_map: as of `GraniteSpeechForConditionalGeneration.from_pretrained`.
-            kwargs: the hub's options, values that replace those of the configuration, and transformers' options that change nothing
-                here.
+            kwargs: `subfolder`, values that replace those of the configuration, and transformers' options that change nothing here.
 
         Raises:
             CheckpointNotFoundError, CheckpointError, ConfigError, InputError: as there.
             UnsupportedError: the checkpoint's adapter changes the encoder.
         """
         target = choose_device(device, device_map)
-        folder = resolve(pretrained_model_name_or_path, **pop_hub_options(kwargs))
+        kwargs |= {"use_safetensors": use_safetensors, "fusion_config": fusion_config, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
+        folder = resolve(pretrained_model_name_or_path, **hub | {"revision": revision} | pop_hub_options(kwargs))
         config = GraniteSpeechEncoderConfig.from_pretrained(folder) if config is None else config
         config.refuse_unused(config.override(kwargs), f"{cls.__name__}.from_pretrained", known=("config", "variant", "dtype", "device"))
         checkpoint = Checkpoint.open(folder, variant)
@@ -78,21 +93,35 @@ class EncoderFiles(ModelMethods):
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str | None = "50GB",
         variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        distributed_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write config.json and model.safetensors, which transformers' class of this name reads.
 
         Args:
-            save_directory, is_main_process, push_to_hub, max_shard_size, variant, kwargs: as of
-                `GraniteSpeechForConditionalGeneration.save_pretrained`.
+            save_directory, is_main_process, push_to_hub, max_shard_size, variant, token, save_peft_format, save_original_format,
+                distributed_checkpoint, kwargs: as of `GraniteSpeechForConditionalGeneration.save_pretrained`.
+            state_dict: the values to write in place of the encoder's own.
 
         Raises:
+            CheckpointError: a state_dict of other weights.
             UnsupportedError: the encoder has an adapter.
         """
-        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        own = self.state_dict()
+        tensors = {name: tensor.detach() for name, tensor in (own if state_dict is None else state_dict).items()}
+        if tensors.keys() != own.keys():
+            raise CheckpointError(
+                got=f"a state_dict without {sorted(own.keys() - tensors)[:3]} and with unknown names {sorted(tensors.keys() - own)[:3]}",
+                expected="all weights of this encoder",
+                remedy="Pass the whole state dict, or omit it to save the encoder's own values",
+            )
         if any(map(is_lora, tensors)):
             raise UnsupportedError(
                 got="an encoder with an adapter",
@@ -103,5 +132,6 @@ class EncoderFiles(ModelMethods):
             return
         self.config.architectures = [type(self).__name__]
         self._record_dtype()
-        with saving(save_directory, "save_pretrained", push_to_hub=push_to_hub, options=kwargs) as folder:
+        options = kwargs | {"distributed_checkpoint": distributed_checkpoint, "token": token}
+        with saving(save_directory, "save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
             save(folder, tensors, config=self.config.to_diff_dict(), max_shard_size=max_shard_size or "50GB", variant=variant)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
+from warnings import warn
 
 import torch
 from torch import nn
@@ -21,7 +22,6 @@ class ModelMethods(nn.Module, PushToHub):
     config_class: ClassVar[type[Config]] = GraniteSpeechConfig
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
-    model_tags: list[str] | None = None
 
     @property
     def name_or_path(self) -> str:
@@ -56,11 +56,6 @@ class ModelMethods(nn.Module, PushToHub):
         new = [tags] if isinstance(tags, str) else list(tags)
         self.model_tags = list(dict.fromkeys([*(self.model_tags or ()), *new]))
 
-    def push_to_hub(self, repo_id: str, *, tags: Iterable[str] | None = None, **options: Any) -> str:
-        """As `PushToHub.push_to_hub`, with the tags of `add_model_tags`."""
-        every = list(dict.fromkeys([*(tags or ()), *(self.model_tags or ())]))
-        return super().push_to_hub(repo_id, tags=every or None, **options)
-
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False) -> None:
         """Accepts transformers' names, which all compute the same here; `config._attn_implementation` records it.
 
@@ -69,6 +64,30 @@ class ModelMethods(nn.Module, PushToHub):
         """
         check_unused({"attn_implementation": attn_implementation}, "set_attn_implementation")
         self.config._attn_implementation = attn_implementation
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Accepted: this family has no experts."""
+
+    def set_use_kernels(self, use_kernels: bool, kernel_config: Any = None) -> None:
+        """Accepted: the kernels are always those of this package."""
+
+    def warn_if_padding_and_no_attention_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Warn if `input_ids` `(batch, sequence)` seem to be padded and there is no mask to say where."""
+        padding = getattr(self.config.get_text_config(), "pad_token_id", None)
+        if attention_mask is None and padding is not None and bool((input_ids[:, [0, -1]] == padding).any()):
+            warn("input_ids seem to be padded; pass the attention_mask that the processor returned with them.", stacklevel=2)
+
+    def get_parameter_or_buffer(self, target: str) -> torch.Tensor:
+        """The parameter or buffer at this path.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        path, _, name = target.rpartition(".")
+        tensor = getattr(self.get_submodule(path), name, None)
+        if not isinstance(tensor, torch.Tensor):
+            raise AttributeError(f"{type(self).__name__} has no parameter and no buffer {target!r}")
+        return tensor
 
     def post_init(self) -> None:
         """transformers initialises a model's weights here; a model of this package has done so."""
