@@ -48,24 +48,22 @@ class _Auto:
         )
 
     @classmethod
-    def register(cls, config_class: Any, result_class: Any, exist_ok: bool = False) -> None:
-        """Accepts only what is already so: in this package every configuration has its class.
-
-        Args:
-            config_class: the class of the configuration; for `AutoConfig` the model type.
-            result_class: the class that is to be loaded.
-            exist_ok: of transformers; changes nothing here.
+    def _accept(cls, known: bool, *classes: Any) -> None:
+        """A call of `register` is accepted if it says what is so anyway: in this package every configuration has its class.
 
         Raises:
             UnsupportedError: another class.
         """
-        known = config_class == result_class.model_type if cls is AutoConfig else issubclass(config_class, GraniteSpeechConfig)
-        if not (known and isinstance(result_class, type) and issubclass(result_class, cls.result)):
+        if not known or any(one is not None and not (isinstance(one, type) and issubclass(one, cls.result)) for one in classes):
             raise UnsupportedError(
-                got=f"{cls.__name__}.register({config_class!r:.100}, {result_class!r:.100})",
-                expected=f"{cls.result.__name__}, which this package loads anyway",
+                got=f"{cls.__name__}.register(…, {classes!r:.200})",
+                expected=f"{cls.result.__name__}, for a configuration of this package",
                 remedy="Use your class directly, without an Auto class, or transformers",
             )
+
+
+def _is_own(config_class: Any) -> bool:
+    return isinstance(config_class, type) and issubclass(config_class, GraniteSpeechConfig)
 
 
 class AutoConfig(_Auto):
@@ -89,6 +87,11 @@ class AutoConfig(_Auto):
         kind = type(config_from_dict({"model_type": model_type}))
         return kind(*args, **kwargs)
 
+    @classmethod
+    def register(cls, model_type: str, config: type[Config], exist_ok: bool = False) -> None:
+        """Accepts only the class that is loaded anyway (`_Auto._accept`)."""
+        cls._accept(getattr(config, "model_type", None) == model_type, config)
+
 
 class _AutoModel(_Auto):
     result: ClassVar[type[Pretrained]] = GraniteSpeechForConditionalGeneration
@@ -110,6 +113,11 @@ class _AutoModel(_Auto):
             InputError, UnsupportedError: another option.
         """
         return cls.result._from_config(as_config(config), **kwargs)
+
+    @classmethod
+    def register(cls, config_class: type, model_class: type, exist_ok: bool = False) -> None:
+        """Accepts only the class that is loaded anyway (`_Auto._accept`)."""
+        cls._accept(_is_own(config_class), model_class)
 
 
 class AutoModelForSpeechSeq2Seq(_AutoModel):
@@ -141,6 +149,11 @@ class AutoProcessor(_Auto):
         folder, options = _processing_folder(pretrained_model_name_or_path, kwargs)
         return GraniteSpeechProcessor.from_pretrained(folder, **options)
 
+    @classmethod
+    def register(cls, config_class: type, processor_class: type, exist_ok: bool = False) -> None:
+        """Accepts only the class that is loaded anyway (`_Auto._accept`)."""
+        cls._accept(_is_own(config_class), processor_class)
+
 
 class AutoTokenizer(_Auto):
     """The tokenizer of a folder."""
@@ -153,6 +166,18 @@ class AutoTokenizer(_Auto):
         folder, options = _processing_folder(pretrained_model_name_or_path, kwargs)
         return GraniteSpeechTokenizer.from_pretrained(folder, *inputs, **options)
 
+    @classmethod
+    def register(
+        cls,
+        config_class: type,
+        tokenizer_class: type | None = None,
+        slow_tokenizer_class: type | None = None,
+        fast_tokenizer_class: type | None = None,
+        exist_ok: bool = False,
+    ) -> None:
+        """Accepts only the class that is loaded anyway (`_Auto._accept`)."""
+        cls._accept(_is_own(config_class), tokenizer_class, slow_tokenizer_class, fast_tokenizer_class)
+
 
 class AutoFeatureExtractor(_Auto):
     """The feature extractor of a folder."""
@@ -163,6 +188,11 @@ class AutoFeatureExtractor(_Auto):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> GraniteSpeechFeatureExtractor:
         """The feature extractor of `AutoProcessor`."""
         return AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs).audio_processor
+
+    @classmethod
+    def register(cls, config_class: type, feature_extractor_class: type, exist_ok: bool = False) -> None:
+        """Accepts only the class that is loaded anyway (`_Auto._accept`)."""
+        cls._accept(_is_own(config_class), feature_extractor_class)
 
 
 def _processing_folder(name_or_path: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:

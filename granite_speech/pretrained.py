@@ -326,7 +326,7 @@ class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
         # transformers 4.x reads `torch_dtype`, and 5.x `dtype`.
         config = self.config.to_diff_dict() | names | {"dtype": stored, "torch_dtype": stored}
         adapter = self._adapter_json() if lora else None
-        options = kwargs | ({} if token is None else {"token": token})
+        options = kwargs | ({} if token is None else {"token": token}) | ({"tags": self.model_tags} if self.model_tags else {})
         with saving(save_directory, "save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
             save(
                 folder,

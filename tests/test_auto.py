@@ -12,6 +12,7 @@ import granite_speech
 from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.errors import CheckpointNotFoundError, InputError, UnsupportedError
 from granite_speech.inputs.audio import load_audio
+from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from tests.support.random_checkpoint import write_checkpoint
 
 SAMPLE = Path(granite_speech.__file__).parent / "assets" / "jfk.flac"
@@ -125,9 +126,14 @@ def test_only_what_is_loaded_anyway_can_be_registered():
 
     AutoConfig.register("granite_speech", GraniteSpeechConfig, exist_ok=True)
     AutoModelForSpeechSeq2Seq.register(GraniteSpeechConfig, GraniteSpeechForConditionalGeneration, exist_ok=True)
+    granite_speech.AutoProcessor.register(GraniteSpeechConfig, GraniteSpeechProcessor)
+    granite_speech.AutoTokenizer.register(GraniteSpeechConfig, fast_tokenizer_class=GraniteSpeechTokenizer)
+    granite_speech.AutoFeatureExtractor.register(GraniteSpeechConfig, granite_speech.GraniteSpeechFeatureExtractor)
     for call in (
         lambda: AutoConfig.register("my_speech", GraniteSpeechConfig),
         lambda: AutoConfig.register("whisper", transformers.WhisperConfig),
+        lambda: granite_speech.AutoTokenizer.register(GraniteSpeechConfig, slow_tokenizer_class=transformers.BertTokenizer),
+        lambda: granite_speech.AutoProcessor.register("granite_speech", GraniteSpeechProcessor),
         lambda: AutoModelForSpeechSeq2Seq.register(GraniteSpeechConfig, GraniteSpeechModel),
         lambda: AutoModelForSpeechSeq2Seq.register(transformers.WhisperConfig, GraniteSpeechForConditionalGeneration),
     ):

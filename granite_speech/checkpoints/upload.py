@@ -159,7 +159,13 @@ def _times(folder: Path) -> dict[str, int]:
 
 
 class PushToHub:
-    """`push_to_hub` of a class that has `save_pretrained`."""
+    """`push_to_hub` of a class that has `save_pretrained`.
+
+    Attributes:
+        model_tags: tags for the model card, in addition to those of a call.
+    """
+
+    model_tags: list[str] | None = None
 
     def push_to_hub(
         self,
@@ -180,8 +186,7 @@ class PushToHub:
         Args:
             repo_id: "owner/name", or a name in the account's own namespace. Created if it does not exist.
             max_shard_size: of a model's files: bytes, or a number with KB, MB or GB.
-            commit_message, commit_description, private, token, revision, create_pr, tags: of `upload`. A model adds the tags of its
-                `add_model_tags`.
+            commit_message, commit_description, private, token, revision, create_pr, tags: of `upload`.
             options: transformers' options that change nothing here.
 
         Returns:
@@ -192,7 +197,6 @@ class PushToHub:
         """
         with tempfile.TemporaryDirectory(prefix="granite-speech-") as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, **options)
-            every = dict.fromkeys([*(tags or ()), *(getattr(self, "model_tags", None) or ())])
             return upload(
                 folder,
                 repo_id,
@@ -202,5 +206,5 @@ class PushToHub:
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
-                tags=list(every) or None,
+                tags=list(dict.fromkeys([*(tags or ()), *(self.model_tags or ())])),
             )

@@ -40,7 +40,7 @@ class EncoderFiles(ModelMethods):
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        revision: str | None = None,
+        revision: str | None = "main",
         use_safetensors: bool | None = None,
         weights_only: bool = True,
         fusion_config: dict[str, Any] | None = None,
@@ -58,20 +58,19 @@ class EncoderFiles(ModelMethods):
             pretrained_model_name_or_path: the folder or hub id of a whole model, or of an encoder that `save_pretrained` wrote.
             config: replaces the one in the folder.
             cache_dir, force_download, local_files_only, token, revision: of the hub.
+            ignore_mismatched_sizes, use_safetensors, weights_only, fusion_config, disable_mmap: of transformers. At their usual values
+                they change nothing here (`call_options`).
             variant, dtype, torch_dtype, device, device_map: as of `GraniteSpeechForConditionalGeneration.from_pretrained`.
-            ignore_mismatched_sizes: False.
-            use_safetensors, weights_only, fusion_config, disable_mmap: of transformers. At their usual values they change nothing here.
-            kwargs: values that replace those of the configuration, and transformers' options that change nothing
-                here.
+            kwargs: `subfolder`, values that replace those of the configuration, and transformers' options that change nothing here.
 
         Raises:
             CheckpointNotFoundError, CheckpointError, ConfigError, InputError: as there.
             UnsupportedError: the checkpoint's adapter changes the encoder.
         """
         target = choose_device(device, device_map)
-        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
-        folder = resolve(pretrained_model_name_or_path, **hub, revision=revision, **pop_hub_options(kwargs))
         kwargs |= {"use_safetensors": use_safetensors, "fusion_config": fusion_config, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
+        folder = resolve(pretrained_model_name_or_path, **hub | {"revision": revision} | pop_hub_options(kwargs))
         config = GraniteSpeechEncoderConfig.from_pretrained(folder) if config is None else config
         config.refuse_unused(config.override(kwargs), f"{cls.__name__}.from_pretrained", known=("config", "variant", "dtype", "device"))
         checkpoint = Checkpoint.open(folder, variant)
@@ -107,23 +106,22 @@ class EncoderFiles(ModelMethods):
         """Write config.json and model.safetensors, which transformers' class of this name reads.
 
         Args:
-            save_directory, is_main_process, push_to_hub, max_shard_size, variant, token, kwargs: as of
-                `GraniteSpeechForConditionalGeneration.save_pretrained`.
+            save_directory, is_main_process, push_to_hub, max_shard_size, variant, token, save_peft_format, save_original_format,
+                distributed_checkpoint, kwargs: as of `GraniteSpeechForConditionalGeneration.save_pretrained`.
             state_dict: the values to write in place of the encoder's own.
-            save_peft_format, save_original_format, distributed_checkpoint: of transformers; they change nothing here.
 
         Raises:
+            CheckpointError: a state_dict of other weights.
             UnsupportedError: the encoder has an adapter.
         """
         own = self.state_dict()
-        given = own if state_dict is None else state_dict
-        if given.keys() != own.keys():
+        tensors = {name: tensor.detach() for name, tensor in (own if state_dict is None else state_dict).items()}
+        if tensors.keys() != own.keys():
             raise CheckpointError(
-                got=f"a state_dict with other names than the encoder's: {sorted(given.keys() ^ own.keys())[:6]}",
-                expected="all weights of the encoder and no others",
-                remedy="Pass the state_dict() of an encoder of this configuration",
+                got=f"a state_dict without {sorted(own.keys() - tensors)[:3]} and with unknown names {sorted(tensors.keys() - own)[:3]}",
+                expected="all weights of this encoder",
+                remedy="Pass the whole state dict, or omit it to save the encoder's own values",
             )
-        tensors = {name: tensor.detach() for name, tensor in given.items()}
         if any(map(is_lora, tensors)):
             raise UnsupportedError(
                 got="an encoder with an adapter",
@@ -134,6 +132,6 @@ class EncoderFiles(ModelMethods):
             return
         self.config.architectures = [type(self).__name__]
         self._record_dtype()
-        options = kwargs | {"distributed_checkpoint": distributed_checkpoint} | ({} if token is None else {"token": token})
+        options = kwargs | {"distributed_checkpoint": distributed_checkpoint, "token": token}
         with saving(save_directory, "save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
             save(folder, tensors, config=self.config.to_diff_dict(), max_shard_size=max_shard_size or "50GB", variant=variant)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
+from warnings import warn
 
 import torch
 from torch import nn
@@ -21,7 +22,6 @@ class ModelMethods(nn.Module, PushToHub):
     config_class: ClassVar[type[Config]] = GraniteSpeechConfig
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
-    model_tags: list[str] | None = None
 
     @property
     def name_or_path(self) -> str:
@@ -64,6 +64,30 @@ class ModelMethods(nn.Module, PushToHub):
         """
         check_unused({"attn_implementation": attn_implementation}, "set_attn_implementation")
         self.config._attn_implementation = attn_implementation
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Accepted: this family has no experts."""
+
+    def set_use_kernels(self, use_kernels: bool, kernel_config: Any = None) -> None:
+        """Accepted: the kernels are always those of this package."""
+
+    def warn_if_padding_and_no_attention_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Warn if `input_ids` `(batch, sequence)` seem to be padded and there is no mask to say where."""
+        padding = getattr(self.config.get_text_config(), "pad_token_id", None)
+        if attention_mask is None and padding is not None and bool((input_ids[:, [0, -1]] == padding).any()):
+            warn("input_ids seem to be padded; pass the attention_mask that the processor returned with them.", stacklevel=2)
+
+    def get_parameter_or_buffer(self, target: str) -> torch.Tensor:
+        """The parameter or buffer at this path.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        path, _, name = target.rpartition(".")
+        tensor = getattr(self.get_submodule(path), name, None)
+        if not isinstance(tensor, torch.Tensor):
+            raise AttributeError(f"{type(self).__name__} has no parameter and no buffer {target!r}")
+        return tensor
 
     def post_init(self) -> None:
         """transformers initialises a model's weights here; a model of this package has done so."""

@@ -20,6 +20,7 @@ from granite_speech import (
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from tests.support.two_libraries import Call, comparison
 
+PARAMETER = "model.encoder.layers.0.conv.batch_norm.running_mean"
 NOT_FOR_PARTS = "transformers reads a value of a part only in the part's dictionary; both refuse it"
 
 
@@ -172,6 +173,13 @@ CALLS = {
     "memory footprint": Call(
         lambda lib: [lib.model.get_memory_footprint(return_buffers=False), load(lib, dtype="float16").get_memory_footprint(False)]
     ),
+    "a parameter by name": Call(lambda lib: [lib.model.get_parameter_or_buffer(name).shape for name in ("lm_head.weight", PARAMETER)]),
+    "accepted settings": Call(
+        lambda lib: (lambda m: [m.set_use_kernels(False), m.set_experts_implementation("eager"), m.post_init()])(load(lib))
+    ),
+    "a hint about padding": Call(
+        lambda lib: lib.model.warn_if_padding_and_no_attention_mask(lib.inputs["input_ids"], lib.inputs["attention_mask"])
+    ),
     # new models
     "a new model": Call(lambda lib: lib.AutoModelForSpeechSeq2Seq.from_config(lib.AutoConfig.from_pretrained(lib.folder)).num_parameters()),
     "a new model in a dtype": Call(
@@ -286,3 +294,12 @@ def test_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(EMBEDDED_FOLDER, tmp_path / "model")
     assert AutoModelForSpeechSeq2Seq.from_pretrained("~/model").name_or_path == "~/model"
+
+
+def test_padding_without_a_mask_gives_a_warning():
+    model = AutoModelForSpeechSeq2Seq.from_pretrained("embedded")
+    ids = torch.tensor([[1, 2, 3], [1, 2, model.config.text_config.pad_token_id]])
+    with pytest.warns(UserWarning, match="attention_mask"):
+        model.warn_if_padding_and_no_attention_mask(ids, None)
+    with pytest.raises(AttributeError, match="no parameter and no buffer 'encoder"):
+        model.get_parameter_or_buffer("encoder.nothing")

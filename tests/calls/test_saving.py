@@ -170,6 +170,12 @@ def test_the_encoder_by_itself(tmp_path):
     for one in (encoder, theirs, *(GraniteSpeechCTCEncoder.from_pretrained(tmp_path / name) for name in ("ours", "theirs"))):
         state = one.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in whole.encoder.state_dict().items())
+    state = {name: one * 2 for name, one in encoder.state_dict().items()}
+    encoder.save_pretrained(tmp_path / "doubled", state_dict=state)
+    assert torch.equal(GraniteSpeechCTCEncoder.from_pretrained(tmp_path / "doubled").out.weight, encoder.out.weight * 2)
+    with pytest.raises(CheckpointError, match=r"without \['out\.bias'\] and with unknown names \['more'\]"):
+        state["more"] = state.pop("out.bias")
+        encoder.save_pretrained(tmp_path / "bad", state_dict=state)
     half = GraniteSpeechCTCEncoder.from_pretrained("embedded", torch_dtype=torch.float16, dropout=0.5)
     assert half.out.weight.dtype == half.config.dtype == torch.float16 and half.config.dropout == 0.5
     with pytest.raises(InputError, match=r"unknown option 'dropuot'.*'dropout'"):
@@ -243,11 +249,12 @@ def test_models_and_configurations_are_pushed(uploads, tmp_path):
     assert len(uploads) == 4
 
 
-def test_the_tags_of_a_model_are_pushed(uploads, monkeypatch):
+def test_the_tags_of_a_model_are_pushed(uploads, monkeypatch, tmp_path):
     tagged = []
     monkeypatch.setattr("granite_speech.checkpoints.upload._tag", lambda repo_id, tags, token: tagged.append(tags))
     model = GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
     model.push_to_hub("me/model")
     model.add_model_tags(["speech", "granite"])
     model.push_to_hub("me/model", tags=["new", "speech"])
-    assert tagged == [["new", "speech", "granite"]]
+    model.save_pretrained(tmp_path, push_to_hub=True)
+    assert tagged == [["new", "speech", "granite"], ["speech", "granite"]]
