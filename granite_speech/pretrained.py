@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from granite_speech.adapters import Adapters
-from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_adapter
+from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_adapter, with_adapter
 from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve, save
 from granite_speech.checkpoints.weight_names import HEAD, is_lora
 from granite_speech.config import GraniteSpeechConfig
@@ -99,7 +99,7 @@ class Pretrained(Adapters):
         wanted = choose_dtype(dtype if dtype is not None else torch_dtype, values)
         checkpoint = Checkpoint.open(folder)
         if adapter_folder is not None:
-            checkpoint = checkpoint.with_adapter(adapter_folder)
+            checkpoint = with_adapter(checkpoint, adapter_folder)
         model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values)
         if (folder / "generation_config.json").is_file():
             model.generation_config = load_json(folder / "generation_config.json")
