@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from granite_speech.adapters import Adapters
-from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_adapter
+from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_adapter, with_adapter
 from granite_speech.checkpoints.call_options import check_unused, pop_hub_options
 from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve
 from granite_speech.checkpoints.placement import choose_device, choose_dtype
@@ -144,7 +144,7 @@ class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
         else:
             checkpoint = Checkpoint.open(folder, variant=variant)
             if adapter_folder is not None:
-                checkpoint = checkpoint.with_adapter(adapter_folder)
+                checkpoint = with_adapter(checkpoint, adapter_folder)
             model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values, mismatched=mismatched)
         if folder is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -128,12 +128,6 @@ class Checkpoint:
             )
         return cls(folder, entries, load_json(folder / ADAPTER_CONFIG) if has_config else None)
 
-    def with_adapter(self, folder: Path) -> "Checkpoint":
-        """The same model with the adapter in another folder, in place of its own."""
-        config, matrices = read_adapter(folder)
-        base = {name: entry for name, entry in self.entries.items() if not is_lora(name)}
-        return Checkpoint(self.folder, base | matrices, config)
-
     def head_is_tied(self) -> bool:
         """Whether the output head is the input embedding: the file has only one of the two, or both with the same bytes.
 
@@ -144,8 +138,12 @@ class Checkpoint:
         return same_values(self.entries[HEAD], self.entries[EMBEDDING])
 
 
-def read_adapter(folder: str | Path) -> tuple[dict, dict[str, TensorEntry]]:
+def read_adapter(folder: str | Path, *, whole_modules: bool = False) -> tuple[dict, dict[str, TensorEntry]]:
     """An adapter's folder: the contents of adapter_config.json, and canonical name → LoRA matrix.
+
+    Args:
+        folder: with the adapter's two files.
+        whole_modules: whether the tensors of `modules_to_save` may be among them.
 
     Raises:
         CheckpointNotFoundError: one of the two files is missing.
@@ -159,11 +157,11 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, TensorEntry]]:
     stored = read_header(folder / ADAPTER)
     matrices = {name: stored[key] for key, name in canonical_keys(stored).items()}
     others = [name for name in matrices if not is_lora(name)]
-    if others:
+    if others and not (whole_modules and config.get("modules_to_save")):
         raise UnsupportedError(
             got=f"{str(folder / ADAPTER)!r} with {list_up_to_ten(others)}",
             expected="LoRA matrices only (lora_A.weight and lora_B.weight)",
-            remedy="Train the adapter without modules_to_save, DoRA and LoRA biases, or merge it into the model with peft first",
+            remedy="Load it with peft.PeftModel.from_pretrained(model, folder), which may then merge it into the model",
         )
     return config, matrices
 

@@ -40,8 +40,8 @@ class Engine:
     """Answers many requests at once with one model. Requests join and leave between decode steps.
 
     What a request gets does not depend on the others: not its greedy tokens, and not those drawn with its seed. The model must
-    not be moved, trained or given other modules while an engine uses it; weights may change in place between requests. Hooks see
-    padded batches of the requests that happen to run together.
+    not be moved, trained or given other modules or adapters while an engine uses it; weights may change in place between requests.
+    Hooks see padded batches of the requests that happen to run together.
 
     `with Engine(model, processor) as engine:` closes it at the end. An engine that nobody holds any more, and every engine when the
     interpreter exits, cancels what is left and ends its thread. After a fork, the engine exists in the parent alone: in the child,

@@ -3,13 +3,15 @@
 import json
 
 import peft
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from granite_speech.checkpoints.weight_names import canonical
 from granite_speech.errors import CheckpointNotFoundError, InputError, UnsupportedError
-from tests.support.two_libraries import Call, comparison
+from tests.support.reference_models import scale_logits
+from tests.support.two_libraries import Call, assert_same, comparison, library
 
 SHORT = {"max_new_tokens": 4}
 ATTENTION = ["q_proj", "v_proj"]
@@ -272,6 +274,16 @@ def from_folder(lib, **options):
     return answer(lib, model), sorted(model.peft_config), model.name_or_path == lib.folder
 
 
+def saved_modules(lib):
+    """A folder with a trained projection next to the adapter."""
+    folder, model = lib.new_folder(), wrapped(lib, lora(modules_to_save=["linear"]))
+    for name, one in model.named_parameters():
+        if "modules_to_save" in name:
+            one.data = one.data * 1.5
+    model.save_pretrained(folder)
+    return folder
+
+
 def without_base(lib):
     folder = folder_of(lib)
     config, other = json.loads((folder / "adapter_config.json").read_text()), lib.new_folder()
@@ -350,7 +362,46 @@ CALLS = {
     "a folder that peft saved, base without an adapter": Call(
         lambda lib: from_folder(lib, own=False)[:2]
     ),
+    "a folder with modules_to_save": Call(
+        lambda lib: logits(lib, lib.GraniteSpeechForConditionalGeneration.from_pretrained(saved_modules(lib)).eval()),
+        differs="transformers leaves out the modules in the file and goes on with untrained ones",
+    ),
     "a folder whose base is gone": Call(without_base, refused=CheckpointNotFoundError, differs="a typed error here, an OSError there"),
 }  # fmt: skip
 
 test_peft = comparison(CALLS)
+
+
+@pytest.mark.parametrize("pair", [("granite_speech", "transformers"), ("transformers", "granite_speech")], ids="{0[0]} to {0[1]}".format)
+@pytest.mark.parametrize("way", ["PeftModel", "load_adapter", "from_pretrained", "two names"])
+def test_an_adapter_trained_with_one_package_loads_in_the_other(pair, way):
+    source, target = map(library, pair)
+    # peft takes a released file's `base_model.model.encoder` for transformers' `model.encoder`, and finds nothing there.
+    by_peft = target.name == "transformers" and way in ("PeftModel", "two names")
+    folder = str(folder_of(source, lora(["q_proj", "k_proj"] + ["to_q", "linear"] * (not by_peft), r=3), own=False))
+    expected = logits(source, PeftModel.from_pretrained(source.new_bare_model(), folder).eval())
+    if way == "from_pretrained":
+        model = target.GraniteSpeechForConditionalGeneration.from_pretrained(folder).eval()
+        if target.name == "transformers":
+            scale_logits(model)
+    else:
+        model = target.new_bare_model()
+    if way == "PeftModel":
+        model = PeftModel.from_pretrained(model, folder)
+    elif way == "two names":
+        model = PeftModel.from_pretrained(model, folder_of(target, own=False), adapter_name="first")
+        model.load_adapter(folder, "second")
+        model.set_adapter("second")
+    elif way == "load_adapter":
+        model.load_adapter(folder)
+    assert_same(logits(target, model.eval()), expected)
+
+
+def test_a_folder_with_modules_to_save_gives_the_trained_model(tmp_path):
+    lib = library("granite_speech")
+    folder = saved_modules(lib)
+    expected = logits(lib, PeftModel.from_pretrained(lib.new_model(), folder))
+    model = lib.GraniteSpeechForConditionalGeneration.from_pretrained(folder)
+    assert_same(logits(lib, model), expected)
+    model.save_pretrained(tmp_path)
+    assert_same(logits(lib, lib.GraniteSpeechForConditionalGeneration.from_pretrained(tmp_path)), expected)
