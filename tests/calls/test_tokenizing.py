@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -265,6 +266,17 @@ def ours():
     return GraniteSpeechTokenizer.from_pretrained(EMBEDDED_FOLDER)
 
 
+def test_calls_of_several_threads_do_not_disturb_each_other(ours):
+    whole, cut = ours(LONG)["input_ids"], ours(LONG, truncation=True, max_length=3)["input_ids"]
+
+    def lengths(limit):
+        return {len(ours(LONG, max_length=limit, truncation=limit is not None)["input_ids"]) for _ in range(300)}
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lengths, [None, 3, None, 3]))
+    assert found == [{len(whole)}, {len(cut)}] * 2
+
+
 def test_a_truncated_call_leaves_no_trace(ours):
     whole = ours(LONG)
     assert len(ours(LONG, truncation=True, max_length=3, split_special_tokens=True)["input_ids"]) == 3
@@ -308,6 +320,9 @@ def test_effectless_options_are_warned_about(ours):
         (lambda one: one("a", padding="most"), "padding = 'most'"),
         (lambda one: one("a", truncation="middle"), "truncation = 'middle'"),
         (lambda one: one("a", max_length=-1), "max_length = -1"),
+        (lambda one: setattr(one, "padding_side", "top") or one(TEXTS, padding=True), "padding_side = 'top'"),
+        (lambda one: setattr(one, "padding_side", "top") or one.pad(PAD), "padding_side = 'top'"),
+        (lambda one: setattr(one, "truncation_side", "top") or one("a", max_length=1), "truncation_side = 'top'"),
         (lambda one: one("a", padding=True, pad_to_multiple_of=0), "pad_to_multiple_of"),
         (lambda one: one("a", max_length=9, truncation=True, padding=True, pad_to_multiple_of=8), "max_length=9"),
         (lambda one: one(LONG, max_length=4, stride=7, truncation=True), "stride=7"),
