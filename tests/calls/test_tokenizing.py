@@ -4,12 +4,13 @@ import copy
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
-from granite_speech.errors import CheckpointError, InputError, UnsupportedError
+from granite_speech.errors import CheckpointError, InputError
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from tests.support.two_libraries import Call, comparison
 
@@ -143,6 +144,7 @@ CALLS = {
     "loaded with a pad token": Call(lambda lib: new(lib, pad_token="<|end_of_text|>", trust_remote_code=True)(TEXTS, padding=True)),
     "loaded with a new eos token": Call(lambda lib: (new(lib, eos_token="<e>").eos_token_id, new(lib, eos_token="<e>")("a<e>"))),
     "loaded with ends added": Call(lambda lib: new(lib, add_bos_token=True, add_eos_token=True)(["a"], ["b"], return_token_type_ids=True)),
+    "ends added later": changed(lambda one: setattr(one, "add_eos_token", True), TEXTS),
     "ends added and cut": Call(lambda lib: new(lib, add_eos_token=True)(LONG, truncation=True, max_length=5)["input_ids"]),
     "loaded with a length": Call(lambda lib: new(lib, model_max_length=7)(LONG, truncation=True)),
     "saved and loaded": Call(saved_again),
@@ -191,10 +193,9 @@ CALLS = {
         )
     ),
     "one message of a chat": Call(lambda lib: tokenizer(lib).encode_message_with_chat_template(CHAT[1], CHAT[:1])),
-    "tools that are functions": Call(
-        lambda lib: tokenizer(lib).apply_chat_template(CHAT, tools=[_tool], chat_template="{{ tools | tojson }}", tokenize=False),
-        differs="schemas are not made from functions here",
-        refused=UnsupportedError,
+    "tools that are functions": Call(lambda lib: _with_tools(tokenizer(lib), [_tool, _Tools().method, {"name": "x"}])),
+    "a tool without a description": Call(
+        lambda lib: _with_tools(tokenizer(lib), [lambda x: x]), differs="transformers raises an error too", refused=InputError
     ),
     "a copy": Call(lambda lib: copy.deepcopy(tokenizer(lib))(TEXTS)),
     "pickled": Call(lambda lib: pickle.loads(pickle.dumps(tokenizer(lib)))(TEXTS, padding=True, return_tensors="pt")),
@@ -203,12 +204,47 @@ CALLS = {
 test_tokenizing = comparison(CALLS)
 
 
-def _tool(x: int):
-    """Does nothing.
+def _tool(
+    city: str,
+    days: int = 3,
+    scale: Literal["C", "F"] | None = None,
+    places: list[tuple[float, float]] | None = None,
+    options: dict[str, bool | int] | None = None,
+    anything: Any = None,
+) -> list[str]:
+    """Says what the weather is.
+
+    It does so for several days.
 
     Args:
-        x: anything.
+        city: where,
+            by its name
+        days: how many
+        scale: of temperatures (choices: ["C", "F"])
+        places: on the map
+        options: more
+        anything: else
+
+    Returns:
+        Texts, one a day.
+
+    Raises:
+        ValueError: no such city.
     """
+
+
+class _Tools:
+    def method(self, x: bool | str):
+        """Does nothing.
+
+        Args:
+            x: a value
+        """
+
+
+def _with_tools(one, tools):
+    text = one.apply_chat_template(CHAT, tools=tools, chat_template="{{ tools | tojson }}", tokenize=False)
+    return json.loads(text)
 
 
 def _transformers():
