@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.inputs.chat_template import render_chat_template, render_with_spans
+from granite_speech.inputs.tool_schema import tool_schemas
 
 __all__ = ["Prompts", "audio_of", "message_ids", "render_conversations", "select_template", "text_masks"]
 
@@ -75,19 +76,17 @@ def render_conversations(
         template: Jinja.
         names: more names for the template.
         audio_token: the placeholder of a clip.
-        tools, documents, add_generation_prompt: passed to the template.
+        tools, documents, add_generation_prompt: passed to the template; functions in tools as their schemas.
         continue_final_message: end with the last message's content, or with its field of this name, so that the model continues it.
         with_spans: whether to find the {% generation %} blocks.
 
     Raises:
         InputError: no messages, messages that are not dictionaries, options that exclude each other, or a template that fails.
-        UnsupportedError: a tool that is not a dictionary; a part that is neither text nor audio, for a template that takes text only.
+        UnsupportedError: a part that is neither text nor audio, for a template that takes text only.
     """
     if continue_final_message and (add_generation_prompt or with_spans):
         other = "add_generation_prompt" if add_generation_prompt else "return_assistant_tokens_mask"
         raise InputError(got=f"continue_final_message with {other}", expected="one of them", remedy="Omit one")
-    if any(not isinstance(tool, dict) for tool in tools or ()):
-        raise UnsupportedError(got="a tool that is not a dictionary", expected="JSON schemas", remedy="Write the schema out")
     if any(not isinstance(one, dict) for one in documents or ()):
         raise InputError(got="a document that is not a dictionary", expected='{"title": …, "text": …}', remedy="Pass dictionaries")
     if with_spans and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -97,7 +96,7 @@ def render_conversations(
             stacklevel=3,
         )
     chats, batched = _conversations(conversation)
-    names = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **names}
+    names = {"tools": tool_schemas(tools), "documents": documents, "add_generation_prompt": add_generation_prompt, **names}
     texts, spans = [], []
     for chat in chats:
         if not _READS_PARTS.search(template):

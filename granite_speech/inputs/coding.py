@@ -176,6 +176,7 @@ class Coder(Vocabulary):
         try:
             with _ENCODING:
                 if cut is not None:
+                    check_choice("truncation_side", self.truncation_side, ("left", "right"))
                     backend.enable_truncation(options.max_length, stride=options.stride, strategy=cut, direction=self.truncation_side)
                 if split:
                     backend.encode_special_tokens = True
@@ -188,6 +189,8 @@ class Coder(Vocabulary):
                         backend.no_truncation()
                     if split:
                         backend.encode_special_tokens = False
+        except InputError:
+            raise
         except (TypeError, UnicodeError) as error:  # the library refuses lone surrogates
             raise InputError(
                 got=f"text that is not Unicode, such as a lone surrogate ({error})",
@@ -208,6 +211,7 @@ class Coder(Vocabulary):
         if short:
             pad_id, side = self.pad_token_id, options.padding_side or self.padding_side
             need_pad_token(pad_id)
+            check_choice("padding_side", side, ("left", "right"))
             for one in short:
                 one.pad(target, direction=side, pad_id=pad_id, pad_type_id=0, pad_token=self.pad_token)
 
@@ -254,14 +258,15 @@ class Coder(Vocabulary):
             InputError: no input_ids, unequal lengths for a tensor, or no pad token.
         """
         check_choice("return_tensors", return_tensors, (None, "pt", "np"))
-        check_choice("padding_side", padding_side, (None, "left", "right"))
+        side = padding_side or self.padding_side
+        check_choice("padding_side", side, ("left", "right"))
         padding, max_length = padding_and_limit(padding, max_length, self.model_max_length, verbose=verbose)
         entries, kind = padded(
             encoded_inputs,
             padding=padding,
             max_length=max_length,
             pad_to_multiple_of=pad_to_multiple_of,
-            left=(padding_side or self.padding_side) == "left",
+            left=side == "left",
             pad_token_id=self.pad_token_id,
             attention_mask="attention_mask" in self.model_input_names if return_attention_mask is None else return_attention_mask,
         )

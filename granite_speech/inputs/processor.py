@@ -202,8 +202,8 @@ class GraniteSpeechProcessor:
             )
         prompts = render_conversations(
             conversation,
-            select_template(self.chat_template, chat_template, tools),
-            {**self.tokenizer.special_tokens, **names},
+            select_template(self.chat_template or self.tokenizer.chat_template, chat_template, tools),
+            {**self.tokenizer.special_tokens_map, **names},
             audio_token=self.audio_token,
             tools=tools,
             documents=documents,

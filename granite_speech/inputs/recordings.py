@@ -1,6 +1,7 @@
 """What people pass for a recording and its request, as the processor needs it."""
 
 import io
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, BinaryIO
 from warnings import warn
@@ -50,10 +51,11 @@ def _is_complete(processor: GraniteSpeechProcessor, prompt: str) -> bool:
 
 
 def samples_of(recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None) -> tuple[Any, int | None]:
-    """Samples and their rate for `processor`: files and bytes are decoded, at the model's rate (None); anything else is unchanged.
+    """Samples and their rate for `processor`: files and bytes are decoded, at the model's rate (None); anything else is
+    unchanged, and read by the processor.
 
     Args:
-        recording: a `Recording`, or a list of clips for a prompt with several.
+        recording: a `Recording`, an entry of `datasets`, or a list of clips for a prompt with several.
         processor: of the model.
         sampling_rate: of an array, in Hz; None for the model's.
 
@@ -68,7 +70,7 @@ def samples_of(recording: Any, processor: GraniteSpeechProcessor, sampling_rate:
 
 def read_recording(recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None) -> tuple[Any, int | None, str | None]:
     """As `samples_of`, with the text of a file's `AudioWarning`, or None, in place of the warning."""
-    if isinstance(recording, (np.ndarray, Tensor, list, tuple)):
+    if isinstance(recording, (np.ndarray, Tensor, list, tuple, Mapping)) or hasattr(recording, "get_all_samples"):
         return recording, sampling_rate, None
     file = io.BytesIO(recording) if isinstance(recording, (bytes, bytearray, memoryview)) else recording
     samples, warning = load_with_warning(file, processor.audio_processor.sampling_rate)

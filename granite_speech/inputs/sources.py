@@ -4,7 +4,7 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from os import PathLike
 from typing import Any
@@ -39,7 +39,7 @@ def arrays_and_rates(audio: Any, sampling_rate: int | None, target: int) -> tupl
     """
     if isinstance(audio, np.ndarray | torch.Tensor):
         return audio, [sampling_rate]
-    if isinstance(audio, list | tuple) and not _is_numbers(audio):
+    if _is_several(audio):
         pairs = list(_each(audio, sampling_rate, target))
         return [array for array, _ in pairs], [rate for _, rate in pairs]
     array, rate = _one(audio, sampling_rate, target)
@@ -48,22 +48,23 @@ def arrays_and_rates(audio: Any, sampling_rate: int | None, target: int) -> tupl
 
 def _each(items: Any, sampling_rate: int | None, target: int):
     for item in items:
-        if isinstance(item, list | tuple) and not _is_numbers(item):
+        if _is_several(item):
             yield from _each(item, sampling_rate, target)
         else:
             yield _one(item, sampling_rate, target)
 
 
-def _is_numbers(value: Any) -> bool:
-    """Whether a list is one clip. Only its first entry is looked at, because a clip can have millions."""
-    return len(value) > 0 and isinstance(value[0], Real)
+def _is_several(value: Any) -> bool:
+    """Whether this is a list of clips, and not one clip as a list of numbers. Only the first entry is looked at, because a clip can
+    have millions."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+        return False
+    return len(value) == 0 or not isinstance(value[0], Real)
 
 
 def _one(item: Any, sampling_rate: int | None, target: int) -> tuple[Array, int | None]:
     if isinstance(item, np.ndarray | torch.Tensor):
         return item, sampling_rate
-    if isinstance(item, list | tuple):
-        return _numbers(item), sampling_rate
     if isinstance(item, Mapping):
         return _entry(item, sampling_rate, target)
     if hasattr(item, "get_all_samples"):
@@ -75,6 +76,8 @@ def _one(item: Any, sampling_rate: int | None, target: int) -> tuple[Array, int 
         item = _address(item)
     if isinstance(item, str | PathLike) or hasattr(item, "read"):
         return load_audio(item, target), None
+    if isinstance(item, Sequence):
+        return _numbers(item), sampling_rate
     raise InputError(
         got=f"audio of type {type(item).__name__}",
         expected="an array, a tensor, a list of numbers, a sound file, an entry of datasets, or a list of them",

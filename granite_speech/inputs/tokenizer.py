@@ -48,6 +48,7 @@ class GraniteSpeechTokenizer(Coder):
     """
 
     is_fast = True
+    verbose = False
     pad_token_type_id = 0
 
     def __init__(
@@ -72,6 +73,28 @@ class GraniteSpeechTokenizer(Coder):
                 )
         if "add_bos_token" in self.config or "add_eos_token" in self.config:
             self._add_ends()
+
+        self.deprecation_warnings: dict[str, bool] = {}  # data collators write to it
+
+    @property
+    def add_bos_token(self) -> bool:
+        """Whether every text begins with the bos token, if it was asked for here; what tokenizer.json adds is not counted. Can be set."""
+        return bool(self.config.get("add_bos_token"))
+
+    @add_bos_token.setter
+    def add_bos_token(self, value: bool) -> None:
+        self.config["add_bos_token"] = value
+        self._add_ends()
+
+    @property
+    def add_eos_token(self) -> bool:
+        """Whether every text ends with the eos token; as `add_bos_token`."""
+        return bool(self.config.get("add_eos_token"))
+
+    @add_eos_token.setter
+    def add_eos_token(self, value: bool) -> None:
+        self.config["add_eos_token"] = value
+        self._add_ends()
 
     def _add_ends(self) -> None:
         """Makes every text begin with the bos token or end with the eos token, as the configuration says."""
@@ -260,7 +283,7 @@ class GraniteSpeechTokenizer(Coder):
 
         Args:
             conversation: messages with "role" and "content", a text or a list of parts; or a list of conversations.
-            tools, documents: passed to the template; tools as JSON schemas.
+            tools, documents: passed to the template; tools as JSON schemas, or as functions with type hints and docstrings.
             chat_template: a template, or the name of one of this tokenizer's; None for its own.
             add_generation_prompt: whether to end with the beginning of the assistant's turn.
             continue_final_message: whether to end within the last message, so that the model continues it; or the name of its field.
@@ -274,7 +297,7 @@ class GraniteSpeechTokenizer(Coder):
         Raises:
             InputError: no messages, no template, options that exclude each other, or a template that fails or writes more than
                 LONGEST_PROMPT characters.
-            UnsupportedError: a tool that is not a dictionary.
+            UnsupportedError: a part of a message that is neither text nor audio.
         """
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise InputError(

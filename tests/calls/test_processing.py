@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import pickle
+from collections import UserDict, UserList
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from torch.utils.data import default_collate
 from granite_speech.errors import AudioError, InputError, UnsupportedError
 from granite_speech.inputs.batch import BatchFeature
 from granite_speech.inputs.placeholders import moved, tokens_for
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.recordings import samples_of, transcript_request
 from tests.calls.test_tokenizing import MARKED, stand_in
 from tests.support.paths import ROOT
 from tests.support.two_libraries import PROMPT, WORDS, Call, comparison, library
@@ -281,7 +282,7 @@ def test_every_form_of_one_clip(ours, tmp_path):
         {"path": str(file), "bytes": None}, {"bytes": written},
         {"array": clip, "sampling_rate": 16000}, {"array": clip.tolist(), "sampling_rate": 16000}, [{"array": clip}], decoder, [decoder],
         clip.tolist(), tuple(clip.tolist()), [clip.tolist()], np.stack([clip, clip], axis=1), torch.from_numpy(clip),
-        "data:audio/wav;base64," + base64.b64encode(written).decode(),
+        UserList([clip]), UserDict(array=clip), "data:audio/wav;base64," + base64.b64encode(written).decode(),
     ]  # fmt: skip
     for form in forms:
         batch = ours.processor(PROMPT, form, sampling_rate=16000)
@@ -306,6 +307,20 @@ def test_each_clip_has_its_own_rate(ours, tmp_path):
 
 
 # --- prompts that are expanded already ----------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_of_datasets_is_a_recording(ours):
+    entry = {"array": ours.clips[0], "sampling_rate": 16000}
+    assert samples_of(entry, ours.processor, None) == (entry, None)
+
+
+def test_parts_of_transformers_work_in_the_processor(ours):
+    """Its tokenizer, for those who have changed one."""
+    theirs = library("transformers").processor.tokenizer
+    mixed = ours.GraniteSpeechProcessor(ours.processor.audio_processor, theirs)
+    expected = ours.processor(PROMPT, ours.clips[0])
+    assert all(torch.equal(value, expected[name]) for name, value in mixed(PROMPT, ours.clips[0]).items())
+    assert mixed.apply_chat_template(CHAT) == ours.processor.apply_chat_template(CHAT)
 
 
 def test_an_expanded_prompt_is_used_as_it_is(ours):

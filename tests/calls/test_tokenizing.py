@@ -3,12 +3,14 @@
 import copy
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
-from granite_speech.errors import CheckpointError, InputError, UnsupportedError
+from granite_speech.errors import CheckpointError, InputError
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from tests.support.two_libraries import Call, comparison
 
@@ -142,6 +144,7 @@ CALLS = {
     "loaded with a pad token": Call(lambda lib: new(lib, pad_token="<|end_of_text|>", trust_remote_code=True)(TEXTS, padding=True)),
     "loaded with a new eos token": Call(lambda lib: (new(lib, eos_token="<e>").eos_token_id, new(lib, eos_token="<e>")("a<e>"))),
     "loaded with ends added": Call(lambda lib: new(lib, add_bos_token=True, add_eos_token=True)(["a"], ["b"], return_token_type_ids=True)),
+    "ends added later": changed(lambda one: setattr(one, "add_eos_token", True), TEXTS),
     "ends added and cut": Call(lambda lib: new(lib, add_eos_token=True)(LONG, truncation=True, max_length=5)["input_ids"]),
     "loaded with a length": Call(lambda lib: new(lib, model_max_length=7)(LONG, truncation=True)),
     "saved and loaded": Call(saved_again),
@@ -190,10 +193,9 @@ CALLS = {
         )
     ),
     "one message of a chat": Call(lambda lib: tokenizer(lib).encode_message_with_chat_template(CHAT[1], CHAT[:1])),
-    "tools that are functions": Call(
-        lambda lib: tokenizer(lib).apply_chat_template(CHAT, tools=[_tool], chat_template="{{ tools | tojson }}", tokenize=False),
-        differs="schemas are not made from functions here",
-        refused=UnsupportedError,
+    "tools that are functions": Call(lambda lib: _with_tools(tokenizer(lib), [_tool, _Tools().method, {"name": "x"}])),
+    "a tool without a description": Call(
+        lambda lib: _with_tools(tokenizer(lib), [lambda x: x]), differs="transformers raises an error too", refused=InputError
     ),
     "a copy": Call(lambda lib: copy.deepcopy(tokenizer(lib))(TEXTS)),
     "pickled": Call(lambda lib: pickle.loads(pickle.dumps(tokenizer(lib)))(TEXTS, padding=True, return_tensors="pt")),
@@ -202,12 +204,47 @@ CALLS = {
 test_tokenizing = comparison(CALLS)
 
 
-def _tool(x: int):
-    """Does nothing.
+def _tool(
+    city: str,
+    days: int = 3,
+    scale: Literal["C", "F"] | None = None,
+    places: list[tuple[float, float]] | None = None,
+    options: dict[str, bool | int] | None = None,
+    anything: Any = None,
+) -> list[str]:
+    """Says what the weather is.
+
+    It does so for several days.
 
     Args:
-        x: anything.
+        city: where,
+            by its name
+        days: how many
+        scale: of temperatures (choices: ["C", "F"])
+        places: on the map
+        options: more
+        anything: else
+
+    Returns:
+        Texts, one a day.
+
+    Raises:
+        ValueError: no such city.
     """
+
+
+class _Tools:
+    def method(self, x: bool | str):
+        """Does nothing.
+
+        Args:
+            x: a value
+        """
+
+
+def _with_tools(one, tools):
+    text = one.apply_chat_template(CHAT, tools=tools, chat_template="{{ tools | tojson }}", tokenize=False)
+    return json.loads(text)
 
 
 def _transformers():
@@ -265,6 +302,17 @@ def ours():
     return GraniteSpeechTokenizer.from_pretrained(EMBEDDED_FOLDER)
 
 
+def test_calls_of_several_threads_do_not_disturb_each_other(ours):
+    whole, cut = ours(LONG)["input_ids"], ours(LONG, truncation=True, max_length=3)["input_ids"]
+
+    def lengths(limit):
+        return {len(ours(LONG, max_length=limit, truncation=limit is not None)["input_ids"]) for _ in range(300)}
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lengths, [None, 3, None, 3]))
+    assert found == [{len(whole)}, {len(cut)}] * 2
+
+
 def test_a_truncated_call_leaves_no_trace(ours):
     whole = ours(LONG)
     assert len(ours(LONG, truncation=True, max_length=3, split_special_tokens=True)["input_ids"]) == 3
@@ -308,6 +356,9 @@ def test_effectless_options_are_warned_about(ours):
         (lambda one: one("a", padding="most"), "padding = 'most'"),
         (lambda one: one("a", truncation="middle"), "truncation = 'middle'"),
         (lambda one: one("a", max_length=-1), "max_length = -1"),
+        (lambda one: setattr(one, "padding_side", "top") or one(TEXTS, padding=True), "padding_side = 'top'"),
+        (lambda one: setattr(one, "padding_side", "top") or one.pad(PAD), "padding_side = 'top'"),
+        (lambda one: setattr(one, "truncation_side", "top") or one("a", max_length=1), "truncation_side = 'top'"),
         (lambda one: one("a", padding=True, pad_to_multiple_of=0), "pad_to_multiple_of"),
         (lambda one: one("a", max_length=9, truncation=True, padding=True, pad_to_multiple_of=8), "max_length=9"),
         (lambda one: one(LONG, max_length=4, stride=7, truncation=True), "stride=7"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedError
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError
 from granite_speech.inputs.tokenizer import LONGEST_PROMPT, GraniteSpeechTokenizer, render_chat_template
 from tests.support.small_tokenizer import AUDIO_TOKEN, CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
@@ -254,7 +254,7 @@ def test_template_refusals(ours):
         ours.apply_chat_template([{"role": "nobody", "content": ""}])
     with pytest.raises(InputError, match="continue_final_message"):
         ours.apply_chat_template(MESSAGES, continue_final_message=True, add_generation_prompt=True)
-    with pytest.raises(UnsupportedError, match="tool"):
+    with pytest.raises(InputError, match="tool"):
         ours.apply_chat_template(MESSAGES, tools=[print])
     bare = GraniteSpeechTokenizer(ours.backend, ours.config)
     with pytest.raises(InputError, match="no chat template"):
