@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.two_libraries import Call, Library, comparison, library
+from tests.support.two_libraries import PROMPT, WORDS, Call, Library, comparison, library
 
 ANSWER = 8  # tokens at the end of a prompt that are trained on
 
@@ -87,12 +87,49 @@ def autocast_loss(lib: Library) -> torch.Tensor:
         return lib.model(**labelled(lib)).loss.float()
 
 
+def collated(lib: Library, train: bool) -> Any:
+    """A batch as the collator of Hugging Face's fine-tuning example makes it: prompts padded on the left, answers on the right."""
+    processor = lib.processor
+    # Clips of one length: transformers pads a shorter one before it computes features.
+    clips = [lib.clips[0], lib.clips[0][::-1].copy()]
+    batch = processor([PROMPT, "USER: <|audio|>text?\n ASSISTANT:"], clips, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask, labels = batch.input_ids, batch.attention_mask, None
+    if train:
+        ends = [text + processor.tokenizer.eos_token for text in (WORDS, "seven")]
+        answers = processor.tokenizer(ends, return_tensors="pt", padding=True, padding_side="right")
+        labels = answers.input_ids.clone()
+        labels[~(answers.attention_mask.bool())] = -100
+        labels = torch.cat([torch.full_like(ids, -100), labels], dim=1)
+        ids, mask = torch.cat([ids, answers.input_ids], dim=1), torch.cat([mask, answers.attention_mask], dim=1)
+    # Without input_features_lengths, which transformers does not know.
+    names = ("input_features", "input_features_mask")
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels} | {name: batch[name] for name in names}
+
+
+def generated(lib: Library) -> torch.Tensor:
+    with torch.inference_mode(), torch.amp.autocast("cpu", dtype=torch.bfloat16):
+        return lib.model.generate(**collated(lib, train=False), max_new_tokens=8, num_beams=4, early_stopping=True, do_sample=False)
+
+
+def released_parts(lib: Library) -> int:
+    """Numbers of parameters that the example trains: those with "projector" or "lora" in their names."""
+    model = lib.new_model()
+    for name, one in model.named_parameters():
+        one.requires_grad = "projector" in name or "lora" in name
+    model(**collated(lib, train=True)).loss.backward()
+    assert all(one.grad is not None for one in model.parameters() if one.requires_grad)
+    return sum(one.numel() for one in model.parameters() if one.requires_grad)
+
+
 SWALLOWED = "transformers 5.17 does not use num_items_in_batch for this model: its gradients are too large by the accumulation steps"
 
 FROZEN = "transformers freezes every weight of a checkpoint with an adapter, so that its loss has no gradient; here nothing is frozen"
 
 CALLS = {
     "backward right after loading": Call(lambda lib: lib.new_model()(**labelled(lib)).loss.requires_grad, differs=FROZEN),
+    "loss of a collated batch": Call(lambda lib: lib.model(**collated(lib, train=True)).loss),
+    "beams of a collated batch, labels=None": Call(generated),
+    "projector and adapter are trained": Call(released_parts),
     "loss": Call(lambda lib: lib.model(**labelled(lib)).loss),
     "loss by key": Call(lambda lib: lib.model(**labelled(lib))["loss"]),
     "loss is first in a tuple": Call(lambda lib: lib.model(**labelled(lib), return_dict=False)[0]),
