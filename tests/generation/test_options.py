@@ -154,7 +154,8 @@ def test_a_dictionary_of_inputs_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize(
-    "options", [{"no_repeat_ngram_size": 2}, {"min_p": 0.1, "top_p": 0.9}, {"max_time": 1.0}, {"suppress_tokens": [3]}]
+    "options",
+    [{"no_repeat_ngram_size": 2}, {"min_p": 0.1, "top_p": 0.9}, {"max_time": 1.0}, {"suppress_tokens": [3]}, {"output_logits": True}],
 )
 def test_an_engine_refuses_what_its_steps_cannot_do(options):
     with pytest.raises(InputError, match=f"{next(iter(options))}.*model.generate"):
