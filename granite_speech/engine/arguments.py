@@ -158,7 +158,7 @@ def moved(inputs: ModelInputs, device: torch.device) -> ModelInputs:
     away.pop("input_features_lengths", None)
     if not away:
         return inputs
-    warn(f"generate() copies {', '.join(away)} to {device}. Move the processor's result there once, with .to().", stacklevel=4)
+    warn(f"generate() copies {', '.join(away)} to {device}. Move the processor's result there once, with .to().", stacklevel=5)
     return replace(inputs, **{name: value.to(device) for name, value in away.items()})
 
 

@@ -20,7 +20,15 @@ from granite_speech.modules.prompts import ModelInputs
 __all__ = ["Prompt", "Repetition", "Request", "engine_options"]
 
 # Options of `generate` whose value an engine cannot give a meaning.
-_OF_GENERATE_ALONE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "max_time": None}
+_OF_GENERATE_ALONE = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_hidden_states": False,
+    "max_time": None,
+}
 
 _INPUTS = {"input_ids", "attention_mask", "input_features", "input_features_mask", "input_features_lengths"}
 

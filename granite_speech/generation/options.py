@@ -282,7 +282,7 @@ def _warn_of_no_effect(asked: Mapping[str, Any], values: Mapping[str, Any]) -> N
     if "max_new_tokens" in values and "max_length" in asked:
         idle.append(("max_length", f"next to max_new_tokens={values['max_new_tokens']}"))
     for name, reason in idle:
-        warn(f"generate({name}={shown(asked[name])}) has no effect {reason}.", stacklevel=5)
+        warn(f"generate({name}={shown(asked[name])}) has no effect {reason}.", stacklevel=6)
 
 
 def _idle(asked: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

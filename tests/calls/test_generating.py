@@ -29,6 +29,11 @@ def recorded(**options: Any) -> Call:
     return continued(return_dict_in_generate=True, **options)
 
 
+def scored(**options: Any) -> Call:
+    """Ids, and the scores that they were chosen from."""
+    return recorded(output_scores=True, **options)
+
+
 def left_padded(lib: Library) -> dict[str, torch.Tensor]:
     """Two prompts of different lengths, each with the first clip."""
     rows = [dict(lib.processor(text, lib.clips[0], return_tensors="pt")) for text in (PROMPT, SHORT)]
@@ -88,7 +93,7 @@ def assign(lib: Library, model: Any) -> None:
 
 
 def prefix(batch_id: int, ids: torch.Tensor) -> list[int]:
-    return [20 + batch_id, 30, 31 + len(ids) % 3]
+    return [20 + 10 * batch_id, 21 + 10 * batch_id + len(ids) % 3]
 
 
 def streamed(kind: str, **options: Any) -> Call:
@@ -169,36 +174,36 @@ ARGUMENTS = {
 }
 
 PROCESSORS = {
-    "no repeated pairs": continued(no_repeat_ngram_size=2),
-    "no repeated tokens": continued(no_repeat_ngram_size=1, repetition_penalty=1.2),
-    "no repeated triples, beams": continued(no_repeat_ngram_size=3, num_beams=3),
-    "no pairs of the prompt": continued(encoder_no_repeat_ngram_size=2),
-    "tokens of the prompt": continued(encoder_repetition_penalty=1.8),
+    "no repeated pairs": scored(no_repeat_ngram_size=2),
+    "no repeated tokens": scored(no_repeat_ngram_size=1, repetition_penalty=1.2),
+    "no repeated triples, beams": scored(no_repeat_ngram_size=3, num_beams=3),
+    "no pairs of the prompt": scored(encoder_no_repeat_ngram_size=2),
+    "tokens of the prompt": scored(encoder_repetition_penalty=1.8),
     "suppressed tokens": generated(suppress_tokens=[320, 300, 5], begin_suppress_tokens=[200, 41]),
-    "suppressed tokens, beams": continued(suppress_tokens=range(40, 80), begin_suppress_tokens=[200, 41], num_beams=2),
-    "bad words": continued(bad_words_ids=[[40], [17, 41], [320]], eos_token_id=320),
-    "bad words of the answer": generated(bad_words_ids=[[300], [220, 1], [320]]),
-    "sequence bias": continued(sequence_bias={(40,): -3.0, (33, 17): 9.0, (17, 41, 22): 5.5}),
-    "sequence bias as a list": continued(sequence_bias=[[[40], -3.0], [[33, 17], 9.0]], num_beams=2),
-    "forced end": continued(forced_eos_token_id=[320, 7], eos_token_id=320, max_new_tokens=6),
-    "forced end of beams": continued(forced_eos_token_id=320, eos_token_id=320, max_new_tokens=6, num_beams=3),
+    "suppressed tokens, beams": scored(suppress_tokens=range(40, 80), begin_suppress_tokens=[200, 41], num_beams=2),
+    "bad words": scored(bad_words_ids=[[40], [17, 41], [320]], eos_token_id=320),
+    "bad words of the answer": generated(bad_words_ids=[[300], [220, 1], [320]], return_dict_in_generate=True, output_scores=True),
+    "sequence bias": scored(sequence_bias={(40,): -3.0, (33, 17): 9.0, (17, 41, 22): 5.5}),
+    "sequence bias as a list": scored(sequence_bias=[[[40], -3.0], [[33, 17], 9.0]], num_beams=2),
+    "forced end": scored(forced_eos_token_id=[320, 7], eos_token_id=320, max_new_tokens=6),
+    "forced end of beams": scored(forced_eos_token_id=320, eos_token_id=320, max_new_tokens=6, num_beams=3),
     "forced beginning": Call(
         lambda lib: lib.model.generate(TEXT[:, :1], forced_bos_token_id=44, begin_suppress_tokens=range(45, 323), max_new_tokens=4)
     ),
-    "decay": continued(exponential_decay_length_penalty=(2, 1.7), eos_token_id=[320, 40], max_new_tokens=20),
-    "renormalized": recorded(renormalize_logits=True, output_scores=True, output_logits=True),
-    "invalid values": recorded(remove_invalid_values=True, suppress_tokens=[4], output_scores=True),
-    "allowed tokens": continued(prefix_allowed_tokens_fn=prefix),
+    "decay": scored(exponential_decay_length_penalty=(2, 1.7), eos_token_id=[320, 40], max_new_tokens=20),
+    "renormalized": scored(renormalize_logits=True, output_logits=True),
+    "invalid values": scored(remove_invalid_values=True, suppress_tokens=[4]),
+    "allowed tokens": scored(prefix_allowed_tokens_fn=prefix),
     "allowed tokens, beams": Call(
         lambda lib: lib.model.generate(TEXT.expand(2, -1), prefix_allowed_tokens_fn=prefix, num_beams=3, max_new_tokens=6)
     ),
-    "a processor": continued(logits_processor=[raise_token], repetition_penalty=1.3),
-    "a processor, beams": continued(logits_processor=transformers.LogitsProcessorList([raise_token]), num_beams=3),
+    "a processor": scored(logits_processor=[raise_token], repetition_penalty=1.3),
+    "a processor, beams": scored(logits_processor=transformers.LogitsProcessorList([raise_token]), num_beams=3),
     "a processor, a padded batch": Call(
         lambda lib: lib.model.generate(**left_padded(lib), logits_processor=[raise_token], max_new_tokens=12)
     ),
-    "a processor, sampling": continued(**SAMPLING, logits_processor=[raise_token], num_return_sequences=2),
-    "transformers' processors": continued(
+    "a processor, sampling": scored(**SAMPLING, logits_processor=[raise_token], num_return_sequences=2),
+    "transformers' processors": scored(
         logits_processor=transformers.LogitsProcessorList(
             [
                 transformers.NoRepeatNGramLogitsProcessor(2),
@@ -208,24 +213,24 @@ PROCESSORS = {
         ),
         eos_token_id=320,
     ),
-    "transformers' processor in place of an option": continued(
+    "transformers' processor in place of an option": scored(
         no_repeat_ngram_size=1, logits_processor=[transformers.NoRepeatNGramLogitsProcessor(3)]
     ),
-    "transformers' temperature": continued(
+    "transformers' temperature": scored(
         **SAMPLING, logits_processor=transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(0.7)])
     ),
 }
 
 CUTOFFS = {
-    "min p": continued(**SAMPLING, min_p=0.2),
-    "top h": continued(**SAMPLING, top_h=0.4),
-    "typical": continued(**SAMPLING, typical_p=0.6),
-    "epsilon": continued(**SAMPLING, epsilon_cutoff=0.01),
-    "eta": continued(**SAMPLING, eta_cutoff=0.02),
-    "all of them": continued(**SAMPLING | {"top_k": 60, "temperature": 4.0}, top_p=0.95, min_p=0.02, typical_p=0.9, epsilon_cutoff=0.001),
-    "beams": continued(**SAMPLING, min_p=0.02, num_beams=3, typical_p=0.95, eos_token_id=320),
-    "eta, beams": continued(**SAMPLING, eta_cutoff=0.01, num_beams=2, epsilon_cutoff=0.001, top_h=0.9, eos_token_id=320),
-    "top p of 0": continued(**SAMPLING, top_p=0.0),
+    "min p": scored(**SAMPLING, min_p=0.2),
+    "top h": scored(**SAMPLING, top_h=0.4),
+    "typical": scored(**SAMPLING, typical_p=0.6),
+    "epsilon": scored(**SAMPLING, epsilon_cutoff=0.01),
+    "eta": scored(**SAMPLING, eta_cutoff=0.02),
+    "all of them": scored(**SAMPLING | {"top_k": 60, "temperature": 4.0}, top_p=0.95, min_p=0.02, typical_p=0.9, epsilon_cutoff=0.001),
+    "beams": scored(**SAMPLING, min_p=0.02, num_beams=3, typical_p=0.95, eos_token_id=320),
+    "eta, beams": scored(**SAMPLING, eta_cutoff=0.01, num_beams=2, epsilon_cutoff=0.001, top_h=0.9, eos_token_id=320),
+    "top p of 0": scored(**SAMPLING, top_p=0.0),
 }
 
 STOPPING = {

@@ -9,9 +9,11 @@ import torch
 import transformers
 
 from granite_speech import GenerationConfig, InputError, UnsupportedError
+from granite_speech.engine.arguments import moved
 from granite_speech.engine.requests import engine_options
 from granite_speech.generation.option_table import ACCEPTED, REFUSED
 from granite_speech.generation.options import GenerationOptions
+from granite_speech.modules.prompts import ModelInputs
 from tests.support.small_models import small_model
 
 IDS = torch.tensor([[3, 4, 5, 3, 4]])
@@ -153,8 +155,24 @@ def test_a_dictionary_of_inputs_is_refused_with_the_remedy():
         small_model().generate({"input_ids": IDS})
 
 
+def test_a_call_without_prompts_begins_with_the_first_token():
+    model = small_model()
+    assert torch.equal(model.generate(bos_token_id=7, max_new_tokens=3), model.generate(torch.tensor([[7]]), max_new_tokens=3))
+    with pytest.raises(InputError, match="without input_ids"):
+        model.generate(bos_token_id=None)
+
+
+def test_inputs_on_another_device_are_copied_with_a_warning():
+    inputs = ModelInputs(input_ids=IDS, attention_mask=torch.ones_like(IDS), input_features_lengths=[3])
+    with pytest.warns(UserWarning, match="input_ids, attention_mask to meta"):
+        copied = moved(inputs, torch.device("meta"))
+    assert copied.input_ids.device.type == copied.attention_mask.device.type == "meta"
+    assert moved(inputs, IDS.device) is inputs
+
+
 @pytest.mark.parametrize(
-    "options", [{"no_repeat_ngram_size": 2}, {"min_p": 0.1, "top_p": 0.9}, {"max_time": 1.0}, {"suppress_tokens": [3]}]
+    "options",
+    [{"no_repeat_ngram_size": 2}, {"min_p": 0.1, "top_p": 0.9}, {"max_time": 1.0}, {"suppress_tokens": [3]}, {"output_logits": True}],
 )
 def test_an_engine_refuses_what_its_steps_cannot_do(options):
     with pytest.raises(InputError, match=f"{next(iter(options))}.*model.generate"):
