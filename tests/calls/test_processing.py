@@ -124,6 +124,7 @@ CALLS = {
     "text_kwargs": process(
         text_kwargs={"padding": "max_length", "max_length": 120, "padding_side": "right"}, audio_kwargs={"device": "cpu"}
     ),
+    "common_kwargs for arrays": Call(lambda lib: lib.processor(PROMPT, lib.clips[0], common_kwargs={"return_tensors": "np"})),
     "common_kwargs": Call(lambda lib: lib.processor(PROMPT, lib.clips[0], common_kwargs={"return_tensors": "pt"})),
     "padding to a length": process(padding="max_length", max_length=120),
     "longest": Call(

@@ -150,6 +150,9 @@ CALLS = {
     "saved and loaded": Call(saved_again),
     "pad a dictionary": Call(lambda lib: tokenizer(lib).pad(PAD)),
     "pad rows": Call(lambda lib: tokenizer(lib).pad(ROWS, return_tensors="pt", pad_to_multiple_of=4)),
+    "pad masks of special tokens": Call(
+        lambda lib: tokenizer(lib).pad({**PAD, "special_tokens_mask": [[0, 0, 0], [0]], "token_type_ids": [[1, 1, 1], [1]]})
+    ),
     "pad on the right": Call(lambda lib: tokenizer(lib).pad(ROWS, padding_side="right", padding="max_length", max_length=5)),
     "pad tensors": Call(lambda lib: tokenizer(lib).pad([{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3])}])),
     "pad arrays": Call(lambda lib: tokenizer(lib).pad({"input_ids": [np.array([1, 2]), np.array([3])]})),
