@@ -87,12 +87,30 @@ class GraniteSpeechConformerAttention(nn.Module):
         if is_padded:
             x = F.pad(x, (0, 0, 0, -x.shape[1] % self.context_size))  # whole blocks, which is what hooks see in transformers
         q, k, v = (part.unflatten(-1, heads) for part in (self.to_q(x), *self.to_kv(x).chunk(2, dim=-1)))
+        table = self.rel_pos_emb.weight
         if is_padded:
             q, k, v = map(clips.pack, (q, k, v))
-        distances = self.rel_pos_emb.weight.to(q.dtype)  # another dtype only under autocast, as in the convolution module
-        out = OPERATIONS["block_attention"].run(q, k, v, distances, clips.cu_seqlens, context_size=self.context_size)
+            table = self._table_after_hooks() if have_hooks(self.rel_pos_emb) else table
+        table = table.to(q.dtype)  # another dtype only under autocast, as in the convolution module
+        out = OPERATIONS["block_attention"].run(q, k, v, table, clips.cu_seqlens, context_size=self.context_size)
         out = out.flatten(1)
         return self.dropout(self.to_out(clips.pad(out, hidden_states.shape[1]) if is_padded else out))
+
+    def _table_after_hooks(self) -> Tensor:
+        """The embeddings of distances, looked up with the module, which transformers calls for every query and key of a block."""
+        distances = block_distances(self.context_size, self.max_pos_emb, self.rel_pos_emb.weight.device)
+        looked_up, last = self.rel_pos_emb(distances), self.context_size - 1
+        # Every distance once: those before the first query's own in the first row, the others in the first column.
+        used = torch.cat((looked_up[0].flip(0), looked_up[1:, 0]))
+        before, _, after = self.rel_pos_emb.weight.tensor_split((self.max_pos_emb - last, self.max_pos_emb + last + 1))
+        table = torch.cat((before, used, after))
+        if not torch.equal(table[distances], looked_up):
+            raise UnsupportedError(
+                got="a hook on rel_pos_emb that changes one distance in different ways",
+                expected="one embedding for each distance",
+                remedy="Change rel_pos_emb.weight, or the output of the attention",
+            )
+        return table
 
     def _check_distances(self, given: Tensor | None) -> None:
         if given is None:

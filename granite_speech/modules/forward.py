@@ -130,7 +130,7 @@ class SpeechToStates(TextToStates):
         """Packed encoder states to packed audio vectors, and where each clip's vectors lie."""
         tokens = self.projector.token_segments(clips)
         if have_hooks(self.projector):
-            return tokens.pack(self.projector(clips.pad(states, clips.longest), clips=clips)), tokens
+            return tokens.pack(self.projector(clips.pad(states, clips.longest))), tokens
         return self.projector.project(states, self.projector.windows(clips)), tokens
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, audio_features: Tensor) -> Tensor:

@@ -261,12 +261,11 @@ class GraniteSpeechEncoderProjector(nn.Module):
             windows = F.pad(frames, (0, 0, 0, 1)).index_select(0, index.flatten()).unflatten(0, index.shape)
         return self.linear(self._queried(windows)).flatten(0, 1)
 
-    def forward(self, hidden_states: Tensor, *, clips: Segments | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """Project a padded batch, as transformers does: windows beyond a clip's end are computed too.
 
         Args:
-            hidden_states: `(clips, frames, encoder width)`.
-            clips: each clip's true number of frames; None: `frames` each.
+            hidden_states: `(clips, frames, encoder width)`, zero after a clip's end.
 
         Returns:
             `(clips, audio tokens, text hidden size)`, as many vectors as the padded frames give. `project` computes only those
@@ -279,8 +278,6 @@ class GraniteSpeechEncoderProjector(nn.Module):
                 remedy="Pass the encoder's last_hidden_state",
             )
         count, frames, width = hidden_states.shape
-        if clips is not None:
-            hidden_states = clips.pad(clips.pack(hidden_states), frames)  # zeros after a clip's end
         padded = F.pad(hidden_states, (0, 0, 0, -frames % self.window_size))
         vectors = self._queried(padded.reshape(-1, self.window_size, width))
         return self.linear(vectors.reshape(count, self.tokens(frames), self.hidden_size))

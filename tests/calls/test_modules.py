@@ -233,17 +233,13 @@ def tensors(value: Any) -> list[Tensor]:
     return [value.last_hidden_state] if hasattr(value, "last_hidden_state") else []
 
 
-# Embeddings of distances are rows of a table here, and the others have no place of their own in a fused operation.
-NOT_CALLED = ("rel_pos_emb",)
-
-
 def every_module(lib: Library, run: Any) -> dict[str, list[Tensor]]:
     """What hooks on all modules below the two models see: the first tensor out."""
     model, seen, handles = lib.new_model(), {}, []
     for name, module in model.named_modules():
         name = name.removeprefix("model.").replace("language_model.model", "language_model")
         name = name.replace("language_model.lm_head", "lm_head")
-        if name.count(".") < 1 or name.endswith(NOT_CALLED) or "lora" in name or "base_layer" in name:
+        if name.count(".") < 1 or "lora" in name or "base_layer" in name:
             continue
 
         def hook(module: nn.Module, given: tuple, output: Any, name: str = name) -> None:
@@ -388,6 +384,7 @@ HOOKS = {
     "a changed block": Call(lambda lib: steered(lib, BLOCK)),
     "a changed depthwise convolution": Call(lambda lib: steered(lib, f"{BLOCK}.conv.depth_conv")),
     "a changed activation": Call(lambda lib: steered(lib, f"{BLOCK}.ff1.silu")),
+    "changed embeddings of distances": Call(lambda lib: steered(lib, f"{BLOCK}.attn.rel_pos_emb")),
     "a changed projector": Call(lambda lib: steered(lib, "model.projector")),
     "a changed Q-Former layer": Call(lambda lib: steered(lib, "model.projector.qformer.encoder.layer.0")),
     "changed embeddings": Call(lambda lib: steered(lib, "model.language_model.embed_tokens")),

@@ -30,6 +30,7 @@ PLACES = {
     "a block": lambda model: model.encoder.layers[1],
     "a convolution": lambda model: model.encoder.layers[0].conv.depth_conv.conv,
     "the encoder": lambda model: model.encoder,
+    "embeddings of distances": lambda model: model.encoder.layers[0].attn.rel_pos_emb,
     "a window": lambda model: model.projector.qformer.encoder.layer[0].crossattention.attention.key,
     "the projector": lambda model: model.projector,
     "a layer": lambda model: model.decoder.layers[1],
@@ -69,7 +70,7 @@ def test_a_hook_changes_no_result(place):
         assert torch.equal(*ids)
 
 
-@pytest.mark.parametrize("place", ["a block", "a convolution", "a window", "a layer", "the head"])
+@pytest.mark.parametrize("place", ["a block", "a convolution", "embeddings of distances", "a window", "a layer", "the head"])
 def test_a_hook_changes_no_gradient_and_no_statistics(place):
     plain, model = small_model().train(), hooked(place).train()
     plain = attentive(plain)
@@ -190,6 +191,13 @@ def test_a_copy_has_no_hooks_of_its_own_to_notice_later():
     copied = copy.deepcopy(model)
     copied.encoder.register_forward_hook(nothing)
     assert have_hooks(copied) and not have_hooks(model)
+
+
+def test_a_hook_that_no_table_of_distances_can_follow_is_refused():
+    model = small_model()
+    model.encoder.layers[0].attn.rel_pos_emb.register_forward_hook(lambda module, given, output: output + torch.rand(output.shape))
+    with pytest.raises(UnsupportedError, match="rel_pos_emb"):
+        model(**batch(model))
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------------------

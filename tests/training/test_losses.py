@@ -90,7 +90,7 @@ def test_ctc_loss_equals_the_sum_over_alignments(model):
     encoder.out.weight = torch.nn.Parameter(torch.cat([encoder.out.weight[:3], encoder.out.weight[3:] * 0]))
     encoder.out.bias = torch.nn.Parameter(torch.cat([torch.zeros(3), torch.full((125,), -1e9)]).double())
 
-    middle = encoder.layers[0](encoder.input_linear(frames), segments)
+    middle = encoder.layers[0](encoder.input_linear(frames), clips=segments)
     last = encoder.encode(frames, segments)
     sums = []
     for states in (last, middle):
@@ -181,7 +181,7 @@ def test_label_loss_is_the_distance_from_the_encoders_letters(model, data):
         wanted += [embeddings[tokens[max(labels[at : at + share])]] for at in range(0, len(labels), share)]
     wanted = torch.stack(wanted).float()
     states = model.encoder.encode(batch.frames.double(), batch.clips)
-    vectors = model.projector(states, batch.clips)[0].float()
+    vectors = model.project_packed(states, batch.clips)[0].float()
     assert value.total.item() == pytest.approx(((vectors - wanted) ** 2).mean().item() / wanted.square().mean().item(), rel=1e-5)
     assert {name.partition(".")[0] for name in gradients(model, value)} == {"projector"}
     half = label_loss(model, batch, {"answer_tokens": 2 * batch.counts["answer_tokens"]}, tokens=tokens)
