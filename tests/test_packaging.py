@@ -228,7 +228,7 @@ ORDER = (
     ("modules",),
     ("generation",),
     ("engine",),
-    ("model", "pretrained"),
+    ("model", "pretrained", "saving"),
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),
