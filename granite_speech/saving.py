@@ -87,11 +87,11 @@ class Saving(ModelMethods):
                 (folder / "generation_config.json").write_text(json.dumps(self.generation_config, indent=2) + "\n")
 
     def _given_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A caller's state dict with canonical names. A head that this model ties is left out."""
+        """A caller's state dict with canonical names. A head that is the embedding is left out."""
         own, given = self.canonical_state_dict(), {name: state_dict[key] for key, name in canonical_keys(state_dict).items()}
-        tied = HEAD not in own or own[HEAD].data_ptr() == own[EMBEDDING].data_ptr()
-        if tied and EMBEDDING in given:
-            given.pop(HEAD, None)
+        tied = HEAD in own and own[HEAD].data_ptr() == own[EMBEDDING].data_ptr()
+        if tied and HEAD in given and EMBEDDING in given and torch.equal(given[HEAD], given[EMBEDDING]):
+            del given[HEAD]  # a copy of the embedding, as state dicts gathered from several processes have it
         unknown = sorted(given.keys() - own.keys())
         missing = [name for name in own if name not in given and not (is_optional(name) or is_lora(name) or (tied and name == HEAD))]
         if unknown or missing:
