@@ -162,6 +162,7 @@ class GraniteConfig(Config):
     """
 
     model_type: ClassVar[str] = "granite"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = checked(32000, _VOCABULARY)
     hidden_size: int = checked(4096, _WIDTH)

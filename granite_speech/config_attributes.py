@@ -39,6 +39,7 @@ class CommonAttributes:
     """Takes these attributes out of a configuration's values, and has transformers' other names for them."""
 
     sub_configs: ClassVar[dict[str, type]] = {}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = []  # fields of an output that transformers' Trainer does not gather
     _experts_implementation: str | None = None
     _commit_hash: str | None = None
 

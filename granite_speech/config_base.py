@@ -115,6 +115,10 @@ class Config(CommonAttributes, ConfigFiles):
             value = self.sub_configs[name](**value)
         object.__setattr__(self, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if self._extra.pop(name, self) is self:
+            object.__delattr__(self, name)
+
     def __iter__(self) -> Iterator[str]:
         """The names of the attributes, so that `name in config` works."""
         return iter(self.to_dict())

@@ -1,4 +1,4 @@
-"""`from_pretrained` and `save_pretrained`: a folder or hub id to a model and back."""
+"""`from_pretrained`: a folder or hub id to a model."""
 
 import copy
 from collections.abc import Collection, Mapping
@@ -10,28 +10,23 @@ from warnings import warn
 import torch
 from torch import nn
 
-from granite_speech.adapters import Adapters
 from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_adapter, with_adapter
 from granite_speech.checkpoints.call_options import check_unused, pop_hub_options
 from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve
 from granite_speech.checkpoints.placement import choose_device, choose_dtype
-from granite_speech.checkpoints.upload import saving
-from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys, is_lora, is_optional
-from granite_speech.checkpoints.writing import save
+from granite_speech.checkpoints.weight_names import HEAD, canonical_keys, is_optional
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import CheckpointError, ConfigError, InputError
-from granite_speech.generation.config import GenerationConfig, WithGenerationConfig
-from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
-from granite_speech.modules.model_methods import ModelMethods
+from granite_speech.generation.config import GenerationConfig
+from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.saving import Saving
 
 __all__ = ["Pretrained", "as_config"]
 
 
-class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
+class Pretrained(Saving):
     """Initialising, loading and saving weights, for the two public models."""
-
-    config: GraniteSpeechConfig
 
     def __init__(self, config: GraniteSpeechConfig):
         super().__init__()
@@ -87,6 +82,7 @@ class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
         device: torch.device | str | int | None = None,
         device_map: str | int | torch.device | dict[str, Any] | None = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        generation_config: Any = None,
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
@@ -108,6 +104,7 @@ class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
             device: where the weights go; the CPU if omitted.
             device_map: transformers' name for the same: a device, {"": device}, or "auto" (CUDA if available).
             state_dict: the weights, in place of the folder's, with the names of this package or of transformers.
+            generation_config: the options of `generate` that its calls do not set, in place of the folder's.
             output_loading_info: return a tuple of the model and a dictionary of the weights that did not match.
             use_safetensors, weights_only, fusion_config, disable_mmap: of transformers. At their usual values they change nothing here
                 (`call_options`).
@@ -146,7 +143,10 @@ class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
             if adapter_folder is not None:
                 checkpoint = with_adapter(checkpoint, adapter_folder)
             model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values, mismatched=mismatched)
-        if folder is not None and (folder / "generation_config.json").is_file():
+            _check_tied(kwargs.get("tie_word_embeddings"), model.config)
+        if generation_config is not None:
+            model.generation_config = generation_config
+        elif folder is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         model._record_dtype()
         model.name_or_path = pretrained_model_name_or_path or ""
@@ -267,119 +267,6 @@ class Pretrained(ModelMethods, WithGenerationConfig, Adapters):
             attach_adapter(model, model.adapter_config, [name.removesuffix(suffix) for name in checkpoint.entries if name.endswith(suffix)])
         return model
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        save_peft_format: bool = True,
-        save_original_format: bool = True,
-        distributed_checkpoint: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write config.json, model.safetensors (or shards and an index), and an adapter's two files if there is one.
-
-        The layout is that of the released folders, which every version of transformers reads.
-
-        Args:
-            save_directory: created if missing; nothing in it is replaced before everything is written.
-            is_main_process: False writes nothing, for all but one of several processes.
-            state_dict: the values to write in place of the model's own, with the names of this package or of transformers.
-            push_to_hub: upload the files afterwards.
-            max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB.
-            variant: write "model.<variant>.safetensors"; other variants in the folder are kept.
-            token: of the hub.
-            save_peft_format, save_original_format, distributed_checkpoint: of transformers; they change nothing here.
-            kwargs: of the upload (`repo_id`, `commit_message`, `private` and others, as of `push_to_hub`), and transformers' options
-                that change nothing here (`safe_serialization=True`).
-
-        Raises:
-            CheckpointError: a path that cannot be written, or a state_dict without some of the weights or with unknown ones.
-            InputError, UnsupportedError: another option.
-        """
-        kwargs |= {"distributed_checkpoint": distributed_checkpoint}
-        if not is_main_process:
-            return
-        if self._adapters.by_peft:
-            raise InputError(
-                got="a model whose layers peft has wrapped",
-                expected="the PeftModel, which saves its adapter, or a model with merged adapters",
-                remedy="Call save_pretrained of the PeftModel, or merge_and_unload() first",
-            )
-        if len(self._adapters.active) > 1:
-            raise InputError(
-                got=f"the active adapters {self._adapters.active}",
-                expected="one active adapter, because a folder holds one",
-                remedy="Call set_adapter with each name and save to a folder of its own",
-            )
-        tensors = self.canonical_state_dict() if state_dict is None else self._given_tensors(state_dict)
-        lora = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
-        base = {name: tensor for name, tensor in tensors.items() if not is_lora(name)}
-        self.config.architectures = [type(self).__name__]
-        self._record_dtype()
-        names = {"has_lora_adapter": bool(lora)}
-        stored = str(next(iter(base.values())).dtype).removeprefix("torch.")
-        # transformers 4.x reads `torch_dtype`, and 5.x `dtype`.
-        config = self.config.to_diff_dict() | names | {"dtype": stored, "torch_dtype": stored}
-        adapter = self._adapter_json() if lora else None
-        options = kwargs | ({} if token is None else {"token": token}) | ({"tags": self.model_tags} if self.model_tags else {})
-        with saving(save_directory, "save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
-            save(
-                folder,
-                base,
-                config=config,
-                adapter_tensors=lora or None,
-                adapter_config=adapter,
-                max_shard_size=max_shard_size or "50GB",
-                variant=variant,
-            )
-            self.generation_config.save_pretrained(folder)
-
-    def _given_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A caller's state dict with canonical names. A head that this model ties is left out."""
-        own, given = self.canonical_state_dict(), {name: state_dict[key] for key, name in canonical_keys(state_dict).items()}
-        tied = HEAD not in own or own[HEAD].data_ptr() == own[EMBEDDING].data_ptr()
-        if tied and EMBEDDING in given:
-            given.pop(HEAD, None)
-        unknown = sorted(given.keys() - own.keys())
-        missing = [name for name in own if name not in given and not (is_optional(name) or is_lora(name) or (tied and name == HEAD))]
-        if unknown or missing:
-            raise CheckpointError(
-                got=f"a state_dict with {len(unknown)} unknown names {unknown[:3]} and without {len(missing)} weights {missing[:3]}",
-                expected="all weights of this model, by its names or those of transformers",
-                remedy="Pass the whole state dict, or omit it to save the model's own values",
-            )
-        return {name: tensor.detach() for name, tensor in given.items()}
-
-    def canonical_state_dict(self) -> dict[str, torch.Tensor]:
-        """The state dict with the names of the released files, for either model."""
-        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
-
-    def _adapter_json(self) -> dict[str, Any]:
-        """The contents of adapter_config.json: as loaded, or made from the attached adapters."""
-        if self.adapter_config is not None:
-            return self.adapter_config.raw
-        modules = {name: module for name, module in self.named_modules() if isinstance(module, LoraLinear) and module.lora_A is not None}
-        ranks = {name: module.lora_A.out_features for name, module in modules.items()}
-        alphas = {name: module.scaling * ranks[name] for name, module in modules.items()}
-        rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {name: one for name, one in ranks.items() if one != rank},
-            "alpha_pattern": {name: one for name, one in alphas.items() if one != alpha},
-            "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-        }
-
 
 def as_config(config: Any) -> GraniteSpeechConfig:
     """A configuration of this package: the given one, or one with the values of transformers' configuration or a dictionary.
@@ -398,3 +285,13 @@ def as_config(config: Any) -> GraniteSpeechConfig:
             remedy="Build it with GraniteSpeechConfig(...), or load it with AutoConfig.from_pretrained",
         )
     return converted
+
+
+def _check_tied(wanted: bool | None, config: GraniteSpeechConfig) -> None:
+    """Refuse a call that contradicts the weights, which decide whether the head is the embedding."""
+    if wanted is not None and wanted != config.tie_word_embeddings:
+        raise InputError(
+            got=f"tie_word_embeddings={wanted}, but the checkpoint's head is{' not' if wanted else ''} its embedding",
+            expected="the weights as they are in the checkpoint",
+            remedy="Omit it, and change the head after loading",
+        )

@@ -228,7 +228,7 @@ ORDER = (
     ("modules",),
     ("generation",),
     ("engine",),
-    ("adapter_tensors", "adapters", "embeddings", "model", "peft_layers", "pretrained"),
+    ("adapter_tensors", "adapters", "embeddings", "model", "peft_layers", "pretrained", "saving"),
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),

@@ -11,9 +11,24 @@ __all__ = ["choose_device", "choose_dtype"]
 
 
 def choose_device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
-    """The device that `device` or transformers' `device_map` names."""
-    if isinstance(device_map, dict) and set(device_map) == {""}:
-        device_map = device_map[""]
+    """The device that `device` or transformers' `device_map` names.
+
+    Args:
+        device: a device, its name or its number.
+        device_map: the same, "auto" (CUDA if available), or a dictionary from modules to one device.
+
+    Raises:
+        InputError: a device that this machine does not have, several devices, or both arguments.
+    """
+    if isinstance(device_map, dict):
+        places = {str(place): place for place in device_map.values()}
+        if len(places) != 1:
+            raise InputError(
+                got=f"device_map={device_map!r:.200}",
+                expected="one device for all modules",
+                remedy="Pass device='cuda', or device_map='auto'",
+            )
+        device_map = next(iter(places.values()))
     if device is not None and device_map is not None:
         raise InputError(got="device and device_map", expected="one of them", remedy="Pass device")
     if isinstance(device_map, str) and device_map in ("auto", "balanced", "sequential"):

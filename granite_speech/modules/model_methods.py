@@ -22,6 +22,12 @@ class ModelMethods(nn.Module, PushToHub):
     config_class: ClassVar[type[Config]] = GraniteSpeechConfig
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
+    _no_split_modules: ClassVar[set[str]] = {"GraniteDecoderLayer"}  # units that FSDP and accelerate keep on one device
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head; the model itself if it has none."""
+        return getattr(self, self.base_model_prefix, self)
 
     @property
     def name_or_path(self) -> str:

@@ -93,6 +93,9 @@ CALLS = {
     "names of other models": Call(
         lambda lib: (lambda c: [c.hidden_size, c.num_hidden_layers, c.num_mel_bins])(lib.GraniteSpeechEncoderConfig(num_layers=3))
     ),
+    "what a trainer ignores": Call(
+        lambda lib: [lib.GraniteSpeechConfig().keys_to_ignore_at_inference, lib.GraniteConfig().keys_to_ignore_at_inference]
+    ),
     # reading files
     "a folder": Call(lambda lib: parts(bundled(lib))),
     "a JSON file": Call(lambda lib: parts(lib.AutoConfig.from_pretrained(lib.folder + "/config.json"))),
@@ -150,6 +153,7 @@ CALLS = {
     ),
     "is a name in it": Call(lambda lib: [name in small(lib, note=1) for name in ("window_size", "note", "architectures", "nothing")]),
     "attributes that are not there": Call(lambda lib: [hasattr(small(lib), name) for name in ("nothing", "hidden_size", "audio_token_id")]),
+    "an attribute is removed": Call(lambda lib: (lambda c: (delattr(c, "note"), hasattr(c, "note"))[1])(small(lib, note=1))),
     # in a model
     "hidden states of the language model": Call(
         lambda lib: [one.shape for one in output(lib, text_config__output_hidden_states=True).hidden_states]

@@ -109,6 +109,7 @@ CALLS = {
     "device_map and what belongs to it": Call(
         lambda lib: load(lib, device_map="cpu", max_memory={"cpu": "8GB"}, offload_folder="offload", offload_buffers=False).dtype
     ),
+    "device_map by modules": Call(lambda lib: load(lib, device_map={"model": "cpu", "lm_head": "cpu"}).device),
     # options that change nothing
     "remote code": Call(lambda lib: words(lib, lib.AutoModelForSpeechSeq2Seq.from_pretrained(lib.folder, trust_remote_code=True))),
     "attention": Call(lambda lib: [load(lib, attn_implementation=one).config._attn_implementation for one in ("eager", "sdpa", None)]),
@@ -148,6 +149,11 @@ CALLS = {
     "names of the model": Call(
         lambda lib: (lambda m: [m.name_or_path, m.base_model_prefix, m.main_input_name, m.config_class.__name__])(load(lib))
     ),
+    "a head of its own": Call(
+        lambda lib: load(lib, tie_word_embeddings=False), refused=InputError, differs="transformers gives the head random weights"
+    ),
+    "without its head": Call(lambda lib: [type(one.base_model).__name__ for one in (lib.model, lib.model.model)]),
+    "what must stay together": Call(lambda lib: lib.model._no_split_modules),
     # what comes back
     "loading information": Call(lambda lib: load(lib, output_loading_info=True)[1]),
     "another shape": Call(lambda lib: load_model(lib, resized(lib)), refused=CheckpointError, differs="both refuse it"),
@@ -225,7 +231,9 @@ def test_options_that_would_change_the_result_are_refused():
     for options, named in (
         ({"load_in_8bit": True}, "load_in_8bit=True"),
         ({"use_safetensors": False}, "use_safetensors=False"),
-        ({"device_map": {"encoder": "cpu", "projector": "cuda"}}, "encoder"),
+        ({"device_map": {"encoder": "cpu", "projector": "cuda"}}, "encoder.*one device for all modules"),
+        ({"device_map": {}}, "one device for all modules"),
+        ({"tie_word_embeddings": False}, "head is its embedding"),
         ({"dtype": {"": "float32", "text_config": "bfloat16"}}, "one dtype for all parts"),
         ({"variant": "fp16"}, r"model\.fp16\.safetensors"),
         ({"variant": "../x"}, "variant"),
@@ -288,6 +296,12 @@ def test_weights_of_another_shape_get_random_values(tmp_path):
     assert 0.02 < float(model.projector.query.detach().float().std()) < 0.1
     assert model.lm_head.weight is model.get_input_embeddings().weight and model.lm_head.weight.dtype == torch.float16
     assert not any(one.is_meta for one in model.parameters())
+
+
+def test_options_of_generate_can_be_given():
+    model = GraniteSpeechForConditionalGeneration.from_pretrained("embedded", generation_config={"max_new_tokens": 3, "eos_token_id": []})
+    ids = torch.tensor([[1, 2, 3]])
+    assert model.generate(ids).shape[1] == 6
 
 
 def test_the_home_folder_is_found(tmp_path, monkeypatch):

@@ -207,6 +207,17 @@ def test_a_state_dict_to_save_is_complete_and_known(tmp_path):
         assert not (tmp_path / kind.__name__ / "adapter_config.json").exists()
 
 
+def test_a_copied_head_is_not_saved_twice(tmp_path):
+    model = GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
+    copies = {name: one.clone() for name, one in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "tied", state_dict=copies)
+    assert "language_model.lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    copies["language_model.lm_head.weight"] *= 2  # a head of its own is not lost
+    model.save_pretrained(tmp_path / "untied", state_dict=copies)
+    again = GraniteSpeechForConditionalGeneration.from_pretrained(tmp_path / "untied")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight * 2)
+
+
 def test_a_variant_leaves_other_weights_alone(tmp_path):
     model = GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
     model.save_pretrained(tmp_path, max_shard_size="1MB")

@@ -293,3 +293,29 @@ def test_files_can_be_downloaded_again(hub, tmp_path):
     hub.paths.clear()
     resolve("ibm/single", cache_dir=tmp_path, force_download=True)
     assert len([path for path in hub.paths if path.startswith("GET") and "/resolve/" in path]) == len(SINGLE)
+
+
+def test_without_weights_only_the_small_files_are_downloaded(hub, tmp_path):
+    folder = resolve("ibm/sharded", cache_dir=tmp_path, weights=False)
+    names = {path.name for path in folder.iterdir()}
+    assert "config.json" in names and "tokenizer.json" in names and not any(name.endswith(".safetensors") for name in names)
+    assert resolve("ibm/sharded", cache_dir=tmp_path) == folder
+    assert any(path.name.endswith(".safetensors") for path in folder.iterdir())
+
+
+def test_a_configuration_is_read_from_the_hub_without_weights(hub, tmp_path):
+    from granite_speech import AutoConfig, GraniteSpeechConfig
+
+    for load in (AutoConfig.from_pretrained, GraniteSpeechConfig.from_pretrained):
+        config = load("ibm/single", cache_dir=tmp_path, token=None, revision="main", force_download=True)
+        assert config.model_type == "granite_speech" and config.name_or_path == "ibm/single"
+    assert not any("safetensors" in path for path in hub.paths)
+
+
+def test_the_environment_can_forbid_the_network(hub, tmp_path, monkeypatch):
+    first = resolve("ibm/single", cache_dir=tmp_path)
+    hub.paths.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("ibm/single", cache_dir=tmp_path) == first and hub.paths == []
+    with pytest.raises(CheckpointNotFoundError, match="not complete in the local cache"):
+        resolve("ibm/sharded", cache_dir=tmp_path)
