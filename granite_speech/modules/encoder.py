@@ -17,6 +17,7 @@ from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.outputs import BaseModelOutputWithPooling
 from granite_speech.modules.packing import Segments, pack_clips
+from granite_speech.modules.wrapped_weights import weight_of
 
 __all__ = ["GraniteSpeechCTCEncoder"]
 
@@ -58,7 +59,7 @@ class GraniteSpeechConformerAttention(nn.Module):
         heads = (x.shape[0], self.num_heads, self.dim_head)
         q = self.to_q(x).view(heads)
         k, v = (part.unflatten(1, heads[1:]) for part in self.to_kv(x).chunk(2, dim=1))
-        out = OPERATIONS["block_attention"].run(q, k, v, self.rel_pos_emb.weight, clips.cu_seqlens, context_size=self.context_size)
+        out = OPERATIONS["block_attention"].run(q, k, v, weight_of(self.rel_pos_emb), clips.cu_seqlens, context_size=self.context_size)
         return self.dropout(self.to_out(out.flatten(1)))
 
     def extra_repr(self) -> str:
@@ -87,14 +88,14 @@ class GraniteSpeechConformerConvModule(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, clips: Segments) -> Tensor:
-        x = F.linear(self.norm(x), self.up_conv.weight.squeeze(2), self.up_conv.bias)
-        taps, depthwise_conv = self.depth_conv.conv.weight.squeeze(1), OPERATIONS["depthwise_conv"].run
+        x = F.linear(self.norm(x), weight_of(self.up_conv).squeeze(2), self.up_conv.bias)
+        taps, depthwise_conv = weight_of(self.depth_conv.conv).squeeze(1), OPERATIONS["depthwise_conv"].run
         if self.training:
             # The batch's own statistics are known only after the convolution: BatchNorm cannot be folded into it.
             x = F.silu(self.batch_norm(depthwise_conv(x, taps, None, None, clips.cu_seqlens)))
         else:
             x = depthwise_conv(x, taps, *self.folded_batch_norm(), clips.cu_seqlens)
-        return self.dropout(F.linear(x, self.down_conv.weight.squeeze(2), self.down_conv.bias))
+        return self.dropout(F.linear(x, weight_of(self.down_conv).squeeze(2), self.down_conv.bias))
 
     def folded_batch_norm(self) -> tuple[Tensor, Tensor]:
         """Running BatchNorm as `scale * x + shift`, both `(channels,)`, at least float32."""

@@ -313,6 +313,13 @@ CALLS = {
     "MLP and encoder": Call(lambda lib: mixed_names(lib, lora(["up_proj", "down_proj", "to_q", "query"]))),
     "layers_to_transform": Call(lambda lib: mixed_names(lib, lora(layers_to_transform=[0, 2], layers_pattern="layers"))),
     "exclude_modules": Call(lambda lib: mixed_names(lib, lora("all-linear", exclude_modules=r".*(encoder|projector).*"))),
+    "convolutions": Call(lambda lib: gradients(lib, wrapped(lib, lora(["up_conv", "down_conv"]), own=False)), tolerance=1e-3),
+    "position embeddings": Call(lambda lib: logits(lib, wrapped(lib, lora(["rel_pos_emb"]), own=False))),
+    "merged convolutions": Call(lambda lib: logits(lib, wrapped(lib, lora(["up_conv"]), own=False).merge_and_unload())),
+    "DoRA of convolutions": Call(
+        lambda lib: logits(lib, wrapped(lib, lora(["up_conv"], use_dora=True), own=False)),
+        refused=UnsupportedError, differs="the encoder reads these weights and does not call the modules",
+    ),
     "lm_head": Call(lambda lib: count(wrapped(lib, lora(["lm_head"]), own=False))),
     "modules_to_save": Call(kept_module, tolerance=1e-3),
     "other modules than the own adapter's": Call(lambda lib: logits(lib, wrapped(lib, lora(["k_proj"])))),
