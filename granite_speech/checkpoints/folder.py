@@ -139,11 +139,7 @@ class Checkpoint:
 
 
 def read_adapter(folder: str | Path, *, whole_modules: bool = False) -> tuple[dict, dict[str, TensorEntry]]:
-    """An adapter's folder: the contents of adapter_config.json, and canonical name → LoRA matrix.
-
-    Args:
-        folder: with the adapter's two files.
-        whole_modules: whether the tensors of `modules_to_save` may be among them.
+    """An adapter's folder: the contents of adapter_config.json, and canonical name → LoRA matrix (or `whole_modules` saved with it).
 
     Raises:
         CheckpointNotFoundError: one of the two files is missing.

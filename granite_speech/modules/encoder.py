@@ -34,6 +34,7 @@ from granite_speech.modules.outputs import BaseModelOutputWithPooling
 from granite_speech.modules.packing import Segments, pack_clips
 from granite_speech.modules.prompts import refuse_arguments
 from granite_speech.modules.transfers import on_device
+from granite_speech.modules.wrapped_weights import weight_of
 
 __all__ = ["GraniteSpeechCTCEncoder"]
 
@@ -87,7 +88,7 @@ class GraniteSpeechConformerAttention(nn.Module):
         if is_padded:
             x = F.pad(x, (0, 0, 0, -x.shape[1] % self.context_size))  # whole blocks, which is what hooks see in transformers
         q, k, v = (part.unflatten(-1, heads) for part in (self.to_q(x), *self.to_kv(x).chunk(2, dim=-1)))
-        table = self.rel_pos_emb.weight
+        table = weight_of(self.rel_pos_emb)
         if is_padded:
             q, k, v = map(clips.pack, (q, k, v))
             table = self._table_after_hooks() if have_hooks(self.rel_pos_emb) else table
@@ -102,7 +103,7 @@ class GraniteSpeechConformerAttention(nn.Module):
         looked_up, last = self.rel_pos_emb(distances), self.context_size - 1
         # Every distance once: those before the first query's own in the first row, the others in the first column.
         used = torch.cat((looked_up[0].flip(0), looked_up[1:, 0]))
-        before, _, after = self.rel_pos_emb.weight.tensor_split((self.max_pos_emb - last, self.max_pos_emb + last + 1))
+        before, _, after = weight_of(self.rel_pos_emb).tensor_split((self.max_pos_emb - last, self.max_pos_emb + last + 1))
         table = torch.cat((before, used, after))
         if not torch.equal(table[distances], looked_up):
             raise UnsupportedError(
@@ -172,14 +173,14 @@ class GraniteSpeechConformerConvModule(nn.Module):
         return clips.pad(self._convolve(clips.pack(hidden_states), clips), hidden_states.shape[1])
 
     def _convolve(self, x: Tensor, clips: Segments) -> Tensor:
-        x = F.linear(self.norm(x), self.up_conv.weight.squeeze(2), self.up_conv.bias)
-        taps, depthwise_conv = self.depth_conv.conv.weight.squeeze(1).to(x.dtype), OPERATIONS["depthwise_conv"].run
+        x = F.linear(self.norm(x), weight_of(self.up_conv).squeeze(2), self.up_conv.bias)
+        taps, depthwise_conv = weight_of(self.depth_conv.conv).squeeze(1).to(x.dtype), OPERATIONS["depthwise_conv"].run
         if self.training:
             # The batch's own statistics are known only after the convolution: BatchNorm cannot be folded into it.
             x = F.silu(self.batch_norm(depthwise_conv(x, taps, None, None, clips.cu_seqlens)))
         else:
             x = depthwise_conv(x, taps, *self.folded_batch_norm(), clips.cu_seqlens)
-        return self.dropout(F.linear(x, self.down_conv.weight.squeeze(2), self.down_conv.bias))
+        return self.dropout(F.linear(x, weight_of(self.down_conv).squeeze(2), self.down_conv.bias))
 
     def _convolve_in_steps(self, x: Tensor, clips: Segments) -> Tensor:
         """The same with every module called as in transformers, on `(clips, channels, frames)`, for their hooks."""

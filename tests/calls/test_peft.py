@@ -274,9 +274,9 @@ def from_folder(lib, **options):
     return answer(lib, model), sorted(model.peft_config), model.name_or_path == lib.folder
 
 
-def saved_modules(lib):
-    """A folder with a trained projection next to the adapter."""
-    folder, model = lib.new_folder(), wrapped(lib, lora(modules_to_save=["linear"]))
+def saved_modules(lib, name="linear"):
+    """A folder with a trained module next to the adapter."""
+    folder, model = lib.new_folder(), wrapped(lib, lora(modules_to_save=[name]))
     for name, one in model.named_parameters():
         if "modules_to_save" in name:
             one.data = one.data * 1.5
@@ -313,10 +313,20 @@ CALLS = {
     "MLP and encoder": Call(lambda lib: mixed_names(lib, lora(["up_proj", "down_proj", "to_q", "query"]))),
     "layers_to_transform": Call(lambda lib: mixed_names(lib, lora(layers_to_transform=[0, 2], layers_pattern="layers"))),
     "exclude_modules": Call(lambda lib: mixed_names(lib, lora("all-linear", exclude_modules=r".*(encoder|projector).*"))),
+    "convolutions": Call(lambda lib: gradients(lib, wrapped(lib, lora(["up_conv", "down_conv"]), own=False)), tolerance=1e-3),
+    "position embeddings": Call(lambda lib: logits(lib, wrapped(lib, lora(["rel_pos_emb"]), own=False))),
+    "merged convolutions": Call(lambda lib: logits(lib, wrapped(lib, lora(["up_conv"]), own=False).merge_and_unload())),
+    "DoRA of convolutions": Call(
+        lambda lib: logits(lib, wrapped(lib, lora(["up_conv"], use_dora=True), own=False)),
+        refused=UnsupportedError, differs="the encoder reads these weights and does not call the modules",
+    ),
     "lm_head": Call(lambda lib: count(wrapped(lib, lora(["lm_head"]), own=False))),
     "modules_to_save": Call(kept_module, tolerance=1e-3),
     "other modules than the own adapter's": Call(lambda lib: logits(lib, wrapped(lib, lora(["k_proj"])))),
     "another name than the own adapter's": Call(lambda lib: logits(lib, wrapped(lib, adapter_name="mine"))),
+    "another name and other modules": Call(
+        lambda lib: (count(model := wrapped(lib, lora(["k_proj"]), adapter_name="mine")), logits(lib, model))
+    ),
     "trainable parameters": Call(lambda lib: count(wrapped(lib))),
     "generate": Call(lambda lib: answer(lib, wrapped(lib))),
     "generate without audio": Call(lambda lib: text_answer(lib, own=False)),
@@ -334,6 +344,10 @@ CALLS = {
     "DoRA": Call(lambda lib: logits(lib, wrapped(lib, lora(use_dora=True), own=False))),
     "IA3": Call(lambda lib: count(wrapped(lib, peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]), own=False))),
     # --- transformers' own methods ---
+    "parameters that train after loading": Call(
+        lambda lib: any(one.requires_grad for one in lib.new_model().parameters()),
+        differs="transformers freezes a model that has an adapter; here all of a loaded model can be trained",
+    ),
     "load_adapter and set_adapter": Call(loaded_by_name),
     "load_adapter with tensors": Call(given_tensors),
     "load_adapter, is_trainable": Call(trainable),
@@ -397,9 +411,11 @@ def test_an_adapter_trained_with_one_package_loads_in_the_other(pair, way):
     assert_same(logits(target, model.eval()), expected)
 
 
-def test_a_folder_with_modules_to_save_gives_the_trained_model(tmp_path):
+@pytest.mark.parametrize("name", ["linear", "embed_tokens", "lm_head"])
+def test_a_folder_with_modules_to_save_gives_the_trained_model(name, tmp_path):
+    """Embeddings and head are one weight in the checkpoint, and two once one of them was trained."""
     lib = library("granite_speech")
-    folder = saved_modules(lib)
+    folder = saved_modules(lib, name)
     expected = logits(lib, PeftModel.from_pretrained(lib.new_model(), folder))
     model = lib.GraniteSpeechForConditionalGeneration.from_pretrained(folder)
     assert_same(logits(lib, model), expected)
