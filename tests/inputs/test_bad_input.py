@@ -374,7 +374,7 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "10**9 characters, by replace": (render("{{ ('x' * 10**5).replace('x', 'y' * 10**4) }}"), InputError, "failed"),
     "10**9 numbers in a range": (render("{{ range(10**9) | list | length }}"), InputError, "failed"),
     "a number of 10**9 digits": (render("{{ 10 ** 1000000000 }}"), InputError, "size"),
-    "a tool that is a function": (render("x", tools=[print]), UnsupportedError, "a tool"),
+    "a tool that is a function": (render("x", tools=[print]), InputError, "a tool"),
     "a message to continue": (render("x", continue_final_message=True), InputError, "continue_final_message"),
     # forward
     "ids that are floats": (forward(input_ids=torch.zeros(1, 3)), InputError, "float32"),
