@@ -158,7 +158,13 @@ ARGUMENTS = {
     "labels": continued(labels=TEXT),
     "position ids": continued(position_ids=torch.arange(7)[None]),
     "padding without a mask": Call(
-        lambda lib: lib.model.generate(torch.tensor([[321, 321, 40, 17], [17, 41, 22, 33]]), max_new_tokens=8, eos_token_id=320)
+        lambda lib: lib.model.generate(
+            torch.tensor([[321, 321, 40, 17], [17, 41, 22, 33]]),
+            max_new_tokens=2,
+            suppress_tokens=[320],
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
     ),
     "a batch": Call(lambda lib: lib.model.generate(**left_padded(lib), max_new_tokens=12)),
     "an assistant": Call(
@@ -241,7 +247,7 @@ STOPPING = {
     "a criterion, beams": continued(stopping_criteria=[EndsWith(*range(0, 323, 3))], num_beams=3, num_return_sequences=2),
     "maximum length in place of the option": continued(stopping_criteria=[transformers.MaxLengthCriteria(20)], max_new_tokens=3),
     "a shorter maximum": continued(stopping_criteria=transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(max_length=10)])),
-    "end tokens in place of the option": generated(stopping_criteria=[transformers.EosTokenCriteria([300])], max_new_tokens=16),
+    "end tokens in place of the option": generated(stopping_criteria=[transformers.EosTokenCriteria([300])], max_new_tokens=40),
     "time": continued(max_time=0.0),
     "time, beams": continued(max_time=0.0, num_beams=2),
     "enough time": continued(max_time=100.0),

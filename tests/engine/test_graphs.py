@@ -172,21 +172,21 @@ def test_a_capture_that_fails_leaves_eager_steps(graphed):
 LOGITS, CHOOSE = DecodeStep.logits, DecodeStep.choose
 
 
-def replaces_its_tokens(step, logits, place):
-    scores = CHOOSE(step, logits, place)
+def replaces_its_tokens(step, logits, place, *scores):
+    chosen_from = CHOOSE(step, logits, place, *scores)
     step._tokens = step._tokens.clone()
-    return scores
+    return chosen_from
 
 
-def reads_a_length(step, logits, place):
+def reads_a_length(step, logits, place, *scores):
     assert int(step._kv_lens.max()) >= 0
-    return CHOOSE(step, logits, place)
+    return CHOOSE(step, logits, place, *scores)
 
 
-def keeps_scores_for_later(step, logits, place):
-    scores = CHOOSE(step, logits + 0 * getattr(step, "last", logits), place)
-    step.last = scores
-    return scores
+def keeps_scores_for_later(step, logits, place, *scores):
+    chosen_from = CHOOSE(step, logits + 0 * getattr(step, "last", logits), place, *scores)
+    step.last = chosen_from
+    return chosen_from
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_a_step_that_cannot_be_captured_is_found(graphed, monkeypatch, fault, me
         answers(graphed.model, prompts())
 
 
-def replaces_the_tokens_of_the_state(step, logits, place):
-    scores = CHOOSE(step, logits, place)
+def replaces_the_tokens_of_the_state(step, logits, place, *scores):
+    chosen_from = CHOOSE(step, logits, place, *scores)
     step._state.tokens = step._state.tokens.clone()
     step._tokens = step._state.tokens[: step._rows]
-    return scores
+    return chosen_from
 
 
 def test_a_step_that_replaces_a_tensor_of_the_state_is_found(graphed, monkeypatch):
@@ -219,10 +219,10 @@ def test_a_step_that_replaces_a_tensor_of_the_state_is_found(graphed, monkeypatc
         answers(graphed.model, prompts())
 
 
-def counts_lengths_on_the_host(step):
+def counts_lengths_on_the_host(step, *collected):
     step.length = getattr(step, "length", 2) + 1  # the prompt has 3 tokens
     step._kv_lens.fill_(step.length)
-    return LOGITS(step)
+    return LOGITS(step, *collected)
 
 
 def test_a_length_of_the_host_gives_other_ids(graphed, monkeypatch):
