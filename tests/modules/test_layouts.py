@@ -125,6 +125,17 @@ def test_hooks_in_an_engine_see_padded_batches_and_change_no_answer():
     assert {rank for _, rank in seen} == {3} and len({name for name, _ in seen}) == 4
 
 
+@torch.no_grad()
+def test_a_hook_of_the_head_sees_rows_of_the_kept_columns():
+    model, seen = small_model(), []
+    model.lm_head.register_forward_hook(lambda module, given, output: seen.append(tuple(given[0].shape)))
+    inputs = batch(model)
+    model(**inputs)
+    model(**inputs, logits_to_keep=2)
+    model.generate(**inputs, max_new_tokens=2, min_new_tokens=2)
+    assert seen == [(*inputs["input_ids"].shape, 32), (3, 2, 32), (3, 1, 32), (3, 1, 32)]
+
+
 # --- when there are hooks --------------------------------------------------------------------------------------------------------
 
 
