@@ -10,7 +10,7 @@ from typing import Any
 
 from granite_speech.errors import InputError, UnsupportedError
 
-__all__ = ["check_unused", "pop_hub_options"]
+__all__ = ["HUB_OPTIONS", "check_unused", "hub_options", "pop_hub_options"]
 
 # Accepted with any value.
 _WITHOUT_EFFECT = {
@@ -58,15 +58,27 @@ _AT_THESE_VALUES: dict[str, tuple[tuple, str]] = {
     "ignore_mismatched_sizes": ((False,), "Omit it, and correct the configuration"),
 }
 
-_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def pop_hub_options(options: dict[str, Any]) -> dict[str, Any]:
     """Remove the options of `hub.resolve` from a call's options and return them. `use_auth_token` is an earlier name of `token`."""
-    found = {name: options.pop(name) for name in _HUB if name in options}
+    found = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
     earlier = options.pop("use_auth_token", None)
     if found.get("token") is None and earlier is not None:
         found["token"] = earlier
+    return found
+
+
+def hub_options(options: dict[str, Any], call: str) -> dict[str, Any]:
+    """The options of `hub.resolve` among a call's options; the others must be those that change nothing here.
+
+    Raises:
+        InputError, UnsupportedError: as `check_unused`.
+    """
+    options = dict(options)
+    found = pop_hub_options(options)
+    check_unused(options, call)
     return found
 
 
@@ -94,7 +106,7 @@ def check_unused(options: Mapping[str, Any], call: str, known: Iterable[str] = (
                     got=f"{name}={value!r:.100} for {call}", expected=" or ".join(map(repr, (None, *accepted))), remedy=remedy
                 )
         else:
-            raise _unknown(name, call, {*known, *_HUB, *_WITHOUT_EFFECT, *_AT_THESE_VALUES, "attn_implementation"})
+            raise _unknown(name, call, {*known, *HUB_OPTIONS, *_WITHOUT_EFFECT, *_AT_THESE_VALUES, "attn_implementation"})
 
 
 def _check_attention(name: str, value: Any) -> None:

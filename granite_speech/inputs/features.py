@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from granite_speech.checkpoints.call_options import HUB_OPTIONS, hub_options
 from granite_speech.checkpoints.folder import load_json, resolve
+from granite_speech.checkpoints.upload import PushToHub, saving
 from granite_speech.errors import AudioError, ConfigError, InputError
 from granite_speech.inputs.batch import BatchFeature
 from granite_speech.inputs.clips import as_clips
 from granite_speech.inputs.feature_padding import pad_features
 from granite_speech.inputs.log_mel import FrameCounts, LogMel, count_frames
 from granite_speech.inputs.processor_files import EXTRACTOR, EXTRACTOR_TYPE, extractor_arguments, read_configuration, write_json
-from granite_speech.inputs.saving import HUB_OPTIONS, hub_arguments, hub_options, push, saving, upload_arguments
 from granite_speech.inputs.sources import arrays_and_rates
 from granite_speech.inputs.text_options import check_choice
 
@@ -33,7 +34,7 @@ _ENTRIES = (
 )  # fmt: skip
 
 
-class GraniteSpeechFeatureExtractor(LogMel):
+class GraniteSpeechFeatureExtractor(LogMel, PushToHub):
     """Turns clips into log-mel features.
 
     Args:
@@ -243,7 +244,7 @@ class GraniteSpeechFeatureExtractor(LogMel):
         """The contents of a folder's configuration file, and the options that are changes of it. options: as in `from_pretrained`."""
         names = {*_ENTRIES, "return_unused_kwargs"}
         if options.get("return_unused_kwargs"):
-            names |= options.keys() - HUB_OPTIONS
+            names |= options.keys() - set(HUB_OPTIONS)
         changes = {name: options.pop(name) for name in list(options) if name in names}
         path = Path(pretrained_model_name_or_path).expanduser()
         if path.is_file():
@@ -276,7 +277,8 @@ class GraniteSpeechFeatureExtractor(LogMel):
             CheckpointError, ConfigError, UnsupportedError: a file with invalid contents, or of another model.
             InputError: an unknown option.
         """
-        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
+        options |= {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
+        options["revision"] = revision
         contents, changes = cls.get_feature_extractor_dict(pretrained_model_name_or_path, **options)
         return cls.from_dict(contents, **changes)
 
@@ -291,37 +293,9 @@ class GraniteSpeechFeatureExtractor(LogMel):
         Returns:
             The path of the file, in a list.
         """
-        with saving(save_directory, "GraniteSpeechFeatureExtractor.save_pretrained", push_to_hub, options) as folder:
+        with saving(save_directory, "GraniteSpeechFeatureExtractor.save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
             self.to_json_file(folder / EXTRACTOR)
         return [str(folder / EXTRACTOR)]
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = None,
-        tags: list[str] | None = None,
-        **options: Any,
-    ) -> Any:
-        """Uploads preprocessor_config.json.
-
-        Args:
-            repo_id: "owner/name", or a name in the account's own namespace.
-            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
-            max_shard_size: of weights, of which there are none here.
-            options: those of transformers that change nothing.
-
-        Returns:
-            The address of the commit.
-        """
-        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
-        return push(self.save_pretrained, repo_id, "GraniteSpeechFeatureExtractor.push_to_hub", options)
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> "GraniteSpeechFeatureExtractor":

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from granite_speech.checkpoints.call_options import hub_options
 from granite_speech.checkpoints.folder import resolve
+from granite_speech.checkpoints.upload import PushToHub, saving
 from granite_speech.errors import InputError
 from granite_speech.inputs.audio import resample
 from granite_speech.inputs.batch import BatchEncoding, BatchFeature
@@ -21,14 +23,13 @@ from granite_speech.inputs.clips import check_clips, clips_of_prompt, wrong_clip
 from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
 from granite_speech.inputs.placeholders import count_placeholders, expand, moved, tokens_for
 from granite_speech.inputs.processor_files import EXTRACTOR, PROCESSOR, read_configuration, write_json
-from granite_speech.inputs.saving import hub_arguments, hub_options, push, saving, upload_arguments
 from granite_speech.inputs.sources import arrays_and_rates
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 
 __all__ = ["BatchFeature", "GraniteSpeechProcessor"]
 
 
-class GraniteSpeechProcessor:
+class GraniteSpeechProcessor(PushToHub):
     """A feature extractor and a tokenizer that agree on the number of audio tokens.
 
     Args:
@@ -255,7 +256,8 @@ class GraniteSpeechProcessor:
             UnsupportedError: the feature extractor of another model.
             InputError: unknown options.
         """
-        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
+        options |= {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
+        options["revision"] = revision
         settings = GraniteSpeechTokenizer.pop_settings(options)
         changes = {name: options.pop(name) for name in GraniteSpeechFeatureExtractor.SETTINGS if name in options}
         audio_token = options.pop("audio_token", None)
@@ -289,40 +291,12 @@ class GraniteSpeechProcessor:
         Returns:
             The path of processor_config.json, in a list.
         """
-        with saving(save_directory, "GraniteSpeechProcessor.save_pretrained", push_to_hub, options) as folder:
+        with saving(save_directory, "GraniteSpeechProcessor.save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
             self.tokenizer.save_pretrained(folder)
             write_chat_template(folder, self.chat_template)
             self.to_json_file(folder / PROCESSOR)
             write_json(folder / EXTRACTOR, {**self.audio_processor.to_dict(), "processor_class": type(self).__name__})
         return [str(folder / PROCESSOR)]
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = None,
-        tags: list[str] | None = None,
-        **options: Any,
-    ) -> Any:
-        """Uploads the processor's files.
-
-        Args:
-            repo_id: "owner/name", or a name in the account's own namespace.
-            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
-            max_shard_size: of weights, of which there are none here.
-            options: those of transformers that change nothing.
-
-        Returns:
-            The address of the commit.
-        """
-        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
-        return push(self.save_pretrained, repo_id, "GraniteSpeechProcessor.push_to_hub", options)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of processor_config.json."""

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from granite_speech.checkpoints.call_options import hub_options
 from granite_speech.checkpoints.folder import resolve
+from granite_speech.checkpoints.upload import PushToHub, saving
 from granite_speech.errors import CheckpointError, InputError, UnsupportedError
 from granite_speech.inputs.chat import message_ids, render_conversations, select_template, text_masks
 from granite_speech.inputs.chat_template import LONGEST_PROMPT, render_chat_template, write_chat_template
 from granite_speech.inputs.coding import Coder
-from granite_speech.inputs.saving import hub_arguments, hub_options, push, saving, upload_arguments
 from granite_speech.inputs.text_options import UNLIMITED, check_choice
 from granite_speech.inputs.tokenizer_files import read_files, write_files
 from granite_speech.inputs.vocabulary import ROLES
@@ -30,7 +31,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-class GraniteSpeechTokenizer(Coder):
+class GraniteSpeechTokenizer(Coder, PushToHub):
     """A byte-level BPE tokenizer with padding and a chat template.
 
     Args:
@@ -154,7 +155,8 @@ class GraniteSpeechTokenizer(Coder):
             CheckpointNotFoundError, CheckpointError, MissingDependencyError: as `from_folder`.
             InputError, UnsupportedError: an unknown option, or one that would change the result.
         """
-        options |= hub_arguments(cache_dir, force_download, local_files_only, token, revision)
+        options |= {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
+        options["revision"] = revision
         settings = cls.pop_settings(options)
         folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechTokenizer.from_pretrained"))
         return cls.from_folder(folder, **settings | {"name_or_path": str(pretrained_model_name_or_path)})
@@ -202,7 +204,7 @@ class GraniteSpeechTokenizer(Coder):
             InputError: an unknown option.
         """
         check_choice("save_format", save_format, (None, "hf"))
-        with saving(save_directory, "GraniteSpeechTokenizer.save_pretrained", push_to_hub, options) as folder:
+        with saving(save_directory, "GraniteSpeechTokenizer.save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
             names = ("padding_side", "truncation_side", "model_max_length", "model_input_names", "clean_up_tokenization_spaces")
             settings = {name: getattr(self, name) for name in names if name in self.config or name in ("padding_side", "model_input_names")}
             if self.truncation_side != "right" or self.model_max_length != UNLIMITED:
@@ -211,37 +213,9 @@ class GraniteSpeechTokenizer(Coder):
             files += write_chat_template(folder, self.chat_template)
         return tuple(map(str, files))
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = None,
-        tags: list[str] | None = None,
-        **options: Any,
-    ) -> Any:
-        """Uploads the tokenizer's files.
-
-        Args:
-            repo_id: "owner/name", or a name in the account's own namespace.
-            commit_message, commit_description, private, token, revision, create_pr, tags: as in `granite_speech.checkpoints.upload`.
-            max_shard_size: of weights, of which there are none here.
-            options: those of transformers that change nothing.
-
-        Returns:
-            The address of the commit.
-        """
-        options |= upload_arguments(commit_message, commit_description, private, token, revision, create_pr, tags)
-        return push(self.save_pretrained, repo_id, "GraniteSpeechTokenizer.push_to_hub", options)
-
     def save_vocabulary(self, save_directory: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes vocab.json and merges.txt, without added tokens. Returns the paths."""
-        with saving(save_directory, "GraniteSpeechTokenizer.save_vocabulary", False, {}) as folder:
+        with saving(save_directory, "GraniteSpeechTokenizer.save_vocabulary") as folder:
             return tuple(self.backend.model.save(str(folder), filename_prefix))
 
     @property
