@@ -186,8 +186,9 @@ class AutoFeatureExtractor(_Auto):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> GraniteSpeechFeatureExtractor:
-        """The feature extractor of `AutoProcessor`."""
-        return AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs).audio_processor
+        """As `GraniteSpeechFeatureExtractor.from_pretrained`, with the same check as `AutoProcessor`."""
+        folder, options = _processing_folder(pretrained_model_name_or_path, kwargs)
+        return GraniteSpeechFeatureExtractor.from_pretrained(folder, **options)
 
     @classmethod
     def register(cls, config_class: type, feature_extractor_class: type, exist_ok: bool = False) -> None:

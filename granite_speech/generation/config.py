@@ -146,11 +146,12 @@ class GenerationConfig(PushToHub):
         with saving(save_directory, "GenerationConfig.save_pretrained", push_to_hub=push_to_hub, options=kwargs) as folder:
             (folder / (config_file_name or FILE)).write_text(text, encoding="utf-8")
 
-    def validate(self, strict: bool = False) -> None:
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check the options as `generate` does.
 
         Args:
             strict: refuse options that do nothing too, which otherwise give a warning.
+            user_set_attributes: accepted and not used; every option that is set is checked.
 
         Raises:
             InputError: an option out of range or not supported, or options that contradict each other.
@@ -163,8 +164,8 @@ class GenerationConfig(PushToHub):
             except UserWarning as warning:
                 raise InputError(got=str(warning), expected="options that have an effect", remedy="Remove it") from None
 
-    def get_generation_mode(self) -> str:
-        """The method: "greedy_search", "sample", "beam_search" or "beam_sample"."""
+    def get_generation_mode(self, assistant_model: None = None) -> str:
+        """The method: "greedy_search", "sample", "beam_search" or "beam_sample". `generate` refuses an assistant_model."""
         if (self.num_beams or 1) == 1:
             return "sample" if self.do_sample else "greedy_search"
         return "beam_sample" if self.do_sample else "beam_search"

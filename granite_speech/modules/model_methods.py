@@ -74,7 +74,7 @@ class ModelMethods(nn.Module, PushToHub):
     def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
         """Accepted: this family has no experts."""
 
-    def set_use_kernels(self, use_kernels: bool, kernel_config: Any = None) -> None:
+    def set_use_kernels(self, use_kernels: bool, kernel_config: Any = None, mode: Any = None) -> None:
         """Accepted: the kernels are always those of this package."""
 
     def warn_if_padding_and_no_attention_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

@@ -19,9 +19,10 @@ from granite_speech.errors import AudioError, InputError, UnsupportedError
 from granite_speech.inputs.batch import BatchFeature
 from granite_speech.inputs.placeholders import moved, tokens_for
 from granite_speech.inputs.recordings import samples_of, transcript_request
-from tests.calls.test_tokenizing import MARKED, stand_in
+from tests.calls.test_tokenizing import MARKED
 from tests.support.paths import ROOT
 from tests.support.two_libraries import PROMPT, WORDS, Call, comparison, library
+from tests.support.uploads import record_uploads
 
 LENGTH = 7800  # that both clips have: transformers gives a padded clip other features
 SHORT = "USER: <|audio|>transcribe\n ASSISTANT:"
@@ -403,7 +404,7 @@ def test_a_full_prompt_is_used_as_it_is(ours):
 
 
 def test_loading_with_settings_and_uploading(ours, tmp_path, monkeypatch):
-    uploads = stand_in(monkeypatch)
+    uploads = record_uploads(monkeypatch)
     kind = ours.GraniteSpeechProcessor
     processor = kind.from_pretrained(
         ours.folder, padding_side="right", chat_template="x", projector_window_size=12, audio_token="<|audio|>", trust_remote_code=True,

@@ -37,20 +37,8 @@ PAIRS = {name: (getattr(granite_speech, name), getattr(transformers, name)) for 
     "GenerationConfig": (granite_speech.GenerationConfig, transformers.GenerationConfig),
 }
 
-# By parameter: why no method here has it. All are of `register`, which makes an Auto class load a class of the caller's own.
-PARAMETERS = dict.fromkeys(
-    (
-        "config",
-        "fast_tokenizer_class",
-        "feature_extractor_class",
-        "model_class",
-        "model_type",
-        "processor_class",
-        "slow_tokenizer_class",
-        "tokenizer_class",
-    ),
-    REMOTE_CODE,
-)
+# By parameter: why no method here has it.
+PARAMETERS: dict[str, str] = {}
 
 # By method: why a class here lacks it.
 INTERNAL, WHOLE_MODEL = "transformers calls it, users do not", "the whole model has it, a part has not"
@@ -63,7 +51,7 @@ METHODS = {
     "Engine answers many requests at once": """continuous_batching_context_manager destroy_cached_continuous_batching_manager
         generate_batch init_continuous_batching""",
     "other models only": """dequantize get_correct_experts_implementation get_experts_implementation get_mtp_config
-        set_experts_implementation set_use_kernels parse_response get_response_parser heal_tokens""",
+        parse_response get_response_parser heal_tokens""",
     "a tokenizer is trained with the library tokenizers": """train_new_from_iterator convert_added_tokens convert_to_native_format
         update_post_processor set_truncation_and_padding save_chat_templates""",
     WHOLE_MODEL: """active_adapters add_adapter can_generate delete_adapter disable_adapters enable_adapters enable_peft_hotswap
@@ -72,11 +60,11 @@ METHODS = {
         tie_weights""",
     INTERNAL: """adjust_generation_fn check_argument_for_proper_class convert_rope_params_to_dict dict_dtype_to_str
         generation_config_class get_compiled_call get_correct_attn_implementation get_expanded_tied_weights_keys
-        get_generation_mode get_init_context get_parameter_or_buffer get_text_with_replacements is_backend_compatible
+        get_init_context get_text_with_replacements is_backend_compatible
         mark_tied_weights_as_initialized named_non_persistent_buffers prepare_inputs_layout replace_audio_token
-        retrieve_modules_from_names standardize_rope_params valid_processor_kwargs validate validate_architecture
+        retrieve_modules_from_names standardize_rope_params valid_processor_kwargs validate_architecture
         validate_init_kwargs validate_inputs validate_layer_type validate_output_attentions validate_rope validate_token_ids
-        warn_if_padding_and_no_attention_mask""",
+""",
 }
 
 

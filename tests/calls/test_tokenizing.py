@@ -13,6 +13,7 @@ import torch
 from granite_speech.errors import CheckpointError, InputError
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from tests.support.two_libraries import Call, comparison
+from tests.support.uploads import record_uploads
 
 TEXTS = ["can you transcribe the speech?", "seven", "Grüße, 日本語 and\n\ntwo  spaces<|audio|> x"]
 LONG = TEXTS[0] * 3
@@ -394,9 +395,9 @@ def test_wrong_calls_are_refused(ours, call, words):
 
 def test_folders_that_are_files_and_uploads(ours, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="no folder can be made"):
+    with pytest.raises(CheckpointError, match="which is a file"):
         ours.save_pretrained(tmp_path / "file")
-    uploads = stand_in(monkeypatch)
+    uploads = record_uploads(monkeypatch)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "secret.txt").write_text("")
     ours.save_pretrained(tmp_path / "old", push_to_hub=True, private=True)
@@ -404,19 +405,3 @@ def test_folders_that_are_files_and_uploads(ours, tmp_path, monkeypatch):
     names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     assert uploads == [("old", names, {"private": True}), ("me/name", names, {"commit_message": "words", "token": "t"})]
     assert ours.save_vocabulary(tmp_path / "v") == (str(tmp_path / "v/vocab.json"), str(tmp_path / "v/merges.txt"))
-
-
-def stand_in(monkeypatch) -> list:
-    """Replaces the upload; returns the list of uploads to come."""
-    import sys
-    from types import ModuleType
-
-    uploads, module = [], ModuleType("upload")
-
-    def upload(folder, repo_id, **options):
-        uploads.append((repo_id, sorted(path.name for path in folder.iterdir()), options))
-        return repo_id
-
-    module.upload = upload
-    monkeypatch.setitem(sys.modules, "granite_speech.checkpoints.upload", module)
-    return uploads
