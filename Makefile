@@ -31,7 +31,7 @@ bench: .venv/installed
 rehearse: .venv/installed
 	$(BIN)/python -m bench rehearse
 
-# Train the bundled checkpoint: two hours and 40 minutes on two cores. An interrupted run resumes when the command is repeated.
+# Train the bundled checkpoint: about three hours on two cores. An interrupted run resumes when the command is repeated.
 embedded: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m granite_speech.training.bundled_checkpoint.recipe build/embedded \
 		--dtype bfloat16 --checkpoint granite_speech/assets/embedded --curve bench/results/embedded-training.svg

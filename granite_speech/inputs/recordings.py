@@ -12,7 +12,7 @@ from torch import Tensor
 from granite_speech.inputs.audio import AudioWarning, load_with_warning
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 
-__all__ = ["Recording", "read_recording", "samples_of", "transcript_request"]
+__all__ = ["PROMPT_3", "Recording", "read_recording", "samples_of", "transcript_request"]
 
 Recording = str | PathLike | BinaryIO | bytes | np.ndarray | Tensor
 

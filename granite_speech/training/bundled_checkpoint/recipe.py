@@ -5,7 +5,8 @@ Like the parts of the real model (arXiv 2505.08699), its parts are trained one a
 1. the encoder, by CTC over characters at the middle and last layers, on speech that gets harder (`Lessons`);
 2. the language model, on text tasks: digits to words, words to digits, repeating words, clearing up stutters;
 3. the projector, to produce the embeddings of the letters that the encoder predicts, which look like a stutter;
-4. projector and adapter, on speech. The rest is frozen, so without the adapter the language model is that of stage 2.
+4. projector and adapter, on speech. The rest is frozen, so without the adapter the language model is that of stage 2;
+5. the same two parts, for less time, on the request of the 3.x model cards too, which stage 4 does not have.
 
 Each stage has its own training checkpoint, so the recipe can be stopped at any time and run again. On other hardware the data is the same
 and results differ by rounding.
@@ -30,7 +31,7 @@ from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.training.batches import BatchSource
 from granite_speech.training.bundled_checkpoint.lessons import Lessons
-from granite_speech.training.bundled_checkpoint.small_model import PROMPTS, make_model, make_tokenizer
+from granite_speech.training.bundled_checkpoint.small_model import PROMPTS, PROMPTS_OF_CARDS, make_model, make_tokenizer
 from granite_speech.training.bundled_checkpoint.synthesis import synthesize
 from granite_speech.training.bundled_checkpoint.vocabulary import BLANK, make_text_task
 from granite_speech.training.data import TextData
@@ -44,7 +45,7 @@ from granite_speech.training.preparation import attach_fresh_adapter, prepare
 from granite_speech.training.processes import process_group, rank, shared_errors
 from granite_speech.training.trainer import Trainer, Validation
 
-STAGES = ("encoder", "language_model", "projector", "adapter")
+STAGES = ("encoder", "language_model", "projector", "adapter", "requests")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Recipe:
         clips, unseen: number of training clips, and of test clips in held-out voices.
         lessons, lesson: number of lessons in the encoder's stage, and of clips in each lesson of any stage.
         texts, text_epochs: number of texts and epochs in the language model's stage.
-        projector_lessons, adapter_lessons: number of lessons in the last two stages.
+        projector_lessons, adapter_lessons, request_lessons: number of lessons in the last three stages.
         seed: of the data, the weights and the order.
     """
 
@@ -67,6 +68,7 @@ class Recipe:
     text_epochs: int = 4
     projector_lessons: int = 4
     adapter_lessons: int = 36
+    request_lessons: int = 24
     seed: int = 1
 
 
@@ -108,7 +110,7 @@ class Training:
             if self.rank == 0:
                 self.manifest("speech", self.recipe.clips, self.recipe.seed, held_out=False)
                 self.manifest("unseen", self.recipe.unseen, self.recipe.seed + 1, held_out=True)
-        return self.encoder() and self.language_model() and self.projector() and self.adapter()
+        return self.encoder() and self.language_model() and self.projector() and self.adapter() and self.requests()
 
     def manifest(self, name: str, clips: int, seed: int, *, held_out: bool) -> Path:
         """The manifest of the clips under `name`, which are synthesized if needed."""
@@ -150,13 +152,20 @@ class Training:
         sizes = ("clips", "lesson", "lessons", "texts", "text_epochs", "projector_lessons")
         return self._train("adapter", ("projector", "adapter"), speech_loss, source, options, self._word_errors, sizes)
 
+    def requests(self) -> bool:
+        """Run stage 5. Returns whether it is finished."""
+        options = self._options(epochs=self.recipe.request_lessons, learning_rate=1e-3, warmup=0.03)
+        source = self._lessons(self.recipe.request_lessons, prompts=PROMPTS_OF_CARDS)
+        sizes = ("clips", "lesson", "lessons", "texts", "text_epochs", "projector_lessons", "adapter_lessons")
+        return self._train("requests", ("projector", "adapter"), speech_loss, source, options, self._word_errors, sizes)
+
     def _options(self, **options) -> TrainerOptions:
         return TrainerOptions(beta2=0.98, accumulate=2, seed=self.recipe.seed, checkpoint_every=250, validate_every=1000, **options)
 
-    def _lessons(self, lessons: int, *, ctc: bool = False) -> Lessons:
+    def _lessons(self, lessons: int, *, ctc: bool = False, prompts: Sequence[str | None] = PROMPTS) -> Lessons:
         rng = np.random.default_rng(self.recipe.seed)
         utterances = [
-            replace(one, prompt=PROMPTS[rng.integers(len(PROMPTS))]) for one in read_manifest(self.folder / "speech" / "manifest.jsonl")
+            replace(one, prompt=prompts[rng.integers(len(prompts))]) for one in read_manifest(self.folder / "speech" / "manifest.jsonl")
         ]
         return Lessons(
             utterances, self.dialogue, lessons=lessons, lesson=self.recipe.lesson, seed=self.recipe.seed, device=self.device, ctc=ctc

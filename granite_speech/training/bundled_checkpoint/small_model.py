@@ -3,11 +3,12 @@
 import torch
 
 from granite_speech.config import GraniteSpeechConfig
+from granite_speech.inputs.recordings import PROMPT_3
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.training.seeds import seeded
 
-__all__ = ["CHAT_TEMPLATE", "PROMPTS", "TASKS", "make_model", "make_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "PROMPTS", "PROMPTS_OF_CARDS", "TASKS", "make_model", "make_tokenizer"]
 
 AUDIO_TOKEN = "<|audio|>"
 END_OF_TEXT, PAD = "<|end_of_text|>", "<|pad|>"
@@ -35,6 +36,8 @@ PROMPTS = (
     "transcribe the speech to text.",
     "please transcribe the following audio to text",
 )
+# Those, and as often the request of the 3.x model cards, which is in most code that people copy.
+PROMPTS_OF_CARDS = (*PROMPTS, *[PROMPT_3] * len(PROMPTS))
 # Requests of `make_text_task`.
 TASKS = ("write the digits as words:", "write the words as digits:", "repeat the words:", "clear up the stutter:")
 
@@ -53,7 +56,7 @@ def make_tokenizer() -> GraniteSpeechTokenizer:
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + 64, initial_alphabet=alphabet, show_progress=False)
-    questions = ["can you transcribe the speech into a written format?", *filter(None, PROMPTS)]
+    questions = [PROMPT_3, *filter(None, PROMPTS)]
     backend.train_from_iterator([f"USER: {one}\n ASSISTANT:" for one in (*questions, *TASKS)], trainer)
     special = [END_OF_TEXT, PAD, AUDIO_TOKEN]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])

@@ -15,7 +15,7 @@ from granite_speech.training.bundled_checkpoint.small_model import PROMPTS, TASK
 from granite_speech.training.bundled_checkpoint.vocabulary import VOCABULARY
 from tests.support.tiny_speech import write_manifest
 
-RECIPE = Recipe(clips=6, unseen=2, lessons=2, lesson=4, texts=12, text_epochs=1, projector_lessons=1, adapter_lessons=1)
+RECIPE = Recipe(clips=6, unseen=2, lessons=2, lesson=4, texts=12, text_epochs=1, projector_lessons=1, adapter_lessons=1, request_lessons=1)
 
 
 def write_data(folder):
@@ -48,13 +48,15 @@ def losses(folder, stage):
 
 def test_each_stage_changes_only_its_part(done):
     _, stages = done
-    encoder, language, projector, adapter = (stages[name] for name in recipe.STAGES)
+    encoder, language, projector, adapter, requests = (stages[name] for name in recipe.STAGES)
 
     def changed(before, after):
         return {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
     assert changed(encoder, language) == {"language_model"}
     assert changed(language, projector) == changed(projector, adapter) == {"projector"}
+    assert {name.rpartition(".lora_")[1] for name in adapter if not torch.equal(adapter[name], requests[name])} == {"", ".lora_"}
+    assert changed(adapter, requests) == {"projector", "language_model"}
     assert {name.rpartition(".lora_")[2] for name in adapter.keys() - language.keys()} == {"A.weight", "B.weight"}
     assert all(one.abs().max() > 0 for name, one in adapter.items() if "lora_B" in name)
 
