@@ -19,6 +19,7 @@ from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
 from granite_speech.errors import CheckpointError, InputError, UnsupportedError
+from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.module_patterns import ModulePatterns
 from granite_speech.modules.transfers import on_device
 
@@ -280,7 +281,8 @@ class LoraLinear(nn.Linear):
         """
         if self.lora_A is None or not self.adapter_enabled:
             return F.linear(x, self.weight, self.bias)
-        if not self._is_one_operation():
+        # Only a padded pass is 3-D, and a model with hooks runs padded.
+        if not self._is_one_operation() or (x.dim() == 3 and have_hooks(self.lora_A, self.lora_B)):
             return self._in_parts(x, adapter_index)
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features), adapter_index).view(*x.shape[:-1], self.out_features)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from granite_speech.errors import InputError, UnsupportedError
-from tests.support.two_libraries import Call, Library, comparison
+from tests.support.two_libraries import Call, Library, comparison, library
 
 # transformers 5.10 and later name the parts like this; these paths work in both packages.
 
@@ -54,6 +54,12 @@ def embeddings(width: int = 11, rows: int = 2) -> Tensor:
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 11])
 RIGHT = LEFT.flip(1)
 LABELS = torch.arange(22).view(2, 11).masked_fill(LEFT == 0, -100)
+
+
+def sampled(lib: Library) -> Tensor:
+    whole = language_model(lib)
+    torch.manual_seed(0)  # building the module in transformers draws random numbers
+    return whole.generate(inputs_embeds=embeddings(), max_new_tokens=6, do_sample=True, top_k=5)
 
 
 @torch.no_grad()
@@ -203,6 +209,21 @@ LANGUAGE_MODEL = {
         )
     ),
     "logits_to_keep": Call(lambda lib: language_model(lib)(inputs_embeds=embeddings(), logits_to_keep=2).logits),
+    "generate from embeddings": Call(lambda lib: language_model(lib).generate(inputs_embeds=embeddings(), max_new_tokens=6)),
+    "generate from padded embeddings": Call(
+        lambda lib: language_model(lib).generate(inputs_embeds=embeddings(), attention_mask=LEFT, max_new_tokens=6)
+    ),
+    "beams from padded embeddings": Call(
+        lambda lib: language_model(lib).generate(inputs_embeds=embeddings(), attention_mask=LEFT, max_new_tokens=6, num_beams=3)
+    ),
+    "generate by sampling from embeddings": Call(sampled),
+    "generate with scores from embeddings": Call(
+        lambda lib: (
+            language_model(lib)
+            .generate(inputs_embeds=embeddings(), max_new_tokens=3, return_dict_in_generate=True, output_scores=True)
+            .scores
+        )
+    ),
     "chosen logits": Call(lambda lib: language_model(lib)(inputs_embeds=embeddings(), logits_to_keep=torch.tensor([3, 0])).logits),
     "logits as a tuple": Call(lambda lib: language_model(lib)(inputs_embeds=embeddings(), use_cache=False, return_dict=False)),
     "a layer loop": Call(layer_loop),
@@ -452,3 +473,15 @@ test_modules = comparison(MODULES)
 test_language_model = comparison(LANGUAGE_MODEL)
 test_hooks = comparison(HOOKS)
 test_training = comparison(TRAINING)
+
+
+def test_hooks_on_the_matrices_of_an_adapter():
+    lib = library("granite_speech")
+    model, inputs = lib.new_model(), lib.inputs
+    layer = model.get_submodule("language_model.model.layers.1.self_attn.q_proj")
+    before, seen = model(**inputs).logits, []
+    handle = layer.lora_A.register_forward_hook(lambda module, arguments, output: seen.append(output.shape) or output * 2)
+    assert not torch.allclose(model(**inputs).logits, before, atol=1e-3)
+    assert seen == [(1, inputs["input_ids"].shape[1], 16)]
+    handle.remove()
+    assert torch.equal(model(**inputs).logits, before)

@@ -215,7 +215,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("options", RULES, ids=str)
+@pytest.mark.parametrize("options", RULES, ids=", ".join)
 def test_rules_that_cannot_be_captured_run_without_graphs(model, options):
     """Between requests whose steps are captured, and with rows that a captured step would pad."""
     for seed in range(3):
