@@ -105,6 +105,12 @@ def streamed(kind: str, **options: Any) -> Call:
     return Call(run)
 
 
+def first_row_after(steps: int):
+    """A criterion that ends the first row after so many steps."""
+    seen = []
+    return lambda ids, scores, **kwargs: torch.tensor([len(seen) >= steps or bool(seen.append(1)), False])
+
+
 class Collector:
     def __init__(self):
         self.received = []
@@ -118,7 +124,7 @@ class Collector:
 
 def batch_stream(lib: Library) -> list:
     collector = Collector()
-    lib.model.generate(**left_padded(lib), streamer=collector, max_new_tokens=12)
+    lib.model.generate(**left_padded(lib), streamer=collector, max_new_tokens=12, stopping_criteria=[first_row_after(4)])
     return collector.received
 
 
@@ -175,7 +181,7 @@ ARGUMENTS = {
     ),
     "tensors": continued(eos_token_id=torch.tensor(40), pad_token_id=torch.tensor(3), max_new_tokens=9),
     "temperature without sampling": generated(temperature=0.0, top_p=0.9, top_k=10, min_p=0.1, typical_p=0.5, num_beams=1),
-    "None undoes an option": Call(lambda lib: lib.model.generate(**lib.inputs, eos_token_id=None, max_new_tokens=16)),
+    "None undoes an option": Call(lambda lib: lib.model.generate(**lib.inputs, eos_token_id=None, max_new_tokens=40)),
     "no top k": continued(**SAMPLING | {"top_k": None, "temperature": None}),
 }
 
@@ -310,7 +316,7 @@ RECORDS = {
 
 
 def transition_scores(lib: Library, normalize_logits: bool = False, **options: Any) -> torch.Tensor:
-    output = lib.model.generate(**lib.inputs, max_new_tokens=12, return_dict_in_generate=True, output_scores=True, **options)
+    output = lib.model.generate(**lib.inputs, max_new_tokens=40, return_dict_in_generate=True, output_scores=True, **options)
     beams = output.beam_indices if options else None
     return lib.model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=normalize_logits)
 
