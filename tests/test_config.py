@@ -23,7 +23,7 @@ from granite_speech import (
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import ConfigError, GraniteSpeechError, UnsupportedError
 
-NAMES = [name for name in granite_speech.__all__ if name.endswith("Config") and not name.startswith("Auto")]
+NAMES = [name for name in granite_speech.__all__ if name.endswith("Config") and not name.startswith(("Auto", "Generation"))]
 PARTS = ("text_config", "encoder_config", "projector_config")
 SMALL = {
     "text_config": {

@@ -329,7 +329,7 @@ def test_a_refused_call_does_not_change_the_cache(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.5}, "temperature"),
+        ({"temperature": -0.5}, "temperature=-0.5"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"max_new_tokens": 10**12}, "max_new_tokens=1000000000000"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "empty prompts"),

@@ -20,6 +20,7 @@ from granite_speech.engine.graphs import CudaCapture, Graphs
 from granite_speech.engine.prefill import PromptBucket
 from granite_speech.engine.state import DecodeState, StateSize
 from granite_speech.modules import transfers
+from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import PagePool
 
 __all__ = ["Runtime", "current_device"]
@@ -188,6 +189,6 @@ def _can_be_captured(model: nn.Module) -> bool:
     """Whether no step needs Python or a value on the host. References of our operations read lengths there."""
     if model.training or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return False
-    if torch.is_autocast_enabled(model.device.type):
+    if autocast_dtype(model.device) is not None:
         return False  # a graph has the dtypes of the call that it was captured in
     return all(one.resolve(None, model.device, model.dtype) == "triton" for one in OPERATIONS.values())

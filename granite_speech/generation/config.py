@@ -86,6 +86,7 @@ class GenerationConfig(PushToHub):
         language_model = language_model if isinstance(language_model, dict) else language_model.to_dict()
         values = {name: value for name, value in language_model.items() if value is not None}
         values |= {name: value for name, value in whole.items() if value is not None}
+        values = {name: value for name, value in values.items() if not (name.startswith("output_") and value is False)}
         config = cls(**{name: value for name, value in values.items() if name in _NAMES} | {"_from_model_config": True})
         config.transformers_version = None
         if any(getattr(config, f"output_{name}") for name in ("scores", "logits", "attentions", "hidden_states")):

@@ -19,6 +19,7 @@ from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
 from granite_speech.errors import CheckpointError, InputError, UnsupportedError
+from granite_speech.modules.autocast import autocast_dtype, cast
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.module_patterns import ModulePatterns
 from granite_speech.modules.transfers import on_device
@@ -288,8 +289,8 @@ class LoraLinear(nn.Linear):
             return self.forward(x.reshape(-1, self.in_features), adapter_index).view(*x.shape[:-1], self.out_features)
         a, b = self.lora_A.weight.unsqueeze(0), self.lora_B.weight.unsqueeze(0)
         tensors = (x, self.weight, self.bias, a, b)
-        if torch.is_autocast_enabled(x.device.type):
-            tensors = _autocast(tensors, torch.get_autocast_dtype(x.device.type))
+        if (dtype := autocast_dtype(x.device)) is not None:
+            tensors = cast(tensors, dtype)
         return OPERATIONS["lora_linear"].run(*tensors, self._scaling_on(x.device), adapter_index)
 
     def _is_one_operation(self) -> bool:
@@ -337,11 +338,6 @@ class LoraLinear(nn.Linear):
             return super().extra_repr()
         backend = OPERATIONS["lora_linear"].backend(self.weight)
         return f"{super().extra_repr()}, lora_rank={self.lora_A.out_features}, scaling={self.scaling:g}, {backend}"
-
-
-def _autocast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
-    """What autocast does to the arguments of `F.linear`: float64 is left alone."""
-    return [one if one is None or one.dtype == torch.float64 else one.to(dtype) for one in tensors]
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, modules: Iterable[str], name: str = "default") -> None:

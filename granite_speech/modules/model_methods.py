@@ -37,6 +37,7 @@ class ModelMethods(nn.Module, PushToHub):
     @name_or_path.setter
     def name_or_path(self, value: Any) -> None:
         self.config.name_or_path = value
+        self.__dict__["name_or_path"] = self.config.name_or_path  # where peft looks for it
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters; a tied one counts once.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from granite_speech.config import GraniteConfig
 from granite_speech.errors import InputError, UnsupportedError
+from granite_speech.modules.adapter import merge_adapter
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.checkpointing import GradientCheckpointing
 from granite_speech.modules.hooks import have_hooks
@@ -82,6 +83,10 @@ class TextToStates(GradientCheckpointing, nn.Module):
     def get_decoder(self) -> nn.Module:
         """The language model without its head."""
         return self.decoder
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weights and remove it. It is then on for requests without audio too."""
+        merge_adapter(self)
 
     def states(self, inputs: ModelInputs, host: ModelInputs | None = None) -> BaseModelOutputWithPast:
         """The forward pass up to the final norm.

@@ -224,7 +224,7 @@ class Training:
         self.model.eval().to(torch.bfloat16).save_pretrained(target)
         self.processor.save_pretrained(target)
         file = Path(target) / "config.json"
-        config = json.loads(file.read_text()) | {"torch_dtype": "float32"}
+        config = json.loads(file.read_text()) | {"dtype": "float32", "torch_dtype": "float32"}
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(config, indent=2) + "\n")
         unfinished.replace(file)
