@@ -280,24 +280,25 @@ class LoraLinear(nn.Linear):
             x: rows, in the weight's dtype.
             adapter_index: `(rows,)` int32, 0 for rows with the adapter and −1 for rows without; None: all rows use it.
         """
-        if self.lora_A is None or not self.adapter_enabled:
+        lora_a = self.lora_A
+        if lora_a is None or not self.adapter_enabled:
             return F.linear(x, self.weight, self.bias)
-        # Only a padded pass is 3-D, and a model with hooks runs padded.
-        if not self._is_one_operation() or (x.dim() == 3 and have_hooks(self.lora_A, self.lora_B)):
+        a, b, weight = lora_a.weight, self.lora_B.weight, self.weight
+        if self._needs_parts(x, a.dtype != weight.dtype):
             return self._in_parts(x, adapter_index)
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features), adapter_index).view(*x.shape[:-1], self.out_features)
-        a, b = self.lora_A.weight.unsqueeze(0), self.lora_B.weight.unsqueeze(0)
-        tensors = (x, self.weight, self.bias, a, b)
+        tensors = (x, weight, self.bias, a.unsqueeze(0), b.unsqueeze(0))
         if (dtype := autocast_dtype(x.device)) is not None:
             tensors = cast(tensors, dtype)
         return OPERATIONS["lora_linear"].run(*tensors, self._scaling_on(x.device), adapter_index)
 
-    def _is_one_operation(self) -> bool:
-        # With dropout only the adapter's input changes, so base and adapter no longer share x. Adapters that train in float32 next to
-        # a bfloat16 weight share no dtype with it.
-        one = self._active[0]
-        return len(self._active) == 1 and not (self.training and one.dropout) and one.a.weight.dtype == self.weight.dtype
+    def _needs_parts(self, x: Tensor, differs: bool) -> bool:
+        """Whether base and adapter cannot be one operation: several adapters, of another dtype (differs), with dropout, or with hooks."""
+        # With dropout only the adapter's input changes, so base and adapter no longer share x.
+        if differs or len(self._active) > 1 or (self.training and self._active[0].dropout):
+            return True
+        return x.dim() == 3 and have_hooks(self.lora_A, self.lora_B)  # a model with hooks runs padded
 
     def _in_parts(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
         out = F.linear(x, self.weight, self.bias)

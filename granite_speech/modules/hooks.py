@@ -28,9 +28,11 @@ def have_hooks(*roots: nn.Module) -> bool:
     """
     if every_module._has_any_global_hook():
         return True
-    waiting = list(roots)
+    waiting: list[nn.Module | None] = list(roots)
     while waiting:
         module = waiting.pop()
+        if module is None:
+            continue
         own = module.__dict__
         if own["_forward_hooks"] and any(one is not require_gradient for one in own["_forward_hooks"].values()):
             return True
@@ -38,7 +40,8 @@ def have_hooks(*roots: nn.Module) -> bool:
             return True
         if _is_foreign(type(module)):
             return True
-        waiting += [one for one in own["_modules"].values() if one is not None]
+        if children := own["_modules"]:
+            waiting.extend(children.values())
     return False
 
 
