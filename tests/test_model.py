@@ -307,8 +307,24 @@ def test_a_cache_that_does_not_fit_the_call_is_refused(model):
         model(input_ids=prompt(0).expand(2, -1), past_key_values=cache)
     with pytest.raises(UnsupportedError, match="output_attentions"), torch.no_grad():
         model(input_ids=prompt(0), past_key_values=cache, output_attentions=True)
-    with pytest.raises(InputError, match="no_grad"):
-        model(input_ids=prompt(0), past_key_values=cache)
+
+
+def test_a_continued_cache_records_no_gradient(model):
+    ids = prompt(0, before=8, after=0)
+    with torch.no_grad():
+        expected = model(input_ids=ids[:, 5:], past_key_values=model(input_ids=ids[:, :5]).past_key_values).logits
+    cache = model(input_ids=ids[:, :5]).past_key_values
+    with pytest.warns(UserWarning, match="No gradient flows"):
+        output = model(input_ids=ids[:, 5:], past_key_values=cache, labels=ids[:, 5:])
+    assert torch.equal(output.logits, expected)
+    # Not even a part of it: the head alone would have one.
+    assert not output.logits.requires_grad and not output.loss.requires_grad
+    model.train()
+    try:
+        with pytest.raises(InputError, match="past_key_values in training mode"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+    finally:
+        model.eval()
 
 
 @torch.no_grad()
@@ -319,8 +335,6 @@ def test_a_refused_call_does_not_change_the_cache(model):
     for wrong in ({"input_ids": torch.tensor([[500]])}, {"input_ids": ids[:, 5:], "input_features": features(9)}):
         with pytest.raises(InputError):
             model(**wrong, past_key_values=cache)
-    with pytest.raises(InputError, match="grad"), torch.enable_grad():
-        model(input_ids=ids[:, 5:], past_key_values=cache)
     assert (cache.lengths, cache.columns) == ([5], 5)
     logits = model(input_ids=ids[:, 5:], past_key_values=cache).logits
     assert float((logits - expected).abs().max()) <= ALONE * float(expected.abs().max())

@@ -137,6 +137,10 @@ class GenerationOptions:
         if "top_k" in call and call["top_k"] is None:
             values["top_k"] = 0
         values = _checked(values)
+        if values.get("do_sample") and values.get("temperature") == 0:
+            warn("temperature=0 with do_sample=True: the best token is taken, as with do_sample=False", stacklevel=3)
+            values["do_sample"] = False
+            del values["temperature"]
         _warn_of_no_effect({name: values[name] for name in asked if name in values}, values)
         values.pop("output_attentions", None)
         _set_lengths(values, columns)
@@ -170,10 +174,6 @@ class GenerationOptions:
                 got=f"generate(num_return_sequences={answers}, num_beams={self.num_beams})",
                 expected="no more answers than beams",
                 remedy="Raise num_beams or ask for fewer",
-            )
-        if self.do_sample and self.temperature == 0:
-            raise InputError(
-                got="generate(temperature=0, do_sample=True)", expected="a number above 0", remedy="Pass do_sample=False to decode greedily"
             )
         for name in ("forced_bos_token_id", "forced_eos_token_id"):
             forced = getattr(self, name)

@@ -32,6 +32,12 @@ def project(language_model, output: BaseModelOutputWithPast, logits_to_keep: int
         `(kept, vocabulary)`, and for `padded_logits` the place of each row's and column's logits in it, `(batch, columns)` int64 on
         the host, −1 for masked positions.
     """
+    # Without a gradient of the states, the head must not record one of its own.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not output.is_detached):
+        return _project(language_model, output, logits_to_keep)
+
+
+def _project(language_model, output: BaseModelOutputWithPast, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor]:
     rows, states = output.rows, output.states_to_project()
     places = rows.places(_kept_columns(logits_to_keep, rows.width))
     kept = places[places >= 0]

@@ -108,6 +108,7 @@ class BaseModelOutputWithPast(ModelOutput):
         attentions: softmax weights of every layer, `(batch, heads, queries, keys)`.
         packed_states: `last_hidden_state` without padding, `(total_tokens, hidden)`; not among the keys.
         rows: where the packed tokens lie in the batch; not among the keys.
+        is_detached: whether the call recorded no gradient, because it continued a cache; not among the keys.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -116,6 +117,7 @@ class BaseModelOutputWithPast(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     packed_states: torch.Tensor | None = field(default=None, repr=False, metadata={"internal": True})
     rows: Rows | None = field(default=None, repr=False, metadata={"internal": True})
+    is_detached: bool = field(default=False, repr=False, metadata={"internal": True})
 
     def states_to_project(self) -> torch.Tensor:
         """Packed states for the language model's head: from `last_hidden_state` if a hook has read or replaced it."""

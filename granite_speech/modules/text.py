@@ -4,6 +4,7 @@ A padded batch is packed at once, and padded again only for a caller who reads a
 reads from the device once, everything that shapes depend on.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from warnings import warn
 
@@ -102,8 +103,33 @@ class TextToStates(GradientCheckpointing, nn.Module):
             InputError: arguments that do not fit together or to the model.
             UnsupportedError: attention weights of a continued sequence.
         """
-        prompt = self.pack_prompt(inputs, host or inputs.on_host())
-        return self.output(prompt, *self.run_prompt(prompt, inputs))
+        detached = self._continues_without_gradient(inputs)
+        with torch.no_grad() if detached else nullcontext():
+            prompt = self.pack_prompt(inputs, host or inputs.on_host())
+            output = self.output(prompt, *self.run_prompt(prompt, inputs))
+        output.is_detached = detached
+        return output
+
+    def _continues_without_gradient(self, inputs: ModelInputs) -> bool:
+        """Whether a call would record gradients, which cannot flow through the cache that it continues. It then runs without them.
+
+        Raises:
+            InputError: the same in training mode, where somebody wants them.
+        """
+        continues = isinstance(inputs.past_key_values, PagedCache) and inputs.has_past
+        if not continues or not torch.is_grad_enabled() or not any(one.requires_grad for one in self.decoder.parameters()):
+            return False
+        if self.training:
+            raise InputError(
+                got="past_key_values in training mode",
+                expected="whole sequences: no gradient flows through the cache",
+                remedy="Train without past_key_values, or call model.eval()",
+            )
+        warn(
+            "No gradient flows through past_key_values, so this call records none; wrap it in torch.no_grad() to say so.",
+            stacklevel=5,
+        )
+        return True
 
     def output(
         self, prompt: PackedPrompt, states: Tensor, hidden_states: list[Tensor] | None, attentions: list[list[Tensor]] | None
@@ -157,12 +183,6 @@ class TextToStates(GradientCheckpointing, nn.Module):
         """Refuse what cannot be computed for a sequence that continues a cache."""
         if not inputs.has_past:
             return
-        if torch.is_grad_enabled() and any(one.requires_grad for one in self.decoder.parameters()):
-            raise InputError(
-                got="past_key_values while gradients are recorded",
-                expected="torch.no_grad() or torch.inference_mode(): no gradient flows through the cache",
-                remedy="Wrap the call in torch.no_grad(), or train on whole sequences without past_key_values",
-            )
         if inputs.output_attentions:
             raise UnsupportedError(
                 got="output_attentions=True with past_key_values",

@@ -106,7 +106,6 @@ class Silent:
 
 
 REFUSED = [
-    ({"temperature": 0, "do_sample": True}, "temperature=0.*do_sample=False"),
     ({"temperature": -0.5, "do_sample": True}, "temperature=-0.5"),
     ({"temperature": float("nan"), "do_sample": True}, "temperature=nan"),
     ({"top_k": -1, "do_sample": True}, "top_k=-1"),
