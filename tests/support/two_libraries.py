@@ -41,6 +41,7 @@ class Library:
 
     def __init__(self, name: str):
         self.name, self.folder = name, str(EMBEDDED_FOLDER)
+        self._folders: list[tempfile.TemporaryDirectory] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(self.name), name)
@@ -91,7 +92,9 @@ class Library:
         return self.processor.batch_decode(ids[:, self.inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
 
     def new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
+        """An empty folder, which is removed when the tests end."""
+        self._folders.append(tempfile.TemporaryDirectory(prefix="calls-"))
+        return Path(self._folders[-1].name)
 
 
 @cache
