@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from granite_speech.adapters import Adapters
+from granite_speech.adapters.methods import Adapters
 from granite_speech.checkpoints.upload import saving
 from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys, is_lora, is_optional
 from granite_speech.checkpoints.writing import save

@@ -56,7 +56,7 @@ class Library:
         """A model of the same checkpoint without its adapter."""
         folder = self.folder
         try:
-            self.folder = str(_bare_folder())
+            self.folder = _bare_folder().name
             return self.new_model(**options)
         finally:
             self.folder = folder
@@ -98,11 +98,11 @@ class Library:
 
 
 @cache
-def _bare_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="bare-"))
+def _bare_folder() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="bare-")
     for file in EMBEDDED_FOLDER.iterdir():
         if not file.name.startswith("adapter"):
-            (folder / file.name).symlink_to(file)
+            Path(folder.name, file.name).symlink_to(file)
     return folder
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from granite_speech.adapter_tensors import AdapterLoadInfo, checked_paths, from_folder, from_tensors
+from granite_speech.adapters.peft_layers import complete, switch_layers, wrapped_layers
+from granite_speech.adapters.tensors import AdapterLoadInfo, checked_paths, from_folder, from_tensors
 from granite_speech.checkpoints.weight_names import canonical_keys, canonical_path, is_lora
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_to, merge_adapter
 from granite_speech.modules.adapter_targets import ALL_LINEAR, target_paths, target_suffixes
-from granite_speech.peft_layers import complete, switch_layers, wrapped_layers
 
 __all__ = ["Adapters"]
 
