@@ -233,3 +233,11 @@ def test_saving_over_the_folder_a_model_was_loaded_from(folder):
     assert load_file(folder / "model.safetensors").keys() == load_file(copy / "model.safetensors").keys()
     again = GraniteSpeechForConditionalGeneration.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_model_loaded_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        model = GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    assert model.lm_head.weight.grad is not None
+    assert not any(one.is_inference() for one in (*model.parameters(), *model.buffers()))

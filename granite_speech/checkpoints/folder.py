@@ -234,6 +234,8 @@ def list_up_to_ten(items: Iterable[str]) -> str:
     return ", ".join(items[:10]) + more
 
 
+# A model that is loaded in inference mode can be trained afterwards.
+@torch.inference_mode(False)
 def load_into(
     module: nn.Module,
     checkpoint: Checkpoint,

@@ -170,8 +170,9 @@ def _same(ours: Any, theirs: Any, tolerance: float) -> bool:
 
 def _outcome(call: Call, name: str) -> Any:
     torch.manual_seed(0)
-    if name == "transformers" and "model" in vars(library(name)):
-        set_adapter(library(name).model, True)  # its `generate` leaves it as the last request needed it
+    model = library(name).model  # loaded here, because a call may be in inference mode, and its weights could then not be trained
+    if name == "transformers":
+        set_adapter(model, True)  # its `generate` leaves it as the last request needed it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
