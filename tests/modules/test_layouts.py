@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,6 @@ def test_a_module_of_somebody_else_is_noticed():
 
 
 def test_peft_is_not_a_reason_to_pad_but_a_hook_inside_it_is(monkeypatch):
-    peft = pytest.importorskip("peft")
     model = small_model()
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"]))
     assert not have_hooks(wrapped)
