@@ -161,33 +161,33 @@ class Acceleration:
             model.__class__ = type(model).__bases__[1]
         vars(self.live).pop(_NAME, None)
 
-    def runs(self, *parts: str) -> bool:
-        """Whether these parts can run here now. They then have the live parameters."""
+    def runs(self, part: str) -> bool:
+        """Whether a part that is being called can run here now. It then has the live parameters."""
         if torch.compiler.is_compiling():
             return False
         try:
-            for part in parts:
-                self._follower.follow(part)
+            self._follower.follow(part, is_called=True)
         except NotFollowedError as reason:
-            self._warn(parts[0], str(reason))
+            self._warn(f"the {part}", str(reason))
             return False
         return True
 
-    def runs_all(self) -> bool:
-        """The same for `generate`, which calls no module of transformers."""
+    def generates(self) -> bool:
+        """The same for `generate`, for which no module of transformers is called."""
         try:
             for one in self._whole:
                 check_code(one, type(one).__name__)
+            for part in self._follower.parts:
+                self._follower.follow(part, is_called=False)
         except NotFollowedError as reason:
             self._warn("generate", str(reason))
             return False
-        return self.runs("language_model", "lm_head", "encoder", "projector")
+        return True
 
-    def _warn(self, part: str, reason: str) -> None:
-        if (part, reason) not in self._warned:
-            self._warned.add((part, reason))
-            message = f"accelerate: {part} runs as transformers wrote it, because {reason}."
-            warnings.warn(message, AccelerationWarning, stacklevel=4)
+    def _warn(self, what: str, reason: str) -> None:
+        if (what, reason) not in self._warned:
+            self._warned.add((what, reason))
+            warnings.warn(f"accelerate: {what} runs as transformers wrote it, because {reason}.", AccelerationWarning, stacklevel=4)
 
     def _encode(self, own: Any, hidden_states: Tensor, *others: Any, **options: Any) -> Any:
         config, is_batch = self._encoder.config, hidden_states.dim() == 3 and hidden_states.numel() > 0
@@ -235,8 +235,8 @@ class _WithBlock:
             acceleration.leave()
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        make, (kind, *others), state, *rest = super().__reduce_ex__(protocol)
-        return make, (kind.__bases__[1], *others), {name: one for name, one in state.items() if name != _NAME}, *rest
+        state = {name: one for name, one in vars(self).items() if name != _NAME}
+        return object.__new__, (type(self).__bases__[1],), state
 
 
 @cache

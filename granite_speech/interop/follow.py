@@ -14,8 +14,10 @@ from torch.nn.modules import module as every_module
 
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.model import GraniteForCausalLM, GraniteSpeechForConditionalGeneration
+from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import Lora, LoraLinear
 from granite_speech.modules.language_model import GraniteAttention, GraniteDecoderLayer, GraniteModel, GraniteRMSNorm
+from granite_speech.modules.projector import Blip2QFormerOutput
 from granite_speech.modules.rotary import GraniteRotaryEmbedding
 from granite_speech.modules.rows import Rows
 
@@ -31,7 +33,11 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     nn.BatchNorm1d: ("eps", "momentum"),
     nn.Dropout: ("p",),
 }
-_PACKAGES = ("torch", "transformers", "peft")  # whose modules compute what their names say
+
+# Classes of transformers that have another name than here.
+_NAMES: dict[type, tuple[str, ...]] = {
+    Blip2QFormerOutput: ("Blip2QFormerSelfOutput", "Blip2QFormerOutput"),
+}
 
 
 class NotFollowedError(Exception):
@@ -58,7 +64,7 @@ class Replacement:
         return self._function(self.own, *arguments, **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MethodType, (getattr(type(self.module), self.name), self.module)
+        return getattr, (self.module, self.name)  # a copy of the module has nothing on its instance when this is called
 
     def undo(self) -> None:
         """Take the replacement off the module. Somebody who has kept it, or wrapped it, calls the module's own method from now on."""
@@ -102,12 +108,17 @@ class Follower:
 
     def __init__(self, pairs: dict[str, tuple[nn.Module, nn.Module, str]]):
         self._pairs = pairs
-        self._kinds: dict[str, type] = {}
-        for part in pairs:
-            self.follow(part)
 
-    def follow(self, part: str) -> None:
+    @property
+    def parts(self) -> list[str]:
+        return list(self._pairs)
+
+    def follow(self, part: str, is_called: bool) -> None:
         """Take over everything that may have changed in a part.
+
+        Args:
+            part: its name.
+            is_called: whether transformers' module is being called, so that hooks on it, not inside it, run anyway.
 
         Raises:
             NotFollowedError: something in the part that this package does not compute in the same way.
@@ -115,38 +126,57 @@ class Follower:
         if every_module._has_any_global_hook():
             raise NotFollowedError("there is a hook on all modules")
         ours, owner, name = self._pairs[part]
-        self._child(ours, owner._modules[name], part)
+        _follow(ours, owner._modules[name], part, is_called)
 
-    def _child(self, ours: nn.Module | None, given: nn.Module, path: str) -> None:
-        theirs = _in_use(given)
-        if isinstance(ours, LoraLinear) and hasattr(theirs, "base_layer"):
-            base = _follow_adapters(ours, theirs, path)
-        else:
-            base = theirs
-            if isinstance(ours, LoraLinear) and ours.adapters:
-                ours.adapters = {}
-                ours.activate([])
-        if self._kinds.setdefault(path, type(base)) is not type(base):
-            raise NotFollowedError(f"{path} is a {type(base).__name__}")
-        self._module(ours, base, path)
 
-    def _module(self, ours: nn.Module | None, theirs: nn.Module, path: str) -> None:
+def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = False) -> None:
+    """Take over a module and all modules inside it."""
+    theirs = _in_use(given)
+    if isinstance(ours, LoraLinear):
+        theirs = _follow_adapters(ours, theirs, path)
+    _check_kind(ours, theirs, path)
+    if not is_called:
         check_code(theirs, path)
-        if ours is not None:
-            own = ours.__dict__
-            own["training"] = theirs.training
-            for kind in ("_parameters", "_buffers"):
-                ours_now = own[kind]
-                for name, tensor in theirs.__dict__[kind].items():
-                    if name in ours_now:
-                        ours_now[name] = tensor
-            for name in _NUMBERS.get(type(ours), ()):
-                own[name] = getattr(theirs, name)
-            if isinstance(ours, GraniteRotaryEmbedding):
-                _follow_rotary(ours, theirs, path)
-        for name, child in theirs._modules.items():
-            if child is not None:
-                self._child(None if ours is None else ours._modules.get(name), child, f"{path}.{name}")
+    own = ours.__dict__
+    own["training"] = theirs.training
+    for table in ("_parameters", "_buffers"):
+        mine = own[table]
+        for name, tensor in theirs.__dict__[table].items():
+            if name in mine:
+                mine[name] = tensor
+    for name in _NUMBERS.get(type(ours), ()):
+        own[name] = getattr(theirs, name)
+    if isinstance(ours, GraniteRotaryEmbedding):
+        _follow_rotary(ours, theirs, path)
+    mine = own["_modules"]
+    for name, child in theirs._modules.items():
+        if child is None:
+            continue
+        if mine.get(name) is not None:
+            _follow(mine[name], child, f"{path}.{name}")
+        elif type(child) is nn.Dropout and hasattr(ours, "attention_dropout"):
+            check_code(child, f"{path}.{name}")
+            ours.attention_dropout = child.p
+        else:
+            raise NotFollowedError(f"{path}.{name} is a {type(child).__name__}")
+
+
+def _check_kind(ours: nn.Module, theirs: nn.Module, path: str) -> None:
+    """Refuse a module of another class than transformers makes at this place."""
+    kind, own = type(theirs), type(ours)
+    if kind is own:
+        return
+    name = kind.__name__.replace("SpeechPlus", "Speech")
+    if isinstance(ours, Activation):
+        from transformers.activations import ACT2FN
+
+        is_known = kind is type(ACT2FN[ours.name])
+    elif isinstance(ours, LoraLinear):
+        is_known = kind is nn.Linear
+    else:
+        is_known = name in _NAMES.get(own, (own.__name__,)) and kind.__module__.startswith("transformers.models.")
+    if not is_known:
+        raise NotFollowedError(f"{path} is a {kind.__module__}.{kind.__qualname__}")
 
 
 def _follow_rotary(ours: GraniteRotaryEmbedding, theirs: nn.Module, path: str) -> None:
@@ -176,8 +206,6 @@ def check_code(module: nn.Module, path: str) -> None:
             raise NotFollowedError(f"there is a hook on {path}")
     if not is_own(module, "forward"):
         raise NotFollowedError(f"the forward of {path} was replaced")
-    if type(module).__module__.partition(".")[0] not in _PACKAGES:
-        raise NotFollowedError(f"{path} is a {type(module).__qualname__} of {type(module).__module__}")
     if module.training and getattr(module, "gradient_checkpointing", False):
         raise NotFollowedError(f"{path} uses gradient checkpointing")
 
@@ -192,7 +220,12 @@ def is_own(module: nn.Module, name: str) -> bool:
 
 
 def _follow_adapters(ours: LoraLinear, layer: nn.Module, path: str) -> nn.Module:
-    """Make `ours` have the adapters that a layer of peft applies now. Returns the layer's own linear layer."""
+    """Make `ours` have the adapters that peft applies now, if the layer is one of peft's. Returns the linear layer in it."""
+    if not hasattr(layer, "base_layer"):
+        if ours.adapters:
+            ours.adapters = {}
+            ours.activate([])
+        return layer
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
     if kind != "peft.tuners.lora.layer.Linear":
         raise NotFollowedError(f"{path} is a {kind}")

@@ -1,6 +1,7 @@
 """`generate` of an accelerated model: the captured decode step for the calls that it serves, transformers' loop for all others."""
 
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ _OTHERS = ("generation_config", "streamer", "tokenizer")
 # Served only if they are None, False or an empty list.
 _THEIRS = (*_POSITIONAL[2:7], *_POSITIONAL[8:], "use_model_defaults", "custom_generate", "position_ids", "past_key_values")
 _THEIRS += ("input_features_lengths", "labels", "logits_to_keep", "cache_position")
+# Options that change nothing here, but in transformers 4.56 the answer: it runs the prompt in pieces without the audio.
+_THEIRS += ("prefill_chunk_size",)
 # What transformers' loop calls on the model. If one of these was replaced, its code must run.
 _METHODS = ("forward", "prepare_inputs_for_generation", "get_audio_features", "get_merged_audio_embeddings", "_sample")
 
@@ -37,10 +40,9 @@ def generated(acceleration: Any, live: nn.Module, own: Any, *arguments: Any, **o
         own: the method.
         arguments, options: of the call.
     """
-    try:
+    with suppress(_NotServedError):
         return _answer(acceleration, live, arguments, options)
-    except _NotServedError:
-        return own(*arguments, **options)
+    return own(*arguments, **options)
 
 
 def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
@@ -55,7 +57,7 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
     if is_whole and getattr(live, "_hf_peft_config_loaded", False):
         # As transformers' own method does.
         live.enable_adapters() if "input_features" in inputs else live.disable_adapters()
-    if not acceleration.runs_all():
+    if not acceleration.generates():
         raise _NotServedError
     twin = acceleration.twin if is_whole and "inputs_embeds" not in inputs else acceleration.twin.language_model
     twin.generation_config = of_model
@@ -74,9 +76,12 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
 
 def _is_customised(live: nn.Module) -> bool:
     """Whether somebody else's method would run in transformers' loop."""
-    of_class = (getattr(type(live), name, None) for name in _METHODS)
-    is_theirs = all(one is None or one.__module__.startswith("transformers.") for one in of_class)
-    return not is_theirs or any(name in vars(live) for name in _METHODS)
+    if any(name in vars(live) for name in _METHODS):
+        return True
+    found = (getattr(type(live), name, None) for name in _METHODS)
+    # Where a function was written, not its __module__, which functools.wraps copies. Decorators of torch are transformers' choice.
+    homes = (one.__globals__["__name__"] for one in found if one is not None)
+    return not all(home.startswith(("transformers.", "torch.")) for home in homes)
 
 
 def _sorted(live: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
