@@ -24,7 +24,7 @@ def test_repeated_steps_are_captured_and_follow_the_live_weights(monkeypatch):
 
     def answers(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         torch.manual_seed(0)
-        return model.generate(**inputs, max_new_tokens=4, eos_token_id=None)
+        return model.generate(**inputs, max_new_tokens=3, eos_token_id=None)
 
     def expected() -> list[torch.Tensor]:
         plain = copy.deepcopy(live)
