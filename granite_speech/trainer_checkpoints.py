@@ -2,7 +2,7 @@
 
 The Trainer calls `save_pretrained` only of transformers' own models, and writes the bare state dict of others, which fails if the head
 is tied. When it resumes, or goes back to its best checkpoint, it reads model.safetensors; it reads an adapter only if peft has wrapped
-the model. Both is completed in the Trainer's own module. Whoever has a Trainer has imported that, so nothing here does.
+the model. Both gaps are closed in the Trainer's own module, once a Trainer is given a model of this package. Nothing here imports it.
 """
 
 import sys

@@ -66,7 +66,9 @@ RESUMED += [("theirs", "peft")]  # of others see test_transformers_own_class_for
 
 @pytest.mark.parametrize("newest", [True, False])
 @pytest.mark.parametrize(("door", "kind"), RESUMED)
-def test_a_resumed_run_goes_on_like_one_that_was_not_stopped(door, kind, newest, tmp_path):
+def test_a_resumed_run_goes_on_like_one_that_was_not_stopped(door, kind, newest, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda text, *arguments: warned.append(text))
     whole = make_trainer(MODELS[kind](door), tmp_path / "whole", **EVERY_STEP)
     whole.train()
     stopped = make_trainer(MODELS[kind](door), tmp_path / "stopped", callbacks=[StopAfter(2 if newest else 3)], **EVERY_STEP)
@@ -76,6 +78,7 @@ def test_a_resumed_run_goes_on_like_one_that_was_not_stopped(door, kind, newest,
     resumed.train(resume_from_checkpoint=True if newest else str(tmp_path / "stopped" / "checkpoint-2"))
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-5) and len(losses(resumed)) == STEPS
     assert_equal_weights(weights(model), weights(whole.model))
+    assert not any("keys in the checkpoint" in one for one in warned)
     before = weights(MODELS[kind](door))
     assert max(float((one - before[name]).abs().max()) for name, one in weights(model).items()) > 1e-3, "it was trained"
 
