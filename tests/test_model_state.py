@@ -316,7 +316,7 @@ def test_memory_of_finished_requests_is_given_back(change):
 def test_an_output_is_a_dictionary_that_computes_only_what_is_read():
     computed = []
     output = CausalLMOutputWithPast(loss=torch.ones(()), logits=Lazy(lambda: computed.append(1) or torch.zeros(2)))
-    assert isinstance(output, dict) and list(output) == ["loss", "logits"] and len(output) == 2 and list(reversed(output))[0] == "logits"
+    assert isinstance(output, dict) and list(output) == ["loss", "logits"] and len(output) == 2 and next(reversed(output)) == "logits"
     assert output.get("loss") == 1 and output.get("attentions", 5) == 5 and not computed
     for copied in (
         {**output},
