@@ -287,6 +287,7 @@ class GraniteSpeechConfig(Config):
     """
 
     model_type: ClassVar[str] = "granite_speech"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"audio_token_id": "audio_token_index"}
     sub_configs: ClassVar[dict[str, type[Config]]] = {
         "text_config": GraniteConfig,

@@ -14,13 +14,14 @@ from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_a
 from granite_speech.checkpoints.call_options import check_unused, pop_hub_options
 from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve
 from granite_speech.checkpoints.placement import choose_device, choose_dtype
-from granite_speech.checkpoints.weight_names import HEAD, canonical_keys, is_optional
+from granite_speech.checkpoints.weight_names import HEAD, canonical_keys, is_lora, is_optional
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import CheckpointError, ConfigError, InputError
 from granite_speech.generation.config import GenerationConfig
 from granite_speech.modules.adapter import AdapterConfig, attach_adapter
 from granite_speech.saving import Saving
+from granite_speech.trainer_checkpoints import complete_trainer
 
 __all__ = ["Pretrained", "as_config"]
 
@@ -33,6 +34,17 @@ class Pretrained(Saving):
         self.config = as_config(config)
         self.config.validate()
         self.config.complete_attention("sdpa")  # what transformers chooses if nothing is given
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `forward` takes `num_items_in_batch`. transformers' Trainer asks when it is given the model."""
+        complete_trainer()
+        return True
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str] | None:
+        """Names in the state dict that model.safetensors does not have: those of the adapter. The Trainer does not miss them there."""
+        return [name for name in self.state_dict() if is_lora(name)] or None
 
     @torch.no_grad()
     def initialize_weights(self, names: Collection[str] | None = None) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from granite_speech import GraniteSpeechForConditionalGeneration
+from granite_speech.errors import InputError
 from granite_speech.modules.cache import PagedCache
-from granite_speech.modules.outputs import Lazy
+from granite_speech.modules.outputs import CausalLMOutputWithPast, Lazy
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.rows import Rows
 from tests.support.small_models import batch, small_model
@@ -307,3 +308,33 @@ def test_memory_of_finished_requests_is_given_back(change):
     assert model.runtime.pool.total > 1 and model.runtime.state is not None
     change(model)
     assert model.runtime.pool is None and model.runtime.state is None
+
+
+# --- outputs as dictionaries -----------------------------------------------------------------------------------------------------
+
+
+def test_an_output_is_a_dictionary_that_computes_only_what_is_read():
+    computed = []
+    output = CausalLMOutputWithPast(loss=torch.ones(()), logits=Lazy(lambda: computed.append(1) or torch.zeros(2)))
+    assert isinstance(output, dict) and list(output) == ["loss", "logits"] and len(output) == 2 and next(reversed(output)) == "logits"
+    assert output.get("loss") == 1 and output.get("attentions", 5) == 5 and not computed
+    for copied in (
+        {**output},
+        dict(output),
+        dict(output.items()),
+        output.copy(),
+        type(output)(dict(output)),
+        type(output)(iter(output.items())),
+    ):
+        assert list(copied) == ["loss", "logits"] and torch.equal(copied["logits"], torch.zeros(2))
+    assert computed == [1]
+    output["loss"] = None
+    assert output.loss is None and list(output) == ["logits"]
+    with pytest.raises(KeyError):
+        output["unknown"] = 1
+
+
+@pytest.mark.parametrize("change", [lambda output: output.pop("loss"), lambda output: output.update(loss=1), lambda output: output | {}])
+def test_the_keys_of_an_output_cannot_be_changed(change):
+    with pytest.raises(InputError, match="dict\\(output\\)"):
+        change(CausalLMOutputWithPast(loss=torch.ones(())))

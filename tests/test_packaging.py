@@ -229,7 +229,7 @@ ORDER = (
     ("generation",),
     ("engine",),
     ("adapters",),
-    ("embeddings", "model", "pretrained", "saving"),
+    ("embeddings", "model", "pretrained", "saving", "trainer_checkpoints"),
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),

@@ -31,6 +31,8 @@ class GenerationConfig(PushToHub):
         options: by name. They are checked when `generate` uses them.
     """
 
+    _from_model_config = False  # transformers' Seq2SeqTrainer reads it
+
     def __init__(self, **options: Any):
         for name in _NAMES:
             setattr(self, name, options.get(name))
@@ -190,6 +192,10 @@ class GenerationConfig(PushToHub):
             else:
                 unused[name] = value
         return unused
+
+    def _get_default_generation_params(self) -> dict[str, Any]:
+        """What transformers' Seq2SeqTrainer sets if it is None, because it pads answers to this many columns at least."""
+        return {"max_length": 20}
 
     def to_dict(self) -> dict[str, Any]:
         """All options, those that are None too."""

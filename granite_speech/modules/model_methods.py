@@ -22,6 +22,7 @@ class ModelMethods(nn.Module, PushToHub):
     config_class: ClassVar[type[Config]] = GraniteSpeechConfig
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
+    loss_type: ClassVar[str] = "ForConditionalGeneration"  # tells transformers' Trainer that a row's first label is not predicted
     _no_split_modules: ClassVar[set[str]] = {"GraniteDecoderLayer"}  # units that FSDP and accelerate keep on one device
 
     @property

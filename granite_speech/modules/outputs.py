@@ -1,11 +1,13 @@
 """The models' outputs: transformers 5.x's types, readable by attribute, by key and by position."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import torch
 
+from granite_speech.errors import InputError
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.rows import Rows
 
@@ -37,8 +39,21 @@ class Lazy:
 
 
 @dataclass
-class ModelOutput:
-    """A record whose fields, except those that are None, can also be read by key and by position, in order of definition."""
+class ModelOutput(dict):
+    """A record whose fields, except those that are None, can also be read by key and by position, in order of definition.
+
+    It is a dictionary for code that asks, as transformers' Trainer does. The values are in the fields alone, so that those that
+    nobody reads are never computed.
+    """
+
+    def __post_init__(self) -> None:
+        first, *others = (one.name for one in fields(self))
+        values = vars(self)[first]
+        # accelerate and DataParallel build an output from another one's keys and values.
+        if isinstance(values, Mapping | Iterator) and all(vars(self)[name] is None for name in others):
+            setattr(self, first, None)
+            for name, value in dict(values).items():
+                self[name] = value
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -47,8 +62,8 @@ class ModelOutput:
             setattr(self, name, value)
         return value
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+    def __reduce__(self) -> tuple:
+        return type(self), tuple(getattr(self, one.name) for one in fields(self))
 
     def keys(self) -> list[str]:
         return [one.name for one in fields(self) if vars(self)[one.name] is not None and not one.metadata.get("internal")]
@@ -66,6 +81,9 @@ class ModelOutput:
     def __iter__(self):
         return iter(self.keys())
 
+    def __reversed__(self):
+        return reversed(self.keys())
+
     def __len__(self) -> int:
         return len(self.keys())
 
@@ -80,6 +98,26 @@ class ModelOutput:
         if key not in self.keys():
             raise KeyError(key)
         return getattr(self, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in (one.name for one in fields(self)):
+            raise KeyError(key)
+        setattr(self, key, value)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key) if key in self else default
+
+    def copy(self) -> Self:
+        return copy.copy(self)
+
+    def _refuse(self, *arguments: Any, **values: Any) -> NoReturn:
+        raise InputError(
+            got=f"a change of the keys of a {type(self).__name__}",
+            expected="its fields as they are, as in transformers",
+            remedy="Assign to a field, or change dict(output)",
+        )
+
+    __delitem__ = __or__ = __ror__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
 @dataclass
