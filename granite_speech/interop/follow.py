@@ -5,12 +5,14 @@ replaced, adapters of peft that were added, switched or merged, and training mod
 the same way is named, and the part then runs as transformers wrote it.
 """
 
+from functools import cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.model import GraniteForCausalLM, GraniteSpeechForConditionalGeneration
@@ -143,6 +145,8 @@ def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = Fals
         mine = own[table]
         for name, tensor in theirs.__dict__[table].items():
             if name in mine:
+                if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):
+                    raise NotFollowedError(f"{path}.{name} is a {type(tensor).__name__}")  # sharded or quantized
                 mine[name] = tensor
     for name in _NUMBERS.get(type(ours), ()):
         own[name] = getattr(theirs, name)
@@ -185,9 +189,14 @@ def _follow_rotary(ours: GraniteRotaryEmbedding, theirs: nn.Module, path: str) -
     ours.use_frequencies(theirs.inv_freq)
 
 
+@cache
+def _is_pefts(kind: type) -> bool:
+    return kind.__module__.startswith("peft.")
+
+
 def _in_use(module: nn.Module) -> nn.Module:
     """The module that runs; of peft's wrapper for modules_to_save, the one that it passes its input to."""
-    if not hasattr(module, "modules_to_save") or not hasattr(module, "original_module"):
+    if not _is_pefts(type(module)) or not hasattr(module, "modules_to_save"):
         return module
     active = module.active_adapters
     if module.disable_adapters or not active:
@@ -206,7 +215,7 @@ def check_code(module: nn.Module, path: str) -> None:
             raise NotFollowedError(f"there is a hook on {path}")
     if not is_own(module, "forward"):
         raise NotFollowedError(f"the forward of {path} was replaced")
-    if module.training and getattr(module, "gradient_checkpointing", False):
+    if own.get("gradient_checkpointing") and module.training:
         raise NotFollowedError(f"{path} uses gradient checkpointing")
 
 
@@ -221,7 +230,7 @@ def is_own(module: nn.Module, name: str) -> bool:
 
 def _follow_adapters(ours: LoraLinear, layer: nn.Module, path: str) -> nn.Module:
     """Make `ours` have the adapters that peft applies now, if the layer is one of peft's. Returns the linear layer in it."""
-    if not hasattr(layer, "base_layer"):
+    if not _is_pefts(type(layer)):
         if ours.adapters:
             ours.adapters = {}
             ours.activate([])
