@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
+from granite_speech import accelerate
 from tests.support.speech_dataset import Collator, speech
 from tests.support.two_libraries import library
 
 __all__ = ["DOORS", "build", "keep_statistics", "losses", "make_trainer"]
 
-DOORS = ("ours",)
+DOORS = ("ours", "accelerated")
 _ARGUMENTS = {Trainer: TrainingArguments, Seq2SeqTrainer: Seq2SeqTrainingArguments}
 
 
@@ -20,12 +21,13 @@ def build(door: str, *, adapter: bool = False) -> Any:
     """A model of the bundled checkpoint, all of which is trained.
 
     Args:
-        door: "ours", or "theirs" for transformers' class.
+        door: "ours", "theirs" for transformers' class, or "accelerated" for that given to `accelerate`.
         adapter: keep the checkpoint's own adapter.
     """
     lib = library("granite_speech" if door == "ours" else "transformers")
     model = lib.new_model() if adapter else lib.new_bare_model()
-    return model.requires_grad_(True)
+    model.requires_grad_(True)
+    return accelerate(model) if door == "accelerated" else model
 
 
 def keep_statistics(model: Any) -> Any:
