@@ -60,7 +60,7 @@ class Speculation:
     """
 
     def __init__(self, door: Door, beams: int = 1):
-        self.device, self.beams = "cuda" if torch.cuda.is_available() else "cpu", beams
+        self.device, self.beams = "cpu", beams
         self.processor = door.AutoProcessor.from_pretrained(str(EMBEDDED_FOLDER))
         self.tokenizer = self.processor.tokenizer
         model = door.AutoModelForSpeechSeq2Seq.from_pretrained(str(EMBEDDED_FOLDER), torch_dtype=torch.float32).to(self.device)

@@ -19,8 +19,7 @@ class Notebook:
     """The notebook's model and its two functions."""
 
     def __init__(self, door: Door, dtype: torch.dtype):
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = str(EMBEDDED_FOLDER)
+        self.device, folder = "cpu", str(EMBEDDED_FOLDER)
         self.processor = door.GraniteSpeechProcessor.from_pretrained(folder)
         model = door.GraniteSpeechForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype, device_map=self.device)
         self.model, self.tokenizer = door.loaded(model), self.processor.tokenizer
