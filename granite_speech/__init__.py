@@ -52,6 +52,7 @@ _HOMES = {
     "inputs.audio": ("AudioWarning", "load_audio", "read_blocks"),
     "inputs.features": ("GraniteSpeechFeatureExtractor",),
     "inputs.processor": ("GraniteSpeechProcessor",),
+    "interop.accelerate": ("AccelerationWarning", "accelerate", "restore"),
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
     "modules.encoder": ("GraniteSpeechCTCEncoder",),
     "transcription.job": ("Transcript",),
@@ -98,6 +99,9 @@ if TYPE_CHECKING:
     from granite_speech.inputs.audio import read_blocks as read_blocks
     from granite_speech.inputs.features import GraniteSpeechFeatureExtractor as GraniteSpeechFeatureExtractor
     from granite_speech.inputs.processor import GraniteSpeechProcessor as GraniteSpeechProcessor
+    from granite_speech.interop.accelerate import AccelerationWarning as AccelerationWarning
+    from granite_speech.interop.accelerate import accelerate as accelerate
+    from granite_speech.interop.accelerate import restore as restore
     from granite_speech.model import GraniteSpeechForConditionalGeneration as GraniteSpeechForConditionalGeneration
     from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration

@@ -48,6 +48,7 @@ class GraniteRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self._frequencies: Tensor | None = None
+        self._given: Tensor | None = None
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Rotary:
         """`(batch, sequence)` positions to two of `(batch, sequence, head_dim)`, in x's dtype and on its device.
@@ -70,3 +71,10 @@ class GraniteRotaryEmbedding(nn.Module):
             with torch.inference_mode(False):  # a tensor from inference mode could not be used in a later backward pass
                 self._frequencies = rotary_frequencies(self.config, device)
         return self._frequencies
+
+    def use_frequencies(self, inv_freq: Tensor) -> None:
+        """Use these frequencies, `(head_dim / 2,)` float32, in place of the configuration's: they are of another model's module."""
+        if inv_freq is not self._given:
+            self.__dict__["_given"] = inv_freq  # set as an attribute, a buffer would become one of this module
+            with torch.inference_mode(False):
+                self._frequencies = torch.cat((-inv_freq, inv_freq))

@@ -1,0 +1,246 @@
+"""`accelerate`: a live model of transformers runs with this package's operations, and stays the same object.
+
+Nothing of the model moves: modules, parameters, hooks and names are those that transformers made. On the instance of the encoder, the
+projector and the language model's norms, `forward` is replaced, and on the model `generate`. They run here whenever that gives what
+transformers' code would, and as transformers wrote them otherwise.
+"""
+
+import inspect
+import warnings
+from functools import cache, partial
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from granite_speech.config_files import config_from_dict
+from granite_speech.errors import InputError
+from granite_speech.interop.follow import Follower, NotFollowedError, Replacement, Twin, check_code, is_own
+from granite_speech.interop.generate import generated
+from granite_speech.modules.language_model import GraniteRMSNorm
+from granite_speech.modules.packing import Segments
+
+__all__ = ["AccelerationWarning", "accelerate", "restore"]
+
+Model = TypeVar("Model", bound=nn.Module)
+_NAME = "_granite_speech_acceleration"
+
+
+class AccelerationWarning(UserWarning):
+    """A part of an accelerated model runs as transformers wrote it, and why."""
+
+
+def accelerate(model: Model) -> Model:
+    """Make a live model of transformers fast, in place.
+
+        model = granite_speech.accelerate(model)
+
+    Encoder, projector and the language model's norms run with this package's operations, in training too, and `generate` with its
+    captured decode step where the options allow. What the model computes stays the same: a batch of clips of unequal lengths gives
+    what transformers gives, padding included, and logits are divided by `logits_scaling` only if this version of transformers does so.
+
+    Anything that this package cannot compute in the same way runs as transformers wrote it: options of `generate` that it does
+    not have, modules with hooks, adapters other than plain LoRA, quantized layers. If that makes a whole part slow, an
+    `AccelerationWarning` gives the reason, once. Weights, adapters and modes may change at any time; they are looked at before each use.
+
+    As a context manager, `with accelerate(model): …`, it undoes itself at the end of the block.
+
+    Args:
+        model: a `GraniteSpeechForConditionalGeneration` or `GraniteSpeechPlusForConditionalGeneration` of transformers 4.56 to 5.17, or a
+            peft model around one.
+
+    Returns:
+        The same object. A copy of it, or one that was pickled, is not accelerated.
+
+    Raises:
+        InputError: another object.
+        ConfigError: a configuration that this package cannot build a model from.
+    """
+    live = _speech_model(model)
+    acceleration = vars(live).get(_NAME)
+    if acceleration is None:
+        acceleration = vars(live)[_NAME] = Acceleration(live)
+    acceleration.add(model)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate`, however often it was called. A model that is not accelerated stays as it is.
+
+    Args:
+        model: the model, or a peft model around it.
+
+    Returns:
+        The same object, as transformers made it.
+
+    Raises:
+        InputError: an object that `accelerate` refuses.
+    """
+    acceleration = vars(_speech_model(model)).get(_NAME)
+    if acceleration is not None:
+        acceleration.remove()
+    return model
+
+
+def _speech_model(model: Any) -> nn.Module:
+    """transformers' model, which peft may have wrapped."""
+    is_wrapped = callable(getattr(model, "get_base_model", None)) and type(model).__module__.startswith("peft.")
+    live = model.get_base_model() if is_wrapped else model
+    kinds = {f"{one.__module__}.{one.__name__}" for one in type(live).__mro__}
+    stems = [("granite_speech", "GraniteSpeech"), ("granite_speech_plus", "GraniteSpeechPlus")]
+    if kinds.isdisjoint(f"transformers.models.{file}.modeling_{file}.{name}ForConditionalGeneration" for file, name in stems):
+        is_ours = type(live).__module__.startswith("granite_speech.")
+        remedy = "Use it as it is: a model of this package is fast already" if is_ours else "Pass what from_pretrained returns"
+        raise InputError(
+            got=f"a {type(model).__module__}.{type(model).__qualname__}",
+            expected="transformers' GraniteSpeechForConditionalGeneration, or a peft model around one",
+            remedy=remedy,
+        )
+    return live
+
+
+class Acceleration:
+    """What `accelerate` put into a model.
+
+    Args:
+        live: transformers' model.
+    """
+
+    def __init__(self, live: nn.Module):
+        self.live, self._calls, self._warned = live, 0, set()
+        self._roots: list[nn.Module] = []
+        # Up to transformers 5.9, the model has a language model with a head; from 5.10 on, a model without, and a head.
+        has_inner = isinstance(getattr(live, "model", None), nn.Module)
+        speech, text = (live.model, live) if has_inner else (live, live.language_model)
+        config = config_from_dict(live.config.to_dict())
+        if not any(map(_divides_logits, (live, text))):
+            config.text_config.logits_scaling = 1.0
+        self.twin = Twin(config)
+        self._follower = Follower(
+            {
+                "encoder": (self.twin.encoder, speech, "encoder"),
+                "projector": (self.twin.projector, speech, "projector"),
+                "language_model": (self.twin.decoder, *((speech, "language_model") if has_inner else (text, "model"))),
+                "lm_head": (self.twin.lm_head, text, "lm_head"),
+            }
+        )
+        self._whole = list({id(one): one for one in (live, speech, text)}.values())
+        self._encoder, self._replaced = speech.encoder, []
+        self._replace(speech.encoder, "forward", self._encode)
+        self._replace(speech.projector, "forward", self._project)
+        for module in speech.language_model.modules():
+            if type(module).__name__ == "GraniteRMSNorm":
+                self._replace(module, "forward", partial(_normalize, module))
+        self._replace(live, "generate", partial(generated, self, live))
+        if not has_inner:
+            self._replace(text, "generate", partial(generated, self, text))
+
+    def _replace(self, module: nn.Module, name: str, function: Any) -> None:
+        if name in vars(module) and not is_own(module, name):
+            return  # somebody else's, which may do anything
+        one = vars(module)[name] = Replacement(module, name, function)
+        self._replaced.append(one)
+
+    def add(self, model: nn.Module) -> None:
+        """Count one more call of `accelerate`, and let this object begin a with block."""
+        self._calls += 1
+        if not isinstance(model, _WithBlock):
+            model.__class__ = _with_block(type(model))
+            self._roots.append(model)
+
+    def leave(self) -> None:
+        """The end of a with block: an accelerated model that was given to `accelerate` again is accelerated still."""
+        self._calls -= 1
+        if self._calls == 0:
+            self.remove()
+
+    def remove(self) -> None:
+        for one in self._replaced:
+            one.undo()
+        for model in self._roots:
+            model.__class__ = type(model).__bases__[1]
+        vars(self.live).pop(_NAME, None)
+
+    def runs(self, part: str) -> bool:
+        """Whether a part that is being called can run here now. It then has the live parameters."""
+        if torch.compiler.is_compiling():
+            return False
+        try:
+            self._follower.follow(part, is_called=True)
+        except NotFollowedError as reason:
+            self._warn(f"the {part}", str(reason))
+            return False
+        return True
+
+    def generates(self) -> bool:
+        """The same for `generate`, for which no module of transformers is called."""
+        try:
+            for one in self._whole:
+                check_code(one, type(one).__name__)
+            for part in self._follower.parts:
+                self._follower.follow(part, is_called=False)
+        except NotFollowedError as reason:
+            self._warn("generate", str(reason))
+            return False
+        return True
+
+    def _warn(self, what: str, reason: str) -> None:
+        if (what, reason) not in self._warned:
+            self._warned.add((what, reason))
+            warnings.warn(f"accelerate: {what} runs as transformers wrote it, because {reason}.", AccelerationWarning, stacklevel=4)
+
+    def _encode(self, own: Any, hidden_states: Tensor, *others: Any, **options: Any) -> Any:
+        config, is_batch = self._encoder.config, hidden_states.dim() == 3 and hidden_states.numel() > 0
+        asked = options | {name: options.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")}
+        is_plain = not others and not any(value for name, value in asked.items() if name != "return_dict")
+        if not (is_batch and is_plain and self.runs("encoder")):
+            return own(hidden_states, *others, **options)
+        if self._encoder.training:
+            self.twin.runtime.clear()  # training needs the memory of pages and graphs
+        clips = Segments.of_batch(hidden_states)
+        states = clips.pad(self.twin.encoder.encode(clips.pack(hidden_states), clips), hidden_states.shape[1])
+        if not _mentions(own, "BaseModelOutputWithPooling"):
+            return states  # transformers 4
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        output = BaseModelOutputWithPooling(last_hidden_state=states)
+        return output if options.get("return_dict", getattr(config, "return_dict", True)) is not False else output.to_tuple()
+
+    def _project(self, own: Any, hidden_states: Tensor) -> Tensor:
+        return self.twin.projector(hidden_states) if hidden_states.dim() == 3 and self.runs("projector") else own(hidden_states)
+
+
+def _normalize(norm: nn.Module, own: Any, hidden_states: Tensor) -> Tensor:
+    return GraniteRMSNorm.forward(norm, hidden_states)
+
+
+def _mentions(method: Any, name: str) -> bool:
+    """Whether a method's code uses a name; decorators are looked through."""
+    return name in inspect.unwrap(method).__code__.co_names
+
+
+def _divides_logits(module: nn.Module) -> bool:
+    return _mentions(type(module).forward, "logits_scaling")
+
+
+class _WithBlock:
+    """What the class of an accelerated model has in addition: the with statement looks for its methods on the class."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        acceleration = vars(_speech_model(self)).get(_NAME)
+        if acceleration is not None:
+            acceleration.leave()
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        state = {name: one for name, one in vars(self).items() if name != _NAME}
+        return object.__new__, (type(self).__bases__[1],), state
+
+
+@cache
+def _with_block(kind: type) -> type:
+    """A class that differs from `kind` only by `_WithBlock`, and has its name."""
+    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (_WithBlock, kind), same)

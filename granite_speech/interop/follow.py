@@ -1,0 +1,251 @@
+"""A model of this package whose parameters are those of a live model of transformers.
+
+The live model is the only source of truth. Before a part runs here, every module of it is looked at again: parameters that were
+replaced, adapters of peft that were added, switched or merged, and training modes are taken over. What this package could not compute in
+the same way is named, and the part then runs as transformers wrote it.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+
+from granite_speech.config import GraniteSpeechConfig
+from granite_speech.model import GraniteForCausalLM, GraniteSpeechForConditionalGeneration
+from granite_speech.modules.activations import Activation
+from granite_speech.modules.adapter import Lora, LoraLinear
+from granite_speech.modules.language_model import GraniteAttention, GraniteDecoderLayer, GraniteModel, GraniteRMSNorm
+from granite_speech.modules.projector import Blip2QFormerOutput
+from granite_speech.modules.rotary import GraniteRotaryEmbedding
+from granite_speech.modules.rows import Rows
+
+__all__ = ["Follower", "NotFollowedError", "Replacement", "Twin", "check_code", "is_own"]
+
+# Numbers that the live model has taken from its configuration, by class here.
+_NUMBERS: dict[type, tuple[str, ...]] = {
+    GraniteModel: ("embedding_multiplier",),
+    GraniteDecoderLayer: ("residual_multiplier",),
+    GraniteAttention: ("scaling",),
+    GraniteRMSNorm: ("variance_epsilon",),
+    nn.LayerNorm: ("eps",),
+    nn.BatchNorm1d: ("eps", "momentum"),
+    nn.Dropout: ("p",),
+}
+
+# Classes of transformers that have another name than here.
+_NAMES: dict[type, tuple[str, ...]] = {
+    Blip2QFormerOutput: ("Blip2QFormerSelfOutput", "Blip2QFormerOutput"),
+}
+
+
+class NotFollowedError(Exception):
+    """Why a part of the live model cannot run here at the moment."""
+
+
+class Replacement:
+    """A method that takes the place of a module's own, on the instance.
+
+    A copy of the module, or one that was pickled, has its own method back.
+
+    Args:
+        module: whose method is replaced.
+        name: of the method.
+        function: called with the module's own method, then the arguments of the call.
+    """
+
+    def __init__(self, module: nn.Module, name: str, function: Any):
+        self.module, self.name, self._function = module, name, function
+        self.own = MethodType(getattr(type(module), name), module)
+        self.__wrapped__ = self.own  # so that inspect.signature shows the method's own
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._function(self.own, *arguments, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, self.name)  # a copy of the module has nothing on its instance when this is called
+
+    def undo(self) -> None:
+        """Take the replacement off the module. Somebody who has kept it, or wrapped it, calls the module's own method from now on."""
+        self._function = lambda own, *arguments, **options: own(*arguments, **options)
+        if vars(self.module).get(self.name) is self:
+            del vars(self.module)[self.name]
+
+
+class _LayersDecide:
+    """In transformers an adapter is on or off for a whole model, so the layers alone decide, not the rows."""
+
+    def rows_with_audio(self, rows: Rows, cache: Any, is_audio: Tensor | None) -> list[bool]:
+        return [True] * len(rows.segments.lengths)
+
+
+class _TwinLanguageModel(_LayersDecide, GraniteForCausalLM):
+    """The language model of a `Twin`."""
+
+
+class Twin(_LayersDecide, GraniteSpeechForConditionalGeneration):
+    """A model without parameters of its own; a `Follower` gives it those of another model.
+
+    Args:
+        config: of the other model.
+    """
+
+    def __init__(self, config: GraniteSpeechConfig):
+        with torch.device("meta"):
+            super().__init__(config)
+            self.language_model = _TwinLanguageModel(self.config.text_config, tied=False)
+        self.eval()
+
+
+class Follower:
+    """Makes modules of a twin compute what the live ones do.
+
+    Args:
+        pairs: for each part by name, the twin's module, and the live module that holds the live one with its name there, which
+            may be another one tomorrow.
+    """
+
+    def __init__(self, pairs: dict[str, tuple[nn.Module, nn.Module, str]]):
+        self._pairs = pairs
+
+    @property
+    def parts(self) -> list[str]:
+        return list(self._pairs)
+
+    def follow(self, part: str, is_called: bool) -> None:
+        """Take over everything that may have changed in a part.
+
+        Args:
+            part: its name.
+            is_called: whether transformers' module is being called, so that hooks on it, not inside it, run anyway.
+
+        Raises:
+            NotFollowedError: something in the part that this package does not compute in the same way.
+        """
+        if every_module._has_any_global_hook():
+            raise NotFollowedError("there is a hook on all modules")
+        ours, owner, name = self._pairs[part]
+        _follow(ours, owner._modules[name], part, is_called)
+
+
+def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = False) -> None:
+    """Take over a module and all modules inside it."""
+    theirs = _in_use(given)
+    if isinstance(ours, LoraLinear):
+        theirs = _follow_adapters(ours, theirs, path)
+    _check_kind(ours, theirs, path)
+    if not is_called:
+        check_code(theirs, path)
+    own = ours.__dict__
+    own["training"] = theirs.training
+    for table in ("_parameters", "_buffers"):
+        mine = own[table]
+        for name, tensor in theirs.__dict__[table].items():
+            if name in mine:
+                mine[name] = tensor
+    for name in _NUMBERS.get(type(ours), ()):
+        own[name] = getattr(theirs, name)
+    if isinstance(ours, GraniteRotaryEmbedding):
+        _follow_rotary(ours, theirs, path)
+    mine = own["_modules"]
+    for name, child in theirs._modules.items():
+        if child is None:
+            continue
+        if mine.get(name) is not None:
+            _follow(mine[name], child, f"{path}.{name}")
+        elif type(child) is nn.Dropout and hasattr(ours, "attention_dropout"):
+            check_code(child, f"{path}.{name}")
+            ours.attention_dropout = child.p
+        else:
+            raise NotFollowedError(f"{path}.{name} is a {type(child).__name__}")
+
+
+def _check_kind(ours: nn.Module, theirs: nn.Module, path: str) -> None:
+    """Refuse a module of another class than transformers makes at this place."""
+    kind, own = type(theirs), type(ours)
+    if kind is own:
+        return
+    name = kind.__name__.replace("SpeechPlus", "Speech")
+    if isinstance(ours, Activation):
+        from transformers.activations import ACT2FN
+
+        is_known = kind is type(ACT2FN[ours.name])
+    elif isinstance(ours, LoraLinear):
+        is_known = kind is nn.Linear
+    else:
+        is_known = name in _NAMES.get(own, (own.__name__,)) and kind.__module__.startswith("transformers.models.")
+    if not is_known:
+        raise NotFollowedError(f"{path} is a {kind.__module__}.{kind.__qualname__}")
+
+
+def _follow_rotary(ours: GraniteRotaryEmbedding, theirs: nn.Module, path: str) -> None:
+    if theirs.attention_scaling != 1:
+        raise NotFollowedError(f"{path} scales attention by {theirs.attention_scaling}")
+    ours.use_frequencies(theirs.inv_freq)
+
+
+def _in_use(module: nn.Module) -> nn.Module:
+    """The module that runs; of peft's wrapper for modules_to_save, the one that it passes its input to."""
+    if not hasattr(module, "modules_to_save") or not hasattr(module, "original_module"):
+        return module
+    active = module.active_adapters
+    if module.disable_adapters or not active:
+        return module.original_module
+    return module.modules_to_save[active[0]]
+
+
+def check_code(module: nn.Module, path: str) -> None:
+    """Refuse a module with which somebody's own Python code runs."""
+    own = module.__dict__
+    if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        raise NotFollowedError(f"there is a hook on {path}")
+    for hook in own["_forward_hooks"].values():
+        # transformers' own, which do nothing unless a call asks for hidden states or attentions.
+        if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+            raise NotFollowedError(f"there is a hook on {path}")
+    if not is_own(module, "forward"):
+        raise NotFollowedError(f"the forward of {path} was replaced")
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        raise NotFollowedError(f"{path} uses gradient checkpointing")
+
+
+def is_own(module: nn.Module, name: str) -> bool:
+    """Whether a method is that of the module's class, or a `Replacement` of it."""
+    method = vars(module).get(name)
+    if method is None or isinstance(method, Replacement):
+        return method is None or method.module is module
+    # A copy of an accelerated module has its class's method on the instance.
+    return getattr(method, "__self__", None) is module and method.__func__ is getattr(type(module), name)
+
+
+def _follow_adapters(ours: LoraLinear, layer: nn.Module, path: str) -> nn.Module:
+    """Make `ours` have the adapters that peft applies now, if the layer is one of peft's. Returns the linear layer in it."""
+    if not hasattr(layer, "base_layer"):
+        if ours.adapters:
+            ours.adapters = {}
+            ours.activate([])
+        return layer
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if kind != "peft.tuners.lora.layer.Linear":
+        raise NotFollowedError(f"{path} is a {kind}")
+    check_code(layer, path)
+    if layer.merged and layer.disable_adapters:
+        raise NotFollowedError(f"{path} has a merged adapter that is switched off")
+    applies = not layer.merged and not layer.disable_adapters
+    names = [name for name in layer.active_adapters if name in layer.lora_A] if applies else []
+    adapters = {name: _adapter(layer, name, path) for name in names}
+    if adapters != ours.adapters:  # modules are equal only to themselves
+        ours.adapters = adapters
+        ours.activate(names)
+    return layer.base_layer
+
+
+def _adapter(layer: nn.Module, name: str, path: str) -> Lora:
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    plain = type(a) is type(b) is nn.Linear and a.bias is b.bias is None and not layer.use_dora.get(name)
+    if not plain or name in getattr(layer, "lora_variant", {}) or getattr(layer, "fan_in_fan_out", False):
+        raise NotFollowedError(f"the adapter {name!r} of {path} is not plain LoRA")
+    for one in (a, b, dropout):
+        check_code(one, f"{path}, adapter {name!r}")
+    return Lora(a, b, layer.scaling[name], dropout.p if isinstance(dropout, nn.Dropout) else 0.0)
