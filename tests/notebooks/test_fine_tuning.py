@@ -21,6 +21,9 @@ from tests.support.notebook_doors import DOORS, Door, clip
 from tests.support.paths import ROOT
 from tests.support.reference_models import scale_logits
 
+# No part of an accelerated model may have to run as transformers wrote it.
+pytestmark = pytest.mark.filterwarnings("error::granite_speech.interop.accelerate.AccelerationWarning")
+
 # The bundled checkpoint was not trained with this instruction, so it has something to learn.
 INSTRUCTION = "Please transcribe the following audio to text<|audio|>"
 # With the space that its answers begin with.
@@ -191,8 +194,8 @@ def results_of(door: str, setting: Setting) -> tuple[Results, Results]:
 def test_losses_and_words_are_those_of_transformers(door: str):
     ours, theirs = results_of(door, PRECISE)
     assert len(ours.losses) == len(ours.validation) == 6
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
-    assert ours.validation == pytest.approx(theirs.validation, rel=1e-4)
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4, abs=1e-5)
+    assert ours.validation == pytest.approx(theirs.validation, rel=1e-4, abs=1e-5)
     assert ours.transcripts == theirs.transcripts
     assert ours.errors == theirs.errors
 

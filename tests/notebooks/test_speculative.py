@@ -12,6 +12,9 @@ from tests.notebooks.speculation import Draft, Speculation, entropies, frames_of
 from tests.support.notebook_doors import DOORS, Door, clip
 from tests.support.two_libraries import assert_same
 
+# No part of an accelerated model may have to run as transformers wrote it.
+pytestmark = pytest.mark.filterwarnings("error::granite_speech.interop.accelerate.AccelerationWarning")
+
 
 class Notebook(Speculation):
     @torch.no_grad()

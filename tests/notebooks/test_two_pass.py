@@ -10,6 +10,9 @@ import torch
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from tests.support.notebook_doors import DOORS, Door, clip
 
+# No part of an accelerated model may have to run as transformers wrote it.
+pytestmark = pytest.mark.filterwarnings("error::granite_speech.interop.accelerate.AccelerationWarning")
+
 # The first clip is transcribed correctly in spite of a system text, which the bundled checkpoint was not trained with.
 SYSTEM, INSTRUCTION = "You are Granite.", "<|audio|>can you transcribe the speech into a written format?"
 CLIPS, WORDS = (0, 5, 10), "nine one five seven"
