@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 AUDIO ?= granite_speech/assets/sample.flac
 
-.PHONY: transcribe test lint fuzz soak bench rehearse embedded clean
+.PHONY: transcribe test test-transformers-4 lint fuzz soak bench rehearse embedded clean
 
 # For example: make transcribe AUDIO=speech.wav MODEL=ibm-granite/granite-speech-3.3-2b
 transcribe: .venv/installed
@@ -11,6 +11,15 @@ transcribe: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# accelerate() with transformers 4.56.2, which has another layout of attributes, in place of the version that is installed.
+test-transformers-4: build/transformers-4/installed
+	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest tests/interop -n auto --maxprocesses 8
+
+build/transformers-4/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --target build/transformers-4 --no-deps transformers==4.56.2 huggingface_hub==0.35.3 \
+		tokenizers==0.22.1 requests==2.32.5 urllib3==2.5.0 charset-normalizer==3.4.3 idna==3.10 certifi==2025.8.3
+	touch $@
 
 lint: .venv/installed
 	$(BIN)/ruff check .

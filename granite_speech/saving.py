@@ -71,7 +71,9 @@ class Saving(ModelMethods, WithGenerationConfig, Adapters):
         stored = str(next(iter(base.values())).dtype).removeprefix("torch.")
         # transformers 4.x reads `torch_dtype`, and 5.x `dtype`.
         config = self.config.to_diff_dict() | names | {"dtype": stored, "torch_dtype": stored}
-        adapter = self._adapter_json() if lora else None
+        # transformers 4.x loads the weights from this place, as the released adapter files have it.
+        home = {"base_model_name_or_path": str(kwargs.get("repo_id") or save_directory)}
+        adapter = self._adapter_json() | home if lora else None
         options = kwargs | ({} if token is None else {"token": token}) | ({"tags": self.model_tags} if self.model_tags else {})
         with saving(save_directory, "save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
             save(

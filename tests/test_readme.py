@@ -5,8 +5,11 @@ from types import CodeType
 
 import pytest
 import soundfile
+import transformers
 
+from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.inputs.recordings import PROMPT_3, PROMPT_4
+from granite_speech.interop.accelerate import acceleration_of
 from tests.support.paths import ROOT
 from tests.support.small_models import small_model
 
@@ -14,7 +17,7 @@ README = ROOT / "README.md"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "bench/results/README.md", "granite_speech/assets/README.md", "kernels/README.md")
 
 
-NAMES = ("one recording", "many recordings", "a batch", "an engine", "a warm-up")
+NAMES = ("one recording", "many recordings", "two doors", "a batch", "an engine", "a warm-up")
 WORDS = "open menu seven two five stop"
 
 
@@ -48,6 +51,13 @@ def test_the_examples_of_one_and_of_many_recordings_print_their_words(recordings
     exec(example("many recordings"), names)
     assert names["texts"] == [WORDS] * 2
     assert capsys.readouterr().out == f"{WORDS}\n" * 2
+
+
+def test_the_example_of_two_doors_gives_the_model_of_transformers():
+    names = {}
+    exec(example("two doors", model=(MODEL[0], str(EMBEDDED_FOLDER))), names)
+    assert isinstance(names["model"], transformers.GraniteSpeechForConditionalGeneration)
+    assert acceleration_of(names["model"]) is not None
 
 
 def test_the_example_of_a_batch_transcribes_its_files(recordings):

@@ -196,7 +196,7 @@ class PushToHub:
             The errors of `upload` and of `save_pretrained`.
         """
         with tempfile.TemporaryDirectory(prefix="granite-speech-") as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size, **options)
+            self.save_pretrained(folder, max_shard_size=max_shard_size, repo_id=repo_id, **options)
             return upload(
                 folder,
                 repo_id,

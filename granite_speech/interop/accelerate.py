@@ -20,7 +20,7 @@ from granite_speech.interop.generate import generated
 from granite_speech.modules.language_model import GraniteRMSNorm
 from granite_speech.modules.packing import Segments
 
-__all__ = ["AccelerationWarning", "accelerate", "restore"]
+__all__ = ["AccelerationWarning", "accelerate", "acceleration_of", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _NAME = "_granite_speech_acceleration"
@@ -56,9 +56,9 @@ def accelerate(model: Model) -> Model:
         InputError: another object.
         ConfigError: a configuration that this package cannot build a model from.
     """
-    live = _speech_model(model)
-    acceleration = vars(live).get(_NAME)
+    acceleration = acceleration_of(model)
     if acceleration is None:
+        live = _speech_model(model)
         acceleration = vars(live)[_NAME] = Acceleration(live)
     acceleration.add(model)
     return model
@@ -76,10 +76,15 @@ def restore(model: Model) -> Model:
     Raises:
         InputError: an object that `accelerate` refuses.
     """
-    acceleration = vars(_speech_model(model)).get(_NAME)
+    acceleration = acceleration_of(model)
     if acceleration is not None:
         acceleration.remove()
     return model
+
+
+def acceleration_of(model: Any) -> "Acceleration | None":
+    """What `accelerate` put into a model; None if it is not accelerated."""
+    return vars(_speech_model(model)).get(_NAME)
 
 
 def _speech_model(model: Any) -> nn.Module:
@@ -230,7 +235,7 @@ class _WithBlock:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        acceleration = vars(_speech_model(self)).get(_NAME)
+        acceleration = acceleration_of(self)
         if acceleration is not None:
             acceleration.leave()
 

@@ -121,7 +121,7 @@ def _resolved(settings: dict[str, Any], of_call: GenerationConfig | None, of_mod
 
 def _is_captured(options: GenerationOptions, mask: Tensor | None) -> bool:
     """Whether a captured step could serve a call. Without graphs, transformers' own loop is as fast as one here."""
-    if options.num_beams > 1 or options.return_dict_in_generate or options.rules:
+    if options.num_beams > 1 or options.return_dict_in_generate or options.rules or options.max_new_tokens == 0:
         return False
     # Here a penalty leaves padding out, so that an answer does not depend on its neighbours; in transformers it does not.
     return options.repetition_penalty == 1 or mask is None or bool(mask.all())

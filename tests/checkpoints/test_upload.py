@@ -131,4 +131,4 @@ def test_pushing_saves_into_a_temporary_folder(calls):
     assert thing.push_to_hub("me/model", private=True, safe_serialization=True, max_shard_size="5GB", commit_message="words")
     assert calls[0][2]["private"] is True
     assert calls[1][2]["folder_path"] == str(thing.folder) and calls[1][2]["commit_message"] == "words"
-    assert thing.options == {"safe_serialization": True, "max_shard_size": "5GB"}
+    assert thing.options == {"safe_serialization": True, "max_shard_size": "5GB", "repo_id": "me/model"}

@@ -1,11 +1,13 @@
 """Models of transformers for the tests of `accelerate`, and what they compute."""
 
+import tempfile
+from functools import cache
 from typing import Any
 
 import torch
 import transformers
 
-from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
+import granite_speech
 from tests.support.reference_models import AUDIO_TOKEN, SPECS, Spec, features
 
 __all__ = ["HAS_INNER_MODEL", "LIVE_SPECS", "batch", "bundled", "language_model", "speech"]
@@ -43,6 +45,14 @@ def batch(spec: Spec, *, frames: tuple[int, ...] = (61, 40, 12), seed: int = 1) 
     }
 
 
+@cache
+def _bundled_folder() -> tempfile.TemporaryDirectory:
+    """A saved copy: transformers 4 needs its path in the adapter's file."""
+    folder = tempfile.TemporaryDirectory(prefix="bundled-")
+    granite_speech.GraniteSpeechForConditionalGeneration.from_pretrained("embedded").save_pretrained(folder.name)
+    return folder
+
+
 def bundled(**options: Any) -> Any:
     """The bundled checkpoint in transformers."""
-    return transformers.GraniteSpeechForConditionalGeneration.from_pretrained(EMBEDDED_FOLDER, **options).eval()
+    return transformers.GraniteSpeechForConditionalGeneration.from_pretrained(_bundled_folder().name, **options).eval()
