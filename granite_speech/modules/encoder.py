@@ -320,7 +320,7 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
             elif number > 0:
                 x = recomputation.run(self.layers[number - 1], number - 1, x, clips=clips)
             if number == self.num_layers // 2 and number > 0:
-                x = x + self.out_mid(self.ctc_probabilities(x))
+                x = self._with_feedback(x)
             # After the CTC feedback is added: transformers adds it in place, so the exported state includes it.
             if number in wanted:
                 exported.append(x)
@@ -329,6 +329,14 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
             if number < self.num_layers:
                 yield x
         yield torch.cat([*exported, x], dim=-1) if exported else x
+
+    def _with_feedback(self, x: Tensor) -> Tensor:
+        """The middle block's output and, projected back, what the CTC head makes of it."""
+        # Padded: there are hooks. One that keeps this block's output finds the feedback in it afterwards, because transformers adds in
+        # place. autograd forbids that where a backward hook has made the output a view.
+        if x.dim() == 2 or x._is_view():
+            return x + self.out_mid(self.ctc_probabilities(x))
+        return x.add_(self.out_mid(self.ctc_probabilities(x.clone())))
 
     def ctc_probabilities(self, x: Tensor) -> Tensor:
         """Softmax of the CTC head, `(..., output_dim)`; computed at least in float32, rounded to x's dtype."""

@@ -62,14 +62,13 @@ def audio_in_chat(lib: Library) -> Any:
     return lib.processor.apply_chat_template(chat, chat_template=TEMPLATE, tokenize=True, return_dict=True, return_tensors="pt")
 
 
-def hooked(lib: Library) -> torch.Tensor:
+def hooked(lib: Library, layer: int) -> torch.Tensor:
     seen: dict[str, torch.Tensor] = {}
     encoder = lib.model.model.encoder
-    # Not the middle layer: transformers adds the CTC feedback to its output in place.
-    handle = encoder.layers[1].register_forward_hook(lambda module, arguments, output: seen.update(output=output))
+    handle = encoder.layers[layer].register_forward_hook(lambda module, arguments, output: seen.update(output=output))
     encoder(lib.inputs["input_features"])
     handle.remove()
-    return seen["output"]
+    return seen["output"].detach()
 
 
 def decoder(lib: Library) -> Any:
@@ -132,7 +131,8 @@ CALLS = {
     ),
     "language_model(inputs_embeds=, attention_mask=)": Call(lambda lib: decoder(lib)(**embedded()).last_hidden_state),
     "generate(inputs_embeds=)": Call(lambda lib: lib.model.generate(**embedded(), max_new_tokens=3)),
-    "hook on an encoder layer": Call(hooked),
+    "hook on an encoder layer": Call(lambda lib: hooked(lib, 1)),
+    "hook on the middle encoder layer": Call(lambda lib: hooked(lib, 2)),  # to whose output the CTC feedback is added
     "return_tensors='np'": Call(lambda lib: dict(lib.processor(PROMPT, lib.clips[0], return_tensors="np"))),
 }
 

@@ -29,6 +29,7 @@ def same(ours: Tensor, expected: Tensor) -> None:
 
 PLACES = {
     "a block": lambda model: model.encoder.layers[1],
+    "the middle block": lambda model: model.encoder.layers[0],  # of two
     "a convolution": lambda model: model.encoder.layers[0].conv.depth_conv.conv,
     "the encoder": lambda model: model.encoder,
     "embeddings of distances": lambda model: model.encoder.layers[0].attn.rel_pos_emb,
@@ -71,7 +72,10 @@ def test_a_hook_changes_no_result(place):
         assert torch.equal(*ids)
 
 
-@pytest.mark.parametrize("place", ["a block", "a convolution", "embeddings of distances", "a window", "a layer", "the head"])
+GRADIENTS = ("a block", "the middle block", "a convolution", "embeddings of distances", "a window", "a layer", "the head")
+
+
+@pytest.mark.parametrize("place", GRADIENTS)
 def test_a_hook_changes_no_gradient_and_no_statistics(place):
     plain, model = small_model().train(), hooked(place).train()
     plain = attentive(plain)
@@ -85,6 +89,16 @@ def test_a_hook_changes_no_gradient_and_no_statistics(place):
             assert float((ours.grad - expected.grad).abs().max()) <= 1e-4 * float(expected.grad.abs().max()) + 1e-7, name
     for ours, expected in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+def test_a_backward_hook_sees_the_middle_block(kind):
+    """Its output is then a view, which autograd lets nobody change in place."""
+    model, seen = small_model(), []
+    getattr(model.encoder.layers[0], f"register_{kind}")(lambda module, *gradients: seen.append(gradients[-1][0]))
+    states = model.encoder(torch.randn(1, 20, model.config.encoder_config.input_dim)).last_hidden_state
+    states.square().sum().backward()
+    assert seen[0].shape == states.shape and float(seen[0].abs().max()) > 0
 
 
 @torch.no_grad()
