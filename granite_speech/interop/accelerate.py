@@ -7,12 +7,14 @@ transformers' code would, and as transformers wrote them otherwise.
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import InputError
 from granite_speech.interop.follow import Follower, NotFollowedError, Replacement, Twin, check_code, is_own
@@ -136,6 +138,7 @@ class Acceleration:
         for module in speech.language_model.modules():
             if type(module).__name__ == "GraniteRMSNorm":
                 self._replace(module, "forward", partial(_normalize, module))
+        self._replace(live, "load_state_dict", self._load_state_dict)
         self._replace(live, "generate", partial(generated, self, live))
         if not has_inner:
             self._replace(text, "generate", partial(generated, self, text))
@@ -213,6 +216,21 @@ class Acceleration:
 
     def _project(self, own: Any, hidden_states: Tensor) -> Tensor:
         return self.twin.projector(hidden_states) if hidden_states.dim() == 3 and self.runs("projector") else own(hidden_states)
+
+    def _load_state_dict(self, own: Any, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Accept the names of saved files too: Trainer loads a checkpoint by them when it resumes, and transformers skips them all."""
+        mine = self.live.state_dict()
+        given = state_dict
+        if not mine.keys() & state_dict.keys():
+            names, here = canonical_keys(state_dict), {canonical: name for name, canonical in canonical_keys(mine).items()}
+            given = {here.get(names.get(name, name), name): tensor for name, tensor in state_dict.items()}
+            if (
+                HEAD in here
+                and HEAD not in names.values()
+                and self.live.get_output_embeddings().weight is self.live.get_input_embeddings().weight
+            ):
+                given[here[HEAD]] = given[here[EMBEDDING]]
+        return own(given, strict, assign)
 
 
 def _normalize(norm: nn.Module, own: Any, hidden_states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 import granite_speech
@@ -237,6 +238,21 @@ def test_saving_and_loading(tmp_path):
         assert file.read_bytes() == (tmp_path / "accelerated" / file.name).read_bytes(), file.name
     loaded = type(live).from_pretrained(tmp_path / "accelerated")
     assert list(loaded.state_dict()) == list(live.state_dict())
+
+
+def test_loading_the_names_of_saved_files(spec: Spec, live: Any, tmp_path):
+    inputs = clip_inputs(spec, 45)
+    with torch.no_grad():
+        expected = live(**inputs).logits
+    live.save_pretrained(tmp_path)
+    tensors = {name: one for file in tmp_path.glob("*.safetensors") for name, one in load_file(file).items()}
+    other = accelerate(build_reference(spec, seed=5))
+    assert not other.load_state_dict(tensors, strict=False).unexpected_keys
+    with torch.no_grad():
+        assert close(other(**inputs).logits, expected)
+    assert other.load_state_dict(live.state_dict()).missing_keys == []
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict({"no.such.weight": torch.ones(1)})
 
 
 def test_weights_may_change_in_place_and_be_replaced(spec: Spec, live: Any):
