@@ -4,6 +4,7 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from granite_speech.errors import GraniteSpeechError, InputError, UnsupportedError
@@ -20,9 +21,7 @@ _TENSORS = ("inputs", "input_ids", "attention_mask", "input_features", "input_fe
 _OTHERS = ("generation_config", "streamer", "tokenizer")
 # Served only if they are None, False or an empty list.
 _THEIRS = (*_POSITIONAL[2:7], *_POSITIONAL[8:], "use_model_defaults", "custom_generate", "position_ids", "past_key_values")
-_THEIRS += ("input_features_lengths", "labels", "logits_to_keep", "cache_position")
-# Options that change nothing here, but in transformers 4.56 the answer: it runs the prompt in pieces without the audio.
-_THEIRS += ("prefill_chunk_size",)
+_THEIRS += ("input_features_lengths", "labels", "cache_position")
 # What transformers' loop calls on the model. If one of these was replaced, its code must run.
 _METHODS = ("forward", "prepare_inputs_for_generation", "get_audio_features", "get_merged_audio_embeddings", "_sample")
 
@@ -51,7 +50,8 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
     inputs, others, settings = _sorted(live, dict(zip(_POSITIONAL, arguments, strict=False)) | options)
     of_model, of_call = _set_values(live.generation_config), _set_values(others.get("generation_config"))
     prompts = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
-    if not _is_captured(_resolved(settings, of_call, of_model, prompts.shape[1]), inputs.get("attention_mask")):
+    options = _resolved(settings, of_call, of_model, prompts.shape[1])
+    if not _is_captured(options, prompts, inputs.get("attention_mask")):
         raise _NotServedError
     is_whole = live is acceleration.live
     if is_whole and getattr(live, "_hf_peft_config_loaded", False):
@@ -63,15 +63,14 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
     twin.generation_config = of_model
     streamer = _Streamer(others["streamer"]) if "streamer" in others else None
     try:
-        return twin.generate(**inputs, **settings, generation_config=of_call, tokenizer=others.get("tokenizer"), streamer=streamer)
+        answer = twin.generate(**inputs, **settings, generation_config=of_call, tokenizer=others.get("tokenizer"), streamer=streamer)
     except (InputError, UnsupportedError) as error:
         if streamer is not None and streamer.has_begun:
             raise
-        streamer = None
         raise _NotServedError from error  # transformers may accept it, or has an error of its own
-    finally:
-        if streamer is not None:
-            streamer.close()
+    if streamer is not None:
+        streamer.close()
+    return answer
 
 
 def _is_customised(live: nn.Module) -> bool:
@@ -96,9 +95,14 @@ def _sorted(live: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Tensor], d
     is_served = all(isinstance(one, Tensor) and one.device == live.device for one in inputs.values())
     if not is_served or "inputs" in inputs or not inputs.keys() & {"input_ids", "inputs_embeds"}:
         raise _NotServedError
-    if any(one.dim() != 2 for name, one in inputs.items() if name in ("input_ids", "attention_mask")) or call.get("use_cache") is False:
+    if any(one.dim() != 2 for name, one in inputs.items() if name in ("input_ids", "attention_mask")):
         raise _NotServedError
-    return inputs, others, {name: value for name, value in call.items() if name not in (*_TENSORS, *_OTHERS)}
+    if "input_ids" in inputs and inputs["input_ids"].dtype != torch.int64:
+        raise _NotServedError  # transformers' answer has the dtype of its new tokens
+    settings = {name: value for name, value in call.items() if name not in (*_TENSORS, *_OTHERS)}
+    if not all(hasattr(live.generation_config, name) for name in settings):
+        raise _NotServedError  # an argument of `forward`, or an option that this version of transformers does not have
+    return inputs, others, settings
 
 
 def _set_values(config: Any) -> GenerationConfig | None:
@@ -111,6 +115,12 @@ def _set_values(config: Any) -> GenerationConfig | None:
 
 
 def _resolved(settings: dict[str, Any], of_call: GenerationConfig | None, of_model: GenerationConfig, columns: int) -> GenerationOptions:
+    given = {name: value for one in (of_model, of_call) if one is not None for name, value in vars(one).items() if value is not None}
+    given |= settings
+    # A temperature of 0 is an error of transformers. The others change nothing here, but in transformers the rounding, and in its version
+    # 4.56 the answer: it runs the prompt in pieces without the audio.
+    if given.get("temperature") == 0 or given.get("use_cache") is False or given.get("prefill_chunk_size"):
+        raise _NotServedError
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` resolves them again, and warns then
         try:
@@ -119,12 +129,12 @@ def _resolved(settings: dict[str, Any], of_call: GenerationConfig | None, of_mod
             raise _NotServedError from error
 
 
-def _is_captured(options: GenerationOptions, mask: Tensor | None) -> bool:
+def _is_captured(options: GenerationOptions, prompts: Tensor, mask: Tensor | None) -> bool:
     """Whether a captured step could serve a call. Without graphs, transformers' own loop is as fast as one here."""
     if options.num_beams > 1 or options.return_dict_in_generate or options.rules or options.max_new_tokens == 0:
         return False
     # Here a penalty leaves padding out, so that an answer does not depend on its neighbours; in transformers it does not.
-    return options.repetition_penalty == 1 or mask is None or bool(mask.all())
+    return options.repetition_penalty == 1 or bool((mask if mask is not None else prompts != options.fill).all())
 
 
 class _Streamer:
