@@ -220,17 +220,15 @@ class Acceleration:
     def _load_state_dict(self, own: Any, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Accept the names of saved files too: Trainer loads a checkpoint by them when it resumes, and transformers skips them all."""
         mine = self.live.state_dict()
-        given = state_dict
-        if not mine.keys() & state_dict.keys():
-            names, here = canonical_keys(state_dict), {canonical: name for name, canonical in canonical_keys(mine).items()}
-            given = {here.get(names.get(name, name), name): tensor for name, tensor in state_dict.items()}
-            if (
-                HEAD in here
-                and HEAD not in names.values()
-                and self.live.get_output_embeddings().weight is self.live.get_input_embeddings().weight
-            ):
-                given[here[HEAD]] = given[here[EMBEDDING]]
-        return own(given, strict, assign)
+        foreign = {name: tensor for name, tensor in state_dict.items() if name not in mine}
+        if foreign:
+            names, here = canonical_keys(foreign), {canonical: name for name, canonical in canonical_keys(mine).items()}
+            state_dict = {here.get(names.get(name, name), name): tensor for name, tensor in state_dict.items()}
+            if self.live.get_output_embeddings().weight is self.live.get_input_embeddings().weight:
+                # A file has a tied weight under one of its names.
+                tied = [here[name] for name in (EMBEDDING, HEAD)]
+                state_dict |= dict.fromkeys(tied, next((state_dict[name] for name in tied if name in state_dict), mine[tied[0]]))
+        return own(state_dict, strict, assign)
 
 
 def _normalize(norm: nn.Module, own: Any, hidden_states: Tensor) -> Tensor:
