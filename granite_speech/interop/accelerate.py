@@ -132,7 +132,7 @@ class Acceleration:
             }
         )
         self._whole = list({id(one): one for one in (live, speech, text)}.values())
-        self._encoder, self._replaced = speech.encoder, []
+        self.speech, self._encoder, self._replaced = speech, speech.encoder, []
         self._replace(speech.encoder, "forward", self._encode)
         self._replace(speech.projector, "forward", self._project)
         for module in speech.language_model.modules():
@@ -169,23 +169,32 @@ class Acceleration:
             model.__class__ = type(model).__bases__[1]
         vars(self.live).pop(_NAME, None)
 
-    def runs(self, part: str) -> bool:
-        """Whether a part that is being called can run here now. It then has the live parameters."""
+    def runs(self, part: str, is_called: bool = True) -> bool:
+        """Whether a part can run here now. It then has the live parameters.
+
+        Args:
+            part: its name.
+            is_called: whether transformers' module is being called, so that hooks on it run anyway.
+        """
         if torch.compiler.is_compiling():
             return False
         try:
-            self._follower.follow(part, is_called=True)
+            self._follower.follow(part, is_called)
         except NotFollowedError as reason:
             self._warn(f"the {part}", str(reason))
             return False
         return True
 
+    def encodes(self) -> bool:
+        """Whether `generate` can run encoder and projector here."""
+        return self.runs("encoder", is_called=False) and self.runs("projector", is_called=False)
+
     def generates(self) -> bool:
-        """The same for `generate`, for which no module of transformers is called."""
+        """Whether `generate` can run the language model here."""
         try:
             for one in self._whole:
                 check_code(one, type(one).__name__)
-            for part in self._follower.parts:
+            for part in ("language_model", "lm_head"):
                 self._follower.follow(part, is_called=False)
         except NotFollowedError as reason:
             self._warn("generate", str(reason))

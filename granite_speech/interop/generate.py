@@ -4,6 +4,7 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from granite_speech.errors import GraniteSpeechError, InputError, UnsupportedError
@@ -59,7 +60,9 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
         live.enable_adapters() if "input_features" in inputs else live.disable_adapters()
     if not acceleration.generates():
         raise _NotServedError
-    twin = acceleration.twin if is_whole and "inputs_embeds" not in inputs else acceleration.twin.language_model
+    twin = acceleration.twin
+    if not is_whole or "inputs_embeds" in inputs or not acceleration.encodes():
+        inputs, twin = _embedded(acceleration.speech, inputs), twin.language_model
     twin.generation_config = of_model
     streamer = _Streamer(others["streamer"]) if "streamer" in others else None
     try:
@@ -72,6 +75,18 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
     finally:
         if streamer is not None:
             streamer.close()
+
+
+@torch.no_grad()
+def _embedded(speech: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Prompts whose audio, if they have any, transformers' own encoder and projector turn into embeddings."""
+    if "input_features" not in inputs:
+        return inputs
+    inputs = dict(inputs)
+    found = speech.get_audio_features(inputs.pop("input_features").to(speech.dtype))
+    vectors = found if isinstance(found, Tensor) else found.pooler_output
+    kept = inputs.pop("input_features_mask", None)
+    return inputs | {"inputs_embeds": speech.get_merged_audio_embeddings(inputs["input_ids"], vectors, kept)}
 
 
 def _is_customised(live: nn.Module) -> bool:
