@@ -44,7 +44,7 @@ def _add_model(commands: argparse._SubParsersAction) -> None:
         "--dtype",
         choices=DTYPES,
         default=None,
-        help="except on embedded (default: bfloat16 on a GPU, float32 on a CPU)",
+        help="of random weights (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     _add_out(parser)
 

@@ -40,8 +40,8 @@ class _Calls:
 def run(*, device: str, dtype: str, out: Path, name: str = NAME, clips: tuple[int, ...] = CLIPS, new_tokens: int = NEW_TOKENS) -> str:
     """Measure, write the result file after each number of clips, and return its table."""
     models = _models(name, torch.device(device), getattr(torch, dtype))
-    described = results.describe_run()
-    if device != "cpu":
+    described, on_gpu = results.describe_run(), device != "cpu"
+    if on_gpu:
         described["machine"] = torch.cuda.get_device_name(device)
     what = f"{name} with random weights, {new_tokens} new tokens"
     shape = {"model": what, "dtype": dtype, "clip_seconds": [float(shapes.CLIP_SECONDS)], "new_tokens": new_tokens}
@@ -51,7 +51,7 @@ def run(*, device: str, dtype: str, out: Path, name: str = NAME, clips: tuple[in
         label = f"{count} clip{'s' * (count > 1)}"
         # Accelerated for each number of clips, so that the graphs and pages of another one are not in its memory.
         with accelerate(models["accelerated"]), runs_here(), torch.no_grad():
-            result["measurements"] += _measure(label, models, inputs, new_tokens, TOLERANCE[dtype])
+            result["measurements"] += _measure(label, models, inputs, new_tokens, TOLERANCE[dtype], on_gpu)
         models["ours"].runtime.clear()
         file = results.write(out, "accelerated", result)
     return f"{table(result)}\n\n{file}"
@@ -85,9 +85,8 @@ def _calls(model: Any, inputs: Inputs) -> _Calls:
     return _Calls(lambda: model.get_audio_features(inputs["input_features"]).pooler_output, generate)
 
 
-def _measure(label: str, models: Models, inputs: Inputs, new_tokens: int, tolerance: float) -> list[dict[str, Any]]:
+def _measure(label: str, models: Models, inputs: Inputs, new_tokens: int, tolerance: float, on_gpu: bool) -> list[dict[str, Any]]:
     """Encoder and projector, first token, decode step and whole run of one batch."""
-    on_gpu = inputs["input_ids"].device != torch.device("cpu")
     calls = {name: _calls(model, inputs) for name, model in models.items()}
     peaks = {name: _warm_up(one, new_tokens, on_gpu) for name, one in calls.items()}
     if on_gpu:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import embedded, encoder, kernels_table, report, results, whole_model
+from bench import accelerated, embedded, encoder, kernels_table, report, results, whole_model
 
 RUN = {
     "date": "2026-01-01",
@@ -259,6 +259,34 @@ def test_the_embedded_table_has_the_floor_and_the_largest_shares():
     head, *_, line = embedded.table(embedded_run()).splitlines()
     assert all(part in head for part in ("12 clips (30 s)", "a GPU", "4 threads", "transformers 5", "01234567", "median of 5"))
     assert line == "| 12 clips | 500 ms | 1.00 s | 2.00x | 100 ms | Python 40%, norms 30%, copies 20%, attention 6% |"
+
+
+def accelerated_run(*measured, seconds=(0.5, 2.75)):
+    shape = {"model": "a checkpoint", "dtype": "float32", "clip_seconds": [*seconds]}
+    return {"kind": "accelerated", "run": RUN, "shape": shape, "rounds": 5, "measurements": [*measured]}
+
+
+GAINED = {
+    "what": "forward, 8 clips",
+    "timings": 30,
+    "seconds": {"transformers": 0.1, "accelerated": 0.05, "ours": 0.2},
+    "ratio": {"accelerated": 2.0, "ours": 0.5},
+}
+
+
+def test_the_accelerated_table_has_both_speedups():
+    head, _, titles, _, line = accelerated.table(accelerated_run(GAINED)).splitlines()
+    parts = ("a checkpoint, float32, clips of 0.5 to 2.8 s", "a GPU", "4 threads", "torch 2, transformers 5", "01234567", "median of 30")
+    assert all(part in head for part in parts)
+    assert titles == "| input | transformers | accelerated | speedup | our class | speedup |"
+    assert line == "| forward, 8 clips | 100 ms | 50.0 ms | 2.00x | 200 ms | 0.50x |"
+
+
+def test_the_accelerated_table_of_a_gpu_has_equal_ids_and_memory():
+    whole = {"equal_ids": {"accelerated": 1.0, "ours": 0.925}, "peak_extra_GB": {"transformers": 0.05, "accelerated": 0.1, "ours": 0.2}}
+    head, *_, forward, run = accelerated.table(accelerated_run(GAINED, GAINED | whole, seconds=(10.0,))).splitlines()
+    assert "clips of 10.0 s" in head
+    assert forward.endswith("| 0.50x | – | – |") and run.endswith("| 0.50x | 100% / 92% | 0.05 / 0.10 / 0.20 |")
 
 
 def test_the_headline_shows_whole_runs_that_transformers_made_too():
