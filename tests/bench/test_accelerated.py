@@ -46,9 +46,9 @@ def few(monkeypatch):
     monkeypatch.setattr(accelerated, "permutations", lambda names: [tuple(names)] * 3)
 
 
-def only(monkeypatch, *parts):
-    """Leave the jobs whose names begin like these."""
-    monkeypatch.setattr(accelerated, "JOBS", tuple(job for job in accelerated.JOBS if job.what.startswith(parts)))
+def only(monkeypatch, start):
+    """Leave the jobs whose names begin like this."""
+    monkeypatch.setattr(accelerated, "JOBS", tuple(job for job in accelerated.JOBS if job.what.startswith(start)))
 
 
 def run(tmp_path):
@@ -66,6 +66,13 @@ def test_a_run_writes_its_result(few, tmp_path):
         assert one["timings"] == 3 and set(one["seconds"]) == SYSTEMS and min(one["seconds"].values()) > 0
         assert set(one["ratio"]) == SYSTEMS - {"transformers"} and all(len(ratios) == 3 for ratios in one["ratios"].values())
     assert "| training step, 8 clips |" in text
+
+
+def test_all_have_the_same_inputs_and_our_class_the_lengths():
+    clips, _ = accelerated.recorded_clips()
+    theirs, live, ours = accelerated._inputs(clips[:2]).values()
+    assert live is theirs and all(ours[name] is one for name, one in theirs.items())
+    assert ours["input_features_lengths"].tolist() == [102, 24] and ours["input_features"].shape[1] == 102
 
 
 def broken(which):
@@ -182,11 +189,29 @@ def test_a_gpu_run_has_captured_steps_and_memory(gpu, tmp_path):
 
 
 def test_nothing_is_captured_while_it_is_timed(gpu, tmp_path, monkeypatch):
-    counts = []
-    timed = accelerated_gpu.time_in_turns
-    monkeypatch.setattr(accelerated_gpu, "time_in_turns", lambda *arguments: [counts.append(len(gpu)), timed(*arguments)][1])
+    counts, warm_up = [], accelerated_gpu._warm_up
+
+    def counted(*arguments):
+        peak = warm_up(*arguments)
+        counts.append(len(gpu))
+        return peak
+
+    monkeypatch.setattr(accelerated_gpu, "_warm_up", counted)
     run_small(tmp_path, device="cpu:0", clips=(2,))
-    assert len(set(counts)) == 1 and len(gpu) == counts[0]
+    assert 0 == counts[0] < counts[1] < counts[2] == len(gpu), "by the accelerated model and our own class, as they warm up"
+
+
+def test_a_batch_begins_without_pages_and_graphs_of_another(gpu, tmp_path, monkeypatch):
+    found, measure = [], accelerated_gpu._measure
+
+    def measured(label, models, *others):
+        acceleration = next(one for one in vars(models["accelerated"]).values() if isinstance(one, Acceleration))
+        found.extend((one.pool, len(one.decoder_graphs)) for one in (acceleration.twin.runtime, models["ours"].runtime))
+        return measure(label, models, *others)
+
+    monkeypatch.setattr(accelerated_gpu, "_measure", measured)
+    run_small(tmp_path, device="cpu:0")
+    assert found == [(None, 0)] * 4
 
 
 def test_a_step_that_was_not_captured_is_not_timed(gpu, tmp_path, monkeypatch):
