@@ -319,6 +319,13 @@ def test_the_report_has_the_newest_run_of_each_machine(monkeypatch, tmp_path):
     assert report.report("encoder", "kernels summary") == f"{text}\n\n{kernels_table.summary(graph)}"
 
 
+def test_every_table_is_in_one_section(monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "report", lambda *tables: shown.extend(tables))
+    report.sections()
+    assert sorted(shown) == sorted(report._TABLES)
+
+
 def test_an_event_run_is_completed_by_experiments_of_its_machine_and_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     run = events_run()
