@@ -178,7 +178,7 @@ def test_training_an_adapter_changes_the_next_answer():
     inputs = clip_inputs(BARE, 45)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 119, -100)
     before = results(model, BARE)
-    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=5.0)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.5)
     losses = []
     for _ in range(5):
         loss = model(**inputs, labels=labels).loss
