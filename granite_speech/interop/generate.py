@@ -111,7 +111,10 @@ def _sorted(live: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Tensor], d
     is_served = all(isinstance(one, Tensor) and one.device == live.device for one in inputs.values())
     if not is_served or "inputs" in inputs or not inputs.keys() & {"input_ids", "inputs_embeds"}:
         raise _NotServedError
-    if any(one.dim() != 2 for name, one in inputs.items() if name in ("input_ids", "attention_mask")) or call.get("use_cache") is False:
+    ranks = {"input_ids": 2, "attention_mask": 2, "inputs_embeds": 3}
+    if any(one.dim() != ranks.get(name, one.dim()) for name, one in inputs.items()) or call.get("use_cache") is False:
+        raise _NotServedError
+    if {"inputs_embeds", "input_features"} <= inputs.keys():
         raise _NotServedError
     return inputs, others, {name: value for name, value in call.items() if name not in (*_TENSORS, *_OTHERS)}
 

@@ -228,6 +228,9 @@ def test_streamers(live: Any, loops: list[str]):
         {"input_ids": torch.tensor([[1, 119, 119]])},
         {"max_new_tokens": 0},
         {"num_return_sequences": 2},
+        {"inputs_embeds": torch.zeros(1, 5, 48)},
+        {"inputs_embeds": torch.zeros(5, 48), "input_ids": None, "input_features": None},
+        {"inputs_embeds": torch.zeros(1, 5, 48), "input_ids": None},
     ],
     ids=lambda one: next(iter(one)),
 )
