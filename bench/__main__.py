@@ -7,7 +7,7 @@ from pathlib import Path
 from bench import results
 
 DTYPES = ("float32", "bfloat16", "float16")
-PARTS = ("encoder", "whole", "embedded", "serving")
+PARTS = ("encoder", "whole", "embedded", "accelerated", "serving")
 
 
 def main() -> None:
@@ -24,24 +24,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("model", help="time the model and transformers' in one run, in up to four parts")
+    parser = commands.add_parser("model", help="time the model and transformers' in one run, in up to five parts")
     parser.add_argument(
         "--part",
         action="append",
         choices=PARTS,
         help="encoder: the 16 x 1024 encoder; whole: released shapes with random weights, on a GPU; embedded: the bundled checkpoint from "
-        "waveform to text, on a CPU; serving: many requests over time in one Engine, with the bundled checkpoint on a CPU and a released "
-        "shape on a GPU (repeatable; default: all that fit the device, serving on a CPU alone)",
+        "waveform to text, on a CPU; accelerated: transformers' model before and after accelerate; serving: many requests over time in one "
+        "Engine; both with the bundled checkpoint on a CPU and a released shape on a GPU (repeatable; default: all that fit the device, "
+        "accelerated and serving on a CPU alone)",
     )
     parser.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of encoder, and on a CPU of embedded and serving (default: 5)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed rounds of encoder, and on a CPU of embedded, accelerated and serving (default: 5)"
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default=None,
-        help="except on embedded (default: bfloat16 on a GPU, float32 on a CPU)",
+        help="of random weights (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     _add_out(parser)
 
@@ -137,7 +140,7 @@ def _kernels(options: argparse.Namespace) -> int:
 
 def _model(options: argparse.Namespace) -> int:
     on_cpu = options.device == "cpu"
-    parts = options.part or (("encoder", "embedded", "serving") if on_cpu else ("whole", "encoder"))
+    parts = options.part or (("encoder", "embedded", "accelerated", "serving") if on_cpu else ("whole", "encoder"))
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     failed = False
     for part in parts:
@@ -152,6 +155,14 @@ def _model(options: argparse.Namespace) -> int:
             text, succeeded = released.run(device=options.device, dtype=dtype, out=options.out)
             print(text)
             failed |= not succeeded
+        elif part == "accelerated" and on_cpu:
+            from bench import accelerated
+
+            print(accelerated.run(rounds=options.rounds, threads=options.threads, out=options.out))
+        elif part == "accelerated":
+            from bench import accelerated_gpu
+
+            print(accelerated_gpu.run(device=options.device, dtype=dtype, out=options.out))
         elif part == "serving" and on_cpu:
             from bench import serving
 

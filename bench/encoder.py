@@ -16,7 +16,7 @@ import torch
 from bench import graphs, results
 from granite_speech import GraniteSpeechCTCEncoder, GraniteSpeechEncoderConfig
 
-__all__ = ["comparisons", "run", "table"]
+__all__ = ["comparisons", "run", "seconds_of", "table"]
 
 FRAMES_A_SECOND = 50
 CLIP_SECONDS = (3, 6, 9, 12, 18, 21, 27, 30)
@@ -101,7 +101,7 @@ def _time_rounds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[st
     for number in range(rounds + 1):
         # In alternating order, so that no call always finds the caches and the allocator as the same other call left them.
         for name, call in calls.items() if number % 2 else reversed(calls.items()):
-            elapsed = _time(call)
+            elapsed = seconds_of(call)
             if number > 0:
                 seconds[name].append(elapsed)
     return seconds
@@ -122,7 +122,8 @@ def _matmul_flops(encoder: torch.nn.Module, frames: int) -> float:
     )
 
 
-def _time(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of one call, its work on a GPU included."""
     _synchronize()
     start = time.perf_counter()
     call()

@@ -40,6 +40,7 @@ def steps(out: Path) -> list[Step]:
     planned = [
         Step("parity", parity, 200),
         Step("model", [python, "-m", "bench", "model", "--device", "cuda", "--out", str(out)], 220),
+        Step("accelerated", [python, "-m", "bench", "model", "--part", "accelerated", "--device", "cuda", "--out", str(out)], 120),
         Step("serving", [python, "-m", "bench", "model", "--part", "serving", "--device", "cuda", "--out", str(out)], 90),
         Step("kernels", [*kernels, str(out), "--no-compiled"], 200),
     ]

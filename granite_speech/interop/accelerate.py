@@ -132,7 +132,7 @@ class Acceleration:
             }
         )
         self._whole = list({id(one): one for one in (live, speech, text)}.values())
-        self._encoder, self._replaced = speech.encoder, []
+        self.speech, self._encoder, self._replaced = speech, speech.encoder, []
         self._replace(speech.encoder, "forward", self._encode)
         self._replace(speech.projector, "forward", self._project)
         for module in speech.language_model.modules():
@@ -169,23 +169,32 @@ class Acceleration:
             model.__class__ = type(model).__bases__[1]
         vars(self.live).pop(_NAME, None)
 
-    def runs(self, part: str) -> bool:
-        """Whether a part that is being called can run here now. It then has the live parameters."""
+    def runs(self, part: str, is_called: bool = True) -> bool:
+        """Whether a part can run here now. It then has the live parameters.
+
+        Args:
+            part: its name.
+            is_called: whether transformers' module is being called, so that hooks on it run anyway.
+        """
         if torch.compiler.is_compiling():
             return False
         try:
-            self._follower.follow(part, is_called=True)
+            self._follower.follow(part, is_called)
         except NotFollowedError as reason:
             self._warn(f"the {part}", str(reason))
             return False
         return True
 
+    def encodes(self) -> bool:
+        """Whether `generate` can run encoder and projector here."""
+        return self.runs("encoder", is_called=False) and self.runs("projector", is_called=False)
+
     def generates(self) -> bool:
-        """The same for `generate`, for which no module of transformers is called."""
+        """Whether `generate` can run the language model here."""
         try:
             for one in self._whole:
                 check_code(one, type(one).__name__)
-            for part in self._follower.parts:
+            for part in ("language_model", "lm_head"):
                 self._follower.follow(part, is_called=False)
         except NotFollowedError as reason:
             self._warn("generate", str(reason))
@@ -220,17 +229,15 @@ class Acceleration:
     def _load_state_dict(self, own: Any, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Accept the names of saved files too: Trainer loads a checkpoint by them when it resumes, and transformers skips them all."""
         mine = self.live.state_dict()
-        given = state_dict
-        if not mine.keys() & state_dict.keys():
-            names, here = canonical_keys(state_dict), {canonical: name for name, canonical in canonical_keys(mine).items()}
-            given = {here.get(names.get(name, name), name): tensor for name, tensor in state_dict.items()}
-            if (
-                HEAD in here
-                and HEAD not in names.values()
-                and self.live.get_output_embeddings().weight is self.live.get_input_embeddings().weight
-            ):
-                given[here[HEAD]] = given[here[EMBEDDING]]
-        return own(given, strict, assign)
+        foreign = {name: tensor for name, tensor in state_dict.items() if name not in mine}
+        if foreign:
+            names, here = canonical_keys(foreign), {canonical: name for name, canonical in canonical_keys(mine).items()}
+            state_dict = {here.get(names.get(name, name), name): tensor for name, tensor in state_dict.items()}
+            if self.live.get_output_embeddings().weight is self.live.get_input_embeddings().weight:
+                # A file has a tied weight under one of its names.
+                tied = [here[name] for name in (EMBEDDING, HEAD)]
+                state_dict |= dict.fromkeys(tied, next((state_dict[name] for name in tied if name in state_dict), mine[tied[0]]))
+        return own(state_dict, strict, assign)
 
 
 def _normalize(norm: nn.Module, own: Any, hidden_states: Tensor) -> Tensor:

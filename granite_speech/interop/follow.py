@@ -111,10 +111,6 @@ class Follower:
     def __init__(self, pairs: dict[str, tuple[nn.Module, nn.Module, str]]):
         self._pairs = pairs
 
-    @property
-    def parts(self) -> list[str]:
-        return list(self._pairs)
-
     def follow(self, part: str, is_called: bool) -> None:
         """Take over everything that may have changed in a part.
 

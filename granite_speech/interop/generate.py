@@ -59,7 +59,9 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
         live.enable_adapters() if "input_features" in inputs else live.disable_adapters()
     if not acceleration.generates():
         raise _NotServedError
-    twin = acceleration.twin if is_whole and "inputs_embeds" not in inputs else acceleration.twin.language_model
+    twin = acceleration.twin
+    if not is_whole or "inputs_embeds" in inputs or not acceleration.encodes():
+        inputs, twin = _embedded(acceleration.speech, inputs), twin.language_model
     twin.generation_config = of_model
     streamer = _Streamer(others["streamer"]) if "streamer" in others else None
     try:
@@ -71,6 +73,18 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
     if streamer is not None:
         streamer.close()
     return answer
+
+
+@torch.no_grad()
+def _embedded(speech: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Prompts whose audio, if they have any, transformers' own encoder and projector turn into embeddings."""
+    if "input_features" not in inputs:
+        return inputs
+    inputs = dict(inputs)
+    found = speech.get_audio_features(inputs.pop("input_features").to(speech.dtype))
+    vectors = found if isinstance(found, Tensor) else found.pooler_output
+    kept = inputs.pop("input_features_mask", None)
+    return inputs | {"inputs_embeds": speech.get_merged_audio_embeddings(inputs["input_ids"], vectors, kept)}
 
 
 def _is_customised(live: nn.Module) -> bool:
@@ -95,7 +109,10 @@ def _sorted(live: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Tensor], d
     is_served = all(isinstance(one, Tensor) and one.device == live.device for one in inputs.values())
     if not is_served or "inputs" in inputs or not inputs.keys() & {"input_ids", "inputs_embeds"}:
         raise _NotServedError
-    if any(one.dim() != 2 for name, one in inputs.items() if name in ("input_ids", "attention_mask")):
+    ranks = {"input_ids": 2, "attention_mask": 2, "inputs_embeds": 3}
+    if any(one.dim() != ranks.get(name, one.dim()) for name, one in inputs.items()):
+        raise _NotServedError
+    if {"inputs_embeds", "input_features"} <= inputs.keys():
         raise _NotServedError
     if "input_ids" in inputs and inputs["input_ids"].dtype != torch.int64:
         raise _NotServedError  # transformers' answer has the dtype of its new tokens

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command_line
-from bench import embedded, encoder, released, serving, serving_gpu, shapes
+from bench import accelerated, accelerated_gpu, embedded, encoder, released, serving, serving_gpu, shapes
 from bench.products import Products
 from bench.released import Planned
 from granite_speech import GraniteSpeechForConditionalGeneration
@@ -42,10 +42,11 @@ STAGES = {"encoder_projector_s", "first_token_s", "decode_step_s", "whole_s", "r
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["encoder cpu float32", "embedded", "serving"]),
+        ([], ["encoder cpu float32", "embedded", "accelerated", "serving"]),
         (["--device", "cuda"], ["whole cuda bfloat16", "encoder cuda bfloat16"]),
         (["--part", "encoder", "--dtype", "float16"], ["encoder cpu float16"]),
         (["--part", "serving", "--device", "cuda"], ["serving cuda bfloat16"]),
+        (["--part", "accelerated", "--device", "cuda"], ["accelerated cuda bfloat16"]),
         (["--part", "embedded", "--part", "whole", "--device", "cuda"], ["embedded", "whole cuda bfloat16"]),
     ],
 )
@@ -54,6 +55,8 @@ def test_parts_fit_the_device_unless_they_are_named(arguments, expected, monkeyp
     monkeypatch.setattr(encoder, "run", lambda *, device, dtype, **_: made.append(f"encoder {device} {dtype}"))
     monkeypatch.setattr(released, "run", lambda *, device, dtype, out: (made.append(f"whole {device} {dtype}"), False))
     monkeypatch.setattr(embedded, "run", lambda **_: made.append("embedded"))
+    monkeypatch.setattr(accelerated, "run", lambda **_: made.append("accelerated"))
+    monkeypatch.setattr(accelerated_gpu, "run", lambda *, device, dtype, out: made.append(f"accelerated {device} {dtype}"))
     monkeypatch.setattr(serving, "run", lambda **_: made.append("serving"))
     monkeypatch.setattr(serving_gpu, "run", lambda *, device, dtype, out: made.append(f"serving {device} {dtype}"))
     monkeypatch.setattr(sys, "argv", ["bench", "model", "--out", str(tmp_path), *arguments])

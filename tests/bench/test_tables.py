@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import embedded, encoder, kernels_table, report, results, whole_model
+from bench import accelerated, embedded, encoder, kernels_table, report, results, whole_model
 
 RUN = {
     "date": "2026-01-01",
@@ -261,6 +261,34 @@ def test_the_embedded_table_has_the_floor_and_the_largest_shares():
     assert line == "| 12 clips | 500 ms | 1.00 s | 2.00x | 100 ms | Python 40%, norms 30%, copies 20%, attention 6% |"
 
 
+def accelerated_run(*measured, seconds=(0.5, 2.75)):
+    shape = {"model": "a checkpoint", "dtype": "float32", "clip_seconds": [*seconds]}
+    return {"kind": "accelerated", "run": RUN, "shape": shape, "rounds": 5, "measurements": [*measured]}
+
+
+GAINED = {
+    "what": "forward, 8 clips",
+    "timings": 30,
+    "seconds": {"transformers": 0.1, "accelerated": 0.05, "ours": 0.2},
+    "ratio": {"accelerated": 2.0, "ours": 0.5},
+}
+
+
+def test_the_accelerated_table_has_both_speedups():
+    head, _, titles, _, line = accelerated.table(accelerated_run(GAINED)).splitlines()
+    parts = ("a checkpoint, float32, clips of 0.5 to 2.8 s", "a GPU", "4 threads", "torch 2, transformers 5", "01234567", "median of 30")
+    assert all(part in head for part in parts)
+    assert titles == "| input | transformers | accelerated | speedup | our class | speedup |"
+    assert line == "| forward, 8 clips | 100 ms | 50.0 ms | 2.00x | 200 ms | 0.50x |"
+
+
+def test_the_accelerated_table_of_a_gpu_has_equal_ids_and_memory():
+    whole = {"equal_ids": {"accelerated": 1.0, "ours": 0.925}, "peak_extra_GB": {"transformers": 0.05, "accelerated": 0.1, "ours": 0.2}}
+    head, *_, forward, run = accelerated.table(accelerated_run(GAINED, GAINED | whole, seconds=(10.0,))).splitlines()
+    assert "clips of 10.0 s" in head
+    assert forward.endswith("| 0.50x | – | – |") and run.endswith("| 0.50x | 100% / 92% | 0.05 / 0.10 / 0.20 |")
+
+
 def test_the_headline_shows_whole_runs_that_transformers_made_too():
     assert whole_model.comparisons(whole_run()) == ["| whole run of a, 1 clip of 10 s | 2.00 s | 1.00 s | 0.50x |"]
 
@@ -289,6 +317,13 @@ def test_the_report_has_the_newest_run_of_each_machine(monkeypatch, tmp_path):
     (tmp_path / "graph.json").write_text(json.dumps(graph))
     assert report.report("kernels") == kernels_table.table(graph)
     assert report.report("encoder", "kernels summary") == f"{text}\n\n{kernels_table.summary(graph)}"
+
+
+def test_every_table_is_in_one_section(monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "report", lambda *tables: shown.extend(tables))
+    report.sections()
+    assert sorted(shown) == sorted(report._TABLES)
 
 
 def test_an_event_run_is_completed_by_experiments_of_its_machine_and_commit(monkeypatch, tmp_path):

@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
-from granite_speech import accelerate, restore
-from tests.support.live_models import HAS_INNER_MODEL, LIVE_SPECS, batch, bundled
+from granite_speech import AccelerationWarning, accelerate, restore
+from tests.support.live_models import HAS_INNER_MODEL, LIVE_SPECS, batch, bundled, speech
 from tests.support.reference_models import build_reference, clip_inputs, prompt
 from tests.support.two_libraries import PROMPT, WORDS, library
 
@@ -162,6 +162,17 @@ def test_a_row_without_audio_next_to_rows_with_audio(live: Any, loops: list[str]
     assert compared(live, inputs, dict, loops) == 0  # with the adapter on in every row
 
 
+def test_a_hook_in_the_encoder_leaves_the_decode_step_captured(live: Any, loops: list[str]):
+    seen = []
+    handle = speech(live).encoder.layers[1].register_forward_hook(lambda module, arguments, output: seen.append(output * 1) or output * 1.5)
+    try:
+        with pytest.warns(AccelerationWarning, match="the encoder runs as transformers wrote it"):
+            assert compared(live, batch(SPEC), dict, loops) == 0
+    finally:
+        handle.remove()
+    assert len(seen) == 2 and torch.allclose(*seen, atol=1e-5)
+
+
 def test_the_models_own_generation_config(live: Any, loops: list[str]):
     before = live.generation_config
     live.generation_config = GenerationConfig(do_sample=True, top_k=5, eos_token_id=118, pad_token_id=117)
@@ -217,6 +228,9 @@ def test_streamers(live: Any, loops: list[str]):
         {"input_ids": torch.tensor([[1, 119, 119]])},
         {"max_new_tokens": 0},
         {"num_return_sequences": 2},
+        {"inputs_embeds": torch.zeros(1, 5, 48)},
+        {"inputs_embeds": torch.zeros(5, 48), "input_ids": None, "input_features": None},
+        {"inputs_embeds": torch.zeros(1, 5, 48), "input_ids": None},
     ],
     ids=lambda one: next(iter(one)),
 )

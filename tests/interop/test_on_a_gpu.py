@@ -20,7 +20,7 @@ QV = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"], init_lor
 
 def test_repeated_steps_are_captured_and_follow_the_live_weights(monkeypatch):
     live = build_reference(SPEC)
-    prompts = [{"input_ids": prompt(0)}, {"input_ids": prompt(0, seed=5), "do_sample": True, "top_k": 9}]
+    prompts = [{"input_ids": prompt(0)}, {"input_ids": prompt(0, seed=5)}]
 
     def answers(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         torch.manual_seed(0)
@@ -36,7 +36,7 @@ def test_repeated_steps_are_captured_and_follow_the_live_weights(monkeypatch):
     capture = FakeCapture()
     acceleration_of(live).twin.runtime.make_capture = lambda device: capture
     for inputs, one in zip(prompts, theirs, strict=True):
-        for _ in range(3):
+        for _ in range(2):
             assert torch.equal(answers(live, inputs), one)
     assert capture.graphs and sum(graph.replays for graph in capture.graphs) > 0
     # In place: the same graphs read the new values.
@@ -51,7 +51,7 @@ def test_repeated_steps_are_captured_and_follow_the_live_weights(monkeypatch):
     live.set_adapter("default")
     inputs = clip_inputs(SPEC, 45)
     with_adapter = answers(live, inputs)
-    assert torch.equal(answers(live, inputs), with_adapter) and torch.equal(answers(live, inputs), with_adapter)
+    assert torch.equal(answers(live, inputs), with_adapter)
     assert len(capture.graphs) > count
 
 

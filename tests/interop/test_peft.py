@@ -21,6 +21,7 @@ QV = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"], init_lor
 
 @pytest.fixture(autouse=True)
 def _warnings_are_errors() -> Iterator[None]:
+    torch.manual_seed(0)  # of new adapters
     with warnings.catch_warnings():
         warnings.simplefilter("error", AccelerationWarning)
         yield
@@ -176,8 +177,8 @@ def test_training_an_adapter_changes_the_next_answer():
     model = accelerate(get_peft_model(build_reference(BARE), QV))
     inputs = clip_inputs(BARE, 45)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 119, -100)
-    before = model.generate(**inputs, max_new_tokens=12)
-    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=5.0)
+    before = results(model, BARE)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.5)
     losses = []
     for _ in range(5):
         loss = model(**inputs, labels=labels).loss
@@ -186,7 +187,7 @@ def test_training_an_adapter_changes_the_next_answer():
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] != losses[0]
-    assert not torch.equal(before, model.generate(**inputs, max_new_tokens=12))
+    assert changed(before, results(model, BARE))
     check(model)
 
 

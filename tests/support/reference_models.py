@@ -141,6 +141,8 @@ def scale_logits(model: torch.nn.Module) -> None:
     transformers does so up to 5.9. From 5.10 on `GraniteSpeechForConditionalGeneration` has its own head and omits the division,
     which `GraniteForCausalLM` keeps.
     """
+    if not hasattr(model, "lm_head"):
+        return
     scaling = model.config.text_config.logits_scaling
     model.lm_head.register_forward_hook(lambda module, arguments, output: output / scaling)
 
