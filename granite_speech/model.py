@@ -252,6 +252,8 @@ class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, Embeddings,
         config: of the whole model. Weights are random; `from_pretrained` loads a checkpoint's.
     """
 
+    adapts_embeddings = False  # as in transformers, whose `generate` switches the adapter off without input_features
+
     def __init__(self, config: GraniteSpeechConfig):
         super().__init__(config)
         config = self.config

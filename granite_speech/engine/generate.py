@@ -32,7 +32,6 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.stop_strings import StopStrings
 from granite_speech.generation.transition_scores import transition_scores
 from granite_speech.modules.cache import PagedCache
-from granite_speech.modules.forward import SpeechToStates
 from granite_speech.modules.outputs import BaseModelOutputWithPooling, GenerateOutput
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import ModelInputs
@@ -42,7 +41,13 @@ __all__ = ["Generation", "launches_of_generate"]
 
 
 class Generation:
-    """`generate`, for a model with `states`, `decoder`, `language_model` and `text_config`."""
+    """`generate`, for a model with `states`, `decoder`, `language_model` and `text_config`.
+
+    Attributes:
+        adapts_embeddings: whether the adapter is on for prompts that are given as embeddings.
+    """
+
+    adapts_embeddings = True
 
     @torch.no_grad()
     def generate(
@@ -329,8 +334,7 @@ def _run_prompts(
     wants_states = options.return_dict_in_generate and options.output_hidden_states
     inputs, host = (replace(one, past_key_values=cache, output_hidden_states=wants_states) for one in (given.model, given.host))
     prompt = model.pack_prompt(inputs, host)
-    if prompt.ids is None and isinstance(model, SpeechToStates):
-        # As in transformers, whose `generate` switches the adapter off without input_features.
+    if prompt.ids is None and not model.adapts_embeddings:
         prompt = replace(prompt, has_audio=[False] * len(prompt.has_audio))
     cache.reserve(list(prompt.rows.segments.lengths))
     if prompt.ids is not None and not wants_states:

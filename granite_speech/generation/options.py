@@ -114,7 +114,7 @@ class GenerationOptions:
     output_hidden_states: bool = checked(False, boolean)
 
     @classmethod
-    def resolve(cls, call: Mapping[str, Any], generation_config: Any, own: Any, columns: int) -> Self:
+    def resolve(cls, call: Mapping[str, Any], generation_config: Any, own: Any, columns: int, *, warns: bool = True) -> Self:
         """Merge the options of a call with those of its generation_config and of the model's own; each overrides those after it.
 
         As in transformers, None in a call undoes what the others set, None in a configuration means not set, and max_new_tokens
@@ -122,13 +122,16 @@ class GenerationOptions:
 
         Args:
             call: options by name.
-            generation_config: a mapping, an object with options as attributes, or None.
+            generation_config: a mapping, an object with options as attributes, or None. Options that are resolved already are returned.
             own: `model.generation_config`.
             columns: of the prompts.
+            warns: whether to name options that do nothing.
 
         Raises:
             InputError: an option that is unknown, not supported or out of range, or options that contradict each other.
         """
+        if isinstance(generation_config, cls):
+            return generation_config
         given = _contents(generation_config)
         for source in (call, given if isinstance(generation_config, Mapping) else {}):
             _refuse_unknown(source)
@@ -141,7 +144,8 @@ class GenerationOptions:
             warn("temperature=0 with do_sample=True: the best token is taken, as with do_sample=False", stacklevel=3)
             values["do_sample"] = False
             del values["temperature"]
-        _warn_of_no_effect({name: values[name] for name in asked if name in values}, values)
+        if warns:
+            _warn_of_no_effect({name: values[name] for name in asked if name in values}, values)
         values.pop("output_attentions", None)
         _set_lengths(values, columns)
         options = cls(**values)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys
+from granite_speech.config import GraniteSpeechConfig
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import InputError
-from granite_speech.interop.follow import Follower, NotFollowedError, Replacement, Twin, check_code, is_own
+from granite_speech.interop.follow import Follower, NotFollowedError, Replacement, Twin, check_code, in_use, is_known_code, is_own
 from granite_speech.interop.generate import generated
 from granite_speech.modules.language_model import GraniteRMSNorm
 from granite_speech.modules.packing import Segments
@@ -119,10 +120,8 @@ class Acceleration:
         # Up to transformers 5.9, the model has a language model with a head; from 5.10 on, a model without, and a head.
         has_inner = isinstance(getattr(live, "model", None), nn.Module)
         speech, text = (live.model, live) if has_inner else (live, live.language_model)
-        config = config_from_dict(live.config.to_dict())
-        if not any(map(_divides_logits, (live, text))):
-            config.text_config.logits_scaling = 1.0
-        self.twin = Twin(config)
+        self.text, self._divides = text, any(map(_divides_logits, (live, text)))
+        self.twin = Twin(_config_of(live))
         self._follower = Follower(
             {
                 "encoder": (self.twin.encoder, speech, "encoder"),
@@ -131,12 +130,12 @@ class Acceleration:
                 "lm_head": (self.twin.lm_head, text, "lm_head"),
             }
         )
-        self._whole = list({id(one): one for one in (live, speech, text)}.values())
-        self.speech, self._encoder, self._replaced = speech, speech.encoder, []
-        self._replace(speech.encoder, "forward", self._encode)
-        self._replace(speech.projector, "forward", self._project)
+        self.whole = list({id(one): one for one in (live, speech, text)}.values())
+        self.speech, self._replaced = speech, []
+        self._replace(in_use(speech.encoder), "forward", self._encode)
+        self._replace(in_use(speech.projector), "forward", self._project)
         for module in speech.language_model.modules():
-            if type(module).__name__ == "GraniteRMSNorm":
+            if type(module).__name__ == "GraniteRMSNorm" and is_known_code(type(module).forward):
                 self._replace(module, "forward", partial(_normalize, module))
         self._replace(live, "load_state_dict", self._load_state_dict)
         self._replace(live, "generate", partial(generated, self, live))
@@ -169,17 +168,19 @@ class Acceleration:
             model.__class__ = type(model).__bases__[1]
         vars(self.live).pop(_NAME, None)
 
-    def runs(self, part: str, is_called: bool = True) -> bool:
+    def runs(self, part: str, called: nn.Module | None = None) -> bool:
         """Whether a part can run here now. It then has the live parameters.
 
         Args:
             part: its name.
-            is_called: whether transformers' module is being called, so that hooks on it run anyway.
+            called: transformers' module if it is being called: hooks on it run anyway, and it may be in training mode.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         try:
-            self._follower.follow(part, is_called)
+            trains = self._follower.follow(part, called)
+            if trains and called is None:
+                raise NotFollowedError(f"a module of the {part} is in training mode")
         except NotFollowedError as reason:
             self._warn(f"the {part}", str(reason))
             return False
@@ -187,18 +188,21 @@ class Acceleration:
 
     def encodes(self) -> bool:
         """Whether `generate` can run encoder and projector here."""
-        return self.runs("encoder", is_called=False) and self.runs("projector", is_called=False)
+        return self.runs("encoder") and self.runs("projector")
 
     def generates(self) -> bool:
         """Whether `generate` can run the language model here."""
         try:
-            for one in self._whole:
+            for one in self.whole:
                 check_code(one, type(one).__name__)
             for part in ("language_model", "lm_head"):
-                self._follower.follow(part, is_called=False)
+                if self._follower.follow(part, None):
+                    raise NotFollowedError(f"a module of the {part} is in training mode")
         except NotFollowedError as reason:
             self._warn("generate", str(reason))
             return False
+        self.twin.config.audio_token_index = self.speech.config.audio_token_index
+        self.twin.config.text_config.logits_scaling = self.text.config.logits_scaling if self._divides else 1.0
         return True
 
     def _warn(self, what: str, reason: str) -> None:
@@ -206,16 +210,19 @@ class Acceleration:
             self._warned.add((what, reason))
             warnings.warn(f"accelerate: {what} runs as transformers wrote it, because {reason}.", AccelerationWarning, stacklevel=4)
 
-    def _encode(self, own: Any, hidden_states: Tensor, *others: Any, **options: Any) -> Any:
-        config, is_batch = self._encoder.config, hidden_states.dim() == 3 and hidden_states.numel() > 0
+    def _encode(self, own: Any, *arguments: Any, **options: Any) -> Any:
+        encoder, x = own.__self__, arguments[0] if len(arguments) == 1 else None
+        if not arguments and "hidden_states" in options:
+            x = options["hidden_states"]
+        config = encoder.config
         asked = options | {name: options.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")}
-        is_plain = not others and not any(value for name, value in asked.items() if name != "return_dict")
-        if not (is_batch and is_plain and self.runs("encoder")):
-            return own(hidden_states, *others, **options)
-        if self._encoder.training:
+        is_plain = all(value is None or value is False for name, value in asked.items() if name not in ("return_dict", "hidden_states"))
+        if not (is_plain and _is_batch(x) and self.runs("encoder", encoder)):
+            return own(*arguments, **options)
+        if encoder.training:
             self.twin.runtime.clear()  # training needs the memory of pages and graphs
-        clips = Segments.of_batch(hidden_states)
-        states = clips.pad(self.twin.encoder.encode(clips.pack(hidden_states), clips), hidden_states.shape[1])
+        clips = Segments.of_batch(x)
+        states = clips.pad(self.twin.encoder.encode(clips.pack(x), clips), x.shape[1])
         if not _mentions(own, "BaseModelOutputWithPooling"):
             return states  # transformers 4
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -223,8 +230,9 @@ class Acceleration:
         output = BaseModelOutputWithPooling(last_hidden_state=states)
         return output if options.get("return_dict", getattr(config, "return_dict", True)) is not False else output.to_tuple()
 
-    def _project(self, own: Any, hidden_states: Tensor) -> Tensor:
-        return self.twin.projector(hidden_states) if hidden_states.dim() == 3 and self.runs("projector") else own(hidden_states)
+    def _project(self, own: Any, *arguments: Any, **options: Any) -> Tensor:
+        x = arguments[0] if len(arguments) == 1 and not options else None
+        return self.twin.projector(x) if _is_batch(x) and self.runs("projector", own.__self__) else own(*arguments, **options)
 
     def _load_state_dict(self, own: Any, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Accept the names of saved files too: Trainer loads a checkpoint by them when it resumes, and transformers skips them all."""
@@ -240,8 +248,21 @@ class Acceleration:
         return own(state_dict, strict, assign)
 
 
+def _config_of(live: nn.Module) -> GraniteSpeechConfig:
+    """The configuration without its rotary embedding, whose frequencies are taken from the live model."""
+    values = live.config.to_dict()
+    values["text_config"] = {
+        name: value for name, value in values["text_config"].items() if name not in ("rope_parameters", "rope_scaling")
+    }
+    return config_from_dict(values)
+
+
 def _normalize(norm: nn.Module, own: Any, hidden_states: Tensor) -> Tensor:
     return GraniteRMSNorm.forward(norm, hidden_states)
+
+
+def _is_batch(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 3 and x.numel() > 0
 
 
 def _mentions(method: Any, name: str) -> bool:

@@ -18,12 +18,17 @@ from granite_speech.config import GraniteSpeechConfig
 from granite_speech.model import GraniteForCausalLM, GraniteSpeechForConditionalGeneration
 from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import Lora, LoraLinear
+from granite_speech.modules.encoder import (
+    GraniteSpeechConformerAttention,
+    GraniteSpeechConformerDepthWiseConv1d,
+    GraniteSpeechCTCEncoder,
+)
 from granite_speech.modules.language_model import GraniteAttention, GraniteDecoderLayer, GraniteModel, GraniteRMSNorm
-from granite_speech.modules.projector import Blip2QFormerOutput
+from granite_speech.modules.projector import Blip2QFormerMultiHeadAttention, Blip2QFormerOutput, GraniteSpeechEncoderProjector
 from granite_speech.modules.rotary import GraniteRotaryEmbedding
 from granite_speech.modules.rows import Rows
 
-__all__ = ["Follower", "NotFollowedError", "Replacement", "Twin", "check_code", "is_own"]
+__all__ = ["Follower", "NotFollowedError", "Replacement", "Twin", "check_code", "in_use", "is_known_code", "is_own"]
 
 # Numbers that the live model has taken from its configuration, by class here.
 _NUMBERS: dict[type, tuple[str, ...]] = {
@@ -36,10 +41,29 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     nn.Dropout: ("p",),
 }
 
+# Numbers that both have from the configuration, and that must still be equal.
+_EQUAL: dict[type, tuple[str, ...]] = {
+    GraniteSpeechCTCEncoder: ("num_layers",),
+    GraniteSpeechConformerAttention: ("num_heads", "dim_head", "context_size", "max_pos_emb"),
+    GraniteSpeechConformerDepthWiseConv1d: ("padding",),
+    GraniteSpeechEncoderProjector: ("window_size", "downsample_rate", "num_queries"),
+    Blip2QFormerMultiHeadAttention: ("num_attention_heads",),
+    GraniteAttention: ("head_dim", "layer_idx"),
+    nn.Conv1d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.Embedding: ("max_norm",),
+    nn.GLU: ("dim",),
+}
+
 # Classes of transformers that have another name than here.
 _NAMES: dict[type, tuple[str, ...]] = {
     Blip2QFormerOutput: ("Blip2QFormerSelfOutput", "Blip2QFormerOutput"),
 }
+
+# Functions of transformers that compute the same attention.
+_ATTENTION = frozenset([None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"])
+
+# Rotary embeddings whose frequencies do not depend on the prompt.
+_FIXED_FREQUENCIES = frozenset(["default", "linear", "llama3"])
 
 
 class NotFollowedError(Exception):
@@ -59,8 +83,12 @@ class Replacement:
 
     def __init__(self, module: nn.Module, name: str, function: Any):
         self.module, self.name, self._function = module, name, function
-        self.own = MethodType(getattr(type(module), name), module)
         self.__wrapped__ = self.own  # so that inspect.signature shows the method's own
+
+    @property
+    def own(self) -> Any:
+        """The method of the module's class, which may be another one tomorrow."""
+        return MethodType(getattr(type(self.module), self.name), self.module)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._function(self.own, *arguments, **options)
@@ -93,6 +121,8 @@ class Twin(_LayersDecide, GraniteSpeechForConditionalGeneration):
         config: of the other model.
     """
 
+    adapts_embeddings = True
+
     def __init__(self, config: GraniteSpeechConfig):
         with torch.device("meta"):
             super().__init__(config)
@@ -111,12 +141,15 @@ class Follower:
     def __init__(self, pairs: dict[str, tuple[nn.Module, nn.Module, str]]):
         self._pairs = pairs
 
-    def follow(self, part: str, is_called: bool) -> None:
+    def follow(self, part: str, called: nn.Module | None) -> bool:
         """Take over everything that may have changed in a part.
 
         Args:
             part: its name.
-            is_called: whether transformers' module is being called, so that hooks on it, not inside it, run anyway.
+            called: transformers' module if it is being called, so that hooks on it, not inside it, run anyway.
+
+        Returns:
+            Whether a module of the part is in training mode and computes something else in it.
 
         Raises:
             NotFollowedError: something in the part that this package does not compute in the same way.
@@ -124,12 +157,15 @@ class Follower:
         if every_module._has_any_global_hook():
             raise NotFollowedError("there is a hook on all modules")
         ours, owner, name = self._pairs[part]
-        _follow(ours, owner._modules[name], part, is_called)
+        given = owner._modules[name]
+        if called is not None and in_use(given) is not called:
+            raise NotFollowedError(f"another {part} has taken its place")
+        return _follow(ours, given, part, called is not None)
 
 
-def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = False) -> None:
-    """Take over a module and all modules inside it."""
-    theirs = _in_use(given)
+def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = False) -> bool:
+    """Take over a module and all modules inside it. Returns whether a mode of training changes what they compute."""
+    theirs = in_use(given)
     if isinstance(ours, LoraLinear):
         theirs = _follow_adapters(ours, theirs, path)
     _check_kind(ours, theirs, path)
@@ -137,37 +173,67 @@ def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = Fals
         check_code(theirs, path)
     own = ours.__dict__
     own["training"] = theirs.training
+    trains = theirs.training and (isinstance(ours, nn.BatchNorm1d) or getattr(theirs, "attention_dropout", getattr(theirs, "p", 0.0)) != 0)
     for table in ("_parameters", "_buffers"):
-        mine = own[table]
-        for name, tensor in theirs.__dict__[table].items():
-            if name in mine:
-                if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):
-                    raise NotFollowedError(f"{path}.{name} is a {type(tensor).__name__}")  # sharded or quantized
-                mine[name] = tensor
-    for name in _NUMBERS.get(type(ours), ()):
-        own[name] = getattr(theirs, name)
-    if isinstance(ours, GraniteRotaryEmbedding):
-        _follow_rotary(ours, theirs, path)
+        mine, tensors = own[table], theirs.__dict__[table]
+        for name in mine:
+            tensor = tensors.get(name)
+            if tensor is None and mine[name] is not None:
+                raise NotFollowedError(f"{path} has no {name}")
+            if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):
+                raise NotFollowedError(f"{path}.{name} is a {type(tensor).__name__}")  # sharded or quantized
+            mine[name] = tensor
+    _follow_numbers(ours, theirs, path)
     mine = own["_modules"]
+    if not isinstance(ours, LoraLinear):  # whose children are adapters
+        for name, child in mine.items():
+            if child is not None and theirs._modules.get(name) is None:
+                raise NotFollowedError(f"{path} has no {name}")
     for name, child in theirs._modules.items():
         if child is None:
             continue
         if mine.get(name) is not None:
-            _follow(mine[name], child, f"{path}.{name}")
+            trains |= _follow(mine[name], child, f"{path}.{name}")
         elif type(child) is nn.Dropout and hasattr(ours, "attention_dropout"):
             check_code(child, f"{path}.{name}")
             ours.attention_dropout = child.p
         else:
             raise NotFollowedError(f"{path}.{name} is a {type(child).__name__}")
+    return trains
+
+
+def _follow_numbers(ours: nn.Module, theirs: nn.Module, path: str) -> None:
+    kind = type(ours)
+    for name in _NUMBERS.get(kind, ()):
+        ours.__dict__[name] = getattr(theirs, name)
+    for name in _EQUAL.get(kind, ()):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise NotFollowedError(f"{name} of {path} was changed")
+    if kind is GraniteSpeechConformerAttention and theirs.scale != ours.dim_head**-0.5:
+        raise NotFollowedError(f"scale of {path} was changed")
+    if kind in (GraniteAttention, Blip2QFormerMultiHeadAttention):
+        _check_attention(kind, theirs, path)
+        ours.attention_dropout = getattr(theirs, "attention_dropout", 0.0)  # a module inside it, if it is not a number
+    if kind is GraniteRotaryEmbedding:
+        _follow_rotary(ours, theirs, path)
+
+
+def _check_attention(kind: type, theirs: nn.Module, path: str) -> None:
+    """Refuse attention that is not the usual one: transformers calls a function that the configuration names."""
+    if getattr(theirs, "is_causal", kind is GraniteAttention) != (kind is GraniteAttention):
+        raise NotFollowedError(f"is_causal of {path} was changed")
+    name = getattr(theirs.config, "_attn_implementation", None)
+    if name not in _ATTENTION:
+        raise NotFollowedError(f"{path} computes attention with {name!r}")
 
 
 def _check_kind(ours: nn.Module, theirs: nn.Module, path: str) -> None:
     """Refuse a module of another class than transformers makes at this place."""
     kind, own = type(theirs), type(ours)
-    if kind is own:
-        return
     name = kind.__name__.replace("SpeechPlus", "Speech")
-    if isinstance(ours, Activation):
+    if kind is own:
+        is_known = True
+    elif isinstance(ours, Activation):
         from transformers.activations import ACT2FN
 
         is_known = kind is type(ACT2FN[ours.name])
@@ -177,9 +243,13 @@ def _check_kind(ours: nn.Module, theirs: nn.Module, path: str) -> None:
         is_known = name in _NAMES.get(own, (own.__name__,)) and kind.__module__.startswith("transformers.models.")
     if not is_known:
         raise NotFollowedError(f"{path} is a {kind.__module__}.{kind.__qualname__}")
+    if not is_known_code(kind.forward):
+        raise NotFollowedError(f"the forward of {kind.__name__} was replaced")
 
 
 def _follow_rotary(ours: GraniteRotaryEmbedding, theirs: nn.Module, path: str) -> None:
+    if theirs.rope_type not in _FIXED_FREQUENCIES:
+        raise NotFollowedError(f"{path} is of type {theirs.rope_type!r}")
     if theirs.attention_scaling != 1:
         raise NotFollowedError(f"{path} scales attention by {theirs.attention_scaling}")
     ours.use_frequencies(theirs.inv_freq)
@@ -190,7 +260,7 @@ def _is_pefts(kind: type) -> bool:
     return kind.__module__.startswith("peft.")
 
 
-def _in_use(module: nn.Module) -> nn.Module:
+def in_use(module: nn.Module) -> nn.Module:
     """The module that runs; of peft's wrapper for modules_to_save, the one that it passes its input to."""
     if not _is_pefts(type(module)) or not hasattr(module, "modules_to_save"):
         return module
@@ -213,6 +283,12 @@ def check_code(module: nn.Module, path: str) -> None:
         raise NotFollowedError(f"the forward of {path} was replaced")
     if own.get("gradient_checkpointing") and module.training:
         raise NotFollowedError(f"{path} uses gradient checkpointing")
+
+
+@cache
+def is_known_code(function: Any) -> bool:
+    """Whether a function is of torch or transformers: where it was written, not its __module__, which functools.wraps copies."""
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] in ("torch", "transformers")
 
 
 def is_own(module: nn.Module, name: str) -> bool:

@@ -1,6 +1,5 @@
 """`generate` of an accelerated model: the captured decode step for the calls that it serves, transformers' loop for all others."""
 
-import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from granite_speech.errors import GraniteSpeechError, InputError, UnsupportedError
 from granite_speech.generation.config import GenerationConfig
 from granite_speech.generation.options import GenerationOptions
+from granite_speech.interop.follow import is_known_code, is_own
 from granite_speech.modules.autocast import autocast_dtype
 
 __all__ = ["generated"]
@@ -44,14 +44,17 @@ def generated(acceleration: Any, live: nn.Module, own: Any, *arguments: Any, **o
     return own(*arguments, **options)
 
 
-def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-    if len(arguments) > len(_POSITIONAL) or live.training or autocast_dtype(live.device) is not None or _is_customised(live):
+def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], call: dict[str, Any]) -> Tensor:
+    is_wrong = len(arguments) > len(_POSITIONAL) or not call.keys().isdisjoint(_POSITIONAL[: len(arguments)])
+    if is_wrong or live.training or autocast_dtype(live.device) is not None or any(map(_is_customised, acceleration.whole)):
         raise _NotServedError
-    inputs, others, settings = _sorted(live, dict(zip(_POSITIONAL, arguments, strict=False)) | options)
+    inputs, others, settings = _sorted(live, dict(zip(_POSITIONAL, arguments, strict=False)) | call)
     of_model, of_call = _set_values(live.generation_config), _set_values(others.get("generation_config"))
-    prompts = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
-    options = _resolved(settings, of_call, of_model, prompts.shape[1])
-    if not _is_captured(options, prompts, inputs.get("attention_mask")):
+    [columns, *others_columns] = {inputs[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in inputs}
+    if others_columns:
+        raise _NotServedError
+    options = _resolved(settings, of_call, of_model, columns)
+    if not _is_captured(options, inputs.get("input_ids"), inputs.get("attention_mask")):
         raise _NotServedError
     is_whole = live is acceleration.live
     if is_whole and getattr(live, "_hf_peft_config_loaded", False):
@@ -59,13 +62,12 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
         live.enable_adapters() if "input_features" in inputs else live.disable_adapters()
     if not acceleration.generates():
         raise _NotServedError
-    twin = acceleration.twin
-    if not is_whole or "inputs_embeds" in inputs or not acceleration.encodes():
-        inputs, twin = _embedded(acceleration.speech, inputs), twin.language_model
-    twin.generation_config = of_model
+    twin = acceleration.twin if is_whole else acceleration.twin.language_model
+    if "input_features" in inputs and not acceleration.encodes():
+        inputs = _embedded(acceleration.speech, inputs)
     streamer = _Streamer(others["streamer"]) if "streamer" in others else None
     try:
-        answer = twin.generate(**inputs, **settings, generation_config=of_call, tokenizer=others.get("tokenizer"), streamer=streamer)
+        answer = twin.generate(**inputs, generation_config=options, tokenizer=others.get("tokenizer"), streamer=streamer)
     except (InputError, UnsupportedError) as error:
         if streamer is not None and streamer.has_begun:
             raise
@@ -77,9 +79,7 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], opti
 
 @torch.no_grad()
 def _embedded(speech: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Prompts whose audio, if they have any, transformers' own encoder and projector turn into embeddings."""
-    if "input_features" not in inputs:
-        return inputs
+    """Prompts whose audio transformers' own encoder and projector turn into embeddings."""
     inputs = dict(inputs)
     found = speech.get_audio_features(inputs.pop("input_features").to(speech.dtype))
     vectors = found if isinstance(found, Tensor) else found.pooler_output
@@ -87,14 +87,19 @@ def _embedded(speech: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]
     return inputs | {"inputs_embeds": speech.get_merged_audio_embeddings(inputs["input_ids"], vectors, kept)}
 
 
-def _is_customised(live: nn.Module) -> bool:
+def _is_customised(module: nn.Module) -> bool:
     """Whether somebody else's method would run in transformers' loop."""
-    if any(name in vars(live) for name in _METHODS):
+    kind = type(module)
+    if any(callable(one) and hasattr(kind, name) and not is_own(module, name) for name, one in vars(module).items()):
         return True
-    found = (getattr(type(live), name, None) for name in _METHODS)
-    # Where a function was written, not its __module__, which functools.wraps copies. Decorators of torch are transformers' choice.
-    homes = (one.__globals__["__name__"] for one in found if one is not None)
-    return not all(home.startswith(("transformers.", "torch.")) for home in homes)
+    known, others = {}, {}
+    for one in kind.__mro__:
+        home = one.__module__.partition(".")[0]
+        (known if home in ("transformers", "torch") else {} if home == "granite_speech" else others).update(vars(one))
+    if any(name in known and callable(one) and not name.startswith("__") for name, one in others.items()):
+        return True
+    found = (getattr(kind, name, None) for name in _METHODS)
+    return not all(is_known_code(one) for one in found if one is not None)
 
 
 def _sorted(live: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -136,22 +141,22 @@ def _resolved(settings: dict[str, Any], of_call: GenerationConfig | None, of_mod
     given |= settings
     # A temperature of 0 is an error of transformers. The others change nothing here, but in transformers the rounding, and in its version
     # 4.56 the answer: it runs the prompt in pieces without the audio.
-    if given.get("temperature") == 0 or given.get("use_cache") is False or given.get("prefill_chunk_size"):
+    if given.get("temperature") == 0 or not given.get("use_cache", True) or given.get("prefill_chunk_size"):
         raise _NotServedError
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `generate` resolves them again, and warns then
-        try:
-            return GenerationOptions.resolve(settings, of_call, of_model, columns)
-        except GraniteSpeechError as error:
-            raise _NotServedError from error
+    try:
+        return GenerationOptions.resolve(settings, of_call, of_model, columns, warns=False)
+    except GraniteSpeechError as error:
+        raise _NotServedError from error
 
 
-def _is_captured(options: GenerationOptions, prompts: Tensor, mask: Tensor | None) -> bool:
+def _is_captured(options: GenerationOptions, ids: Tensor | None, mask: Tensor | None) -> bool:
     """Whether a captured step could serve a call. Without graphs, transformers' own loop is as fast as one here."""
     if options.num_beams > 1 or options.return_dict_in_generate or options.rules or options.max_new_tokens == 0:
         return False
     # Here a penalty leaves padding out, so that an answer does not depend on its neighbours; in transformers it does not.
-    return options.repetition_penalty == 1 or bool((mask if mask is not None else prompts != options.fill).all())
+    if options.repetition_penalty == 1 or (ids is None and mask is None):
+        return True
+    return bool((ids != options.fill if mask is None else mask).all())
 
 
 class _Streamer:

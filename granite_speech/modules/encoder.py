@@ -175,7 +175,7 @@ class GraniteSpeechConformerConvModule(nn.Module):
     def _convolve(self, x: Tensor, clips: Segments) -> Tensor:
         x = F.linear(self.norm(x), weight_of(self.up_conv).squeeze(2), self.up_conv.bias)
         taps, depthwise_conv = weight_of(self.depth_conv.conv).squeeze(1).to(x.dtype), OPERATIONS["depthwise_conv"].run
-        if self.training:
+        if self.batch_norm.training:
             # The batch's own statistics are known only after the convolution: BatchNorm cannot be folded into it.
             x = F.silu(self.batch_norm(depthwise_conv(x, taps, None, None, clips.cu_seqlens)))
         else:
@@ -189,7 +189,7 @@ class GraniteSpeechConformerConvModule(nn.Module):
         if is_ragged:
             x = self._without_padding(x, clips)
         x = self.depth_conv(x)
-        if is_ragged and self.training:
+        if is_ragged and self.batch_norm.training:
             # The statistics are of frames alone, so BatchNorm gets them as one clip.
             packed = self.batch_norm(clips.pack(x.transpose(1, 2)).T[None])[0].T
             x = clips.pad(packed, x.shape[2]).transpose(1, 2)

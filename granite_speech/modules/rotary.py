@@ -48,7 +48,7 @@ class GraniteRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self._frequencies: Tensor | None = None
-        self._given: Tensor | None = None
+        self._given: tuple[Tensor, int | None] | None = None
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Rotary:
         """`(batch, sequence)` positions to two of `(batch, sequence, head_dim)`, in x's dtype and on its device.
@@ -74,7 +74,9 @@ class GraniteRotaryEmbedding(nn.Module):
 
     def use_frequencies(self, inv_freq: Tensor) -> None:
         """Use these frequencies, `(head_dim / 2,)` float32, in place of the configuration's: they are of another model's module."""
-        if inv_freq is not self._given:
-            self.__dict__["_given"] = inv_freq  # set as an attribute, a buffer would become one of this module
+        # Changes in place count too; tensors of inference mode do not say whether there were any.
+        given = inv_freq, None if inv_freq.is_inference() else inv_freq._version
+        if self._given is None or given[0] is not self._given[0] or given[1] != self._given[1]:
+            self._given = given
             with torch.inference_mode(False):
                 self._frequencies = torch.cat((-inv_freq, inv_freq))

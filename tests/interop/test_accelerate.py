@@ -162,9 +162,27 @@ def test_the_encoders_own_call_returns_what_transformers_returns(live: Any):
             first, second = (one if torch.is_tensor(one) else one[0] for one in (ours, one))
             assert close(first, second)
             assert torch.is_tensor(one) or len(ours) == len(one)
-        with pytest.raises((RuntimeError, ValueError, AttributeError)):
-            encoder(None)
     assert type(encoder(x)) is type(theirs)
+
+
+def test_errors_of_encoder_and_projector_are_those_of_transformers(live: Any):
+    x = features(33)
+    calls = [((), {}), ((None,), {}), ((x.tolist(),), {}), ((x[0, 0],), {}), ((x.double(),), {}), ((x, x, x), {}), ((x[..., :7],), {})]
+    calls += [((x[:, :0],), {}), ((), {"input_features": x}), ((x,), {"unknown": 1})]
+
+    def outcomes() -> list[str]:
+        found = []
+        for module in (speech(live).encoder, speech(live).projector):
+            for arguments, options in calls:
+                try:
+                    found.append(type(module(*arguments, **options)).__name__)
+                except Exception as error:
+                    found.append(f"{type(error).__name__}: {error}")
+        return found
+
+    theirs = outcomes()
+    accelerate(live)
+    assert outcomes() == theirs
 
 
 def test_a_with_block_undoes_itself(live: Any):
