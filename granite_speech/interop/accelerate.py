@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, Self, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,17 @@ from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_k
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import InputError
-from granite_speech.interop.follow import Follower, NotFollowedError, Replacement, Twin, check_code, in_use, is_known_code, is_own
+from granite_speech.interop.follow import (
+    Follower,
+    NotFollowedError,
+    Replacement,
+    Twin,
+    check_code,
+    in_use,
+    is_known_code,
+    is_own,
+    usual_device,
+)
 from granite_speech.interop.generate import generated
 from granite_speech.modules.language_model import GraniteRMSNorm
 from granite_speech.modules.packing import Segments
@@ -131,7 +142,7 @@ class Acceleration:
             }
         )
         self.whole = list({id(one): one for one in (live, speech, text)}.values())
-        self.speech, self._replaced = speech, []
+        self.speech, self._replaced = speech, WeakSet[Replacement]()  # weak: a module that was taken out of the model can be freed
         self._replace(in_use(speech.encoder), "forward", self._encode)
         self._replace(in_use(speech.projector), "forward", self._project)
         for module in speech.language_model.modules():
@@ -145,8 +156,9 @@ class Acceleration:
     def _replace(self, module: nn.Module, name: str, function: Any) -> None:
         if name in vars(module) and not is_own(module, name):
             return  # somebody else's, which may do anything
-        one = vars(module)[name] = Replacement(module, name, function)
-        self._replaced.append(one)
+        for one in (Replacement(module, name, function), Replacement(module, "_replicate_for_data_parallel", _replica)):
+            vars(module)[one.name] = one
+            self._replaced.add(one)
 
     def add(self, model: nn.Module) -> None:
         """Count one more call of `accelerate`, and let this object begin a with block."""
@@ -162,7 +174,7 @@ class Acceleration:
             self.remove()
 
     def remove(self) -> None:
-        for one in self._replaced:
+        for one in list(self._replaced):
             one.undo()
         for model in self._roots:
             model.__class__ = type(model).__bases__[1]
@@ -221,8 +233,9 @@ class Acceleration:
             return own(*arguments, **options)
         if encoder.training:
             self.twin.runtime.clear()  # training needs the memory of pages and graphs
-        clips = Segments.of_batch(x)
-        states = clips.pad(self.twin.encoder.encode(clips.pack(x), clips), x.shape[1])
+        with usual_device():
+            clips = Segments.of_batch(x)
+            states = clips.pad(self.twin.encoder.encode(clips.pack(x), clips), x.shape[1])
         if not _mentions(own, "BaseModelOutputWithPooling"):
             return states  # transformers 4
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -261,6 +274,14 @@ def _normalize(norm: nn.Module, own: Any, hidden_states: Tensor) -> Tensor:
     return GraniteRMSNorm.forward(norm, hidden_states)
 
 
+def _replica(own: Any) -> nn.Module:
+    """What `nn.DataParallel` runs on another device: a module that shares the dictionary of this one, but has other weights."""
+    replica = own()
+    for name in [name for name, one in vars(replica).items() if isinstance(one, Replacement)]:
+        del vars(replica)[name]
+    return replica
+
+
 def _is_batch(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() == 3 and x.numel() > 0
 
@@ -286,7 +307,7 @@ class _WithBlock:
             acceleration.leave()
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        state = {name: one for name, one in vars(self).items() if name != _NAME}
+        state = {name: one for name, one in vars(self).items() if name != _NAME and not isinstance(one, Replacement)}
         return object.__new__, (type(self).__bases__[1],), state
 
 

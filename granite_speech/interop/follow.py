@@ -5,6 +5,7 @@ replaced, adapters of peft that were added, switched or merged, and training mod
 the same way is named, and the part then runs as transformers wrote it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -28,7 +29,7 @@ from granite_speech.modules.projector import Blip2QFormerMultiHeadAttention, Bli
 from granite_speech.modules.rotary import GraniteRotaryEmbedding
 from granite_speech.modules.rows import Rows
 
-__all__ = ["Follower", "NotFollowedError", "Replacement", "Twin", "check_code", "in_use", "is_known_code", "is_own"]
+__all__ = ["Follower", "NotFollowedError", "Replacement", "Twin", "check_code", "in_use", "is_known_code", "is_own", "usual_device"]
 
 # Numbers that the live model has taken from its configuration, by class here.
 _NUMBERS: dict[type, tuple[str, ...]] = {
@@ -253,6 +254,11 @@ def _follow_rotary(ours: GraniteRotaryEmbedding, theirs: nn.Module, path: str) -
     if theirs.attention_scaling != 1:
         raise NotFollowedError(f"{path} scales attention by {theirs.attention_scaling}")
     ours.use_frequencies(theirs.inv_freq)
+
+
+def usual_device() -> AbstractContextManager:
+    """A block in which new tensors are on the CPU unless they say otherwise: `torch.set_default_device` is for the live model."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 @cache

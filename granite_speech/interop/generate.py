@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from granite_speech.errors import GraniteSpeechError, InputError, UnsupportedError
 from granite_speech.generation.config import GenerationConfig
 from granite_speech.generation.options import GenerationOptions
-from granite_speech.interop.follow import is_known_code, is_own
+from granite_speech.interop.follow import is_known_code, is_own, usual_device
 from granite_speech.modules.autocast import autocast_dtype
 
 __all__ = ["generated"]
@@ -67,7 +67,8 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], call
         inputs = _embedded(acceleration.speech, inputs)
     streamer = _Streamer(others["streamer"]) if "streamer" in others else None
     try:
-        answer = twin.generate(**inputs, generation_config=options, tokenizer=others.get("tokenizer"), streamer=streamer)
+        with usual_device():
+            answer = twin.generate(**inputs, generation_config=options, tokenizer=others.get("tokenizer"), streamer=streamer)
     except (InputError, UnsupportedError) as error:
         if streamer is not None and streamer.has_begun:
             raise
