@@ -177,7 +177,7 @@ class Acceleration:
         for one in list(self._replaced):
             one.undo()
         for model in self._roots:
-            model.__class__ = type(model).__bases__[1]
+            model.__class__ = _without_block(type(model))
         vars(self.live).pop(_NAME, None)
 
     def runs(self, part: str, called: nn.Module | None = None) -> bool:
@@ -249,6 +249,8 @@ class Acceleration:
 
     def _load_state_dict(self, own: Any, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Accept the names of saved files too: Trainer loads a checkpoint by them when it resumes, and transformers skips them all."""
+        if not isinstance(state_dict, Mapping):
+            return own(state_dict, strict, assign)
         mine = self.live.state_dict()
         foreign = {name: tensor for name, tensor in state_dict.items() if name not in mine}
         if foreign:
@@ -308,7 +310,12 @@ class _WithBlock:
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         state = {name: one for name, one in vars(self).items() if name != _NAME and not isinstance(one, Replacement)}
-        return object.__new__, (type(self).__bases__[1],), state
+        return object.__new__, (_without_block(type(self)),), state
+
+
+def _without_block(kind: type) -> type:
+    """The class of which `_with_block` made this one; itself if somebody has set another class since."""
+    return kind.__bases__[1] if kind.__bases__[0] is _WithBlock else kind
 
 
 @cache

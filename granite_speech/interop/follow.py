@@ -174,7 +174,9 @@ def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = Fals
         check_code(theirs, path)
     own = ours.__dict__
     own["training"] = theirs.training
-    trains = theirs.training and (isinstance(ours, nn.BatchNorm1d) or getattr(theirs, "attention_dropout", getattr(theirs, "p", 0.0)) != 0)
+    if isinstance(ours, LoraLinear):
+        own["training"] = any(one.dropout for one in ours.adapters.values())  # which alone depends on the mode
+    trains = own["training"] and _has_two_modes(ours, theirs)
     for table in ("_parameters", "_buffers"):
         mine, tensors = own[table], theirs.__dict__[table]
         for name in mine:
@@ -201,6 +203,11 @@ def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = Fals
         else:
             raise NotFollowedError(f"{path}.{name} is a {type(child).__name__}")
     return trains
+
+
+def _has_two_modes(ours: nn.Module, theirs: nn.Module) -> bool:
+    """Whether a module computes something else in training mode."""
+    return isinstance(ours, nn.BatchNorm1d | LoraLinear) or bool(getattr(theirs, "attention_dropout", getattr(theirs, "p", 0.0)))
 
 
 def _follow_numbers(ours: nn.Module, theirs: nn.Module, path: str) -> None:
@@ -335,4 +342,4 @@ def _adapter(layer: nn.Module, name: str, path: str) -> Lora:
         raise NotFollowedError(f"the adapter {name!r} of {path} is not plain LoRA")
     for one in (a, b, dropout):
         check_code(one, f"{path}, adapter {name!r}")
-    return Lora(a, b, layer.scaling[name], dropout.p if isinstance(dropout, nn.Dropout) else 0.0)
+    return Lora(a, b, layer.scaling[name], dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)

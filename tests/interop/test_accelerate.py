@@ -2,13 +2,10 @@
 
 import copy
 import functools
-import gc
 import io
 import pickle
 import warnings
-import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,7 +16,6 @@ from torch import nn
 
 import granite_speech
 from granite_speech import AccelerationWarning, InputError, accelerate, restore
-from granite_speech.interop.accelerate import acceleration_of
 from tests.support.live_models import HAS_INNER_MODEL, LIVE_SPECS, batch, language_model, speech
 from tests.support.reference_models import Spec, build_reference, clip_inputs, features, prompt, set_adapter
 
@@ -249,64 +245,6 @@ def test_a_copy_is_not_accelerated_and_shares_nothing(copied: Any):
         accelerate(other)
         assert close(other(**inputs).logits, expected)
         assert other.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
-
-
-def test_a_replica_of_data_parallel_runs_its_own_weights():
-    live = accelerate(build_reference(LIVE_SPECS[0]))
-    encoder, x = speech(live).encoder, features(20)
-    replica = encoder._replicate_for_data_parallel()
-    replica.input_linear = nn.Linear(160, 32)
-    with torch.no_grad():
-        assert not close(replica(x)[0], encoder(x)[0], 1e-2)
-    assert not {"generate", "forward"} & vars(live._replicate_for_data_parallel()).keys()
-
-
-def test_a_shallow_copy_has_its_own_settings():
-    live = accelerate(build_reference(LIVE_SPECS[0]))
-    other = copy.copy(live)
-    other.generation_config = transformers.GenerationConfig(max_new_tokens=2)
-    inputs = clip_inputs(LIVE_SPECS[0], 20)
-    assert other.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 2
-
-
-def test_memory_is_freed():
-    live = accelerate(build_reference(LIVE_SPECS[0]))
-    inputs = clip_inputs(LIVE_SPECS[0], 20)
-    live.generate(**inputs, max_new_tokens=2)
-    twin, encoder = weakref.ref(acceleration_of(live).twin), weakref.ref(speech(live).encoder)
-    speech(live).encoder = copy.deepcopy(encoder())
-    live.generate(**inputs, max_new_tokens=2)
-    gc.collect()
-    assert encoder() is None and twin() is not None
-    restore(live)
-    gc.collect()
-    assert twin() is None
-    model = weakref.ref(accelerate(live))
-    live.generate(**inputs, max_new_tokens=2)
-    del live
-    gc.collect()
-    assert model() is None
-
-
-def test_another_default_device():
-    live, inputs = build_reference(LIVE_SPECS[0]), batch(LIVE_SPECS[0])
-    with torch.no_grad():
-        theirs = live(**inputs).logits, live.generate(**inputs, max_new_tokens=4)
-        accelerate(live)
-        with torch.device("meta"):
-            assert close(live(**inputs).logits, theirs[0])
-            assert torch.equal(live.generate(**inputs, max_new_tokens=4), theirs[1])
-
-
-def test_threads_at_once():
-    live, inputs = build_reference(LIVE_SPECS[0]), [batch(LIVE_SPECS[0], seed=seed) for seed in range(4)]
-    theirs = [live.generate(**one, max_new_tokens=8) for one in inputs]
-    accelerate(live)
-    filters = list(warnings.filters)
-    with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda one: live.generate(**one, max_new_tokens=8), inputs * 4))
-    assert all(torch.equal(one, expected) for one, expected in zip(found, theirs * 4, strict=True))
-    assert warnings.filters == filters
 
 
 def test_saving_and_loading(tmp_path):

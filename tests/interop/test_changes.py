@@ -215,7 +215,7 @@ def test_rotary_embeddings_of_other_kinds(kind: str):
 def test_audio_tokens_that_the_model_itself_emits():
     """They count as token 0, after prompts that are given as embeddings too."""
     live, inputs = build_reference(SPEC), clip_inputs(SPEC, 30)
-    head(live).bias = nn.Parameter(torch.zeros(120).index_fill(0, torch.tensor([119]), 4.0 * HOT))
+    head(live).bias = nn.Parameter(torch.zeros(120).index_fill(0, torch.tensor([119]), 32.0))
     states = live.get_input_embeddings()(inputs["input_ids"].clamp(max=116))
     layers(live)[0].ff1.register_forward_hook(lambda module, arguments, output: None)  # audio becomes embeddings too
 

@@ -1,5 +1,6 @@
 """`generate` of an accelerated model: which calls the captured step serves, and that all others are transformers' own."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -145,6 +146,41 @@ def test_a_repetition_penalty_is_served_without_padding_alone(live: Any, loops: 
     assert compared(live, batch(SPEC), lambda: options, loops) > 0
 
 
+def test_padding_without_a_mask_counts_for_a_repetition_penalty(live: Any, loops: list[str]):
+    inputs = batch(SPEC)
+    del inputs["attention_mask"]
+    assert compared(live, inputs, lambda: {"repetition_penalty": 0.5}, loops) > 0
+    assert compared(live, inputs, dict, loops) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_type_of_the_ids(live: Any, dtype: torch.dtype):
+    ids = prompt(0).to(dtype)
+    theirs = live.generate(input_ids=ids, max_new_tokens=3)
+    with accelerate(live):
+        assert live.generate(input_ids=ids, max_new_tokens=3).dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("where", ["call", "generation_config", "model"])
+@pytest.mark.parametrize("option", [{"prefill_chunk_size": 4}, {"use_cache": False}], ids=lambda one: next(iter(one)))
+def test_an_option_wherever_it_is_set(live: Any, loops: list[str], option: dict[str, Any], where: str):
+    before, call = live.generation_config, dict(option)
+    if where == "generation_config":
+        call = {"generation_config": GenerationConfig(**option)}
+    if where == "model":
+        live.generation_config, call = GenerationConfig(**option), {}
+    try:
+        assert compared(live, {"input_ids": prompt(0)}, lambda: call, loops) > 0
+    finally:
+        live.generation_config = before
+
+
+def test_no_warning_about_options_that_do_nothing(live: Any):
+    with accelerate(live), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        live.generate(input_ids=prompt(0), max_new_tokens=3, max_length=40, temperature=0.5, output_scores=True)
+
+
 def test_prompts_in_other_forms(live: Any, loops: list[str]):
     text = prompt(0)
     assert compared(live, {"inputs": text}, dict, loops) == 0
@@ -220,7 +256,11 @@ def test_streamers(live: Any, loops: list[str]):
     [
         {"max_new_token": 3},
         {"temperature": -1.0, "do_sample": True},
+        {"temperature": 0.0, "do_sample": True},
         {"num_beams": 0},
+        {"logits_to_keep": None},
+        {"max_cache_len": 99},
+        {"generator": torch.Generator()},
         {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
         {"input_ids": torch.tensor([1, 2, 3])},
         {"generation_config": {"max_new_tokens": 3}},
@@ -245,6 +285,25 @@ def test_errors_are_those_of_transformers(live: Any, wrong: dict[str, Any]):
     theirs = outcome()
     with accelerate(live):
         assert outcome() == theirs
+
+
+class Failing(Recorder):
+    """A streamer of somebody else's that fails in the middle."""
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.got) == 3:
+            raise KeyError("mine")
+
+
+def test_a_streamer_that_fails(live: Any):
+    streams = [Failing(), Failing()]
+    for stream in streams:
+        with pytest.raises(KeyError, match="mine"):
+            live.generate(**clip_inputs(SPEC, 45), max_new_tokens=6, streamer=stream)
+        accelerate(live)
+    restore(live)
+    assert streams[0].got == streams[1].got
 
 
 def test_training_mode_is_left_to_transformers(live: Any, loops: list[str]):

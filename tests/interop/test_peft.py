@@ -198,3 +198,38 @@ def test_state_dict_and_names_are_pefts():
     assert (list(model.state_dict()), [name for name, _ in model.named_modules()]) == names
     assert all(one.is_leaf for one in model.parameters())
     assert isinstance(speech(base_of(model)).encoder.layers, nn.ModuleList)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_an_adapter(training: bool):
+    """Layers that peft adds are in training mode until somebody calls eval(); the rest of the model need not be."""
+    targets = ["q_proj", "ff1.up_proj"]
+    config = LoraConfig(r=3, lora_dropout=0.5, target_modules=targets, init_lora_weights=False)
+    model = accelerate(get_peft_model(build_reference(BARE), config)).train(training)
+    base_of(model).training = False
+    for module in model.modules():
+        if not hasattr(module, "lora_dropout"):
+            module.training = False
+        for dropout in getattr(module, "lora_dropout", {}).values():
+            dropout.training = training
+    inputs = clip_inputs(BARE, 45)
+
+    def answers() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        hot = {"do_sample": True, "top_k": 0, "temperature": 4.0}
+        with torch.no_grad():
+            return [model.get_audio_features(inputs["input_features"])[0], model.generate(**inputs, **hot)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if training else "error", AccelerationWarning)
+        ours = answers()
+    theirs = [one for one in (restore(model), answers())[1]]
+    assert float((ours[0] - theirs[0]).abs().max()) <= 3e-5 * float(theirs[0].abs().max()) and torch.equal(ours[1], theirs[1])
+
+
+def test_the_encoder_as_one_of_modules_to_save():
+    config = LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["encoder"], init_lora_weights=False)
+    model = accelerate(get_peft_model(build_reference(BARE), config).eval())
+    check(model)
+    with model.disable_adapter():
+        check(model)
