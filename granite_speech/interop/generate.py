@@ -1,6 +1,7 @@
 """`generate` of an accelerated model: the captured decode step for the calls that it serves, transformers' loop for all others."""
 
 from contextlib import suppress
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ _OTHERS = ("generation_config", "streamer", "tokenizer")
 # Served only if they are None, False or an empty list.
 _THEIRS = (*_POSITIONAL[2:7], *_POSITIONAL[8:], "use_model_defaults", "custom_generate", "position_ids", "past_key_values")
 _THEIRS += ("input_features_lengths", "labels", "cache_position")
+# Types of options that mean the same everywhere; of others, transformers accepts some for some options.
+_PLAIN = (NoneType, bool, int, float, str, list, tuple, dict)
 # What transformers' loop calls on the model. If one of these was replaced, its code must run.
 _METHODS = ("forward", "prepare_inputs_for_generation", "get_audio_features", "get_merged_audio_embeddings", "_sample")
 
@@ -68,6 +71,7 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], call
     streamer = _Streamer(others["streamer"]) if "streamer" in others else None
     try:
         with usual_device():
+            inputs["position_ids"] = _positions(inputs, options)
             answer = twin.generate(**inputs, generation_config=options, tokenizer=others.get("tokenizer"), streamer=streamer)
     except (InputError, UnsupportedError) as error:
         if streamer is not None and streamer.has_begun:
@@ -86,6 +90,14 @@ def _embedded(speech: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]
     vectors = found if isinstance(found, Tensor) else found.pooler_output
     kept = inputs.pop("input_features_mask", None)
     return inputs | {"inputs_embeds": speech.get_merged_audio_embeddings(inputs["input_ids"], vectors, kept)}
+
+
+def _positions(inputs: dict[str, Tensor], options: GenerationOptions) -> Tensor | None:
+    """`(rows, columns)`: transformers does not count masked columns, inside a prompt either. None if there are none."""
+    mask, pad = inputs.get("attention_mask"), options.pad_token_id
+    if mask is None and "input_ids" in inputs and pad is not None and pad not in options.eos_token_id:
+        mask = inputs["input_ids"] != pad
+    return None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _is_customised(module: nn.Module) -> bool:
@@ -120,8 +132,9 @@ def _sorted(live: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Tensor], d
         raise _NotServedError
     if {"inputs_embeds", "input_features"} <= inputs.keys():
         raise _NotServedError
-    if "input_ids" in inputs and inputs["input_ids"].dtype != torch.int64:
-        raise _NotServedError  # transformers' answer has the dtype of its new tokens
+    types = {"input_ids": torch.int64, "input_features_mask": torch.bool}  # with others, transformers' answer is another one
+    if any(one.dtype != types.get(name, one.dtype) or 0 in one.shape for name, one in inputs.items()):
+        raise _NotServedError
     settings = {name: value for name, value in call.items() if name not in (*_TENSORS, *_OTHERS)}
     if not all(hasattr(live.generation_config, name) for name in settings):
         raise _NotServedError  # an argument of `forward`, or an option that this version of transformers does not have
@@ -142,6 +155,8 @@ def _resolved(settings: dict[str, Any], of_call: GenerationConfig | None, of_mod
     given |= settings
     # A temperature of 0 is an error of transformers. The others change nothing here, but in transformers the rounding, and in its version
     # 4.56 the answer: it runs the prompt in pieces without the audio.
+    if not all(isinstance(one, _PLAIN) for one in given.values()):
+        raise _NotServedError
     if given.get("temperature") == 0 or not given.get("use_cache", True) or given.get("prefill_chunk_size"):
         raise _NotServedError
     try:

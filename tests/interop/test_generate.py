@@ -153,6 +153,17 @@ def test_padding_without_a_mask_counts_for_a_repetition_penalty(live: Any, loops
     assert compared(live, inputs, dict, loops) == 0
 
 
+@pytest.mark.parametrize("is_given", [True, False])
+def test_masked_columns_inside_a_prompt(live: Any, loops: list[str], is_given: bool):
+    inputs = batch(SPEC)
+    inputs["input_ids"][:, -2] = 117
+    inputs["attention_mask"] = (inputs["input_ids"] != 117).long()
+    if not is_given:
+        del inputs["attention_mask"]
+    hot = {"do_sample": True, "top_k": 0, "temperature": 8.0 if HAS_INNER_MODEL else 1.0, "max_new_tokens": 40, "eos_token_id": 118}
+    assert compared(live, inputs, lambda: hot, loops) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_type_of_the_ids(live: Any, dtype: torch.dtype):
     ids = prompt(0).to(dtype)
@@ -259,6 +270,10 @@ def test_streamers(live: Any, loops: list[str]):
         {"temperature": 0.0, "do_sample": True},
         {"num_beams": 0},
         {"logits_to_keep": None},
+        {"temperature": torch.tensor(0.7), "do_sample": True},
+        {"eos_token_id": {3}},
+        {"input_features_mask": torch.ones(1, 12, dtype=torch.int64)},
+        {"input_ids": torch.zeros(0, 5, dtype=torch.long), "input_features": None},
         {"max_cache_len": 99},
         {"generator": torch.Generator()},
         {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
