@@ -59,7 +59,7 @@ def swapped_places(live: Any) -> None:
 def louder_audio(live: Any) -> None:
     def features(*arguments: Any, **options: Any) -> Any:
         output = type(live.model).get_audio_features(live.model, *arguments, **options)
-        output.pooler_output = 2 * output.pooler_output
+        output.pooler_output = -20 * output.pooler_output
         return output
 
     live.model.get_audio_features = features

@@ -330,6 +330,14 @@ def test_training_mode_is_left_to_transformers(live: Any, loops: list[str]):
     assert loops
 
 
+def test_an_encoder_in_training_mode_runs_once_as_transformers_wrote_it(loops: list[str]):
+    live = build_reference(SPEC)
+    speech(live).encoder.train()
+    with pytest.warns(AccelerationWarning, match="a module of the encoder is in training mode"):
+        accelerate(live).generate(**clip_inputs(SPEC, 45), max_new_tokens=3)
+    assert not loops and {int(one.conv.batch_norm.num_batches_tracked) for one in speech(live).encoder.layers} == {1}
+
+
 @pytest.mark.skipif(HAS_INNER_MODEL, reason="from transformers 5.10 on, the language model has no `generate`")
 def test_the_language_models_own_generate(live: Any, loops: list[str]):
     inner = live.language_model
