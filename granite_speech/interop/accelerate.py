@@ -52,6 +52,7 @@ def accelerate(model: Model) -> Model:
     Encoder, projector and the language model's norms run with this package's operations, in training too, and `generate` with its
     captured decode step where the options allow. What the model computes stays the same: a batch of clips of unequal lengths gives
     what transformers gives, padding included, and logits are divided by `logits_scaling` only if this version of transformers does so.
+    Only dropout in training draws other numbers for the same seed.
 
     Anything that this package cannot compute in the same way runs as transformers wrote it: options of `generate` that it does
     not have, modules with hooks, adapters other than plain LoRA, quantized layers. If that makes a whole part slow, an
