@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import io
-import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -208,54 +206,6 @@ def test_a_with_block_inside_leaves_an_accelerated_model_accelerated():
     assert trace(live) == was
     restore(live)
     assert trace(live) == was
-
-
-def test_what_somebody_kept_of_an_accelerated_model_still_works():
-    spec = LIVE_SPECS[0]
-    live, x = build_reference(spec), features(20)
-    with accelerate(live):
-        kept = speech(live).encoder.forward
-        generate = live.generate
-    with torch.no_grad():
-        expected = speech(live).encoder(x)
-        assert torch.equal(kept(x)[0], expected[0])
-        assert torch.equal(generate(**clip_inputs(spec, 20)), live.generate(**clip_inputs(spec, 20)))
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), "torch.save"], ids=["deepcopy", "pickle", "save"]
-)
-def test_a_copy_is_not_accelerated_and_shares_nothing(copied: Any):
-    spec = LIVE_SPECS[0]
-    live = accelerate(build_reference(spec))
-    if copied == "torch.save":
-        file = io.BytesIO()
-        torch.save(live, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
-    else:
-        other = copied(live)
-    assert type(other).__mro__ == type(restore(live)).__mro__
-    inputs = clip_inputs(spec, 45)
-    with torch.no_grad():
-        expected = live(**inputs).logits
-        for one in live.parameters():
-            one.zero_()
-        assert torch.equal(other(**inputs).logits, expected)
-        accelerate(other)
-        assert close(other(**inputs).logits, expected)
-        assert other.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
-
-
-def test_saving_and_loading(tmp_path):
-    spec = LIVE_SPECS[-1]
-    live = build_reference(spec)
-    live.save_pretrained(tmp_path / "plain")
-    accelerate(live).save_pretrained(tmp_path / "accelerated")
-    for file in sorted((tmp_path / "plain").iterdir()):
-        assert file.read_bytes() == (tmp_path / "accelerated" / file.name).read_bytes(), file.name
-    loaded = type(live).from_pretrained(tmp_path / "accelerated")
-    assert list(loaded.state_dict()) == list(live.state_dict())
 
 
 def test_loading_the_names_of_saved_files(spec: Spec, live: Any, tmp_path):
