@@ -366,7 +366,7 @@ def test_under_autocast():
 
 
 def test_compiled():
-    spec = LIVE_SPECS[0]
+    spec = LIVE_SPECS[2]  # one encoder layer: compiling takes long
     live, inputs = accelerate(build_reference(spec)), clip_inputs(spec, 45)
     with torch.no_grad():
         expected = live(**inputs).logits
