@@ -12,7 +12,7 @@ from granite_speech import accelerate, restore
 from tests.support.live_models import LIVE_SPECS, batch
 from tests.support.reference_models import build_reference
 
-CALLS = 25  # of each checkpoint
+CALLS = 12  # of each checkpoint
 
 # Options, how often each is given, and its values.
 OPTIONS: dict[str, tuple[float, list[Any]]] = {

@@ -64,8 +64,7 @@ RESUMED = [(door, kind) for door in DOORS for kind in MODELS]
 RESUMED += [("theirs", "peft")]  # of others see test_transformers_own_class_forgets_its_weights
 
 
-@pytest.mark.parametrize("newest", [True, False])
-@pytest.mark.parametrize(("door", "kind"), RESUMED)
+@pytest.mark.parametrize(("door", "kind", "newest"), [*((*one, True) for one in RESUMED), ("ours", "whole", False)])
 def test_a_resumed_run_goes_on_like_one_that_was_not_stopped(door, kind, newest, tmp_path, monkeypatch):
     warned = []
     monkeypatch.setattr(transformers.trainer.logger, "warning", lambda text, *arguments: warned.append(text))
