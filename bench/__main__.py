@@ -64,7 +64,7 @@ def _add_rehearse(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_gpu(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("gpu", help="run every GPU check in one ten-minute command: tests, kernels, model, sanitizer")
+    parser = commands.add_parser("gpu", help="run the GPU checks that fit into the time, in one command: tests, model, kernels, sanitizer")
     parser.add_argument("out", type=Path, help="folder for results and logs")
     parser.add_argument("--seconds", type=float, default=540, help="time limit for all steps together (default: 540)")
 
