@@ -1,4 +1,4 @@
-"""Every GPU check in one ten-minute command, the most informative first. Each result is written as soon as it exists."""
+"""The GPU checks in one command, the most informative first, as many as fit into the time. Each result is written as soon as it exists."""
 
 import contextlib
 import json
