@@ -204,5 +204,6 @@ OPERATION = Operation(
     library=depthwise_conv_library,
     differentiable=("x", "weight", "scale", "shift"),
     packed=("x",),
+    wide=("scale", "shift"),
     triton=triton_backend("depthwise_conv"),
 )

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: everything that its compilation depends on."""
+    """A recorded launch: everything that its compilation depends on. `early`: it may begin before the launch before it has ended."""
 
     kernel: Any
     grid: tuple[int, ...]
     tile: Tile
     arguments: Mapping[str, Any]
+    early: bool = False
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -51,7 +52,13 @@ class _Recording(threading.local):
     architecture: int | None = None
 
 
-_recording = _Recording()
+class _Chain(threading.local):
+    """Whether this thread's launches may begin before the launch before them has ended."""
+
+    early: bool = False
+
+
+_recording, _chain = _Recording(), _Chain()
 
 
 @contextmanager
@@ -63,6 +70,20 @@ def recorded_launches(architecture: int) -> Iterator[list[Launch]]:
         yield _recording.launches
     finally:
         _recording.launches, _recording.architecture = before
+
+
+@contextmanager
+def early_launches() -> Iterator[None]:
+    """In this block and thread, kernels with the constant PDL begin while the launch before them runs, on chips that can do so.
+
+    They load their weights, and wait for that launch before they read or write anything else (`primitives.await_inputs`). So nothing
+    that such a kernel reads before it waits may be written by a launch of the same block. This is programmatic dependent launch.
+    """
+    before, _chain.early = _chain.early, True
+    try:
+        yield
+    finally:
+        _chain.early = before
 
 
 def recording() -> bool:
@@ -93,7 +114,7 @@ def precompile(launches: Iterable[Launch], device: torch.device) -> None:
         with _current(device):
             for one in launches:  # Triton caches each specialisation
                 arguments = {**one.arguments, **one.tile.blocks}
-                one.kernel.warmup(grid=one.grid, **arguments, num_warps=one.tile.num_warps, num_stages=one.tile.num_stages)
+                one.kernel.warmup(grid=one.grid, **arguments, **_options(one.tile, one.early))
 
     with ThreadPoolExecutor(thread_name_prefix="precompile") as pool:
         list(pool.map(compile_kernel, by_kernel.values()))
@@ -115,13 +136,23 @@ def _architecture_of(index: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
-    """Run `kernel` over `grid` on the device of its first tensor. `arguments` are all but the constants in `tile`."""
+    """Run `kernel` over `grid` on the device of its first tensor. `arguments` are all but the constants in `tile` and PDL."""
     first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    early = False
+    if "PDL" in kernel.arg_names:
+        can_wait = architecture(first.device) >= 90
+        tile = replace(tile, blocks={**tile.blocks, "PDL": int(can_wait)})
+        early = can_wait and _chain.early
     if not has_memory(first):
-        _recording.launches.append(Launch(kernel, grid, tile, arguments))
+        _recording.launches.append(Launch(kernel, grid, tile, arguments, early))
     elif 0 not in grid:
         with _current(first.device):
-            kernel[grid](**arguments, **tile.blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
+            kernel[grid](**arguments, **tile.blocks, **_options(tile, early))
+
+
+def _options(tile: Tile, early: bool) -> dict[str, Any]:
+    """Triton's options of a launch."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({"launch_pdl": True} if early else {})
 
 
 def _current(device: torch.device) -> AbstractContextManager:
@@ -130,13 +161,13 @@ def _current(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if other else nullcontext()
 
 
-def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:
+def register(launcher: Callable[..., Any], mutates: tuple[str, ...] = ()) -> torch.library.CustomOpDef:
     """Registers `launcher` and its fake as the torch.library operation `granite_kernels::<its name>`, opaque to torch.compile.
 
-    The schema comes from the launcher's annotations. The caller adds gradients with `register_autograd`. The launcher itself is
-    the operation's attribute `launcher`, for `Operation.run`.
+    The schema comes from the launcher's annotations and the names of the arguments that it writes to. The caller adds gradients
+    with `register_autograd`. The launcher itself is the operation's attribute `launcher`, for `Operation.run`.
     """
-    operation = torch.library.custom_op(f"granite_kernels::{launcher.__name__.strip('_')}", launcher, mutates_args=())
+    operation = torch.library.custom_op(f"granite_kernels::{launcher.__name__.strip('_')}", launcher, mutates_args=mutates)
     operation.register_fake(launcher)
     operation.launcher = launcher
     return operation

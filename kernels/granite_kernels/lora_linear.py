@@ -184,5 +184,6 @@ OPERATION = Operation(
     cases=CASES,
     library=lora_linear_library,
     differentiable=("x", "weight", "bias", "lora_a", "lora_b"),
+    wide=("scaling",),
     triton=triton_backend("lora_linear"),
 )

@@ -22,6 +22,8 @@ CHOICE = "GRANITE_SPEECH_KERNELS"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+Results = torch.Tensor | tuple[torch.Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -91,6 +93,8 @@ class Case:
 class Operation:
     """One operation. All its functions take the same arguments, in the same order; only `call` has `impl` as well.
 
+    A call returns a tensor, or a tuple of tensors.
+
     Args:
         name: the name of its file, its public function, its tests and its row in the catalogue.
         call: the public function, which checks its arguments.
@@ -99,6 +103,8 @@ class Operation:
         cases: the shapes that matter.
         differentiable: the arguments that have gradients, in the order of the call; empty for inference only.
         packed: the arguments whose rows from `cu_seqlens[-1]` on are padding; empty if every row counts.
+        mutates: the arguments that a call writes to.
+        wide: the floating-point arguments whose dtype is their own, and not that of the others.
         triton: the torch.library operation that launches the Triton kernels; None if triton is not installed. Its attribute
             `launcher`, if it has one, launches them directly.
         library: prepares the best single library call for part of the work, and returns a function of no arguments that makes
@@ -106,13 +112,15 @@ class Operation:
     """
 
     name: str
-    call: Callable[..., torch.Tensor]
-    reference: Callable[..., torch.Tensor]
+    call: Callable[..., Results]
+    reference: Callable[..., Results]
     cost: Callable[..., Cost]
     cases: tuple[Case, ...]
     differentiable: tuple[str, ...] = ()
     packed: tuple[str, ...] = ()
-    triton: Callable[..., torch.Tensor] | None = None
+    mutates: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+    triton: Callable[..., Results] | None = None
     library: Callable[..., Callable[[], torch.Tensor]] | None = None
 
     def resolve(self, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -148,12 +156,12 @@ class Operation:
             remedy = f"{torch_instead}, or set TRITON_INTERPRET=1 before Python starts"
             raise KernelError(got=f"{self.name}: {chosen} for CPU tensors", expected="CUDA tensors, or Triton's interpreter", remedy=remedy)
 
-    def select(self, impl: str | None, tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def select(self, impl: str | None, tensor: torch.Tensor) -> Callable[..., Results]:
         """The function of the backend that a call with this tensor uses. Given integers, a call computes in float32."""
         dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
         return self.triton if self.resolve(impl, tensor.device, dtype) == "triton" else self.reference
 
-    def run(self, *args: Any, **options: Any) -> torch.Tensor:
+    def run(self, *args: Any, **options: Any) -> Any:
         """`call` for modules, which know that their arguments are right: the same arguments without `impl`, and no checks.
 
         Checks and the dispatcher take longer than a kernel for one token. Where something has to see the call (autograd,
@@ -195,7 +203,7 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def triton_backend(name: str) -> Callable[..., torch.Tensor] | None:
+def triton_backend(name: str) -> Callable[..., Results] | None:
     """The function `<name>_triton` of the file of that name, or None if triton is not installed."""
     try:
         importlib.import_module("triton")
@@ -254,6 +262,12 @@ class Arguments:
     def index(self, name: str, value: torch.Tensor, layout: str) -> None:
         """`tensor` for int32 index tensors."""
         self.tensor(name, value, layout, (torch.int32,))
+
+    def refuse_gradients(self, **tensors: torch.Tensor | None) -> None:
+        """Raises KernelError if a gradient of one of these would be needed: for operations without a backward."""
+        for name, one in tensors.items():
+            if one is not None and one.requires_grad and torch.is_grad_enabled():
+                self.refuse(f"{name}, a tensor that requires a gradient", "inference", "Call it under torch.no_grad()")
 
     def refuse(self, got: str, expected: str, remedy: str) -> NoReturn:
         raise KernelError(got=f"{self.operation}: {got}", expected=expected, remedy=remedy)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1). Triton decides this when it decorates them.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -27,6 +28,18 @@ def rounded(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def await_inputs(PDL: tl.constexpr):
+    """Let the next launch begin, then wait until all earlier ones have ended (see `launch.early_launches`).
+
+    Every kernel of a chain waits, since that an earlier launch has ended is known only of launches that waited themselves. Before
+    this a kernel may load what no launch of the chain writes, and store nothing.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

@@ -81,14 +81,21 @@ def assert_accurate(
 
 
 def assert_operation_accurate(operation: Operation, inputs: dict[str, Any], impl: str | None = None) -> None:
-    """Fails unless the result and gradients of one call are within tolerance."""
+    """Fails unless results, gradients and changed arguments of one call are within tolerance; integers must be equal."""
     dtype = working_dtype(inputs)
-    wrt = operation.differentiable
-    actual = outcome(partial(operation.call, impl=impl), inputs, wrt)
-    eager = outcome(operation.reference, inputs, wrt)
-    truth = outcome(operation.reference, in_float64(inputs), wrt, rounding=dtype)
+    actual = outcome_of(operation, partial(operation.call, impl=impl), inputs)
+    eager = outcome_of(operation, operation.reference, inputs)
+    truth = outcome_of(operation, operation.reference, in_float64(inputs), rounding=dtype)
     for name in truth:
-        assert_accurate(actual[name], eager[name], truth[name], f"{operation.name}: {name}", dtype)
+        if truth[name].is_floating_point():
+            assert_accurate(actual[name], eager[name], truth[name], f"{operation.name}: {name}", dtype)
+        elif not torch.equal(actual[name], truth[name]):
+            raise AssertionError(f"{operation.name}: {name} is {actual[name]}, expected {truth[name]}")
+
+
+def outcome_of(operation: Operation, function: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
+    """`outcome` of a function with the operation's arguments."""
+    return outcome(function, inputs, operation.differentiable, mutates=operation.mutates, **options)
 
 
 def assert_same_bits(operation: Operation, inputs: dict[str, Any], impl: str | None = None) -> None:
@@ -106,24 +113,30 @@ def assert_same_bits(operation: Operation, inputs: dict[str, Any], impl: str | N
 
 
 def outcome(
-    function: Callable[..., torch.Tensor],
+    function: Callable[..., Any],
     inputs: dict[str, Any],
     wrt: tuple[str, ...] = (),
     *,
     rounding: torch.dtype | None = None,
     seed: int = 1,
+    mutates: tuple[str, ...] = (),
 ) -> dict[str, torch.Tensor]:
     """The result of `function(**inputs)` as "out", and the gradient of each tensor named in `wrt` as "grad <name>".
+
+    Several results are "out 0", "out 1" and so on. The arguments in `mutates` are copied first, so that `inputs` stays as it is, and
+    the copies after the call are "after <name>".
 
     The incoming gradient is random, and the same in every dtype and on every device except for rounding: to the result's
     dtype, or to `rounding`, so that a float64 truth gets the same gradient as the narrower call. An argument that the result
     does not depend on has a gradient of zeros.
     """
+    inputs = {**inputs, **{name: _copied(inputs[name]) for name in mutates if inputs.get(name) is not None}}
     leaves = {name: inputs[name].detach().requires_grad_() for name in wrt if inputs[name] is not None}
     with torch.set_grad_enabled(bool(leaves)):
         out = function(**{**inputs, **leaves})
     if not leaves:
-        return {"out": out}
+        results = {f"out {number}": one for number, one in enumerate(out)} if isinstance(out, tuple) else {"out": out}
+        return results | {f"after {name}": inputs[name] for name in mutates if inputs.get(name) is not None}
     incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
     incoming = incoming.to(rounding or out.dtype).to(out.device, out.dtype)
     gradients = torch.autograd.grad(out, list(leaves.values()), incoming, allow_unused=True, materialize_grads=True)
@@ -182,6 +195,12 @@ def poisoned_allocations() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, and with poison between its elements if there was any."""
+    base = tensor._base if tensor._base is not None else tensor
+    return base.clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _is_float(value: Any) -> bool:
