@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bench.device_rules import DeviceRules, target_device
 from bench.launches import launches_of
+from bench.traffic import moved
 
 __all__ = ["ARCHITECTURE", "CountingGPU", "Counts"]
 
@@ -47,12 +48,14 @@ class Counts:
         waits: one entry per wait: the operation, and the line of this project that called it.
         late_reads: how often the host waited for a copy that was queued before later work.
         bytes: of all new device memory, freed again or not.
+        moved: bytes that the launches read and write (`bench/traffic.py`).
     """
 
     launches: Counter[str] = field(default_factory=Counter)
     waits: list[str] = field(default_factory=list)
     late_reads: int = 0
     bytes: int = 0
+    moved: int = 0
 
 
 class CountingGPU(TorchDispatchMode):
@@ -121,8 +124,12 @@ class CountingGPU(TorchDispatchMode):
             self._counts.bytes += sum(size for storage, size in new.items() if storage not in before)
             if func.namespace == "granite_kernels":
                 self._counts.launches.update(launch.kernel.__name__ for launch in recorded)
+                launches = len(recorded)
             else:
-                self._count(func._schema.name.removeprefix("aten::"), launches_of(func, args, out))
+                launches = launches_of(func, args, out)
+                self._count(func._schema.name.removeprefix("aten::"), launches)
+            if launches:
+                self._counts.moved += moved(func, args, kwargs, out)
         self._keep_values(func, args, kwargs, tensors, results)
         return out
 

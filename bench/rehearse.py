@@ -11,15 +11,19 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from granite_kernels.op import nbytes
 
 from bench import results, shapes
 from bench.counting_gpu import CountingGPU, Counts
+from granite_speech import GraniteSpeechConfig
 from granite_speech.engine.state import DecodeState, Row, StateSize
 from granite_speech.engine.step import DecodeStep, Selection
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.modules.cache import PagePool
+from granite_speech.modules.fused_layers import FusedLayers
 from granite_speech.modules.prompts import ModelInputs
 
 __all__ = ["WORK", "Rehearsal", "count", "run", "table"]
@@ -27,10 +31,15 @@ __all__ = ["WORK", "Rehearsal", "count", "run", "table"]
 FILE = results.FOLDER / "rehearsal.json"
 MODELS = {"4.1-2b": False, "3.3-2b": True}  # whether it has an adapter
 CLIPS = (1, 128)
+ROWS = (1, 8, 16, 128)  # of a decode step
 # Keys of each sequence before a decode step. A launch does not depend on it.
 CONTEXT = 300
 NEW_TOKENS = 4
 DEVICE = torch.device("cuda")
+STEP, STEP_OF_MODULES = "decode step", "decode step, module by module"
+# For the predictions, which are not measurements: bytes a second of an H200 (bench/results/kernels-nvidia-h200-*.json), and what a launch
+# of a CUDA graph adds to the time of its bytes.
+BYTES_A_SECOND, SECONDS_A_LAUNCH = 4.24e12, 1.3e-6
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,26 @@ class Rehearsal:
         state.write_block_table(torch.tensor([pool.take(pages) for _ in range(self.clips)], dtype=torch.int32))
         return DecodeStep(model, state, Selection(), self.clips, mixed=False).run
 
+    def step_of_modules(self) -> Callable[[], object]:
+        """The same step as it runs where each module must be seen, for example by a hook."""
+        without = patch.object(FusedLayers, "of", lambda *_: None)
+        with without:
+            step = self.step()
+        return without(step)
+
+    def least_bytes(self, context: int = CONTEXT) -> int:
+        """Bytes that a decode step must move: every weight of the language model once, and the keys and values of its rows."""
+        model = self.model()
+        decoder = model.decoder
+        weights = nbytes(*decoder.layers.parameters(), decoder.norm.weight, model.lm_head.weight)
+        return weights + self.key_bytes(context)
+
+    def key_bytes(self, context: int = CONTEXT) -> int:
+        """Bytes of the keys and values that a decode step reads and writes."""
+        config = GraniteSpeechConfig(**shapes.configuration(self.name, self.layers)).text_config
+        token = 2 * config.num_key_value_heads * config.attention_head_dim * torch.bfloat16.itemsize
+        return config.num_hidden_layers * self.clips * (context + 1) * token
+
     def generate(self) -> Callable[[], object]:
         model, inputs = self.model(), self.inputs()
         return lambda: model.generate(**inputs, max_new_tokens=NEW_TOKENS, eos_token_id=[])
@@ -87,9 +116,11 @@ class Rehearsal:
 WORK: dict[str, tuple[Callable[[Rehearsal], Callable[[], object]], str | None]] = {
     "encoder and projector": (Rehearsal.encoder, "encoder"),
     "encoder, projector and prefill": (Rehearsal.prefill, None),
-    "decode step": (Rehearsal.step, "language model"),
+    STEP: (Rehearsal.step, "language model"),
+    STEP_OF_MODULES: (Rehearsal.step_of_modules, "language model"),
     f"generate, {NEW_TOKENS} tokens": (Rehearsal.generate, None),
 }
+_STEPS = (STEP, STEP_OF_MODULES)
 
 
 def count(work: str, name: str, clips: int, layers: int | None = None) -> Counts:
@@ -102,18 +133,21 @@ def count(work: str, name: str, clips: int, layers: int | None = None) -> Counts
         layers: of encoder and language model; None: the released numbers.
     """
     with CountingGPU() as gpu, torch.no_grad():
-        call = WORK[work][0](Rehearsal(gpu, name, clips, layers))
+        rehearsal = Rehearsal(gpu, name, clips, layers)
+        call = WORK[work][0](rehearsal)
         call()  # makes what stays, such as the adapter's scaling and the pages
         with gpu.counting() as counts:
             call()
+        if work in _STEPS:
+            counts.moved += rehearsal.key_bytes()
     return counts
 
 
 def measurements() -> Iterator[dict[str, Any]]:
     """Counts of every part of the work, model and batch."""
     for name in MODELS:
-        for clips in CLIPS:
-            for work, (_, layers) in WORK.items():
+        for work, (_, layers) in WORK.items():
+            for clips in ROWS if work in _STEPS else CLIPS:
                 counts = count(work, name, clips)
                 entry = {"model": name, "work": work, "clips": clips, "launches": counts.launches.total()}
                 if layers is not None:
@@ -121,7 +155,17 @@ def measurements() -> Iterator[dict[str, Any]]:
                     two, three = (count(work, name, clips, layers=number).launches.total() for number in (2, 3))
                     entry["launches_per_layer"] = three - two
                 entry |= {"waits": len(counts.waits), "late_reads": counts.late_reads, "bytes": counts.bytes}
+                if work in _STEPS:
+                    entry |= _predicted(counts, name, clips)
                 yield entry | {"operations": dict(counts.launches.most_common())}
+
+
+def _predicted(counts: Counts, name: str, clips: int) -> dict[str, Any]:
+    """Bytes moved, the fewest possible, and the time that follows from bytes and launches: a prediction, not a measurement."""
+    with CountingGPU() as gpu:
+        least = Rehearsal(gpu, name, clips).least_bytes()
+    seconds = counts.moved / BYTES_A_SECOND + counts.launches.total() * SECONDS_A_LAUNCH
+    return {"moved": counts.moved, "least_moved": least, "predicted_ms": round(1e3 * seconds, 3)}
 
 
 def run(*, check: bool) -> int:

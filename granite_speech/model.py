@@ -153,6 +153,7 @@ class GraniteForCausalLM(_Generating, WithGenerationConfig, TextToStates):
     """
 
     num_parameters = ModelMethods.num_parameters
+    placeholder = -1  # no token stands for audio
 
     def __init__(self, config: GraniteConfig, tied: bool):
         super().__init__()

@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.stand_in_gpu import StandInGPU
 from granite_speech import GraniteSpeechForConditionalGeneration
 from granite_speech.modules.cache import PagedCache
-from granite_speech.modules.language_model import Tokens
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.tokens import Tokens
 from granite_speech.modules.transfers import on_device, on_host
 from tests.support.small_models import batch, small_model
 

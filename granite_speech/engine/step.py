@@ -1,6 +1,7 @@
 """One decode step as a fixed sequence of launches: embed, layers, head, choose a token, write it back.
 
-Nothing here depends on a value on the host, so the step can be captured. Run eagerly it is the same step.
+Nothing here depends on a value on the host, so the step can be captured. Run eagerly it is the same step. The layers run fused
+(`FusedLayers`) unless something needs to see each module: hooks, records of hidden states, or modules put in the place of ours.
 """
 
 from collections.abc import Iterable
@@ -9,13 +10,15 @@ from typing import Any, Protocol
 
 import torch
 from granite_kernels import OPERATIONS
-from torch import Tensor
+from torch import Tensor, nn
 
 from granite_speech.engine.fixed_shapes import power_of_2
 from granite_speech.engine.state import DecodeState
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import keep_top_k, keep_top_p, penalize
+from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import CacheStep
+from granite_speech.modules.fused_layers import FusedLayers, States
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.packing import Bucket
@@ -84,6 +87,7 @@ class Selection:
 class _Model(Protocol):
     decoder: GraniteModel
     language_model: Any
+    placeholder: int
 
     def embed_tokens(self, ids: Tensor) -> Tensor: ...
 
@@ -124,11 +128,28 @@ class DecodeStep:
         self._rows = rows
         # Hooks see `(rows, 1, hidden)`.
         self._padded = Rows.single_tokens(rows, state.tokens.device) if have_hooks(model.decoder) else None
+        self._fused = self._fused_layers()
+        with torch.inference_mode(False):
+            heads = model.decoder.config.num_attention_heads
+            self._counters = torch.zeros(rows * heads, dtype=torch.int32, device=state.device)
+
+    def _fused_layers(self) -> FusedLayers | None:
+        model, head = self._model, self._model.language_model.lm_head
+        if self._padded is not None or have_hooks(head) or autocast_dtype(self._state.device) is not None:
+            return None
+        if type(model.decoder.embed_tokens) is not nn.Embedding:
+            return None
+        return FusedLayers.of(model.decoder, head, model.language_model.config.logits_scaling)
 
     def run(self) -> None:
         """`steps` times: store the newest token of each answer, and choose the next."""
+        selection = self._selection
+        needs_logits = self._fused is None or selection.sample or selection.penalty or selection.minimum
         for step in range(self._steps):
-            self.choose(self.logits(), step)
+            if needs_logits:
+                self.choose(self.logits(), step)
+            else:
+                self._finish(*self._fused.candidates(self._fused_states()), step)
 
     def reset(self) -> None:
         self._state.reset()
@@ -139,23 +160,41 @@ class DecodeStep:
         Args:
             collected: a list that takes every layer's states, `(rows, hidden)`.
         """
+        if self._fused is not None and collected is None:
+            return self._fused.logits(self._fused_states())
         self._kv_lens.add_(self._active)
         self._positions.add_(self._active)
         # A row that is not active has no keys, and writes to the first slot of page 0, which belongs to no sequence.
-        kv_lens = self._kv_lens * self._active
-        place = (kv_lens - self._active).long()
-        page = self._block_table.gather(1, (place // self._page_size).unsqueeze(1)).squeeze(1)
-        slots = (page * self._page_size + place % self._page_size) * self._active
-        step = CacheStep(self._state.pool, slots, self._block_table, kv_lens, has_past=True)
-        layout = Tokens(self._segments, self._positions, self._adapter_index, step, rows=self._padded)
-        model = self._model
-        return model.language_model.next_logits(model.language_states(self._embeddings(), layout, collected))
+        layout, model = self._layout(self._kv_lens * self._active), self._model
+        embeddings = self._with_audio(model.embed_tokens(self._tokens.unsqueeze(1)).squeeze(1), 1.0)
+        return model.language_model.next_logits(model.language_states(embeddings, layout, collected))
 
-    def _embeddings(self) -> Tensor:
-        embeddings, state = self._model.embed_tokens(self._tokens.unsqueeze(1)).squeeze(1), self._state
+    def _fused_states(self) -> States:
+        """As `logits`, up to the last layer."""
+        decoder, fused = self._model.decoder, self._fused
+        multiplier, frequencies = decoder.embedding_multiplier, decoder.rotary_emb.frequencies(self._state.device)
+        state = self._tokens, self._positions, self._kv_lens, self._active
+        options = {"multiplier": multiplier, "placeholder": self._model.placeholder}
+        x, cos, sin, kv_lens = OPERATIONS["begin_step"].run(decoder.embed_tokens.weight, *state, frequencies, **options)
+        return fused.step(self._with_audio(x, multiplier), (cos, sin), self._layout(kv_lens), self._counters)
+
+    def _layout(self, kv_lens: Tensor) -> Tokens:
+        """Of the newest tokens. A row that is not active has 0 in `kv_lens`, `(rows,)` int32."""
+        slots = None
+        if self._fused is None or not self._fused.uses_kernels:
+            # A row that is not active writes to the first slot of page 0, which belongs to no sequence.
+            place = (kv_lens - self._active).long()
+            page = self._block_table.gather(1, (place // self._page_size).unsqueeze(1)).squeeze(1)
+            slots = (page * self._page_size + place % self._page_size) * self._active
+        step = CacheStep(self._state.pool, slots, self._block_table, kv_lens, has_past=True)
+        return Tokens(self._segments, self._positions, self._adapter_index, step, rows=self._padded)
+
+    def _with_audio(self, embeddings: Tensor, multiplier: float) -> Tensor:
+        """Embeddings of the newest tokens, times `multiplier`, with those of audio in place."""
         if not self._with_vectors:
             return embeddings
-        return torch.where(state.is_vector[: self._rows].unsqueeze(1), state.vectors[: self._rows], embeddings)
+        rows, state = self._rows, self._state
+        return torch.where(state.is_vector[:rows].unsqueeze(1), state.vectors[:rows] * multiplier, embeddings)
 
     def choose(self, logits: Tensor, step: int, scores: Tensor | None = None) -> Tensor:
         """Choose a token of each row from its logits, write it to the state and to `history[step]`.
@@ -167,20 +206,21 @@ class DecodeStep:
             `(rows, vocabulary)` scores that the tokens were chosen from.
         """
         scores = self._scores(logits) if scores is None else scores
+        best = scores
         if self._selection.sample:
             # Of independent waiting times with the probabilities as rates, the first: the draw of torch.multinomial.
-            chosen = (scores.softmax(-1) / self._noise()).argmax(-1)
+            best = scores.softmax(-1) / self._noise()
             if self._selection.partly:
-                chosen = torch.where(self._state.sampled[: self._rows] > 0, chosen, scores.argmax(-1))
-        else:
-            chosen = scores.argmax(-1)
-        self._history[step].copy_(torch.where(self._active > 0, chosen, -1))
-        self._tokens.copy_(chosen)
+                best = torch.where(self._state.sampled[: self._rows].unsqueeze(1) > 0, best, scores)
+        chosen = self._finish(best, None, step)
         if self._selection.penalty:
             self._state.seen[: self._rows].scatter_(1, chosen.unsqueeze(1), True)
-        ended = (chosen.unsqueeze(1) == self._ends).any(1) | (self._kv_lens >= self._limits)
-        self._active.mul_(~ended)
         return scores
+
+    def _finish(self, scores: Tensor, ids: Tensor | None, step: int) -> Tensor:
+        """Take the token with the best of `(rows, candidates)` scores, and end the answers that it ends. Returns the tokens."""
+        state = self._tokens, self._history[step], self._active, self._kv_lens, self._limits, self._ends
+        return OPERATIONS["finish_step"].run(scores, ids, *state)
 
     def _noise(self) -> Tensor:
         """`(rows, vocabulary)` exponentially distributed random numbers of this step."""

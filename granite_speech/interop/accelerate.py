@@ -31,7 +31,7 @@ from granite_speech.interop.follow import (
     usual_device,
 )
 from granite_speech.interop.generate import generated
-from granite_speech.modules.language_model import GraniteRMSNorm
+from granite_speech.modules.decoder_layers import GraniteRMSNorm
 from granite_speech.modules.packing import Segments
 
 __all__ = ["AccelerationWarning", "accelerate", "acceleration_of", "restore"]

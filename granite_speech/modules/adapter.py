@@ -239,6 +239,11 @@ class LoraLinear(nn.Linear):
         self._scaling_tensor: Tensor | None = None
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter changes the result of rows that use it."""
+        return self.lora_A is not None and self.adapter_enabled
+
+    @property
     def scaling(self) -> float:
         """Of the active adapter."""
         return self._active[0].scaling if self._active else 0.0

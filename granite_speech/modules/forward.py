@@ -211,9 +211,14 @@ class SpeechToStates(TextToStates):
             )
         return is_audio
 
+    @property
+    def placeholder(self) -> int:
+        """The token whose place audio takes. Emitted by the model, it counts as token 0."""
+        return self.config.audio_token_index
+
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        """Embeddings of token ids. An audio token without an audio vector, which a model may emit, counts as token 0."""
-        return self.decoder.embed_tokens(torch.where(ids == self.config.audio_token_index, 0, ids))
+        """Embeddings of token ids. The placeholder counts as token 0."""
+        return self.decoder.embed_tokens(torch.where(ids == self.placeholder, 0, ids))
 
 
 def _masked(vectors: Tensor, clips: Segments, mask: Tensor, *, counted: bool) -> Tensor:

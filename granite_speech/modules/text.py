@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from granite_speech.config import GraniteConfig
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.modules.adapter import merge_adapter
+from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.checkpointing import GradientCheckpointing
+from granite_speech.modules.fused_layers import FusedLayers
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import BaseModelOutputWithPast, Lazy
 from granite_speech.modules.packing import Segments
@@ -266,11 +268,21 @@ class TextToStates(GradientCheckpointing, nn.Module):
         """
         rows = tokens.rows
         if rows is None:
-            return self.decoder.run(embeddings, tokens, collected)
+            fused = None if collected is not None or tokens.attentions is not None else self._fused_layers(tokens)
+            return self.decoder.run(embeddings, tokens, collected) if fused is None else fused.prompt(embeddings, tokens)
         states = self._padded_pass(rows.pad(embeddings), tokens.for_padded_layers(), collected)
         if collected is not None:
             collected[:] = map(rows.pack, collected)
         return rows.pack(states)
+
+    def _fused_layers(self, tokens: Tokens) -> FusedLayers | None:
+        """The layers for a pass that fills or reads a cache; None if gradients are recorded, or modules must run one by one."""
+        step = tokens.step
+        if step is None or torch.is_grad_enabled() or autocast_dtype(self.device) is not None:
+            return None
+        fused = FusedLayers.of(self.decoder)
+        # A prompt without earlier keys is faster with SDPA than with the reference of paged attention.
+        return fused if fused is not None and (step.has_past or fused.uses_kernels) else None
 
     def _padded_pass(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None) -> Tensor:
         # Called as a module, so that its own hooks run.

@@ -8,8 +8,8 @@ from granite_kernels.op import CHOICE
 from torch import Tensor
 
 from granite_speech.modules.cache import PagedCache
-from granite_speech.modules.language_model import Tokens
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.tokens import Tokens
 from tests.support.fake_graph import CaptureError, capture, tensors_of
 from tests.support.small_models import small_model
 
