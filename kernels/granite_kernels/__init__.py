@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from granite_kernels.block_attention import block_attention
     from granite_kernels.depthwise_conv import depthwise_conv
     from granite_kernels.exponential_noise import exponential_noise
+    from granite_kernels.fused_linear import fused_linear
+    from granite_kernels.head_argmax import head_argmax
     from granite_kernels.lora_linear import lora_linear
     from granite_kernels.op import Operation
     from granite_kernels.paged_attention import paged_attention
@@ -30,11 +32,21 @@ __all__ = [
     "block_attention",
     "depthwise_conv",
     "exponential_noise",
+    "fused_linear",
+    "head_argmax",
     "lora_linear",
     "paged_attention",
 ]
 
-_OPERATIONS = ("block_attention", "depthwise_conv", "exponential_noise", "lora_linear", "paged_attention")
+_OPERATIONS = (
+    "block_attention",
+    "depthwise_conv",
+    "exponential_noise",
+    "fused_linear",
+    "head_argmax",
+    "lora_linear",
+    "paged_attention",
+)
 
 
 class _Package(ModuleType):

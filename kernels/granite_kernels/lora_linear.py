@@ -56,6 +56,9 @@ def lora_linear(
     Raises:
         KernelError: wrong shapes, dtypes, devices or strides, or adapter_index is None and there is no adapter 0.
 
+    In a decode step an adapter is split over two launches instead: `fused_linear` computes x·Aᵀ beside x·Wᵀ, and the launch that
+    follows applies B.
+
     The adapter is LoRA (Hu et al., arXiv 2106.09685) as peft applies it, without dropout. peft keeps float32 adapters with a
     bfloat16 base: convert them when they are loaded, because one call has one dtype.
     """
