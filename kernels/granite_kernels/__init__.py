@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 from granite_kernels.errors import GraniteSpeechError, KernelError
 
 if TYPE_CHECKING:
+    from granite_kernels.add_rms_norm import add_rms_norm
+    from granite_kernels.begin_step import begin_step
     from granite_kernels.block_attention import block_attention
     from granite_kernels.depthwise_conv import depthwise_conv
     from granite_kernels.exponential_noise import exponential_noise
+    from granite_kernels.finish_step import finish_step
     from granite_kernels.fused_linear import fused_linear
     from granite_kernels.head_argmax import head_argmax
     from granite_kernels.lora_linear import lora_linear
     from granite_kernels.op import Operation
     from granite_kernels.paged_attention import paged_attention
+    from granite_kernels.silu_product import silu_product
+    from granite_kernels.split_linear import split_linear
 
     OPERATIONS: dict[str, Operation]
 
@@ -29,23 +34,33 @@ __all__ = [
     "OPERATIONS",
     "GraniteSpeechError",
     "KernelError",
+    "add_rms_norm",
+    "begin_step",
     "block_attention",
     "depthwise_conv",
     "exponential_noise",
+    "finish_step",
     "fused_linear",
     "head_argmax",
     "lora_linear",
     "paged_attention",
+    "silu_product",
+    "split_linear",
 ]
 
 _OPERATIONS = (
+    "add_rms_norm",
+    "begin_step",
     "block_attention",
     "depthwise_conv",
     "exponential_noise",
+    "finish_step",
     "fused_linear",
     "head_argmax",
     "lora_linear",
     "paged_attention",
+    "silu_product",
+    "split_linear",
 )
 
 

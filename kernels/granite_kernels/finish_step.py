@@ -1,0 +1,169 @@
+"""The end of a greedy decode step: each row's best token is chosen and recorded, and rows that are complete stop."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes
+
+
+class FinishStepInputs(NamedTuple):
+    """The arguments of `finish_step` except `impl`."""
+
+    scores: torch.Tensor
+    ids: torch.Tensor | None
+    tokens: torch.Tensor
+    history: torch.Tensor
+    active: torch.Tensor
+    kv_lens: torch.Tensor
+    limits: torch.Tensor
+    ends: torch.Tensor
+
+
+def finish_step(
+    scores: torch.Tensor,
+    ids: torch.Tensor | None,
+    tokens: torch.Tensor,
+    history: torch.Tensor,
+    active: torch.Tensor,
+    kv_lens: torch.Tensor,
+    limits: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Choose the token with the largest score of each row, and write it to the state of the answers.
+
+    ::
+
+        best = the first column with the largest score
+        chosen = ids[best], or best without ids
+        history = chosen if active, else −1
+        tokens = chosen
+        active = 0 if chosen is one of the row's ends, or kv_lens ≥ limits
+
+    | argument | shape | stride | dtype |
+    |---|---|---|---|
+    | scores | (rows, candidates), at least one candidate | last 1, first free | any float |
+    | ids | (rows, candidates) tokens, or None if a candidate's column is its token | last 1, first free | int32 |
+    | tokens, changed | (rows,) | 1 | int64 |
+    | history, changed | (rows,) | 1 | int64 |
+    | active, changed | (rows,) | 1 | int32, 0 or 1 |
+    | kv_lens, limits | (rows,) | 1 | int32 |
+    | ends | (rows, n) tokens, −1 for none | last 1, first free | int64 |
+    | returns | (rows,) chosen tokens, also of rows that are not active | contiguous | int64 |
+
+    If a score is NaN, which token is chosen is not defined, but it is one of the candidates.
+
+    Args:
+        impl: "triton", "torch", or None for the fastest available.
+
+    Raises:
+        KernelError: wrong shapes, dtypes, devices or strides, no candidates, or scores that need a gradient.
+    """
+    inputs = FinishStepInputs(scores, ids, tokens, history, active, kv_lens, limits, ends)
+    _check(inputs)
+    return OPERATION.select(impl, scores)(*inputs)
+
+
+def _check(inputs: FinishStepInputs) -> None:
+    arguments = Arguments("finish_step")
+    arguments.tensor("scores", inputs.scores, "rows candidates")
+    if not inputs.scores.shape[1]:
+        arguments.refuse("scores has no candidates", "at least one", "Pass the scores of the vocabulary")
+    if inputs.ids is not None:
+        arguments.index("ids", inputs.ids, "rows candidates")
+    arguments.tensor("tokens", inputs.tokens, "rows", (torch.int64,))
+    arguments.tensor("history", inputs.history, "rows", (torch.int64,))
+    arguments.index("active", inputs.active, "rows")
+    arguments.index("kv_lens", inputs.kv_lens, "rows")
+    arguments.index("limits", inputs.limits, "rows")
+    arguments.tensor("ends", inputs.ends, "rows ends", (torch.int64,))
+    arguments.refuse_gradients(scores=inputs.scores)
+
+
+@called_with(FinishStepInputs)
+def finish_step_reference(inputs: FinishStepInputs) -> torch.Tensor:
+    """`finish_step` in PyTorch. Of equal scores, argmax returns the first."""
+    scores, ids, tokens, history, active, kv_lens, limits, ends = inputs
+    chosen = scores.argmax(-1)
+    if ids is not None:
+        chosen = ids.gather(1, chosen[:, None])[:, 0].long()
+    history.copy_(torch.where(active > 0, chosen, -1))
+    tokens.copy_(chosen)
+    active.mul_(~((chosen[:, None] == ends).any(1) | (kv_lens >= limits)))
+    return chosen
+
+
+@called_with(FinishStepInputs)
+def finish_step_cost(inputs: FinishStepInputs) -> Cost:
+    """FLOPs: one comparison per score. Bytes: the scores, one id per row, and the other tensors once, active twice."""
+    scores, ids, tokens, history, active, kv_lens, limits, ends = inputs
+    one_id = 0 if ids is None else scores.shape[0] * ids.element_size()
+    state = nbytes(tokens, history, kv_lens, limits, ends) + 2 * nbytes(active)
+    return Cost(flops=scores.numel(), bytes=nbytes(scores) + one_id + state + nbytes(tokens))
+
+
+@called_with(FinishStepInputs)
+def finish_step_library(inputs: FinishStepInputs) -> Callable[[], torch.Tensor]:
+    """The best columns alone."""
+    return partial(torch.argmax, inputs.scores, -1)
+
+
+def _make(draw: Draw, *, rows: int, candidates: int, with_ids: bool = False, ends: int = 2) -> dict[str, Any]:
+    """Scores with one clear best, which stays the only one in bfloat16, as views of a wider tensor. Of four rows one ends by its token,
+    one by its limit, and one is not active."""
+    best = torch.randint(0, candidates, (rows, 1), generator=draw.rng)
+    place = torch.arange(candidates)
+    wide = draw.normal(rows, candidates + 16)
+    wide[:, candidates:] = torch.nan
+    scores = wide[:, :candidates]
+    scores += (16 * (place == best)).to(scores)
+    # Any tokens do for ids, if they differ from the columns.
+    names = (3 * place + 5).expand(rows, -1)
+    chosen = names.gather(1, best) if with_ids else best
+    every_end = torch.full((rows, ends), -1)
+    every_end[::4, -1:] = chosen[::4] if ends else 0
+    every_end[1::4, :1] = chosen[1::4] + 1 if ends else 0
+    return {
+        "scores": scores,
+        "ids": names.to(draw.device, torch.int32) if with_ids else None,
+        "tokens": torch.full((rows,), -7, device=draw.device),
+        "history": torch.full((rows,), -9, device=draw.device),
+        "active": draw.int32([int(row % 4 != 3) for row in range(rows)]),
+        "kv_lens": draw.int32([10 + row for row in range(rows)]),
+        "limits": draw.int32([10 + row + (row % 4 != 2) for row in range(rows)]),
+        "ends": every_end.to(draw.device),
+    }
+
+
+def _case(name: str, rows: int, candidates: int, *, released: bool = False, **options: Any) -> Case:
+    return Case(name, _make, {"rows": rows, "candidates": candidates, **options}, released)
+
+
+CASES = (
+    _case("4.1-2b, 1 row, a best per tile", 1, 12545, released=True, with_ids=True),
+    _case("4.1-2b, 8 rows, a best per tile", 8, 12545, released=True, with_ids=True),
+    _case("4.1-2b, 1 row", 1, 100353, released=True),
+    _case("4.1-2b, 128 rows", 128, 100353, released=True),
+    _case("3.3-2b, 128 rows", 128, 49160, released=True),
+    _case("with ids", 9, 50, with_ids=True),
+    _case("without ids", 6, 37),
+    _case("one end", 5, 64, ends=1),
+    _case("no ends", 4, 33, ends=0),
+    _case("five ends", 8, 20, with_ids=True, ends=5),
+    _case("one candidate", 3, 1),
+    _case("no rows", 0, 12),
+)
+
+OPERATION = Operation(
+    name="finish_step",
+    call=finish_step,
+    reference=finish_step_reference,
+    cost=finish_step_cost,
+    cases=CASES,
+    library=finish_step_library,
+    mutates=("tokens", "history", "active"),
+)
