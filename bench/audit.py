@@ -91,6 +91,8 @@ class Finding:
         products: number of tensor-core instructions by name.
         plain_products: number of `tl.dot`s that were compiled without tensor cores.
         loads: number of global loads by width in bits; "bulk" are those of the copy engine.
+        early_loads: those before the kernel waits for the launches before it, if it begins early (PDL=1 in the tile).
+        early_stores: number of stores and atomics before that; None if the kernel does not wait.
     """
 
     operation: str
@@ -105,6 +107,8 @@ class Finding:
     products: dict[str, int]
     plain_products: int
     loads: dict[str, int]
+    early_loads: dict[str, int] = dataclasses.field(default_factory=dict)
+    early_stores: int | None = None
 
 
 def configurations(operations: Iterable[Operation] | None = None) -> list[Configuration]:
@@ -210,6 +214,7 @@ def compile_one(one: Configuration) -> Finding:
     usage, code = _disassemble(compiled.asm["cubin"])
     registers, stack, local = (int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK", "LOCAL"))
     products = Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b", code))
+    before_wait, waits, _ = code.partition("ACQBULK")
     plain = len(re.findall(r"\btt\.dot .*dot_op<\{opIdx = 0, parent = #blocked", compiled.asm["ttgir"]))
     if not products:
         plain = compiled.asm["ttir"].count("tt.dot ")
@@ -226,6 +231,8 @@ def compile_one(one: Configuration) -> Finding:
         products=dict(sorted(products.items())),
         plain_products=plain,
         loads=_loads(code),
+        early_loads=_loads(before_wait) if waits else {},
+        early_stores=len(re.findall(r"\b(?:STG|RED|REDG|ATOM|ATOMG)\b", before_wait)) if waits else None,
     )
 
 
@@ -261,6 +268,15 @@ def faults(finding: Finding) -> list[str]:
         wrong.append(f"{finding.plain_products} products without tensor cores")
     if not finding.loads:
         wrong.append("loads nothing: the compiler removed its body")
+    if "PDL=1" in finding.tile:
+        if finding.early_stores is None:
+            wrong.append("does not wait for the launches before it")
+        elif finding.early_stores:
+            wrong.append(f"stores {finding.early_stores} times before it waits for the launches before it")
+        if "matvec" in finding.kernel and finding.released and not finding.early_loads.get("128"):
+            wrong.append("loads no weights in 128 bits before it waits")
+        if finding.early_stores is not None and finding.early_loads == finding.loads:
+            wrong.append("loads nothing after it waits")
     return wrong
 
 
@@ -324,7 +340,8 @@ def markdown(table: dict[str, Finding]) -> str:
     released = [finding for finding in table.values() if finding.released]
     for one in sorted(released, key=lambda one: (one.operation, one.kernel, one.dtype, one.tile, one.architecture)):
         products = ", ".join(f"{count} {name}" for name, count in one.products.items()) or "–"
-        loads = ", ".join(f"{count} × {width}" for width, count in one.loads.items())
+        loads, early = (", ".join(f"{count} × {width}" for width, count in some.items()) for some in (one.loads, one.early_loads))
+        loads += f"; {early or 'none'} before it waits" if one.early_stores is not None else ""
         figures = f"{one.registers} | {one.spilled} | {one.shared / 1024:.1f} | {products} | {loads}"
         rows.append(f"| `{one.kernel.strip('_')}` | {one.dtype} | {one.architecture} | {one.tile} | {figures} |")
     spilled = sum(finding.spilled > 0 for finding in table.values())

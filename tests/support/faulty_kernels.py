@@ -12,6 +12,7 @@ import triton.language as tl
 from granite_kernels import OPERATIONS
 from granite_kernels.launch import Tile, launch
 from granite_kernels.op import Case, Operation
+from granite_kernels.primitives import await_inputs
 
 from bench import audit
 
@@ -27,6 +28,31 @@ def product_kernel(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, PRECISION:
     tl.store(out_ptr + offsets, acc)
 
 
+@triton.jit
+def matvec_kernel(x_ptr, weight_ptr, out_ptr, BLOCK: tl.constexpr, FAULT: tl.constexpr, PDL: tl.constexpr):
+    """out = x·weight for one row of the weight, with a fault in what is done before the wait."""
+    k = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + k)
+    if FAULT == "narrow":
+        weight = tl.load(weight_ptr + k * 2)
+    x = tl.load(x_ptr + k)
+    if FAULT == "stores early":
+        tl.store(out_ptr + 1, 0.0)
+    if FAULT != "never waits":
+        await_inputs(PDL)
+    if FAULT != "reads early":
+        x = tl.load(x_ptr + k, volatile=True)
+    tl.store(out_ptr, tl.sum(x * weight, 0))
+
+
+def matvec(fault: str) -> Operation:
+    def call(x: torch.Tensor, impl: str) -> torch.Tensor:
+        launch(matvec_kernel, (1,), Tile({"BLOCK": 512}, 4), x_ptr=x, weight_ptr=x, out_ptr=x, FAULT=fault)
+        return x
+
+    return Operation("faulty", call, call, None, (Case("only", lambda draw: {"x": draw.normal(4096)}, released=True),))
+
+
 def operation(block: int, num_warps: int, num_stages: int = 1, precision: str = "tf32") -> Operation:
     def call(x: torch.Tensor, impl: str) -> torch.Tensor:
         tile = Tile({"BLOCK": block}, num_warps, num_stages)
@@ -36,8 +62,8 @@ def operation(block: int, num_warps: int, num_stages: int = 1, precision: str = 
     return Operation("faulty", call, call, None, (Case("only", lambda draw: {"x": draw.normal(4096)}),))
 
 
-def faults(op: Operation) -> list[str]:
-    one = next(one for one in audit.configurations([op]) if one.dtype == "float32" and one.architecture == 80)
+def faults(op: Operation, architecture: int = 80) -> list[str]:
+    one = next(one for one in audit.configurations([op]) if one.dtype == "float32" and one.architecture == architecture)
     return audit.faults(audit.compile_one(one))
 
 
@@ -46,6 +72,11 @@ def main() -> None:
     assert any("spills" in fault for fault in faults(operation(128, 1)))
     assert any("shared memory" in fault for fault in faults(operation(128, 8, 4)))
     assert any("without tensor cores" in fault for fault in faults(operation(32, 4, precision="ieee")))
+
+    assert faults(matvec("none"), 90) == faults(matvec("none"), 80) == []
+    expected = {"narrow": "128 bits", "stores early": "stores 1 times", "never waits": "does not wait", "reads early": "nothing after"}
+    for fault, text in expected.items():
+        assert any(text in one for one in faults(matvec(fault), 90)), (fault, faults(matvec(fault), 90))
 
     OPERATIONS.clear()
     OPERATIONS["faulty"] = operation(32, 4)
