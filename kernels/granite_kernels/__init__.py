@@ -15,11 +15,13 @@ from granite_kernels.errors import GraniteSpeechError, KernelError
 
 if TYPE_CHECKING:
     from granite_kernels.block_attention import block_attention
+    from granite_kernels.decode_attention import decode_attention
     from granite_kernels.depthwise_conv import depthwise_conv
     from granite_kernels.exponential_noise import exponential_noise
     from granite_kernels.lora_linear import lora_linear
     from granite_kernels.op import Operation
     from granite_kernels.paged_attention import paged_attention
+    from granite_kernels.rotary_write import rotary_write
 
     OPERATIONS: dict[str, Operation]
 
@@ -28,13 +30,23 @@ __all__ = [
     "GraniteSpeechError",
     "KernelError",
     "block_attention",
+    "decode_attention",
     "depthwise_conv",
     "exponential_noise",
     "lora_linear",
     "paged_attention",
+    "rotary_write",
 ]
 
-_OPERATIONS = ("block_attention", "depthwise_conv", "exponential_noise", "lora_linear", "paged_attention")
+_OPERATIONS = (
+    "block_attention",
+    "decode_attention",
+    "depthwise_conv",
+    "exponential_noise",
+    "lora_linear",
+    "paged_attention",
+    "rotary_write",
+)
 
 
 class _Package(ModuleType):
