@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from granite_kernels.add_rms_norm import add_rms_norm
     from granite_kernels.begin_step import begin_step
     from granite_kernels.block_attention import block_attention
+    from granite_kernels.decode_attention import decode_attention
     from granite_kernels.depthwise_conv import depthwise_conv
     from granite_kernels.exponential_noise import exponential_noise
     from granite_kernels.finish_step import finish_step
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from granite_kernels.lora_linear import lora_linear
     from granite_kernels.op import Operation
     from granite_kernels.paged_attention import paged_attention
+    from granite_kernels.rotary_write import rotary_write
     from granite_kernels.silu_product import silu_product
     from granite_kernels.split_linear import split_linear
 
@@ -37,6 +39,7 @@ __all__ = [
     "add_rms_norm",
     "begin_step",
     "block_attention",
+    "decode_attention",
     "depthwise_conv",
     "exponential_noise",
     "finish_step",
@@ -44,6 +47,7 @@ __all__ = [
     "head_argmax",
     "lora_linear",
     "paged_attention",
+    "rotary_write",
     "silu_product",
     "split_linear",
 ]
@@ -52,6 +56,7 @@ _OPERATIONS = (
     "add_rms_norm",
     "begin_step",
     "block_attention",
+    "decode_attention",
     "depthwise_conv",
     "exponential_noise",
     "finish_step",
@@ -59,6 +64,7 @@ _OPERATIONS = (
     "head_argmax",
     "lora_linear",
     "paged_attention",
+    "rotary_write",
     "silu_product",
     "split_linear",
 )

@@ -115,7 +115,9 @@ def paged_attention_reference(inputs: PagedAttentionInputs) -> torch.Tensor:
 
     A sequence's keys are padded to whole pieces, whatever the others need, so its bits do not depend on its neighbours.
     """
-    q, groups = inputs.q, _LAST_PLAN.groups(inputs)
+    q, index = inputs.q, (inputs.block_table, inputs.kv_lens, inputs.cu_seqlens_q)
+    sizes = (q.shape, q.dtype, inputs.k_cache.shape[1:3], inputs.max_query_len, inputs.causal)
+    groups: list[_Group] = _LAST_PLAN.of(index, sizes, lambda: _groups(inputs))
     if len(groups) == 1 and groups[0].rows is None:
         return _attend(inputs, q, groups[0])
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -134,8 +136,8 @@ class _Group(NamedTuple):
     blind: torch.Tensor | None  # queries that see no key, (sequences · n, 1, 1) bool, if there may be any
 
 
-class _Plan(threading.local):
-    """The groups of this thread's last call, for the next: a model's layers share the index tensors of a step.
+class LastPlan(threading.local):
+    """What this thread's last call computed from its index tensors, for the next: a model's layers share those of a step.
 
     It holds while these tensors exist and nothing has written to them.
     """
@@ -146,22 +148,21 @@ class _Plan(threading.local):
     def _forget(self, _: Any = None) -> None:
         self._key: tuple[Any, ...] = ()
         self._index: tuple[weakref.ref[torch.Tensor], ...] = ()
-        self._groups: list[_Group] = []
+        self._plan: Any = None
 
-    def groups(self, inputs: PagedAttentionInputs) -> list[_Group]:
-        index = (inputs.block_table, inputs.kv_lens, inputs.cu_seqlens_q)
+    def of(self, index: tuple[torch.Tensor, ...], sizes: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """The result of `make`, which depends on the values of `index` and on `sizes` alone."""
         if any(type(one) is not torch.Tensor or one.is_inference() for one in index):
-            return _groups(inputs)  # nothing tells whether its values have changed
-        versions = tuple(one._version for one in index)
-        key = (versions, inputs.q.shape, inputs.q.dtype, inputs.k_cache.shape[1:3], inputs.max_query_len, inputs.causal)
+            return make()  # nothing tells whether its values have changed
+        key = (tuple(one._version for one in index), sizes)
         if key != self._key or any(kept() is not one for kept, one in zip(self._index, index, strict=True)):
             self._forget()
-            self._groups = _groups(inputs)
+            self._plan = make()
             self._key, self._index = key, tuple(weakref.ref(one, self._forget) for one in index)
-        return self._groups
+        return self._plan
 
 
-_LAST_PLAN = _Plan()
+_LAST_PLAN = LastPlan()
 # Keys per piece. More groups than these give would cost more than their padding.
 _PIECE = 64
 

@@ -209,9 +209,9 @@ def test_a_plan_is_not_used_after_a_change(name: str, mode):
 def test_plans_are_dropped_with_their_index_tensors():
     given, _ = draw([(1, 5), (1, 8)])
     paged_attention(**given)
-    assert _LAST_PLAN._groups
+    assert _LAST_PLAN._plan
     del given["kv_lens"]
-    assert not _LAST_PLAN._groups
+    assert not _LAST_PLAN._plan
 
 
 def test_cost_matches_a_count_by_hand():
