@@ -181,7 +181,7 @@ class DecodeStep:
     def _layout(self, kv_lens: Tensor) -> Tokens:
         """Of the newest tokens. A row that is not active has 0 in `kv_lens`, `(rows,)` int32."""
         slots = None
-        if self._fused is None or not self._fused.uses_kernels:
+        if self._fused is None:
             # A row that is not active writes to the first slot of page 0, which belongs to no sequence.
             place = (kv_lens - self._active).long()
             page = self._block_table.gather(1, (place // self._page_size).unsqueeze(1)).squeeze(1)

@@ -96,8 +96,8 @@ class CacheStep:
 
     Attributes:
         pool: the pages.
-        slots: `(tokens,)` int64, each new token's index into a pool viewed as `(pages * page_size, ...)`; None in a step whose kernels
-            find the place in the block table.
+        slots: `(tokens,)` int64, each new token's index into a pool viewed as `(pages * page_size, ...)`; None in a decode step that
+            finds the place in the block table.
         block_table: `(sequences, max_pages)` int32.
         kv_lens: `(sequences,)` int32, keys of each sequence, including the new ones.
         has_past: whether queries must read keys from pages, because some are not from this call.

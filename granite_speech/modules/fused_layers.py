@@ -239,7 +239,7 @@ class FusedLayers:
         """
         if x.shape[0] <= MATVEC_ROWS and self.uses_kernels and all(one.is_fused for one in self.layers):
             return self._few_rows(x, rotary, tokens, counters)
-        return self._many_rows(x, rotary, tokens, counters if self.uses_kernels else None)
+        return self._many_rows(x, rotary, tokens, counters)
 
     def _few_rows(self, x: Tensor, rotary: Rotary, tokens: Tokens, counters: Tensor) -> States:
         first = self.layers[0]
