@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes
-
-# Up to this many rows the Triton backend is one launch, and a row gets the same bits whatever the other rows are.
-MAX_ROWS = 8
+from granite_kernels.matvec import MAX_ROWS
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes, triton_backend
 
 
 class FusedLinearInputs(NamedTuple):
@@ -253,4 +251,5 @@ OPERATION = Operation(
     cases=CASES,
     library=fused_linear_library,
     wide=("weight_scale",),
+    triton=triton_backend("fused_linear"),
 )

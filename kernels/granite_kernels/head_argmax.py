@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes
-
-# Columns of a tile.
-TILE = 8
+from granite_kernels.matvec import HEAD_TILE as TILE
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes, triton_backend
 
 
 class HeadArgmaxInputs(NamedTuple):
@@ -141,4 +139,5 @@ OPERATION = Operation(
     cost=head_argmax_cost,
     cases=CASES,
     library=head_argmax_library,
+    triton=triton_backend("head_argmax"),
 )
