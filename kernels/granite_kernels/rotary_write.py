@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes, triton_backend
 
 
 class Projections(Protocol):
@@ -308,5 +308,5 @@ OPERATION = Operation(
     cases=CASES,
     library=rotary_write_library,
     mutates=("k_cache", "v_cache"),
-    triton=None,
+    triton=triton_backend("rotary_write"),
 )
