@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes, triton_backend
 
 
 class AddRmsNormInputs(NamedTuple):
@@ -139,4 +139,5 @@ OPERATION = Operation(
     cost=add_rms_norm_cost,
     cases=CASES,
     library=add_rms_norm_library,
+    triton=triton_backend("add_rms_norm"),
 )

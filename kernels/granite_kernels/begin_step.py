@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes, triton_backend
 
 Started = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -159,6 +159,7 @@ OPERATION = Operation(
     cost=begin_step_cost,
     cases=CASES,
     library=begin_step_library,
+    triton=triton_backend("begin_step"),
     mutates=("positions", "kv_lens"),
     wide=("frequencies",),
 )

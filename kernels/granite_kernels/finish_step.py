@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes, triton_backend
 
 
 class FinishStepInputs(NamedTuple):
@@ -165,5 +165,6 @@ OPERATION = Operation(
     cost=finish_step_cost,
     cases=CASES,
     library=finish_step_library,
+    triton=triton_backend("finish_step"),
     mutates=("tokens", "history", "active"),
 )

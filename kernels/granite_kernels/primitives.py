@@ -31,6 +31,25 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def cos_sin(angle):
+    """Cosine and sine of float32 angles below 2³¹, within 2e-7.
+
+    tl.cos and tl.sin have a path for large angles that needs a stack. Here the distance from the nearest multiple of π/2 is computed in
+    float64, which is exact enough and cheap for few angles, and then two series, which need few terms within π/4 of zero.
+    """
+    wide = angle.to(tl.float64)
+    quarters = tl.floor(wide * 0.6366197723675814 + 0.5)
+    x = (wide - quarters * 1.5707963267948966).to(tl.float32)
+    square = x * x
+    sin = x + x * square * (-1.0 / 6 + square * (1.0 / 120 + square * (-1.0 / 5040 + square * (1.0 / 362880))))
+    cos = 1.0 + square * (-0.5 + square * (1.0 / 24 + square * (-1.0 / 720 + square * (1.0 / 40320 - square * (1.0 / 3628800)))))
+    quadrant = quarters.to(tl.int32) & 3
+    swapped = (quadrant & 1) > 0
+    first, second = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
+    return tl.where((quadrant == 1) | (quadrant == 2), -first, first), tl.where(quadrant >= 2, -second, second)
+
+
+@triton.jit
 def await_inputs(PDL: tl.constexpr):
     """Let the next launch begin, then wait until all earlier ones have ended (see `launch.early_launches`).
 

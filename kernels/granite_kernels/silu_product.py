@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes, triton_backend
 
 
 class SiluProductInputs(NamedTuple):
@@ -101,4 +101,5 @@ OPERATION = Operation(
     cost=silu_product_cost,
     cases=CASES,
     library=silu_product_library,
+    triton=triton_backend("silu_product"),
 )

@@ -1,0 +1,71 @@
+"""`begin_step` in Triton: one program embeds a tile of one row, and the first of a row also advances it."""
+
+import torch
+import triton
+import triton.language as tl
+
+from granite_kernels.launch import Tile, launch, launching, register
+from granite_kernels.primitives import await_inputs, cos_sin, rounded
+
+# The same on every architecture. Chosen 2026-11-27 for one 128-bit load per thread of a bfloat16 row, not by measurement.
+_BLOCK, _WARPS = 1024, 4
+
+
+@triton.jit
+def _begin_step_kernel(
+    embedding_ptr, tokens_ptr, positions_ptr, kv_lens_ptr, active_ptr, frequencies_ptr, x_ptr, cos_ptr, sin_ptr, lens_ptr,
+    hidden, head_dim, stride_embedding, multiplier,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of one row's embedding, and from the first tile the row's position, lengths, cosine and sine.
+
+    Grid: (rows, ⌈hidden / BLOCK⌉, at least 1). embedding (vocab, hidden), tokens, positions, kv_lens, active and lens (rows,),
+    frequencies (head_dim,) float32, x (rows, hidden), cos and sin (rows, head_dim). Contiguous, but for the embedding's rows.
+    """
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    await_inputs(PDL)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    column = tile * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens_ptr + row)
+    x = tl.load(embedding_ptr + token * stride_embedding + column, mask=column < hidden, other=0.0)
+    tl.store(x_ptr + row * hidden + column, rounded(x.to(tl.float32) * multiplier, dtype), mask=column < hidden)
+    if tile == 0:
+        active = tl.load(active_ptr + row)
+        position = tl.load(positions_ptr + row) + active
+        kv_len = tl.load(kv_lens_ptr + row) + active
+        # Every thread loads these for itself, and one thread stores: the others must have loaded by then.
+        tl.debug_barrier()
+        tl.store(positions_ptr + row, position)
+        tl.store(kv_lens_ptr + row, kv_len)
+        tl.store(lens_ptr + row, kv_len * active)
+        d = tl.arange(0, BLOCK_D)
+        cos, sin = cos_sin(position.to(tl.float32) * tl.load(frequencies_ptr + d, mask=d < head_dim, other=0.0))
+        tl.store(cos_ptr + row * head_dim + d, rounded(cos, dtype), mask=d < head_dim)
+        tl.store(sin_ptr + row * head_dim + d, rounded(sin, dtype), mask=d < head_dim)
+
+
+def _begin_step(
+    embedding: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    kv_lens: torch.Tensor,
+    active: torch.Tensor,
+    frequencies: torch.Tensor,
+    multiplier: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`begin_step` by the Triton kernel."""
+    rows, hidden, head_dim = tokens.shape[0], embedding.shape[1], frequencies.shape[0]
+    x, lens = embedding.new_empty(rows, hidden), torch.empty_like(kv_lens)
+    cos, sin = embedding.new_empty(rows, head_dim), embedding.new_empty(rows, head_dim)
+    if launching(embedding):
+        launch(
+            _begin_step_kernel, (rows, max(triton.cdiv(hidden, _BLOCK), 1)),
+            Tile({"BLOCK": _BLOCK, "BLOCK_D": triton.next_power_of_2(max(head_dim, 1))}, _WARPS),
+            embedding_ptr=embedding, tokens_ptr=tokens, positions_ptr=positions, kv_lens_ptr=kv_lens, active_ptr=active,
+            frequencies_ptr=frequencies, x_ptr=x, cos_ptr=cos, sin_ptr=sin, lens_ptr=lens, hidden=hidden, head_dim=head_dim,
+            stride_embedding=embedding.stride(0), multiplier=multiplier,
+        )  # fmt: skip
+    return x, cos, sin, lens
+
+
+begin_step_triton = register(_begin_step, mutates=("positions", "kv_lens"))
