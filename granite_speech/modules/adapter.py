@@ -230,6 +230,7 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer("weight_scale", None)
         self.lora_A: LoraMatrix | None = None
         self.lora_B: LoraMatrix | None = None
         self.lora_more: nn.ModuleList | None = None  # A and B of further active adapters
