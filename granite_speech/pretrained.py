@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Mapping
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ from granite_speech.config_files import config_from_dict
 from granite_speech.errors import CheckpointError, ConfigError, InputError
 from granite_speech.generation.config import GenerationConfig
 from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.side_by_side import arrange, destinations
 from granite_speech.saving import Saving
 from granite_speech.trainer_checkpoints import complete_trainer
 
@@ -160,6 +162,7 @@ class Pretrained(Saving):
             model.generation_config = generation_config
         elif folder is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        arrange(model.decoder, model.get_output_embeddings())  # what was not read into its place
         model._record_dtype()
         model.name_or_path = pretrained_model_name_or_path or ""
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(mismatched or ()), "error_msgs": []}
@@ -252,7 +255,7 @@ class Pretrained(Saving):
                 "If this is a released 3.x model, add adapter_config.json and adapter_model.safetensors.",
                 stacklevel=4,
             )
-        load_into(model, checkpoint, dtype=dtype, device=device, mismatched=mismatched)
+        load_into(model, checkpoint, dtype=dtype, device=device, mismatched=mismatched, places=partial(_places, model, device))
         if mismatched:
             model.initialize_weights({name for name, *_ in mismatched})
         return model
@@ -297,6 +300,13 @@ def as_config(config: Any) -> GraniteSpeechConfig:
             remedy="Build it with GraniteSpeechConfig(...), or load it with AutoConfig.from_pretrained",
         )
     return converted
+
+
+def _places(model: nn.Module, device: torch.device, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Memory for weights of the language model that lie side by side, by their names among `dtypes`."""
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in dtypes}
+    found = destinations(model.decoder, model.get_output_embeddings(), lambda one: dtypes.get(names.get(id(one))), device)
+    return {names[id(parameter)]: place for parameter, place in found}
 
 
 def _check_tied(wanted: bool | None, config: GraniteSpeechConfig) -> None:

@@ -11,7 +11,7 @@ All layouts that transformers and peft have written can be read.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -243,6 +243,7 @@ def load_into(
     dtype: torch.dtype | None,
     device: torch.device,
     mismatched: list[tuple[str, torch.Size, torch.Size]] | None = None,
+    places: Callable[[dict[str, torch.dtype]], dict[str, torch.Tensor]] | None = None,
 ) -> None:
     """Load a checkpoint into a module that was built on the meta device.
 
@@ -257,6 +258,8 @@ def load_into(
         device: where the weights go.
         mismatched: takes the name, the file's shape and the model's shape of weights whose shapes differ; they are then allocated
             without values. Such a weight is an error if this is None.
+        places: called with the dtype of every tensor that will be read, by name. It returns the memory to read some of them into; the
+            others get memory of their own.
 
     Raises:
         CheckpointError: names missing from the file or unknown to the module, different shapes, two different values for one
@@ -267,12 +270,14 @@ def load_into(
     for name, _, shape in mismatched or ():
         names = [other for other, tensor in wanted.items() if tensor is wanted[name]]
         _replace(module, names, torch.empty(shape, dtype=dtype or checkpoint.entries[name].dtype, device=device))
+    dtypes = {names[0]: dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype for entry, names in plan}
+    memory = {} if places is None else places(dtypes)
     staging = staging_buffer(device)
     for path, tensors in groupby(plan, key=lambda item: item[0].file):
         with open_tensors(path) as file:
             for entry, names in tensors:
-                target = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
-                _replace(module, names, read_tensor(file, entry, dtype=target, device=device, staging=staging))
+                out = memory.pop(names[0], None)
+                _replace(module, names, read_tensor(file, entry, dtype=dtypes[names[0]], device=device, staging=staging, out=out))
     for name, tensor in module.state_dict(keep_vars=True).items():
         if is_optional(name) and name not in checkpoint.entries:
             _replace(module, [name], torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))

@@ -164,7 +164,15 @@ def staging_buffer(device: torch.device) -> torch.Tensor:
     return torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
-def read_tensor(file: BinaryIO, entry: TensorEntry, *, dtype: torch.dtype, device: torch.device, staging: torch.Tensor) -> torch.Tensor:
+def read_tensor(
+    file: BinaryIO,
+    entry: TensorEntry,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    staging: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Read one tensor into its final storage.
 
     Args:
@@ -173,6 +181,7 @@ def read_tensor(file: BinaryIO, entry: TensorEntry, *, dtype: torch.dtype, devic
         dtype: dtype of the result.
         device: device of the result.
         staging: from staging_buffer; used if the tensor changes dtype or leaves the host.
+        out: the storage to read into, contiguous, of shape `entry.shape` and this dtype and device; allocated if omitted.
 
     Returns:
         Contiguous, of shape `entry.shape`.
@@ -180,7 +189,7 @@ def read_tensor(file: BinaryIO, entry: TensorEntry, *, dtype: torch.dtype, devic
     Raises:
         CheckpointError: the file ends early, because it has shrunk since its header was read.
     """
-    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+    tensor = torch.empty(entry.shape, dtype=dtype, device=device) if out is None else out
     file.seek(entry.start)
     if tensor.dtype == entry.dtype and tensor.device.type == "cpu":
         _read_exactly(file, entry, tensor)

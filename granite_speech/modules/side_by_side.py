@@ -1,0 +1,220 @@
+"""Weights that lie one after another in memory, so that one launch reads several projections as one matrix.
+
+    arrange(decoder, head)                                              # before a request; does nothing the second time
+    side_by_side(q_proj.weight, k_proj.weight, v_proj.weight)           # (q + k + v, in), or None
+
+Parameters stay what they were: the same objects under the same names. Only their memory moves. Each keeps a storage of exactly its own
+size, which is a window on the common one. Programs that save a model look for shared storages, and some of them drop every tensor but the
+first (Accelerate's `save_model`), or write the whole storage once for each of its tensors (pickle).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakValueDictionary
+
+import torch
+from granite_kernels.launch import launching
+from torch import Tensor, UntypedStorage, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.language_model import GraniteModel
+
+__all__ = ["arrange", "destinations", "padded_rows", "side_by_side"]
+
+_MULTIPLE = 64  # of the head's rows: the library's product with an odd number of rows is slow
+_DEVICES = ("cpu", "cuda")
+
+# The common storage by the address of each tensor in it. It lives as long as one of its tensors, and so does its entry.
+_common: WeakValueDictionary[int, UntypedStorage] = WeakValueDictionary()
+_padded: WeakValueDictionary[int, UntypedStorage] = WeakValueDictionary()  # of a head, with rows of zeros after its last
+
+
+def side_by_side(*tensors: Tensor) -> Tensor | None:
+    """Matrices or vectors as one, without a copy.
+
+    Args:
+        tensors: `(rows, in)` each, or `(rows,)`, as `arrange` leaves them.
+
+    Returns:
+        `(sum of rows, in)` or `(sum of rows,)`, without gradients; None unless the tensors lie one after another in one storage.
+    """
+    first = tensors[0]
+    if any(one.dtype != first.dtype or one.shape[1:] != first.shape[1:] or not one.is_contiguous() for one in tensors):
+        return None
+    rows = sum(one.shape[0] for one in tensors)
+    if not launching(first):  # without memory, and so without addresses
+        return _view(first.untyped_storage(), first.storage_offset(), first, rows) if _follow_in_storage(tensors) else None
+    at = first.data_ptr()
+    storage = _common.get(at)
+    start, storage = at, first.untyped_storage() if storage is None else storage
+    for one in tensors:
+        if one.data_ptr() != at:
+            return None
+        at += one.nbytes
+    origin = storage.data_ptr()
+    return _view(storage, (start - origin) // first.itemsize, first, rows) if at <= origin + storage.nbytes() else None
+
+
+def padded_rows(weight: Tensor, multiple: int = _MULTIPLE) -> Tensor | None:
+    """The head's weight with rows of zeros after its last.
+
+    Args:
+        weight: `(rows, in)`.
+        multiple: of the result's rows.
+
+    Returns:
+        `(rows rounded up, in)`, without gradients and without a copy; None if there are no such rows in memory.
+    """
+    rows = -(-weight.shape[0] // multiple) * multiple
+    if rows == weight.shape[0]:
+        return weight.detach()
+    if not weight.is_contiguous():
+        return None
+    is_real = launching(weight)
+    storage = _padded.get(weight.data_ptr()) if is_real else weight.untyped_storage()
+    begins = storage is not None and (storage.data_ptr() == weight.data_ptr() if is_real else weight.storage_offset() == 0)
+    return _view(storage, 0, weight, rows) if begins and rows * weight[0].nbytes <= storage.nbytes() else None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def arrange(decoder: GraniteModel, head: nn.Module | None = None) -> None:
+    """Put the weights of each layer side by side where they are not yet, and rows of zeros after the head's.
+
+    A layer's storages are q | k | v | A of q | A of k | A of v and gate | up | A of gate | A of up, with the active adapter's A; biases
+    and the scales of int8 weights likewise. Matrices of another dtype than the weights have a storage of their own. At most one layer, or
+    the head, is in memory twice.
+
+    Left where they are: parameters that are not plain ones, that are without values, in shared memory or part of a larger buffer (as FSDP
+    and DeepSpeed have), or whose memory somebody else refers to; and modules that are not this package's own linear layers.
+
+    Args:
+        decoder: the language model without its head.
+        head: its head; padded if it is an `nn.Linear`.
+    """
+    for modules in _sets(decoder):
+        for slots in _slots(modules):
+            if side_by_side(*slots) is None and all(map(_can_move, slots)) and len({one.device for one in slots}) == 1:
+                before = _common.get(slots[0].data_ptr()) if launching(slots[0]) else None
+                _move(slots, _allocate(slots, slots[0].dtype, slots[0].device))
+                _move_out(modules, before)
+    weight = head.weight if type(head) is nn.Linear else None
+    if weight is not None and _can_move(weight) and padded_rows(weight) is None:
+        _move([weight], [_allocate_padded(weight, weight.dtype, weight.device)])
+
+
+def destinations(
+    decoder: GraniteModel, head: nn.Module | None, dtype_of: Callable[[Tensor], torch.dtype | None], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Memory for the values of a model on the meta device, side by side as `arrange` would put them.
+
+    Args:
+        decoder, head: as for `arrange`.
+        dtype_of: the dtype that a parameter will have; None for one that gets no value.
+        device: where the weights go.
+
+    Yields:
+        A parameter of the model and the tensor to read its values into, in the order of the layers.
+    """
+    if device.type not in _DEVICES:
+        return
+    for modules in _sets(decoder):
+        for slots in _slots(modules, dtype_of):
+            yield from zip(slots, _allocate(slots, dtype_of(slots[0]), device), strict=True)
+    if type(head) is nn.Linear and (dtype := dtype_of(head.weight)) is not None:
+        yield head.weight, _allocate_padded(head.weight, dtype, device)
+
+
+def _sets(decoder: GraniteModel) -> Iterator[list[LoraLinear]]:
+    """The projections of the same input, for each layer."""
+    for layer in decoder.layers:
+        for parent, names in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
+            found = [getattr(getattr(layer, parent, None), name, None) for name in names]
+            if all(type(one) is LoraLinear for one in found):
+                yield found
+
+
+def _slots(modules: list[LoraLinear], dtype_of: Callable[[Tensor], torch.dtype | None] = lambda one: one.dtype) -> Iterator[list[Tensor]]:
+    """What goes into each storage of these projections, in order: tensors of one dtype."""
+    weights, matrices = [one.weight for one in modules], [one.lora_A.weight for one in modules if one.lora_A is not None]
+    dtype = dtype_of(weights[0])
+    yield from _if_possible([*weights, *(one for one in matrices if dtype_of(one) == dtype)], dtype_of)
+    yield from _if_possible([one for one in matrices if dtype_of(one) != dtype], dtype_of)
+    for name in ("bias", "weight_scale"):
+        yield from _if_possible([getattr(one, name) for one in modules], dtype_of)
+
+
+def _if_possible(slots: list[Tensor | None], dtype_of: Callable[[Tensor], torch.dtype | None]) -> Iterator[list[Tensor]]:
+    dtypes = {None if one is None else dtype_of(one) for one in slots}
+    if len(slots) > 1 and len(dtypes) == 1 and None not in dtypes:
+        yield slots
+
+
+def _can_move(tensor: Tensor) -> bool:
+    """Whether nobody else relies on where the values of a parameter or buffer are."""
+    is_plain = type(tensor) in (nn.Parameter, Tensor, FakeTensor) and tensor.layout == torch.strided and tensor.is_contiguous()
+    if not is_plain or tensor.device.type not in _DEVICES or tensor.numel() == 0:
+        return False
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes:
+        return False
+    if not launching(tensor):
+        return True
+    # The parameter's and that of `storage`. A third is a view of the values, which must not become a copy of earlier ones.
+    return torch._C._storage_Use_Count(storage._cdata) <= 2 and not (tensor.device.type == "cpu" and storage.is_shared())
+
+
+def _allocate(slots: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Tensors of the shapes of `slots`, side by side, without values."""
+    common = torch.empty(sum(one.shape[0] for one in slots), *slots[0].shape[1:], dtype=dtype, device=device)
+    return [_window(part, _common) for part in common.split([one.shape[0] for one in slots])]
+
+
+def _allocate_padded(weight: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    rows = weight.shape[0]
+    common = torch.empty(-(-rows // _MULTIPLE) * _MULTIPLE, *weight.shape[1:], dtype=dtype, device=device)
+    common[rows:].zero_()
+    return _window(common[:rows], _padded)
+
+
+def _window(part: Tensor, table: WeakValueDictionary[int, UntypedStorage]) -> Tensor:
+    """The same memory as a tensor with a storage of its own, which keeps the common one alive."""
+    if not launching(part):
+        return part
+    table[part.data_ptr()] = part.untyped_storage()
+    return from_dlpack(to_dlpack(part))
+
+
+def _move(slots: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    for slot, place in zip(slots, places, strict=True):
+        place.copy_(slot.data)
+    if places[0].is_cuda and launching(places[0]):
+        torch.cuda.current_stream(places[0].device).synchronize()  # other streams may read the new memory next, and write to the old
+    for slot, place in zip(slots, places, strict=True):
+        slot.data = place
+
+
+def _move_out(modules: list[LoraLinear], storage: UntypedStorage | None) -> None:
+    """Give matrices of adapters that are no longer active memory of their own, or they would keep all of this storage."""
+    if storage is None:
+        return
+    addresses = range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+    for matrix in (one.a.weight for module in modules for one in module.adapters.values()):
+        if matrix.data_ptr() in addresses:
+            matrix.data = matrix.data.clone()
+
+
+def _follow_in_storage(tensors: Sequence[Tensor]) -> bool:
+    storage, at = tensors[0].untyped_storage()._cdata, tensors[0].storage_offset()
+    for one in tensors:
+        if one.untyped_storage()._cdata != storage or one.storage_offset() != at:
+            return False
+        at += one.numel()
+    return True
+
+
+def _view(storage: UntypedStorage, offset: int, like: Tensor, rows: int) -> Tensor:
+    with torch.inference_mode(False):  # a caller may keep it
+        whole = torch.empty(0, dtype=like.dtype, device=like.device)
+        return whole.set_(storage, offset, (rows, *like.shape[1:]), like.stride())
