@@ -8,6 +8,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+from tests.support.quick_interpreter import make_quick
+
+make_quick()
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
