@@ -165,7 +165,8 @@ class DecodeStep:
         self._kv_lens.add_(self._active)
         self._positions.add_(self._active)
         # A row that is not active has no keys, and writes to the first slot of page 0, which belongs to no sequence.
-        layout, model = self._layout(self._kv_lens * self._active), self._model
+        kv_lens, model = self._kv_lens * self._active, self._model
+        layout = self._layout(kv_lens, self._slots(kv_lens))
         embeddings = self._with_audio(model.embed_tokens(self._tokens.unsqueeze(1)).squeeze(1), 1.0)
         return model.language_model.next_logits(model.language_states(embeddings, layout, collected))
 
@@ -178,14 +179,14 @@ class DecodeStep:
         x, cos, sin, kv_lens = OPERATIONS["begin_step"].run(decoder.embed_tokens.weight, *state, frequencies, **options)
         return fused.step(self._with_audio(x, multiplier), (cos, sin), self._layout(kv_lens), self._counters)
 
-    def _layout(self, kv_lens: Tensor) -> Tokens:
+    def _slots(self, kv_lens: Tensor) -> Tensor:
+        """Where keys and values go. A row that is not active writes to the first slot of page 0, which belongs to no sequence."""
+        place = (kv_lens - self._active).long()
+        page = self._block_table.gather(1, (place // self._page_size).unsqueeze(1)).squeeze(1)
+        return (page * self._page_size + place % self._page_size) * self._active
+
+    def _layout(self, kv_lens: Tensor, slots: Tensor | None = None) -> Tokens:
         """Of the newest tokens. A row that is not active has 0 in `kv_lens`, `(rows,)` int32."""
-        slots = None
-        if self._fused is None:
-            # A row that is not active writes to the first slot of page 0, which belongs to no sequence.
-            place = (kv_lens - self._active).long()
-            page = self._block_table.gather(1, (place // self._page_size).unsqueeze(1)).squeeze(1)
-            slots = (page * self._page_size + place % self._page_size) * self._active
         step = CacheStep(self._state.pool, slots, self._block_table, kv_lens, has_past=True)
         return Tokens(self._segments, self._positions, self._adapter_index, step, rows=self._padded)
 

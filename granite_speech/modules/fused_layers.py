@@ -125,7 +125,9 @@ class _Layer:
         if any(type(one) is not LoraLinear for one in every) or mlp.act_fn.name not in ("silu", "swish"):
             return None
         norms = module.input_layernorm, module.post_attention_layernorm
-        if not all(map(partial(_has_dtype, dtype=dtype), every)) or any(one.weight.dtype != dtype for one in norms):
+        if not all(map(partial(_has_dtype, dtype=dtype), every)) or any(type(one) is not GraniteRMSNorm for one in norms):
+            return None
+        if any(one.weight.dtype != dtype for one in norms):
             return None
         qkv, adapter = _product(projections), _adapter(projections)
         if qkv is None or adapter is None:

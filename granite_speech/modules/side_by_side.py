@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from granite_speech.modules.adapter import LoraLinear
-from granite_speech.modules.language_model import GraniteModel
 
 __all__ = ["arrange", "destinations", "padded_rows", "side_by_side"]
 
@@ -79,7 +78,7 @@ def padded_rows(weight: Tensor, multiple: int = _MULTIPLE) -> Tensor | None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def arrange(decoder: GraniteModel, head: nn.Module | None = None) -> None:
+def arrange(decoder: nn.Module, head: nn.Module | None = None) -> None:
     """Put the weights of each layer side by side where they are not yet, and rows of zeros after the head's.
 
     A layer's storages are q | k | v | A of q | A of k | A of v and gate | up | A of gate | A of up, with the active adapter's A; biases
@@ -105,7 +104,7 @@ def arrange(decoder: GraniteModel, head: nn.Module | None = None) -> None:
 
 
 def destinations(
-    decoder: GraniteModel, head: nn.Module | None, dtype_of: Callable[[Tensor], torch.dtype | None], device: torch.device
+    decoder: nn.Module, head: nn.Module | None, dtype_of: Callable[[Tensor], torch.dtype | None], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Memory for the values of a model on the meta device, side by side as `arrange` would put them.
 
@@ -126,7 +125,7 @@ def destinations(
         yield head.weight, _allocate_padded(head.weight, dtype, device)
 
 
-def _sets(decoder: GraniteModel) -> Iterator[list[LoraLinear]]:
+def _sets(decoder: nn.Module) -> Iterator[list[LoraLinear]]:
     """The projections of the same input, for each layer."""
     for layer in decoder.layers:
         for parent, names in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):

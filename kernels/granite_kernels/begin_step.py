@@ -22,6 +22,7 @@ class BeginStepInputs(NamedTuple):
     active: torch.Tensor
     frequencies: torch.Tensor
     multiplier: float
+    placeholder: int = -1
 
 
 def begin_step(
@@ -33,6 +34,7 @@ def begin_step(
     frequencies: torch.Tensor,
     *,
     multiplier: float,
+    placeholder: int = -1,
     impl: str | None = None,
 ) -> Started:
     """Advance the rows that are active, and make what the first layer of a decode step needs.
@@ -40,7 +42,7 @@ def begin_step(
     ::
 
         positions += active,  kv_lens += active
-        x = embedding[tokens] · multiplier
+        x = embedding[0 where tokens = placeholder, else tokens] · multiplier
         cos, sin = cos(positions · frequencies), sin(positions · frequencies)
         lens = kv_lens · active
 
@@ -59,6 +61,7 @@ def begin_step(
 
     Args:
         multiplier: embedding_multiplier in Granite.
+        placeholder: a token that counts as token 0, and may lie outside the vocabulary.
         impl: "triton", "torch", or None for the fastest available.
 
     Raises:
@@ -66,7 +69,7 @@ def begin_step(
 
     The angles are those of rotary positions (Su et al., RoFormer, arXiv 2104.09864).
     """
-    inputs = BeginStepInputs(embedding, tokens, positions, kv_lens, active, frequencies, multiplier)
+    inputs = BeginStepInputs(embedding, tokens, positions, kv_lens, active, frequencies, multiplier, placeholder)
     _check(inputs)
     return OPERATION.select(impl, embedding)(*inputs)
 
@@ -85,11 +88,12 @@ def _check(inputs: BeginStepInputs) -> None:
 @called_with(BeginStepInputs)
 def begin_step_reference(inputs: BeginStepInputs) -> Started:
     """`begin_step` in PyTorch, with the calls and roundings of eager code."""
-    embedding, tokens, positions, kv_lens, active, frequencies, multiplier = inputs
+    embedding, tokens, positions, kv_lens, active, frequencies, multiplier, placeholder = inputs
     positions.add_(active)
     kv_lens.add_(active)
     angles = positions.to(frequencies.dtype)[:, None] * frequencies
     cos, sin = angles.cos().to(embedding.dtype), angles.sin().to(embedding.dtype)
+    tokens = torch.where(tokens == placeholder, 0, tokens)
     return F.embedding(tokens, embedding) * multiplier, cos, sin, kv_lens * active
 
 
@@ -97,7 +101,7 @@ def begin_step_reference(inputs: BeginStepInputs) -> Started:
 def begin_step_cost(inputs: BeginStepInputs) -> Cost:
     """FLOPs: the products, without the cosines and sines. Bytes: one row of the embedding per token, the results, and the other
     tensors once, the changed ones twice."""
-    embedding, tokens, positions, kv_lens, active, frequencies, _ = inputs
+    embedding, tokens, positions, kv_lens, active, frequencies, *_ = inputs
     rows, hidden, head_dim = tokens.shape[0], embedding.shape[1], frequencies.shape[0]
     moved = 2 * rows * (hidden + head_dim) * embedding.element_size() + nbytes(kv_lens)
     index = nbytes(tokens, active) + 2 * nbytes(positions, kv_lens)

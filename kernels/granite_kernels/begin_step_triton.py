@@ -11,10 +11,10 @@ from granite_kernels.primitives import await_inputs, cos_sin, rounded
 _BLOCK, _WARPS = 1024, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["placeholder"])
 def _begin_step_kernel(
     embedding_ptr, tokens_ptr, positions_ptr, kv_lens_ptr, active_ptr, frequencies_ptr, x_ptr, cos_ptr, sin_ptr, lens_ptr,
-    hidden, head_dim, stride_embedding, multiplier,
+    hidden, head_dim, stride_embedding, multiplier, placeholder,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of one row's embedding, and from the first tile the row's position, lengths, cosine and sine.
@@ -27,6 +27,7 @@ def _begin_step_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     column = tile * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(tokens_ptr + row)
+    token = tl.where(token == placeholder, 0, token)
     x = tl.load(embedding_ptr + token * stride_embedding + column, mask=column < hidden, other=0.0)
     tl.store(x_ptr + row * hidden + column, rounded(x.to(tl.float32) * multiplier, dtype), mask=column < hidden)
     if tile == 0:
@@ -52,6 +53,7 @@ def _begin_step(
     active: torch.Tensor,
     frequencies: torch.Tensor,
     multiplier: float,
+    placeholder: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`begin_step` by the Triton kernel."""
     rows, hidden, head_dim = tokens.shape[0], embedding.shape[1], frequencies.shape[0]
@@ -63,7 +65,7 @@ def _begin_step(
             Tile({"BLOCK": _BLOCK, "BLOCK_D": triton.next_power_of_2(max(head_dim, 1))}, _WARPS),
             embedding_ptr=embedding, tokens_ptr=tokens, positions_ptr=positions, kv_lens_ptr=kv_lens, active_ptr=active,
             frequencies_ptr=frequencies, x_ptr=x, cos_ptr=cos, sin_ptr=sin, lens_ptr=lens, hidden=hidden, head_dim=head_dim,
-            stride_embedding=embedding.stride(0), multiplier=multiplier,
+            stride_embedding=embedding.stride(0), multiplier=multiplier, placeholder=placeholder,
         )  # fmt: skip
     return x, cos, sin, lens
 

@@ -56,7 +56,7 @@ def _move_heads(
         x = tl.load(x_ptr[:, None] + (head * HEAD_DIM + d)[None, :], mask=here, other=0.0).to(tl.float32)
         if ROTATE:
             partner = tl.load(x_ptr[:, None] + (head * HEAD_DIM + partner_of(d, HEAD_DIM))[None, :], mask=here, other=0.0).to(tl.float32)
-        if b_ptr is not None:
+        if b_ptr is not None:  # noqa: SIM102, a compile-time condition
             if tl.max(adapted.to(tl.int32), axis=0) > 0:
                 delta = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
                 for start in range(0, rank, BLOCK_R):
