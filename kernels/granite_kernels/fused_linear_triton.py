@@ -48,7 +48,7 @@ def _columns(
         here = (column < columns) & (row < rows)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + tl.cast(row, tl.int64) * stride_residual + column, mask=here, other=0.0)
-        y = product(matrix, x, norm_weight, eps, INPUTS)
+        y = product(matrix, x, norm_weight, eps, norm_weight_ptr is not None, INPUTS)
         if scale_ptr is not None:
             y *= scale
         if bias_ptr is not None:

@@ -34,7 +34,7 @@ def _head_argmax_kernel(
         row, x = first + number, following
         if number + 1 < ROWS:  # loaded now, because it takes as long as the product
             following = load_row(x_ptr, row + 1, rows, stride_x, INPUTS, BLOCK_K)
-        logits = rounded(product(matrix, x, norm_weight, eps, INPUTS), x_ptr.dtype.element_ty).to(tl.float32)
+        logits = rounded(product(matrix, x, norm_weight, eps, norm_weight_ptr is not None, INPUTS), x_ptr.dtype.element_ty).to(tl.float32)
         logits = rounded(tl.div_rn(logits, divisor), x_ptr.dtype.element_ty).to(tl.float32)
         logits = tl.where(column < vocab, logits, -float("inf"))
         score, place = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)

@@ -16,7 +16,7 @@ HEAD_TILE, MAX_HEAD_INPUTS = 8, 4096
 # measured on the others. A thread then holds 256 bytes of the matrix or less, and the row of x, of which it also loads the next, takes
 # as much again. int8 has the tiles of bfloat16 up to 4096, because a small matrix in larger ones would leave multiprocessors idle.
 _SAME = {
-    1: {2048: (8, 4), 4096: (4, 4), 8192: (4, 4), 16384: (4, 8)},
+    1: {2048: (8, 4), 4096: (4, 4), 8192: (2, 8), 16384: (2, 8)},
     2: {2048: (8, 4), 4096: (4, 4), 8192: (2, 4), 16384: (2, 8)},
     4: {2048: (4, 4), 4096: (2, 4), 8192: (2, 8), 16384: (2, 16)},
 }

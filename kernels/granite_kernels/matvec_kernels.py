@@ -18,11 +18,13 @@ def load_matrix(matrix_ptr, n, INPUTS: tl.constexpr, STRIDE: tl.constexpr, BLOCK
 
 @triton.jit
 def load_vector(vector_ptr, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """INPUTS elements, with zeros up to BLOCK_K; None for None."""
-    if vector_ptr is None:
-        return None
+    """INPUTS elements in float32, with zeros up to BLOCK_K; ones for None, which cost nothing."""
     k = tl.arange(0, BLOCK_K)
-    return tl.load(vector_ptr + k, mask=k < INPUTS, other=0.0)
+    if vector_ptr is None:
+        vector = tl.full((BLOCK_K,), 1.0, tl.float32)
+    else:
+        vector = tl.load(vector_ptr + k, mask=k < INPUTS, other=0.0).to(tl.float32)
+    return vector
 
 
 @triton.jit
@@ -33,17 +35,20 @@ def load_row(x_ptr, row, rows, stride, INPUTS: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
-def product(matrix, x, norm_weight, eps, INPUTS: tl.constexpr):
-    """Σ_k matrix[n, k] · h[k] in float32; h = norm_weight · x / sqrt(mean(x²) + eps), or x if norm_weight is None."""
+def product(matrix, x, norm_weight, eps, NORM: tl.constexpr, INPUTS: tl.constexpr):
+    """Σ_k matrix[n, k] · norm_weight[k] · x[k] in float32; if NORM, divided by sqrt(mean(x²) + eps)."""
     x = x.to(tl.float32)
-    if norm_weight is None:
-        return tl.sum(_widened(matrix) * x[None, :], axis=1)
-    acc = tl.sum(_widened(matrix) * (x * norm_weight.to(tl.float32))[None, :], axis=1)
-    # Applied to the sum, so that the products need not wait for the sum of squares.
-    return acc * tl.rsqrt(tl.sum(x * x, axis=0) / INPUTS + eps)
+    acc = tl.sum(_widened(matrix) * (norm_weight * x)[None, :], axis=1)
+    if NORM:  # applied to the sum, so that the products need not wait for the sum of squares
+        acc *= tl.rsqrt(tl.sum(x * x, axis=0) / INPUTS + eps)
+    return acc
 
 
 @triton.jit
 def _widened(matrix):
     """The elements in float32, exactly."""
+    if matrix.dtype == tl.int8:
+        # GPUs convert integers at a quarter of the rate of other instructions or less, which would take as long as reading them. So
+        # the integer is added to the lowest bits of 1.5 · 2²³, and that number is subtracted.
+        return (matrix.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
     return matrix.to(tl.float32)
