@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from granite_kernels.errors import KernelError
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes, triton_backend
 from granite_kernels.paged_attention import PAGE_SIZE, LastPlan, paged_attention_library, paged_attention_reference
 from granite_kernels.rotary_write import adapter_cost, check_projections, draw_projections, rotated_heads, write
 
@@ -250,5 +250,5 @@ OPERATION = Operation(
     cases=CASES,
     library=decode_attention_library,
     mutates=("k_cache", "v_cache", "counters"),
-    triton=None,
+    triton=triton_backend("decode_attention"),
 )

@@ -23,8 +23,8 @@ _SIZES = ["tokens", "num_heads", "num_kv_heads", "heads", "page_size", "scaling_
 @triton.jit
 def partner_of(d, HEAD_DIM: tl.constexpr):
     """The feature that d is rotated with; past HEAD_DIM, any feature that exists."""
-    half: tl.constexpr = HEAD_DIM // 2
-    return tl.where(d < half, d + half, tl.minimum(d, HEAD_DIM - 1) - half)
+    # A remainder, because Triton knows where it is contiguous, and so loads 128 bits at once.
+    return (d + HEAD_DIM // 2) % HEAD_DIM
 
 
 @triton.jit
@@ -53,22 +53,20 @@ def _move_heads(
     d = tl.arange(0, BLOCK_D)
     here = exists[:, None] & (d < HEAD_DIM)[None, :]
     for head in range(first, end):
-        x = tl.load(x_ptr[:, None] + (head * HEAD_DIM + d)[None, :], mask=here, other=0.0).to(tl.float32)
+        delta = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        if b_ptr is not None and tl.max(adapted.to(tl.int32), axis=0) > 0:
+            for start in range(0, rank, BLOCK_R):
+                r = start + tl.arange(0, BLOCK_R)
+                low = tl.load(low_ptrs[:, None] + r[None, :], mask=adapted[:, None] & (r < rank)[None, :], other=0.0)
+                b_ptrs = b_ptr + (head * HEAD_DIM + d).to(tl.int64)[None, :] * stride_b + r[:, None]
+                delta = dot(low, tl.load(b_ptrs, mask=(d < HEAD_DIM)[None, :] & (r < rank)[:, None], other=0.0), delta)
+            # Selects, because 0 · infinity in the adapter would be NaN.
+            delta = tl.where(adapted[:, None], delta * scaling, 0.0)
+        x = tl.load(x_ptr[:, None] + (head * HEAD_DIM + d)[None, :], mask=here, other=0.0).to(tl.float32) + delta
         if ROTATE:
             partner = tl.load(x_ptr[:, None] + (head * HEAD_DIM + partner_of(d, HEAD_DIM))[None, :], mask=here, other=0.0).to(tl.float32)
-        if b_ptr is not None:  # noqa: SIM102, a compile-time condition
-            if tl.max(adapted.to(tl.int32), axis=0) > 0:
-                delta = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-                for start in range(0, rank, BLOCK_R):
-                    r = start + tl.arange(0, BLOCK_R)
-                    low = tl.load(low_ptrs[:, None] + r[None, :], mask=adapted[:, None] & (r < rank)[None, :], other=0.0)
-                    b_ptrs = b_ptr + (head * HEAD_DIM + d).to(tl.int64)[None, :] * stride_b + r[:, None]
-                    delta = dot(low, tl.load(b_ptrs, mask=(d < HEAD_DIM)[None, :] & (r < rank)[:, None], other=0.0), delta)
-                # Selects rather than adds zero: the adapter may hold infinity.
-                x = tl.where(adapted[:, None], tl.fma(delta, scaling, x), x)
-                if ROTATE:
-                    partner = tl.where(adapted[:, None], tl.fma(exchanged(delta, HEAD_DIM), scaling, partner), partner)
-        if ROTATE:
+            if b_ptr is not None:
+                partner += exchanged(delta, HEAD_DIM)
             x = rotation(x, partner, cos, sin)
         tl.store(out_ptrs[:, None] + head * stride_out + d[None, :], rounded(x, out_ptrs.dtype.element_ty), mask=here)
 
@@ -152,12 +150,11 @@ def _rotary_write(
         KernelError: head_dim is above 128.
     """
     tokens, (page_size, num_kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
-    blocks = projection_blocks("rotary_write", head_dim, lora_q, lora_k, lora_v)
+    blocks = projection_blocks("rotary_write", qkv, head_dim, lora_q, lora_k, lora_v)
     out = qkv.new_empty(tokens, num_heads, head_dim)
     if not launching(qkv) or out.numel() == 0:
         return out
-    # The adapter's B is read again for every tile of tokens, so its tiles are larger.
-    tile = Tile({**blocks, "BLOCK_T": 16 if low is None else 32}, num_warps=4)
+    tile = Tile({**blocks, "BLOCK_T": 16}, num_warps=4)
     tiles = triton.cdiv(tokens, tile.blocks["BLOCK_T"])
     heads = max(1, min(_MOST_HEADS, tiles * (num_heads + 2 * num_kv_heads) // _FILL[architecture(qkv.device)]))
     launch(
@@ -169,7 +166,7 @@ def _rotary_write(
     return out
 
 
-def projection_blocks(operation: str, head_dim: int, *adapters: torch.Tensor | None) -> dict[str, int]:
+def projection_blocks(operation: str, qkv: torch.Tensor, head_dim: int, *adapters: torch.Tensor | None) -> dict[str, int]:
     """The constants that a head and the adapters' ranks determine.
 
     Raises:
@@ -179,7 +176,8 @@ def projection_blocks(operation: str, head_dim: int, *adapters: torch.Tensor | N
         remedy = f"Use impl='torch' or {CHOICE}=torch to run the PyTorch reference"
         raise KernelError(got=f"{operation}: head_dim {head_dim}", expected=f"at most {MAX_HEAD_DIM}", remedy=remedy)
     rank = max((one.shape[1] for one in adapters if one is not None), default=0)
-    BLOCK_R = min(64, max(16, triton.next_power_of_2(rank)))
+    # In float32, products are split in three, and a tile of 64 would spill.
+    BLOCK_R = min(128 // qkv.element_size(), max(16, triton.next_power_of_2(rank)))
     return {"HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_R": BLOCK_R}
 
 

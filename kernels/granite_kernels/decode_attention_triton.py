@@ -1,0 +1,304 @@
+"""`decode_attention` in Triton: one launch from the q|k|v product to attention's result.
+
+The keys of a row are cut into pieces of PIECE, one tile each. Several programs share the pieces of a row and a group of query heads;
+each writes the softmax states of its pieces, and the last of them to arrive merges all states in order. If one program has all
+pieces, it merges them in registers. Both give the same bits, which depend on the row's own keys alone. The states and their merging
+are those of `paged_attention`'s decode kernel, so with equal pieces and tiles the bits are too.
+
+A decode step waits for this kernel, which moves few bytes. So everything that is known early is loaded before it waits for the
+launch before it.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.paged_attention_triton import DECODE_ROWS, _group_size, _merge_states, _normalised
+from granite_kernels.primitives import await_inputs, dot, rounded
+from granite_kernels.rotary_write_triton import exchanged, partner_of, projection_arguments, projection_blocks, rotation
+
+# Keys per piece and tile. A row's bits depend on this alone.
+PIECE = 64
+# Programs that run at once, two per multiprocessor. With fewer rows, several programs share a row's pieces.
+_FILL = {80: 216, 90: 264, 100: 296}
+# Warps by bytes per element: a thread holds the keys and values of two pieces. Chosen 2026-11-27 from the compiled code, not by
+# measurement.
+_WARPS = {2: 4, 4: 8}
+# Arguments that Triton does not specialise on.
+_SIZES = ["num_groups", "sharing", "page_size", "capacity", "max_pieces", "stride_bt", "qk_scale", "scaling_q", "scaling_k", "scaling_v"]
+
+
+@triton.jit
+def _load_piece(
+    piece, end, pages_ptr, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs,
+    HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a piece, (PIECE, BLOCK_D) each; zeros from key `end` on, whose memory may hold NaN.
+
+    WHOLE: PIECE divides page_size, so that the piece is in one page.
+    """
+    n, d = tl.arange(0, PIECE), tl.arange(0, BLOCK_D)
+    first = piece * PIECE
+    exists = first + n < end
+    if WHOLE:
+        page = tl.load(pages_ptr + first // page_size, mask=first < end, other=0).to(tl.int64)
+        place = (first % page_size + n).to(tl.int64)
+    else:
+        page = tl.load(pages_ptr + (first + n) // page_size, mask=exists, other=0).to(tl.int64)
+        place = ((first + n) % page_size).to(tl.int64)
+    here = exists[:, None] & (d < HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + (page * stride_kp + place * stride_ks)[:, None] + d[None, :], mask=here, other=0.0)
+    v = tl.load(v_ptr + (page * stride_vp + place * stride_vs)[:, None] + d[None, :], mask=here, other=0.0)
+    return k, v
+
+
+@triton.jit
+def _state(q, k, v, exists, qk_scale):
+    """The softmax state of the rows of q over one tile of keys: largest score, sum of weights, sum of weighted values.
+
+    This is the arithmetic of `paged_attention` for the first tile of a piece.
+    """
+    scores = dot(q, tl.trans(k), None) * qk_scale
+    scores = tl.where(exists[None, :], scores, float("-inf"))
+    m_i = tl.max(scores, axis=1)
+    weights = tl.exp2(scores - m_i[:, None])
+    return m_i, tl.sum(weights, axis=1), dot(rounded(weights, v.dtype), v, None)
+
+
+@triton.jit
+def _load_head(
+    x_ptr, low_ptr, b_ptr, rank, stride_b, scaling, adapted, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """One head's features and their partners, (BLOCK_D,) float32, with the adapter if b_ptr is not None and the row has it.
+
+    x_ptr and b_ptr are at the head's first feature, low_ptr is at the projection's columns.
+    """
+    d = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+    partner = tl.load(x_ptr + partner_of(d, HEAD_DIM)).to(tl.float32)
+    if b_ptr is not None and adapted:
+        delta, delta_partner = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            low = tl.load(low_ptr + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+            rows, other_rows = d.to(tl.int64) * stride_b, partner_of(d, HEAD_DIM).to(tl.int64) * stride_b
+            here = (d < HEAD_DIM)[:, None] & (r < rank)[None, :]
+            delta += tl.sum(tl.load(b_ptr + rows[:, None] + r[None, :], mask=here, other=0.0).to(tl.float32) * low, axis=1)
+            delta_partner += tl.sum(tl.load(b_ptr + other_rows[:, None] + r[None, :], mask=here, other=0.0).to(tl.float32) * low, axis=1)
+        x, partner = tl.fma(delta, scaling, x), tl.fma(delta_partner, scaling, partner)
+    return x, partner
+
+
+@triton.jit
+def _load_queries(
+    x_ptr, cos, sin, low_ptr, b_ptr, rank, stride_b, scaling, adapted,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The GROUP adapted and rotated query heads from x_ptr on, (BLOCK_M, BLOCK_D) in x's dtype, zero outside of them."""
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    here = (m < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    x = tl.load(x_ptr + m[:, None] * HEAD_DIM + d[None, :], mask=here, other=0.0).to(tl.float32)
+    partner = tl.load(x_ptr + m[:, None] * HEAD_DIM + partner_of(d, HEAD_DIM)[None, :], mask=here, other=0.0).to(tl.float32)
+    if b_ptr is not None and adapted:
+        delta = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            low = tl.load(low_ptr + r, mask=r < rank, other=0.0)
+            # One product per head, in which only its row of the tile is not zero. The heads' loads do not wait for each other.
+            for head in tl.range(0, GROUP, num_stages=3):
+                b_ptrs = b_ptr + (head * HEAD_DIM + d).to(tl.int64)[None, :] * stride_b + r[:, None]
+                b = tl.load(b_ptrs, mask=(d < HEAD_DIM)[None, :] & (r < rank)[:, None], other=0.0)
+                delta = dot(tl.where((m == head)[:, None], low[None, :], 0.0), b, delta)
+        delta *= scaling
+        x += delta
+        partner += exchanged(delta, HEAD_DIM)
+    return rounded(rotation(x, partner, cos[None, :], sin[None, :]), x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _merge_stored(ml_ptr, acc_ptr, pieces, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The merged state of `pieces` stored ones, in their order."""
+    m, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    exists = m < GROUP
+    here = exists[:, None] & (d < HEAD_DIM)[None, :]
+    m_i = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    # Each merge waits for the previous one, but the loads do not: unrolling puts several in flight. They bypass L1, which does not
+    # see what other multiprocessors wrote.
+    for piece in tl.range(0, pieces, loop_unroll_factor=4):
+        m_j = tl.load(ml_ptr + piece * 2 * GROUP + m, mask=exists, other=float("-inf"), cache_modifier=".cg")
+        l_j = tl.load(ml_ptr + (piece * 2 + 1) * GROUP + m, mask=exists, other=0.0, cache_modifier=".cg")
+        acc_ptrs = acc_ptr + (piece * GROUP + m)[:, None] * HEAD_DIM + d[None, :]
+        m_i, l_i, acc = _merge_states(m_i, l_i, acc, m_j, l_j, tl.load(acc_ptrs, mask=here, other=0.0, cache_modifier=".cg"))
+    return l_i, acc
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _decode_attention_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, block_table_ptr, kv_lens_ptr, counters_ptr, low_ptr, lora_q_ptr, lora_k_ptr, lora_v_ptr,
+    adapter_index_ptr, out_ptr, ml_ptr, acc_ptr, num_groups, sharing, page_size, capacity, max_pieces, rank_q, rank_k, rank_v, qk_scale,
+    scaling_q, scaling_k, scaling_v, stride_qkv, stride_cos, stride_sin, stride_low, stride_lora_q, stride_lora_k, stride_lora_v,
+    stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_bt,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention of one row, in one group of GROUP query heads, to every `slots`-th piece of its keys.
+
+    Grid: (rows · num_groups, slots); `sharing` groups share a KV head. qkv (rows, (num_heads + 2 KV heads) · HEAD_DIM), cos and sin
+    (rows, HEAD_DIM), caches (pages, page_size, KV heads, HEAD_DIM), block_table (rows, capacity / page_size), kv_lens (rows,),
+    counters (rows · num_groups,), low (rows, ranks) or None, lora_q, lora_k and lora_v (heads · HEAD_DIM, rank) or None,
+    adapter_index (rows,) or None, out contiguous; the states ml (rows, num_groups, max_pieces, 2, GROUP), which holds the largest
+    score and the sum of weights, and acc (…, max_pieces, GROUP, HEAD_DIM), float32.
+    """
+    program, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row, group = program // num_groups, program % num_groups
+    # Before the wait: no launch of the chain writes the length, the pages, the keys of earlier tokens, the adapter of a row or B. The
+    # new token's key and value, which this launch writes, are not read from the cache.
+    kv_len = tl.maximum(tl.minimum(tl.load(kv_lens_ptr + row), capacity), 0)
+    pieces = tl.cdiv(kv_len, PIECE)
+    if slot >= tl.maximum(pieces, 1):
+        return
+    wide_row, kv_head, num_kv_heads = row.to(tl.int64), group // sharing, num_groups // sharing
+    pages_ptr = block_table_ptr + wide_row * stride_bt
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
+    newest = kv_len - 1
+    k, v = _load_piece(
+        slot, newest, pages_ptr, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs, HEAD_DIM, PIECE, BLOCK_D, WHOLE
+    )
+    page = tl.load(pages_ptr + newest // page_size, mask=kv_len > 0, other=0).to(tl.int64)
+    adapted = True
+    if adapter_index_ptr is not None:
+        adapted = tl.load(adapter_index_ptr + row) >= 0
+    await_inputs(PDL)
+    m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, PIECE), tl.arange(0, BLOCK_D)
+    x_ptr, dtype = qkv_ptr + wide_row * stride_qkv, qkv_ptr.dtype.element_ty
+    low_q_ptr, low_k_ptr, low_v_ptr, b_q_ptr, b_k_ptr, b_v_ptr = None, None, None, None, None, None
+    if low_ptr is not None:
+        low_q_ptr = low_ptr + wide_row * stride_low
+        low_k_ptr, low_v_ptr = low_q_ptr + rank_q, low_q_ptr + (rank_q + rank_k)
+    if lora_q_ptr is not None:
+        b_q_ptr = lora_q_ptr + (group * GROUP * HEAD_DIM).to(tl.int64) * stride_lora_q
+    if lora_k_ptr is not None:
+        b_k_ptr = lora_k_ptr + (kv_head * HEAD_DIM).to(tl.int64) * stride_lora_k
+    if lora_v_ptr is not None:
+        b_v_ptr = lora_v_ptr + (kv_head * HEAD_DIM).to(tl.int64) * stride_lora_v
+    cos = tl.load(cos_ptr + wide_row * stride_cos + d, mask=d < HEAD_DIM, other=0.0)
+    sin = tl.load(sin_ptr + wide_row * stride_sin + d, mask=d < HEAD_DIM, other=0.0)
+    q = _load_queries(
+        x_ptr + group * GROUP * HEAD_DIM, cos, sin, low_q_ptr, b_q_ptr, rank_q, stride_lora_q, scaling_q, adapted,
+        GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+    k_new, v_new = tl.zeros([BLOCK_D], dtype), tl.zeros([BLOCK_D], dtype)
+    if (pieces > 0) & ((pieces - 1) % slots == slot):
+        k_head_ptr = x_ptr + (num_groups * GROUP + kv_head) * HEAD_DIM
+        x, partner = _load_head(k_head_ptr, low_k_ptr, b_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_D, BLOCK_R)
+        k_new = rounded(rotation(x, partner, cos, sin), dtype)
+        x, _ = _load_head(
+            k_head_ptr + num_kv_heads * HEAD_DIM, low_v_ptr, b_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, HEAD_DIM, BLOCK_D, BLOCK_R
+        )
+        v_new = rounded(x, dtype)
+        if group % sharing == 0:
+            place = (newest % page_size).to(tl.int64)
+            tl.store(k_ptr + page * stride_kp + place * stride_ks + d, k_new, mask=d < HEAD_DIM)
+            tl.store(v_ptr + page * stride_vp + place * stride_vs + d, v_new, mask=d < HEAD_DIM)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    arrivals = tl.minimum(slots, pieces)
+    exists = m < GROUP
+    here = exists[:, None] & (d < HEAD_DIM)[None, :]
+    ml_ptr += program.to(tl.int64) * max_pieces * 2 * GROUP
+    acc_ptr += program.to(tl.int64) * max_pieces * GROUP * HEAD_DIM
+    for piece in range(slot, pieces, slots):
+        keys = piece * PIECE + n
+        k = tl.where((keys == newest)[:, None], k_new[None, :], k)
+        v = tl.where((keys == newest)[:, None], v_new[None, :], v)
+        # The next piece is loaded while this one is computed.
+        k_next, v_next = _load_piece(
+            piece + slots, newest, pages_ptr, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs,
+            HEAD_DIM, PIECE, BLOCK_D, WHOLE,
+        )  # fmt: skip
+        m_j, l_j, acc_j = _state(q, k, v, keys < kv_len, qk_scale)
+        k, v = k_next, v_next
+        if arrivals == 1:
+            m_i, l_i, acc = _merge_states(m_i, l_i, acc, m_j, l_j, acc_j)
+        else:
+            tl.store(ml_ptr + piece * 2 * GROUP + m, m_j, mask=exists)
+            tl.store(ml_ptr + (piece * 2 + 1) * GROUP + m, l_j, mask=exists)
+            tl.store(acc_ptr + (piece * GROUP + m)[:, None] * HEAD_DIM + d[None, :], acc_j, mask=here)
+    out_ptr += (wide_row * num_groups + group) * GROUP * HEAD_DIM
+    if arrivals <= 1:
+        tl.store(out_ptr + m[:, None] * HEAD_DIM + d[None, :], rounded(_normalised(l_i, acc), dtype), mask=here)
+    else:
+        tl.debug_barrier()  # the addition publishes what all threads of the program stored before it
+        if tl.atomic_add(counters_ptr + program, 1, sem="acq_rel", scope="gpu") == arrivals - 1:
+            tl.store(counters_ptr + program, 0)
+            l_i, acc = _merge_stored(ml_ptr, acc_ptr, pieces, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D)
+            g = tl.arange(0, BLOCK_G)
+            here = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+            tl.store(out_ptr + g[:, None] * HEAD_DIM + d[None, :], rounded(_normalised(l_i, acc), dtype), mask=here)
+
+
+def _decode_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    counters: torch.Tensor,
+    low: torch.Tensor | None = None,
+    lora_q: torch.Tensor | None = None,
+    lora_k: torch.Tensor | None = None,
+    lora_v: torch.Tensor | None = None,
+    adapter_index: torch.Tensor | None = None,
+    *,
+    num_heads: int,
+    scale: float,
+    scaling_q: float = 1.0,
+    scaling_k: float = 1.0,
+    scaling_v: float = 1.0,
+) -> torch.Tensor:
+    """`decode_attention` by the Triton kernel.
+
+    Raises:
+        KernelError: head_dim is above 128.
+    """
+    rows, (page_size, num_kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
+    blocks = projection_blocks("decode_attention", qkv, head_dim, lora_q, lora_k, lora_v)
+    out = qkv.new_empty(rows, num_heads, head_dim)
+    if not launching(qkv) or out.numel() == 0:
+        return out
+    group_size = _group_size(num_heads // num_kv_heads)
+    num_groups = num_heads // group_size
+    capacity = block_table.shape[1] * page_size
+    pieces = triton.cdiv(capacity, PIECE)
+    slots = _slots(architecture(qkv.device), rows * num_groups, pieces)
+    num_states = rows * num_groups * pieces * group_size if slots > 1 else 0
+    blocks |= {"GROUP": group_size, "BLOCK_G": triton.next_power_of_2(group_size), "BLOCK_M": DECODE_ROWS}
+    blocks |= {"PIECE": PIECE, "WHOLE": int(page_size % PIECE == 0)}
+    launch(
+        _decode_attention_kernel, (rows * num_groups, slots), Tile(blocks, _WARPS[qkv.element_size()]),
+        **projection_arguments(qkv, cos, sin, k_cache, v_cache, low, lora_q, lora_k, lora_v, adapter_index),
+        block_table_ptr=block_table, kv_lens_ptr=kv_lens, counters_ptr=counters, out_ptr=out,
+        ml_ptr=torch.empty(2 * num_states, dtype=torch.float32, device=qkv.device),
+        acc_ptr=torch.empty(num_states * head_dim, dtype=torch.float32, device=qkv.device),
+        num_groups=num_groups, sharing=num_groups // num_kv_heads, page_size=page_size, capacity=capacity, max_pieces=pieces,
+        qk_scale=scale * math.log2(math.e), scaling_q=scaling_q, scaling_k=scaling_k, scaling_v=scaling_v,
+        stride_bt=block_table.stride(0),
+    )  # fmt: skip
+    return out
+
+
+def _slots(chip: int, programs: int, pieces: int) -> int:
+    """The number of programs that share the pieces of one row and group of heads. Any number gives the same bits."""
+    return max(1, min(pieces, _FILL[chip] // programs))
+
+
+decode_attention_triton = register(_decode_attention, mutates=("k_cache", "v_cache", "counters"))
