@@ -117,7 +117,7 @@ def _make(draw: Draw, *, rows: int, candidates: int, with_ids: bool = False, end
     one by its limit, and one is not active."""
     best = torch.randint(0, candidates, (rows, 1), generator=draw.rng)
     place = torch.arange(candidates)
-    wide = draw.normal(rows, candidates + 16)
+    wide = draw.normal(rows, (candidates // 64 + 1) * 64)  # the head's rows are padded
     wide[:, candidates:] = torch.nan
     scores = wide[:, :candidates]
     scores += (16 * (place == best)).to(scores)
@@ -151,9 +151,8 @@ CASES = (
     _case("3.3-2b, 128 rows", 128, 49160, released=True),
     _case("with ids", 9, 50, with_ids=True),
     _case("without ids", 6, 37),
-    _case("one end", 5, 64, ends=1),
     _case("no ends", 4, 33, ends=0),
-    _case("five ends", 8, 20, with_ids=True, ends=5),
+    _case("one end", 8, 20, with_ids=True, ends=1),
     _case("one candidate", 3, 1),
     _case("no rows", 0, 12),
 )

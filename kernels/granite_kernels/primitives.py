@@ -56,7 +56,7 @@ def await_inputs(PDL: tl.constexpr):
     Every kernel of a chain waits, since that an earlier launch has ended is known only of launches that waited themselves. Before
     this a kernel may load what no launch of the chain writes, and store nothing.
     """
-    if PDL:
+    if PDL and not INTERPRETED:
         gdc_launch_dependents()
         gdc_wait()
 

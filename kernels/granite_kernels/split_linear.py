@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes, triton_backend
 
 MAX_PARTS = 8
 # A slice of the inner dimension is a multiple of this, which every kernel's BLOCK_K divides.
@@ -63,12 +63,11 @@ def parts_for(rows: int, inputs: int, outputs: int) -> int:
     """The number of parts, 1 to 8, with which a (rows, inputs) times (outputs, inputs) product has about one program for each
     multiprocessor. 1 means that a split gains nothing.
 
-    A rule of 2026-11-27 for the 132 multiprocessors of an H100 or H200 and the kernel's tiles of 64 columns and up to 64 rows, not
-    measured part by part. Each part keeps at least four steps of 128, so that loading is not all start and end.
+    A rule of 2026-11-27 for the 132 multiprocessors of an H100 or H200, and the kernel's tiles of 32 columns and up to 64 rows. An H200
+    took least time with what it gives for 64 rows of o_proj and down_proj. Each part keeps at least four steps of 128.
     """
-    tiles = -(-outputs // 64) * -(-rows // 64)
-    longest = inputs // (4 * SLICE_UNIT)
-    return max(1, min(132 // max(tiles, 1), longest, MAX_PARTS))
+    tiles = -(-outputs // 32) * -(-rows // 64)
+    return max(1, min(132 // max(tiles, 1), inputs // (4 * SLICE_UNIT), MAX_PARTS))
 
 
 def slice_width(inputs: int, parts: int) -> int:
@@ -137,4 +136,5 @@ OPERATION = Operation(
     cost=split_linear_cost,
     cases=CASES,
     library=split_linear_library,
+    triton=triton_backend("split_linear"),
 )

@@ -51,6 +51,9 @@ def changing_calls(name: str) -> Iterator[dict]:
         for rows in (*sizes, 1000, 1024):
             for choice in (None, (0,), (0, -1)):
                 yield released(op, "3.3-2b q_proj, 1 row", rows=rows, choice=choice)
+    elif "rows" in op.cases[0].shape:
+        for rows in sizes:
+            yield released(op, op.cases[0].name, rows=rows)
     else:
         for frames in sizes:
             yield released(op, "encoder, 10 s", clips=(frames,))
