@@ -38,21 +38,12 @@ def side_by_side(*tensors: Tensor) -> Tensor | None:
     Returns:
         `(sum of rows, in)` or `(sum of rows,)`, without gradients; None unless the tensors lie one after another in one storage.
     """
-    first = tensors[0]
-    if any(one.dtype != first.dtype or one.shape[1:] != first.shape[1:] or not one.is_contiguous() for one in tensors):
+    first, place = tensors[0], _place(tensors)
+    if place is None or not all(one.dtype == first.dtype and one.is_contiguous() for one in tensors):
         return None
-    rows = sum(one.shape[0] for one in tensors)
-    if not launching(first):  # without memory, and so without addresses
-        return _view(first.untyped_storage(), first.storage_offset(), first, rows) if _follow_in_storage(tensors) else None
-    at = first.data_ptr()
-    storage = _common.get(at)
-    start, storage = at, first.untyped_storage() if storage is None else storage
-    for one in tensors:
-        if one.data_ptr() != at:
-            return None
-        at += one.nbytes
-    origin = storage.data_ptr()
-    return _view(storage, (start - origin) // first.itemsize, first, rows) if at <= origin + storage.nbytes() else None
+    shapes = [one.shape for one in tensors]
+    rows, widths = sum(one[0] for one in shapes), {one[1:] for one in shapes}
+    return _view(*place, first, rows) if len(widths) == 1 else None
 
 
 def padded_rows(weight: Tensor, multiple: int = _MULTIPLE) -> Tensor | None:
@@ -76,8 +67,6 @@ def padded_rows(weight: Tensor, multiple: int = _MULTIPLE) -> Tensor | None:
     return _view(storage, 0, weight, rows) if begins and rows * weight[0].nbytes <= storage.nbytes() else None
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def arrange(decoder: nn.Module, head: nn.Module | None = None) -> None:
     """Put the weights of each layer side by side where they are not yet, and rows of zeros after the head's.
 
@@ -94,13 +83,13 @@ def arrange(decoder: nn.Module, head: nn.Module | None = None) -> None:
     """
     for modules in _sets(decoder):
         for slots in _slots(modules):
-            if side_by_side(*slots) is None and all(map(_can_move, slots)) and len({one.device for one in slots}) == 1:
+            if _place(slots) is None and all(map(_can_move, slots)) and len({one.device for one in slots}) == 1:
                 before = _common.get(slots[0].data_ptr()) if launching(slots[0]) else None
-                _move(slots, _allocate(slots, slots[0].dtype, slots[0].device))
+                _move(slots, _allocate)
                 _move_out(modules, before)
     weight = head.weight if type(head) is nn.Linear else None
-    if weight is not None and _can_move(weight) and padded_rows(weight) is None:
-        _move([weight], [_allocate_padded(weight, weight.dtype, weight.device)])
+    if weight is not None and padded_rows(weight) is None and _can_move(weight):
+        _move([weight], _allocate_padded)
 
 
 def destinations(
@@ -122,32 +111,62 @@ def destinations(
         for slots in _slots(modules, dtype_of):
             yield from zip(slots, _allocate(slots, dtype_of(slots[0]), device), strict=True)
     if type(head) is nn.Linear and (dtype := dtype_of(head.weight)) is not None:
-        yield head.weight, _allocate_padded(head.weight, dtype, device)
+        yield head.weight, *_allocate_padded([head.weight], dtype, device)
 
 
 def _sets(decoder: nn.Module) -> Iterator[list[LoraLinear]]:
     """The projections of the same input, for each layer."""
-    for layer in decoder.layers:
+    for layer in getattr(decoder, "layers", ()):  # a decoder that was put in its place may be of another kind
         for parent, names in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
-            found = [getattr(getattr(layer, parent, None), name, None) for name in names]
+            children = getattr(layer._modules.get(parent), "_modules", {})
+            found = [children.get(name) for name in names]
             if all(type(one) is LoraLinear for one in found):
                 yield found
 
 
-def _slots(modules: list[LoraLinear], dtype_of: Callable[[Tensor], torch.dtype | None] = lambda one: one.dtype) -> Iterator[list[Tensor]]:
+def _slots(modules: list[LoraLinear], dtype_of: Callable[[Tensor], torch.dtype | None] | None = None) -> Iterator[list[Tensor]]:
     """What goes into each storage of these projections, in order: tensors of one dtype."""
-    weights, matrices = [one.weight for one in modules], [one.lora_A.weight for one in modules if one.lora_A is not None]
+    # Not by attribute, which takes ten times as long: this runs before every request.
+    dtype_of = _dtype if dtype_of is None else dtype_of
+    weights = [one._parameters["weight"] for one in modules]
+    matrices = [one._parameters["weight"] for one in (one._modules.get("lora_A") for one in modules) if one is not None]
     dtype = dtype_of(weights[0])
-    yield from _if_possible([*weights, *(one for one in matrices if dtype_of(one) == dtype)], dtype_of)
-    yield from _if_possible([one for one in matrices if dtype_of(one) != dtype], dtype_of)
-    for name in ("bias", "weight_scale"):
-        yield from _if_possible([getattr(one, name) for one in modules], dtype_of)
+    others = [one for one in matrices if dtype_of(one) != dtype]
+    groups = [weights + [one for one in matrices if dtype_of(one) == dtype], others]
+    groups += [[one._parameters["bias"] for one in modules], [one._buffers["weight_scale"] for one in modules]]
+    for slots in groups:
+        if len(slots) > 1 and all(one is not None for one in slots) and _have_one_dtype(slots, dtype_of):
+            yield slots
 
 
-def _if_possible(slots: list[Tensor | None], dtype_of: Callable[[Tensor], torch.dtype | None]) -> Iterator[list[Tensor]]:
-    dtypes = {None if one is None else dtype_of(one) for one in slots}
-    if len(slots) > 1 and len(dtypes) == 1 and None not in dtypes:
-        yield slots
+def _dtype(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype
+
+
+def _have_one_dtype(slots: list[Tensor], dtype_of: Callable[[Tensor], torch.dtype | None]) -> bool:
+    dtypes = set(map(dtype_of, slots))
+    return len(dtypes) == 1 and None not in dtypes
+
+
+def _place(tensors: Sequence[Tensor]) -> tuple[UntypedStorage, int] | None:
+    """The storage in which tensors lie one after another, and the number of elements before them; None if they do not."""
+    first = tensors[0]
+    if not launching(first):  # without memory, and so without addresses
+        storage, at = first.untyped_storage(), first.storage_offset()
+        for one in tensors:
+            if one.untyped_storage()._cdata != storage._cdata or one.storage_offset() != at:
+                return None
+            at += one.numel()
+        return storage, first.storage_offset()
+    start = at = first.data_ptr()
+    for one in tensors:
+        if one.data_ptr() != at:
+            return None
+        at += one.nbytes
+    storage = _common.get(start)
+    storage = first.untyped_storage() if storage is None else storage
+    origin = storage.data_ptr()
+    return (storage, (start - origin) // first.itemsize) if at <= origin + storage.nbytes() else None
 
 
 def _can_move(tensor: Tensor) -> bool:
@@ -170,11 +189,12 @@ def _allocate(slots: Sequence[Tensor], dtype: torch.dtype, device: torch.device)
     return [_window(part, _common) for part in common.split([one.shape[0] for one in slots])]
 
 
-def _allocate_padded(weight: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    rows = weight.shape[0]
-    common = torch.empty(-(-rows // _MULTIPLE) * _MULTIPLE, *weight.shape[1:], dtype=dtype, device=device)
+def _allocate_padded(slots: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The same for a head's weight alone, with rows of zeros after it."""
+    rows, *width = slots[0].shape
+    common = torch.empty(-(-rows // _MULTIPLE) * _MULTIPLE, *width, dtype=dtype, device=device)
     common[rows:].zero_()
-    return _window(common[:rows], _padded)
+    return [_window(common[:rows], _padded)]
 
 
 def _window(part: Tensor, table: WeakValueDictionary[int, UntypedStorage]) -> Tensor:
@@ -185,7 +205,10 @@ def _window(part: Tensor, table: WeakValueDictionary[int, UntypedStorage]) -> Te
     return from_dlpack(to_dlpack(part))
 
 
-def _move(slots: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+@torch.inference_mode(False)
+@torch.no_grad()
+def _move(slots: Sequence[Tensor], allocate: Callable[[Sequence[Tensor], torch.dtype, torch.device], list[Tensor]]) -> None:
+    places = allocate(slots, slots[0].dtype, slots[0].device)
     for slot, place in zip(slots, places, strict=True):
         place.copy_(slot.data)
     if places[0].is_cuda and launching(places[0]):
@@ -194,6 +217,7 @@ def _move(slots: Sequence[Tensor], places: Sequence[Tensor]) -> None:
         slot.data = place
 
 
+@torch.no_grad()
 def _move_out(modules: list[LoraLinear], storage: UntypedStorage | None) -> None:
     """Give matrices of adapters that are no longer active memory of their own, or they would keep all of this storage."""
     if storage is None:
@@ -204,16 +228,6 @@ def _move_out(modules: list[LoraLinear], storage: UntypedStorage | None) -> None
             matrix.data = matrix.data.clone()
 
 
-def _follow_in_storage(tensors: Sequence[Tensor]) -> bool:
-    storage, at = tensors[0].untyped_storage()._cdata, tensors[0].storage_offset()
-    for one in tensors:
-        if one.untyped_storage()._cdata != storage or one.storage_offset() != at:
-            return False
-        at += one.numel()
-    return True
-
-
 def _view(storage: UntypedStorage, offset: int, like: Tensor, rows: int) -> Tensor:
     with torch.inference_mode(False):  # a caller may keep it
-        whole = torch.empty(0, dtype=like.dtype, device=like.device)
-        return whole.set_(storage, offset, (rows, *like.shape[1:]), like.stride())
+        return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, offset, (rows, *like.shape[1:]), like.stride())
