@@ -25,6 +25,7 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.modules.cache import PagePool
 from granite_speech.modules.fused_layers import FusedLayers
 from granite_speech.modules.prompts import ModelInputs
+from granite_speech.modules.side_by_side import arrange
 
 __all__ = ["WORK", "Rehearsal", "count", "run", "table"]
 
@@ -61,6 +62,7 @@ class Rehearsal:
     def model(self) -> Any:
         model = shapes.build(self.name, adapter=MODELS[self.name], device=DEVICE, layers=self.layers)
         model.use_graphs = False  # this machine may have a GPU, which could not capture tensors without memory
+        arrange(model.decoder, model.lm_head)  # as `from_pretrained` leaves them
         return model
 
     def inputs(self) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from granite_kernels import OPERATIONS
+from granite_kernels.launch import early_launches
 from torch import Tensor, nn
 
 from granite_speech.engine.fixed_shapes import power_of_2
@@ -149,7 +150,9 @@ class DecodeStep:
             if needs_logits:
                 self.choose(self.logits(), step)
             else:
-                self._finish(*self._fused.candidates(self._fused_states()), step)
+                states = self._fused_states()
+                with early_launches():
+                    self._finish(*self._fused.candidates(states), step)
 
     def reset(self) -> None:
         self._state.reset()

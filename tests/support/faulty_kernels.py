@@ -50,7 +50,7 @@ def matvec(fault: str) -> Operation:
         launch(matvec_kernel, (1,), Tile({"BLOCK": 512}, 4), x_ptr=x, weight_ptr=x, out_ptr=x, FAULT=fault)
         return x
 
-    return Operation("faulty", call, call, None, (Case("only", lambda draw: {"x": draw.normal(4096)}, released=True),))
+    return Operation(audit.MATVECS[0], call, call, None, (Case("only", lambda draw: {"x": draw.normal(4096)}, released=True),))
 
 
 def operation(block: int, num_warps: int, num_stages: int = 1, precision: str = "tf32") -> Operation:
