@@ -15,7 +15,7 @@ from granite_kernels.primitives import await_inputs, rounded
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _head_argmax_kernel(
-    x_ptr, weight_ptr, norm_weight_ptr, scores_ptr, ids_ptr, rows, vocab, tiles, stride_x, eps, divisor,
+    x_ptr, weight_ptr, norm_weight_ptr, scores_ptr, ids_ptr, rows, vocab, tiles, stride_x, eps, scale,
     INPUTS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of BLOCK_N columns and its column, for ROWS rows.
@@ -35,7 +35,7 @@ def _head_argmax_kernel(
         if number + 1 < ROWS:  # loaded now, because it takes as long as the product
             following = load_row(x_ptr, row + 1, rows, stride_x, INPUTS, BLOCK_K)
         logits = rounded(product(matrix, x, norm_weight, eps, norm_weight_ptr is not None, INPUTS), x_ptr.dtype.element_ty).to(tl.float32)
-        logits = rounded(tl.div_rn(logits, divisor), x_ptr.dtype.element_ty).to(tl.float32)
+        logits = rounded(logits * scale, x_ptr.dtype.element_ty).to(tl.float32)
         logits = tl.where(column < vocab, logits, -float("inf"))
         score, place = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)
         result = tl.cast(row, tl.int64) * tiles + tile
@@ -61,7 +61,7 @@ def _head_argmax(x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: flo
         launch(
             _head_argmax_kernel, (tiles * triton.cdiv(rows, most),), Tile({**tile.blocks, **constants}, tile.num_warps),
             x_ptr=x, weight_ptr=weight, norm_weight_ptr=norm_weight, scores_ptr=scores, ids_ptr=ids, rows=rows, vocab=vocab, tiles=tiles,
-            stride_x=x.stride(0), eps=eps, divisor=divisor,
+            stride_x=x.stride(0), eps=eps, scale=1 / divisor,  # as PyTorch divides by a number on a GPU
         )  # fmt: skip
     return scores, ids
 
