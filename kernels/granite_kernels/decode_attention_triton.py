@@ -70,46 +70,55 @@ def _state(q, k, v, exists, qk_scale):
 
 @triton.jit
 def _load_head(
-    x_ptr, low_ptr, b_ptr, rank, stride_b, scaling, adapted, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """One head's features and their partners, (BLOCK_D,) float32, with the adapter if b_ptr is not None and the row has it.
+    x_ptr, head, low_ptr, low_at, b_ptr, rank, stride_b, scaling, adapted,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The features of one head and their partners, (BLOCK_D,) float32, with the adapter if b_ptr is not None and the row has it.
 
-    x_ptr and b_ptr are at the head's first feature, low_ptr is at the projection's columns.
+    x_ptr is at the row's heads of one kind, and b_ptr at their B; the row's x·Aᵀ of this kind begins at low_ptr + low_at.
     """
     d = tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
-    partner = tl.load(x_ptr + partner_of(d, HEAD_DIM)).to(tl.float32)
+    feature, other = head * HEAD_DIM + d, head * HEAD_DIM + partner_of(d, HEAD_DIM)
+    x = tl.load(x_ptr + feature, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+    partner = tl.load(x_ptr + other).to(tl.float32)
     if b_ptr is not None and adapted:
-        delta, delta_partner = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+        delta = tl.zeros([BLOCK_D], tl.float32)
+        delta_partner = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, rank, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
-            low = tl.load(low_ptr + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
-            rows, other_rows = d.to(tl.int64) * stride_b, partner_of(d, HEAD_DIM).to(tl.int64) * stride_b
             here = (d < HEAD_DIM)[:, None] & (r < rank)[None, :]
-            delta += tl.sum(tl.load(b_ptr + rows[:, None] + r[None, :], mask=here, other=0.0).to(tl.float32) * low, axis=1)
-            delta_partner += tl.sum(tl.load(b_ptr + other_rows[:, None] + r[None, :], mask=here, other=0.0).to(tl.float32) * low, axis=1)
-        x, partner = tl.fma(delta, scaling, x), tl.fma(delta_partner, scaling, partner)
+            low = tl.load(low_ptr + low_at + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+            b = tl.load(b_ptr + feature.to(tl.int64)[:, None] * stride_b + r[None, :], mask=here, other=0.0)
+            delta += tl.sum(b.to(tl.float32) * low, axis=1)
+            b = tl.load(b_ptr + other.to(tl.int64)[:, None] * stride_b + r[None, :], mask=here, other=0.0)
+            delta_partner += tl.sum(b.to(tl.float32) * low, axis=1)
+        x += delta * scaling
+        partner += delta_partner * scaling
     return x, partner
 
 
 @triton.jit
 def _load_queries(
-    x_ptr, cos, sin, low_ptr, b_ptr, rank, stride_b, scaling, adapted,
+    x_ptr, first, cos, sin, low_ptr, low_at, b_ptr, rank, stride_b, scaling, adapted,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The GROUP adapted and rotated query heads from x_ptr on, (BLOCK_M, BLOCK_D) in x's dtype, zero outside of them."""
+    """GROUP query heads from head `first` on, adapted and rotated, (BLOCK_M, BLOCK_D) in x's dtype; zero in other rows.
+
+    Arguments as for `_load_head`.
+    """
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     here = (m < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-    x = tl.load(x_ptr + m[:, None] * HEAD_DIM + d[None, :], mask=here, other=0.0).to(tl.float32)
-    partner = tl.load(x_ptr + m[:, None] * HEAD_DIM + partner_of(d, HEAD_DIM)[None, :], mask=here, other=0.0).to(tl.float32)
+    x_ptrs = x_ptr + (first + m)[:, None] * HEAD_DIM
+    x = tl.load(x_ptrs + d[None, :], mask=here, other=0.0).to(tl.float32)
+    partner = tl.load(x_ptrs + partner_of(d, HEAD_DIM)[None, :], mask=here, other=0.0).to(tl.float32)
     if b_ptr is not None and adapted:
         delta = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, rank, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
-            low = tl.load(low_ptr + r, mask=r < rank, other=0.0)
-            # One product per head, in which only its row of the tile is not zero. The heads' loads do not wait for each other.
+            low = tl.load(low_ptr + low_at + r, mask=r < rank, other=0.0)
+            # One product per head, in which only the head's row of the tile is not zero. Its loads do not wait for the previous one.
             for head in tl.range(0, GROUP, num_stages=3):
-                b_ptrs = b_ptr + (head * HEAD_DIM + d).to(tl.int64)[None, :] * stride_b + r[:, None]
+                b_ptrs = b_ptr + ((first + head) * HEAD_DIM + d).to(tl.int64)[None, :] * stride_b + r[:, None]
                 b = tl.load(b_ptrs, mask=(d < HEAD_DIM)[None, :] & (r < rank)[:, None], other=0.0)
                 delta = dot(tl.where((m == head)[:, None], low[None, :], 0.0), b, delta)
         delta *= scaling
@@ -119,8 +128,10 @@ def _load_queries(
 
 
 @triton.jit
-def _merge_stored(ml_ptr, acc_ptr, pieces, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The merged state of `pieces` stored ones, in their order."""
+def _merge_stored(
+    ml_ptr, acc_ptr, out_ptr, pieces, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Merge the stored states of `pieces` pieces in order, and write the result."""
     m, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     exists = m < GROUP
     here = exists[:, None] & (d < HEAD_DIM)[None, :]
@@ -134,7 +145,7 @@ def _merge_stored(ml_ptr, acc_ptr, pieces, GROUP: tl.constexpr, HEAD_DIM: tl.con
         l_j = tl.load(ml_ptr + (piece * 2 + 1) * GROUP + m, mask=exists, other=0.0, cache_modifier=".cg")
         acc_ptrs = acc_ptr + (piece * GROUP + m)[:, None] * HEAD_DIM + d[None, :]
         m_i, l_i, acc = _merge_states(m_i, l_i, acc, m_j, l_j, tl.load(acc_ptrs, mask=here, other=0.0, cache_modifier=".cg"))
-    return l_i, acc
+    tl.store(out_ptr + m[:, None] * HEAD_DIM + d[None, :], rounded(_normalised(l_i, acc), out_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -176,30 +187,25 @@ def _decode_attention_kernel(
         adapted = tl.load(adapter_index_ptr + row) >= 0
     await_inputs(PDL)
     m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, PIECE), tl.arange(0, BLOCK_D)
-    x_ptr, dtype = qkv_ptr + wide_row * stride_qkv, qkv_ptr.dtype.element_ty
-    low_q_ptr, low_k_ptr, low_v_ptr, b_q_ptr, b_k_ptr, b_v_ptr = None, None, None, None, None, None
-    if low_ptr is not None:
-        low_q_ptr = low_ptr + wide_row * stride_low
-        low_k_ptr, low_v_ptr = low_q_ptr + rank_q, low_q_ptr + (rank_q + rank_k)
-    if lora_q_ptr is not None:
-        b_q_ptr = lora_q_ptr + (group * GROUP * HEAD_DIM).to(tl.int64) * stride_lora_q
-    if lora_k_ptr is not None:
-        b_k_ptr = lora_k_ptr + (kv_head * HEAD_DIM).to(tl.int64) * stride_lora_k
-    if lora_v_ptr is not None:
-        b_v_ptr = lora_v_ptr + (kv_head * HEAD_DIM).to(tl.int64) * stride_lora_v
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    x_ptr, low_at = qkv_ptr + wide_row * stride_qkv, wide_row * stride_low
     cos = tl.load(cos_ptr + wide_row * stride_cos + d, mask=d < HEAD_DIM, other=0.0)
     sin = tl.load(sin_ptr + wide_row * stride_sin + d, mask=d < HEAD_DIM, other=0.0)
     q = _load_queries(
-        x_ptr + group * GROUP * HEAD_DIM, cos, sin, low_q_ptr, b_q_ptr, rank_q, stride_lora_q, scaling_q, adapted,
+        x_ptr, group * GROUP, cos, sin, low_ptr, low_at, lora_q_ptr, rank_q, stride_lora_q, scaling_q, adapted,
         GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_R,
     )  # fmt: skip
     k_new, v_new = tl.zeros([BLOCK_D], dtype), tl.zeros([BLOCK_D], dtype)
     if (pieces > 0) & ((pieces - 1) % slots == slot):
-        k_head_ptr = x_ptr + (num_groups * GROUP + kv_head) * HEAD_DIM
-        x, partner = _load_head(k_head_ptr, low_k_ptr, b_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_D, BLOCK_R)
+        x_ptr += num_groups * GROUP * HEAD_DIM
+        x, partner = _load_head(
+            x_ptr, kv_head, low_ptr, low_at + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_D, BLOCK_R
+        )
         k_new = rounded(rotation(x, partner, cos, sin), dtype)
+        x_ptr += num_kv_heads * HEAD_DIM
+        low_at += rank_q + rank_k
         x, _ = _load_head(
-            k_head_ptr + num_kv_heads * HEAD_DIM, low_v_ptr, b_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, HEAD_DIM, BLOCK_D, BLOCK_R
+            x_ptr, kv_head, low_ptr, low_at, lora_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, HEAD_DIM, BLOCK_D, BLOCK_R
         )
         v_new = rounded(x, dtype)
         if group % sharing == 0:
@@ -238,10 +244,7 @@ def _decode_attention_kernel(
         tl.debug_barrier()  # the addition publishes what all threads of the program stored before it
         if tl.atomic_add(counters_ptr + program, 1, sem="acq_rel", scope="gpu") == arrivals - 1:
             tl.store(counters_ptr + program, 0)
-            l_i, acc = _merge_stored(ml_ptr, acc_ptr, pieces, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D)
-            g = tl.arange(0, BLOCK_G)
-            here = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-            tl.store(out_ptr + g[:, None] * HEAD_DIM + d[None, :], rounded(_normalised(l_i, acc), dtype), mask=here)
+            _merge_stored(ml_ptr, acc_ptr, out_ptr, pieces, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D)
 
 
 def _decode_attention(
