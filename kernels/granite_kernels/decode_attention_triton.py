@@ -32,24 +32,23 @@ _SIZES = ["num_groups", "sharing", "page_size", "capacity", "max_pieces", "strid
 
 
 @triton.jit
+def _load_page(piece, end, pages_ptr, page_size, PIECE: tl.constexpr, WHOLE: tl.constexpr):
+    """The page of a piece, or if it is not WHOLE, in one page, of each of its keys. int32; 0 from key `end` on."""
+    keys = piece * PIECE if WHOLE else piece * PIECE + tl.arange(0, PIECE)
+    return tl.load(pages_ptr + keys // page_size, mask=keys < end, other=0)
+
+
+@triton.jit
 def _load_piece(
-    piece, end, pages_ptr, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs,
+    piece, page, end, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs,
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a piece, (PIECE, BLOCK_D) each; zeros from key `end` on, whose memory may hold NaN.
-
-    WHOLE: PIECE divides page_size, so that the piece is in one page.
-    """
+    """Keys and values of a piece, (PIECE, BLOCK_D) each; zeros from key `end` on, whose memory may hold NaN."""
     n, d = tl.arange(0, PIECE), tl.arange(0, BLOCK_D)
     first = piece * PIECE
-    exists = first + n < end
-    if WHOLE:
-        page = tl.load(pages_ptr + first // page_size, mask=first < end, other=0).to(tl.int64)
-        place = (first % page_size + n).to(tl.int64)
-    else:
-        page = tl.load(pages_ptr + (first + n) // page_size, mask=exists, other=0).to(tl.int64)
-        place = ((first + n) % page_size).to(tl.int64)
-    here = exists[:, None] & (d < HEAD_DIM)[None, :]
+    place = first % page_size + n if WHOLE else (first + n) % page_size
+    here = (first + n < end)[:, None] & (d < HEAD_DIM)[None, :]
+    page, place = page.to(tl.int64), place.to(tl.int64)
     k = tl.load(k_ptr + (page * stride_kp + place * stride_ks)[:, None] + d[None, :], mask=here, other=0.0)
     v = tl.load(v_ptr + (page * stride_vp + place * stride_vs)[:, None] + d[None, :], mask=here, other=0.0)
     return k, v
@@ -69,58 +68,48 @@ def _state(q, k, v, exists, qk_scale):
 
 
 @triton.jit
-def _load_head(
-    x_ptr, low_ptr, b_ptr, rank, stride_b, scaling, adapted, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """One head's features and their partners, (BLOCK_D,) float32, with the adapter if b_ptr is not None and the row has it.
+def _low_rank(
+    feature, low_ptr, b_ptr, rank, stride_b, scaling, adapted,
+    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What the adapter adds to these features of one kind, float32: scaling · low·B[feature]ᵀ; zero if b_ptr is None or not `adapted`.
 
-    x_ptr and b_ptr are at the head's first feature, low_ptr is at the projection's columns.
+    feature (features,); low_ptr is at the row's x·Aᵀ of this kind.
     """
-    d = tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
-    partner = tl.load(x_ptr + partner_of(d, HEAD_DIM)).to(tl.float32)
+    delta = tl.zeros(feature.shape, tl.float32)
     if b_ptr is not None and adapted:
-        delta, delta_partner = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, rank, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
-            low = tl.load(low_ptr + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
-            rows, other_rows = d.to(tl.int64) * stride_b, partner_of(d, HEAD_DIM).to(tl.int64) * stride_b
-            here = (d < HEAD_DIM)[:, None] & (r < rank)[None, :]
-            delta += tl.sum(tl.load(b_ptr + rows[:, None] + r[None, :], mask=here, other=0.0).to(tl.float32) * low, axis=1)
-            delta_partner += tl.sum(tl.load(b_ptr + other_rows[:, None] + r[None, :], mask=here, other=0.0).to(tl.float32) * low, axis=1)
-        x, partner = tl.fma(delta, scaling, x), tl.fma(delta_partner, scaling, partner)
-    return x, partner
+            low = tl.load(low_ptr + r, mask=r < rank, other=0.0).to(tl.float32)
+            b_ptrs = b_ptr + feature.to(tl.int64)[:, None] * stride_b + r[None, :]
+            delta += tl.sum(tl.load(b_ptrs, mask=(r < rank)[None, :], other=0.0).to(tl.float32) * low[None, :], axis=1)
+    return delta * scaling
 
 
 @triton.jit
-def _load_queries(
-    x_ptr, cos, sin, low_ptr, b_ptr, rank, stride_b, scaling, adapted,
+def _low_rank_of_group(
+    first, low_ptr, b_ptr, rank, stride_b, scaling,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The GROUP adapted and rotated query heads from x_ptr on, (BLOCK_M, BLOCK_D) in x's dtype, zero outside of them."""
+    """What the adapter adds to GROUP query heads from head `first` on, (BLOCK_M, BLOCK_D) float32."""
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    here = (m < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-    x = tl.load(x_ptr + m[:, None] * HEAD_DIM + d[None, :], mask=here, other=0.0).to(tl.float32)
-    partner = tl.load(x_ptr + m[:, None] * HEAD_DIM + partner_of(d, HEAD_DIM)[None, :], mask=here, other=0.0).to(tl.float32)
-    if b_ptr is not None and adapted:
-        delta = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(0, rank, BLOCK_R):
-            r = start + tl.arange(0, BLOCK_R)
-            low = tl.load(low_ptr + r, mask=r < rank, other=0.0)
-            # One product per head, in which only its row of the tile is not zero. The heads' loads do not wait for each other.
-            for head in tl.range(0, GROUP, num_stages=3):
-                b_ptrs = b_ptr + (head * HEAD_DIM + d).to(tl.int64)[None, :] * stride_b + r[:, None]
-                b = tl.load(b_ptrs, mask=(d < HEAD_DIM)[None, :] & (r < rank)[:, None], other=0.0)
-                delta = dot(tl.where((m == head)[:, None], low[None, :], 0.0), b, delta)
-        delta *= scaling
-        x += delta
-        partner += exchanged(delta, HEAD_DIM)
-    return rounded(rotation(x, partner, cos[None, :], sin[None, :]), x_ptr.dtype.element_ty)
+    delta = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, rank, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        low = tl.load(low_ptr + r, mask=r < rank, other=0.0)
+        # One product per head, in which only the head's row of the tile is not zero. Its loads do not wait for the previous one.
+        for head in tl.range(0, GROUP, num_stages=3):
+            b_ptrs = b_ptr + ((first + head) * HEAD_DIM + d).to(tl.int64)[None, :] * stride_b + r[:, None]
+            b = tl.load(b_ptrs, mask=(d < HEAD_DIM)[None, :] & (r < rank)[:, None], other=0.0)
+            delta = dot(tl.where((m == head)[:, None], low[None, :], 0.0), b, delta)
+    return delta * scaling
 
 
 @triton.jit
-def _merge_stored(ml_ptr, acc_ptr, pieces, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The merged state of `pieces` stored ones, in their order."""
+def _merge_stored(
+    ml_ptr, acc_ptr, out_ptr, pieces, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Merge the stored states of `pieces` pieces in order, and write the result."""
     m, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     exists = m < GROUP
     here = exists[:, None] & (d < HEAD_DIM)[None, :]
@@ -130,11 +119,12 @@ def _merge_stored(ml_ptr, acc_ptr, pieces, GROUP: tl.constexpr, HEAD_DIM: tl.con
     # Each merge waits for the previous one, but the loads do not: unrolling puts several in flight. They bypass L1, which does not
     # see what other multiprocessors wrote.
     for piece in tl.range(0, pieces, loop_unroll_factor=4):
-        m_j = tl.load(ml_ptr + piece * 2 * GROUP + m, mask=exists, other=float("-inf"), cache_modifier=".cg")
-        l_j = tl.load(ml_ptr + (piece * 2 + 1) * GROUP + m, mask=exists, other=0.0, cache_modifier=".cg")
-        acc_ptrs = acc_ptr + (piece * GROUP + m)[:, None] * HEAD_DIM + d[None, :]
+        head = piece * GROUP + m
+        m_j = tl.load(ml_ptr + head * 2, mask=exists, other=float("-inf"), cache_modifier=".cg")
+        l_j = tl.load(ml_ptr + head * 2 + 1, mask=exists, other=0.0, cache_modifier=".cg")
+        acc_ptrs = acc_ptr + head[:, None] * HEAD_DIM + d[None, :]
         m_i, l_i, acc = _merge_states(m_i, l_i, acc, m_j, l_j, tl.load(acc_ptrs, mask=here, other=0.0, cache_modifier=".cg"))
-    return l_i, acc
+    tl.store(out_ptr + m[:, None] * HEAD_DIM + d[None, :], rounded(_normalised(l_i, acc), out_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -151,7 +141,7 @@ def _decode_attention_kernel(
     Grid: (rows · num_groups, slots); `sharing` groups share a KV head. qkv (rows, (num_heads + 2 KV heads) · HEAD_DIM), cos and sin
     (rows, HEAD_DIM), caches (pages, page_size, KV heads, HEAD_DIM), block_table (rows, capacity / page_size), kv_lens (rows,),
     counters (rows · num_groups,), low (rows, ranks) or None, lora_q, lora_k and lora_v (heads · HEAD_DIM, rank) or None,
-    adapter_index (rows,) or None, out contiguous; the states ml (rows, num_groups, max_pieces, 2, GROUP), which holds the largest
+    adapter_index (rows,) or None, out contiguous; the states ml (rows, num_groups, max_pieces, GROUP, 2), which holds the largest
     score and the sum of weights, and acc (…, max_pieces, GROUP, HEAD_DIM), float32.
     """
     program, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -162,74 +152,89 @@ def _decode_attention_kernel(
     pieces = tl.cdiv(kv_len, PIECE)
     if slot >= tl.maximum(pieces, 1):
         return
-    wide_row, kv_head, num_kv_heads = row.to(tl.int64), group // sharing, num_groups // sharing
+    wide_row, kv_head = row.to(tl.int64), group // sharing
     pages_ptr = block_table_ptr + wide_row * stride_bt
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
     newest = kv_len - 1
+    page = _load_page(slot, newest, pages_ptr, page_size, PIECE, WHOLE)
     k, v = _load_piece(
-        slot, newest, pages_ptr, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs, HEAD_DIM, PIECE, BLOCK_D, WHOLE
+        slot, page, newest, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs, HEAD_DIM, PIECE, BLOCK_D, WHOLE
     )
-    page = tl.load(pages_ptr + newest // page_size, mask=kv_len > 0, other=0).to(tl.int64)
+    page = _load_page(slot + slots, newest, pages_ptr, page_size, PIECE, WHOLE)
+    newest_page = tl.load(pages_ptr + newest // page_size, mask=kv_len > 0, other=0).to(tl.int64)
     adapted = True
     if adapter_index_ptr is not None:
         adapted = tl.load(adapter_index_ptr + row) >= 0
     await_inputs(PDL)
+
+    # All loads before the first use, so that they wait for memory together. Only the program with the last piece needs the new key.
     m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, PIECE), tl.arange(0, BLOCK_D)
-    x_ptr, dtype = qkv_ptr + wide_row * stride_qkv, qkv_ptr.dtype.element_ty
-    low_q_ptr, low_k_ptr, low_v_ptr, b_q_ptr, b_k_ptr, b_v_ptr = None, None, None, None, None, None
+    exists, other = m < GROUP, partner_of(d, HEAD_DIM)
+    here = exists[:, None] & (d < HEAD_DIM)[None, :]
+    has_newest = (pieces > 0) & ((pieces - 1) % slots == slot)
+    x_ptr = qkv_ptr + wide_row * stride_qkv
+    cos_ptr += wide_row * stride_cos
+    sin_ptr += wide_row * stride_sin
+    # One cosine per element of the tile of queries: a vector would be exchanged between threads.
+    same, head = tl.zeros_like(m)[:, None], (group * GROUP + m)[:, None] * HEAD_DIM
+    cos, sin = tl.load(cos_ptr + same + d[None, :], mask=here, other=0.0), tl.load(sin_ptr + same + d[None, :], mask=here, other=0.0)
+    q = tl.load(x_ptr + head + d[None, :], mask=here, other=0.0).to(tl.float32)
+    q_other = tl.load(x_ptr + head + other[None, :], mask=here, other=0.0).to(tl.float32)
+    new = has_newest & (d < HEAD_DIM)
+    cos_new, sin_new = tl.load(cos_ptr + d, mask=new, other=0.0), tl.load(sin_ptr + d, mask=new, other=0.0)
+    x_ptr += (num_groups * GROUP + kv_head) * HEAD_DIM
+    k_new, k_other = tl.load(x_ptr + d, mask=new, other=0.0).to(tl.float32), tl.load(x_ptr + other, mask=new, other=0.0).to(tl.float32)
+    v_new = tl.load(x_ptr + num_groups // sharing * HEAD_DIM + d, mask=new, other=0.0).to(tl.float32)
+
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     if low_ptr is not None:
-        low_q_ptr = low_ptr + wide_row * stride_low
-        low_k_ptr, low_v_ptr = low_q_ptr + rank_q, low_q_ptr + (rank_q + rank_k)
-    if lora_q_ptr is not None:
-        b_q_ptr = lora_q_ptr + (group * GROUP * HEAD_DIM).to(tl.int64) * stride_lora_q
-    if lora_k_ptr is not None:
-        b_k_ptr = lora_k_ptr + (kv_head * HEAD_DIM).to(tl.int64) * stride_lora_k
-    if lora_v_ptr is not None:
-        b_v_ptr = lora_v_ptr + (kv_head * HEAD_DIM).to(tl.int64) * stride_lora_v
-    cos = tl.load(cos_ptr + wide_row * stride_cos + d, mask=d < HEAD_DIM, other=0.0)
-    sin = tl.load(sin_ptr + wide_row * stride_sin + d, mask=d < HEAD_DIM, other=0.0)
-    q = _load_queries(
-        x_ptr + group * GROUP * HEAD_DIM, cos, sin, low_q_ptr, b_q_ptr, rank_q, stride_lora_q, scaling_q, adapted,
-        GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_R,
-    )  # fmt: skip
-    k_new, v_new = tl.zeros([BLOCK_D], dtype), tl.zeros([BLOCK_D], dtype)
-    if (pieces > 0) & ((pieces - 1) % slots == slot):
-        k_head_ptr = x_ptr + (num_groups * GROUP + kv_head) * HEAD_DIM
-        x, partner = _load_head(k_head_ptr, low_k_ptr, b_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_D, BLOCK_R)
-        k_new = rounded(rotation(x, partner, cos, sin), dtype)
-        x, _ = _load_head(
-            k_head_ptr + num_kv_heads * HEAD_DIM, low_v_ptr, b_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, HEAD_DIM, BLOCK_D, BLOCK_R
-        )
-        v_new = rounded(x, dtype)
-        if group % sharing == 0:
-            place = (newest % page_size).to(tl.int64)
-            tl.store(k_ptr + page * stride_kp + place * stride_ks + d, k_new, mask=d < HEAD_DIM)
-            tl.store(v_ptr + page * stride_vp + place * stride_vs + d, v_new, mask=d < HEAD_DIM)
+        low_ptr += wide_row * stride_low
+        if lora_q_ptr is not None and adapted:
+            delta = _low_rank_of_group(
+                group * GROUP, low_ptr, lora_q_ptr, rank_q, stride_lora_q, scaling_q, GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_R
+            )
+            q += delta
+            q_other += exchanged(delta, HEAD_DIM)
+        if has_newest:
+            first = kv_head * HEAD_DIM
+            # Past HEAD_DIM, any feature that exists: nothing uses the result.
+            feature = first + d % HEAD_DIM
+            k_new += _low_rank(feature, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_R)
+            k_other += _low_rank(first + other, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_R)
+            low_ptr += rank_q + rank_k
+            v_new += _low_rank(feature, low_ptr, lora_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, HEAD_DIM, BLOCK_R)
+    q = rounded(rotation(q, q_other, cos, sin), dtype)
+    k_new, v_new = rounded(rotation(k_new, k_other, cos_new, sin_new), dtype), rounded(v_new, dtype)
+    place = (newest % page_size).to(tl.int64)
+    writes = new & (group % sharing == 0)
+    tl.store(k_ptr + newest_page * stride_kp + place * stride_ks + d, k_new, mask=writes)
+    tl.store(v_ptr + newest_page * stride_vp + place * stride_vs + d, v_new, mask=writes)
+
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     arrivals = tl.minimum(slots, pieces)
-    exists = m < GROUP
-    here = exists[:, None] & (d < HEAD_DIM)[None, :]
     ml_ptr += program.to(tl.int64) * max_pieces * 2 * GROUP
     acc_ptr += program.to(tl.int64) * max_pieces * GROUP * HEAD_DIM
     for piece in range(slot, pieces, slots):
         keys = piece * PIECE + n
         k = tl.where((keys == newest)[:, None], k_new[None, :], k)
         v = tl.where((keys == newest)[:, None], v_new[None, :], v)
-        # The next piece is loaded while this one is computed.
+        # The next piece is loaded while this one is computed, and the page after it, whose number the loads after that need.
         k_next, v_next = _load_piece(
-            piece + slots, newest, pages_ptr, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs,
+            piece + slots, page, newest, k_ptr, v_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs,
             HEAD_DIM, PIECE, BLOCK_D, WHOLE,
         )  # fmt: skip
+        page = _load_page(piece + 2 * slots, newest, pages_ptr, page_size, PIECE, WHOLE)
         m_j, l_j, acc_j = _state(q, k, v, keys < kv_len, qk_scale)
         k, v = k_next, v_next
         if arrivals == 1:
             m_i, l_i, acc = _merge_states(m_i, l_i, acc, m_j, l_j, acc_j)
         else:
-            tl.store(ml_ptr + piece * 2 * GROUP + m, m_j, mask=exists)
-            tl.store(ml_ptr + (piece * 2 + 1) * GROUP + m, l_j, mask=exists)
+            # Side by side, so that they are exchanged between threads at once.
+            ml = (piece * GROUP + m)[:, None] * 2 + tl.arange(0, 2)[None, :]
+            tl.store(ml_ptr + ml, tl.join(m_j, l_j), mask=exists[:, None])
             tl.store(acc_ptr + (piece * GROUP + m)[:, None] * HEAD_DIM + d[None, :], acc_j, mask=here)
     out_ptr += (wide_row * num_groups + group) * GROUP * HEAD_DIM
     if arrivals <= 1:
@@ -238,10 +243,7 @@ def _decode_attention_kernel(
         tl.debug_barrier()  # the addition publishes what all threads of the program stored before it
         if tl.atomic_add(counters_ptr + program, 1, sem="acq_rel", scope="gpu") == arrivals - 1:
             tl.store(counters_ptr + program, 0)
-            l_i, acc = _merge_stored(ml_ptr, acc_ptr, pieces, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D)
-            g = tl.arange(0, BLOCK_G)
-            here = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-            tl.store(out_ptr + g[:, None] * HEAD_DIM + d[None, :], rounded(_normalised(l_i, acc), dtype), mask=here)
+            _merge_stored(ml_ptr, acc_ptr, out_ptr, pieces, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D)
 
 
 def _decode_attention(
