@@ -1,4 +1,4 @@
-"""`begin_step` in Triton: one program embeds a tile of one row, and the first of a row also advances it."""
+"""`begin_step` in Triton: the first program of a row advances it, and each of the others embeds a tile of it."""
 
 import torch
 import triton
@@ -17,20 +17,17 @@ def _begin_step_kernel(
     hidden, head_dim, stride_embedding, multiplier, placeholder,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one row's embedding, and from the first tile the row's position, lengths, cosine and sine.
+    """One row's position, lengths, cosine and sine, or BLOCK columns of its embedding.
 
-    Grid: (rows, ⌈hidden / BLOCK⌉, at least 1). embedding (vocab, hidden), tokens, positions, kv_lens, active and lens (rows,),
-    frequencies (head_dim,) float32, x (rows, hidden), cos and sin (rows, head_dim). Contiguous, but for the embedding's rows.
+    Grid: (rows, 1 + ⌈hidden / BLOCK⌉). embedding (vocab, hidden), tokens, positions, kv_lens, active and lens (rows,), frequencies
+    (head_dim,) float32, x (rows, hidden), cos and sin (rows, head_dim). All but the embedding are contiguous.
     """
-    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     await_inputs(PDL)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    column = tile * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(tokens_ptr + row)
-    token = tl.where(token == placeholder, 0, token)
-    x = tl.load(embedding_ptr + token * stride_embedding + column, mask=column < hidden, other=0.0)
-    tl.store(x_ptr + row * hidden + column, rounded(x.to(tl.float32) * multiplier, dtype), mask=column < hidden)
-    if tile == 0:
+    if program == 0:
+        d = tl.arange(0, BLOCK_D)
+        frequency = tl.load(frequencies_ptr + d, mask=d < head_dim, other=0.0)
         active = tl.load(active_ptr + row)
         position = tl.load(positions_ptr + row) + active
         kv_len = tl.load(kv_lens_ptr + row) + active
@@ -39,10 +36,15 @@ def _begin_step_kernel(
         tl.store(positions_ptr + row, position)
         tl.store(kv_lens_ptr + row, kv_len)
         tl.store(lens_ptr + row, kv_len * active)
-        d = tl.arange(0, BLOCK_D)
-        cos, sin = cos_sin(position.to(tl.float32) * tl.load(frequencies_ptr + d, mask=d < head_dim, other=0.0))
+        cos, sin = cos_sin(position.to(tl.float32) * frequency)
         tl.store(cos_ptr + row * head_dim + d, rounded(cos, dtype), mask=d < head_dim)
         tl.store(sin_ptr + row * head_dim + d, rounded(sin, dtype), mask=d < head_dim)
+    else:
+        column = (program - 1) * BLOCK + tl.arange(0, BLOCK)
+        token = tl.load(tokens_ptr + row)
+        token = tl.where(token == placeholder, 0, token)
+        x = tl.load(embedding_ptr + token * stride_embedding + column, mask=column < hidden, other=0.0)
+        tl.store(x_ptr + row * hidden + column, rounded(x.to(tl.float32) * multiplier, dtype), mask=column < hidden)
 
 
 def _begin_step(
@@ -61,7 +63,7 @@ def _begin_step(
     cos, sin = embedding.new_empty(rows, head_dim), embedding.new_empty(rows, head_dim)
     if launching(embedding):
         launch(
-            _begin_step_kernel, (rows, max(triton.cdiv(hidden, _BLOCK), 1)),
+            _begin_step_kernel, (rows, 1 + triton.cdiv(hidden, _BLOCK)),
             Tile({"BLOCK": _BLOCK, "BLOCK_D": triton.next_power_of_2(max(head_dim, 1))}, _WARPS),
             embedding_ptr=embedding, tokens_ptr=tokens, positions_ptr=positions, kv_lens_ptr=kv_lens, active_ptr=active,
             frequencies_ptr=frequencies, x_ptr=x, cos_ptr=cos, sin_ptr=sin, lens_ptr=lens, hidden=hidden, head_dim=head_dim,

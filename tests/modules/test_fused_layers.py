@@ -54,7 +54,7 @@ def texts(rows: int) -> dict[str, Any]:
 
 
 def generated(model: nn.Module, inputs: dict[str, Any], **options: Any) -> Any:
-    settings = {"max_new_tokens": 6, "eos_token_id": [], "return_dict_in_generate": True, "output_logits": True}
+    settings = {"max_new_tokens": 3, "eos_token_id": [], "return_dict_in_generate": True, "output_logits": True}
     return model.generate(**inputs, **settings | options)
 
 
@@ -125,13 +125,13 @@ def test_answers_are_those_of_the_modules(name: str, backend: str, monkeypatch: 
     assert_same_answers(fused, by_modules(monkeypatch, lambda: generated(model, inputs)))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 20])
+@pytest.mark.parametrize("rows", [1, 8, 9, 20])
 def test_any_number_of_rows_gives_the_same(rows: int, monkeypatch: pytest.MonkeyPatch, passes: list[str]):
     monkeypatch.setenv(CHOICE, "triton")
     model, inputs = attentive(small_model()), texts(rows)
-    fused = generated(model, inputs, max_new_tokens=3)
+    fused = generated(model, inputs)
     assert passes == ["_many_rows"] + 2 * ["_few_rows" if rows <= 8 else "_many_rows"]
-    assert_same_answers(fused, by_modules(monkeypatch, lambda: generated(model, inputs, max_new_tokens=3)))
+    assert_same_answers(fused, by_modules(monkeypatch, lambda: generated(model, inputs)))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -143,8 +143,9 @@ def test_tokens_of_many_requests_are_those_of_the_modules(backend: str, monkeypa
     model.runtime.make_capture = lambda device: lambda function: function
     own = FusedLayers.candidates
     monkeypatch.setattr(FusedLayers, "candidates", lambda self, states: steps.append(len(states.hidden)) or own(self, states))
-    options = {"max_new_tokens": 6, "eos_token_id": [5, 7, 40]}  # some answers end early
-    for rows in (1, 2, 3, 8, 9, 17):
+    # Some answers end early. The interpreter is slow.
+    options = {"max_new_tokens": 12 if backend == "torch" else 4, "eos_token_id": [5, 7, 40]}
+    for rows in (1, 2, 3, 8, 9, 17) if backend == "torch" else (1, 3, 9):
         inputs = texts(rows) if rows != 3 else batch(model)
         model.generate(**inputs, **options)
         assert not steps
