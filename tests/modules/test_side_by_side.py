@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from granite_speech import GraniteSpeechForConditionalGeneration, accelerate, restore
 from granite_speech.checkpoints import tensor_file
 from granite_speech.interop.accelerate import acceleration_of
 from granite_speech.modules.side_by_side import arrange, padded_rows, side_by_side
+from tests.support.allocations import Allocations
 from tests.support.live_models import LIVE_SPECS
 from tests.support.live_models import batch as live_batch
 from tests.support.reference_models import build_reference
@@ -233,27 +233,6 @@ def test_a_state_dict_loads_side_by_side():
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------------------
-
-
-class Allocations(TorchDispatchMode):
-    """The bytes of all storages made inside that exist at once: now, and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self._storages = 0, {}
-
-    @property
-    def now(self) -> int:
-        self._storages = {key: one for key, one in self._storages.items() if one() is not None}
-        return sum(one().nbytes() for one in self._storages.values())
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {one.untyped_storage()._cdata for one in args if isinstance(one, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not result.is_meta and result.untyped_storage()._cdata not in given:
-            self._storages[result.untyped_storage()._cdata] = weakref.ref(result.untyped_storage())
-            self.peak = max(self.peak, self.now)
-        return result
 
 
 def nbytes(model: Model) -> int:
