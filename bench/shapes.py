@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration
-from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.adapter import attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 
 __all__ = ["CLIP_SECONDS", "RELEASED", "build", "configuration", "default_dtype", "request"]
 

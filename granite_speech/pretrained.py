@@ -1,7 +1,7 @@
 """`from_pretrained`: a folder or hub id to a model."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -20,7 +20,9 @@ from granite_speech.config import GraniteSpeechConfig
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import CheckpointError, ConfigError, InputError
 from granite_speech.generation.config import GenerationConfig
-from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.adapter import attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
+from granite_speech.modules.quantized import check_quantize, projections
 from granite_speech.modules.side_by_side import arrange, destinations
 from granite_speech.saving import Saving
 from granite_speech.trainer_checkpoints import complete_trainer
@@ -98,6 +100,7 @@ class Pretrained(Saving):
         state_dict: Mapping[str, torch.Tensor] | None = None,
         generation_config: Any = None,
         output_loading_info: bool = False,
+        quantize: str | None = None,
         **kwargs: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Load a checkpoint, adapter included, in evaluation mode.
@@ -120,6 +123,8 @@ class Pretrained(Saving):
             state_dict: the weights, in place of the folder's, with the names of this package or of transformers.
             generation_config: the options of `generate` that its calls do not set, in place of the folder's.
             output_loading_info: return a tuple of the model and a dictionary of the weights that did not match.
+            quantize: "int8" rounds the weights of the language model's layers to 8 bits as they are read (`modules/quantized.py`), so
+                that they need half the memory of bfloat16. Such a model answers; it cannot be trained, merged or saved.
             use_safetensors, weights_only, fusion_config, disable_mmap: of transformers. At their usual values they change nothing here
                 (`call_options`).
             kwargs: values that replace those of config.json (`text_config={"attention_dropout": 0.1}`), and transformers' options
@@ -136,6 +141,7 @@ class Pretrained(Saving):
             raise InputError(
                 got=f"{len(model_args)} more positional arguments", expected="only the folder or hub id", remedy="Pass them by name"
             )
+        check_quantize(quantize)
         target = choose_device(device, device_map)
         kwargs |= {"use_safetensors": use_safetensors, "fusion_config": fusion_config}
         hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
@@ -156,12 +162,16 @@ class Pretrained(Saving):
             checkpoint = Checkpoint.open(folder, variant=variant)
             if adapter_folder is not None:
                 checkpoint = with_adapter(checkpoint, adapter_folder)
-            model = cls._load(config, checkpoint, dtype=wanted, device=target, values=values, mismatched=mismatched)
+            options = {"values": values, "mismatched": mismatched, "quantize": quantize is not None}
+            model = cls._load(config, checkpoint, dtype=wanted, device=target, **options)
             _check_tied(kwargs.get("tie_word_embeddings"), model.config)
         if generation_config is not None:
             model.generation_config = generation_config
         elif folder is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        for module in projections(model.decoder) if quantize is not None else ():
+            if module.weight_scale is None:  # its values are not from a file
+                module.store_int8(module.weight.detach())
         arrange(model.decoder, model.get_output_embeddings())  # what was not read into its place
         model._record_dtype()
         model.name_or_path = pretrained_model_name_or_path or ""
@@ -247,6 +257,7 @@ class Pretrained(Saving):
         device: torch.device,
         values: Mapping[str, Any],
         mismatched: list[tuple] | None = None,
+        quantize: bool = False,
     ) -> Self:
         model = cls.without_weights(config, checkpoint, values)
         if checkpoint.adapter_config is None and config.has_lora_adapter:
@@ -255,7 +266,10 @@ class Pretrained(Saving):
                 "If this is a released 3.x model, add adapter_config.json and adapter_model.safetensors.",
                 stacklevel=4,
             )
-        load_into(model, checkpoint, dtype=dtype, device=device, mismatched=mismatched, places=partial(_places, model, device))
+        names = {module: f"{path}.weight" for path, module in model.named_modules()}
+        int8 = {names[module]: _int8_store(module, dtype) for module in projections(model.decoder)} if quantize else {}
+        places = partial(_places, model, device, int8)
+        load_into(model, checkpoint, dtype=dtype, device=device, mismatched=mismatched, places=places, store=int8)
         if mismatched:
             model.initialize_weights({name for name, *_ in mismatched})
         return model
@@ -302,8 +316,13 @@ def as_config(config: Any) -> GraniteSpeechConfig:
     return converted
 
 
-def _places(model: nn.Module, device: torch.device, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Memory for weights of the language model that lie side by side, by their names among `dtypes`."""
+def _int8_store(module: nn.Module, dtype: torch.dtype | None) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
+    return lambda values, out: module.store_int8(values, out, dtype)
+
+
+def _places(model: nn.Module, device: torch.device, int8: Collection[str], dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Memory for weights of the language model that lie side by side, by their names among `dtypes`; those of `int8` become int8."""
+    dtypes = dtypes | {name: torch.int8 for name in dtypes if name in int8}
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in dtypes}
     found = destinations(model.decoder, model.get_output_embeddings(), lambda one: dtypes.get(names.get(id(one))), device)
     return {names[id(parameter)]: place for parameter, place in found}

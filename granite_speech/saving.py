@@ -15,6 +15,7 @@ from granite_speech.errors import CheckpointError, InputError
 from granite_speech.generation.config import WithGenerationConfig
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.model_methods import ModelMethods
+from granite_speech.modules.quantized import refuse_quantized
 
 __all__ = ["Saving"]
 
@@ -56,11 +57,12 @@ class Saving(ModelMethods, WithGenerationConfig, Adapters):
 
         Raises:
             CheckpointError: a path that cannot be written, or a state_dict without some of the weights or with unknown ones.
-            InputError, UnsupportedError: another option.
+            InputError, UnsupportedError: another option; int8 weights.
         """
         kwargs |= {"distributed_checkpoint": distributed_checkpoint}
         if not is_main_process:
             return
+        refuse_quantized(self, "save_pretrained")
         self._check_adapters()
         tensors = self.canonical_state_dict() if state_dict is None else self._given_tensors(state_dict)
         lora = {name: tensor for name, tensor in tensors.items() if is_lora(name)}

@@ -18,7 +18,8 @@ from granite_speech import (
     InputError,
     UnsupportedError,
 )
-from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.adapter import attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 from tests.checkpoints.test_weight_names import LAYOUTS, LORA, build, truth
 from tests.support.reference_models import SPECS, build_reference, clip_inputs, scale_logits, write_released_layout
 

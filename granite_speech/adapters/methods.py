@@ -21,7 +21,8 @@ from granite_speech.adapters.peft_layers import complete, switch_layers, wrapped
 from granite_speech.adapters.tensors import AdapterLoadInfo, checked_paths, from_folder, from_tensors
 from granite_speech.checkpoints.weight_names import canonical_keys, canonical_path, is_lora
 from granite_speech.errors import InputError, UnsupportedError
-from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_to, merge_adapter
+from granite_speech.modules.adapter import LoraLinear, attach_to, merge_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 from granite_speech.modules.adapter_targets import ALL_LINEAR, target_paths, target_suffixes
 
 __all__ = ["Adapters"]

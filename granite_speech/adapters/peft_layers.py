@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from granite_speech.modules.adapter import AdapterConfig, Lora, LoraLinear
+from granite_speech.modules.adapter import Lora, LoraLinear
+from granite_speech.modules.adapter_config import AdapterConfig
 from granite_speech.modules.adapter_targets import matches
 
 __all__ = ["complete", "switch_layers", "wrapped_layers"]

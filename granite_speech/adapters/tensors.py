@@ -12,7 +12,8 @@ from granite_speech.checkpoints.folder import read_adapter, resolve
 from granite_speech.checkpoints.tensor_file import open_tensors, read_tensor, staging_buffer
 from granite_speech.checkpoints.weight_names import canonical_keys, is_lora
 from granite_speech.errors import CheckpointError, InputError, UnsupportedError
-from granite_speech.modules.adapter import AdapterConfig, LoraLinear
+from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.adapter_config import AdapterConfig
 
 __all__ = ["AdapterLoadInfo", "checked_paths", "from_folder", "from_tensors"]
 

@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = {
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 _ONE_DEVICE = "Omit it; a model runs on one device here"
 _NO_PICKLES = "Omit it, or pass True; only safetensors files are read and written, because a pickle can run code when it is opened"
-_NOT_QUANTISED = "Omit it, and pass dtype=torch.bfloat16 or torch.float16 for smaller weights"
+_NOT_QUANTISED = "Omit it, and pass quantize='int8' to a model's from_pretrained, or dtype=torch.bfloat16, for smaller weights"
 
 # Option: the values other than None that change nothing, and the remedy for any other value.
 _AT_THESE_VALUES: dict[str, tuple[tuple, str]] = {

@@ -11,7 +11,7 @@ All layouts that transformers and peft have written can be read.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -244,6 +244,7 @@ def load_into(
     device: torch.device,
     mismatched: list[tuple[str, torch.Size, torch.Size]] | None = None,
     places: Callable[[dict[str, torch.dtype]], dict[str, torch.Tensor]] | None = None,
+    store: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], None]] | None = None,
 ) -> None:
     """Load a checkpoint into a module that was built on the meta device.
 
@@ -260,6 +261,7 @@ def load_into(
             without values. Such a weight is an error if this is None.
         places: called with the dtype of every tensor that will be read, by name. It returns the memory to read some of them into; the
             others get memory of their own.
+        store: by name, called with the values of a tensor in the file's dtype and its memory from `places`, in place of storing it.
 
     Raises:
         CheckpointError: names missing from the file or unknown to the module, different shapes, two different values for one
@@ -271,13 +273,16 @@ def load_into(
         names = [other for other, tensor in wanted.items() if tensor is wanted[name]]
         _replace(module, names, torch.empty(shape, dtype=dtype or checkpoint.entries[name].dtype, device=device))
     dtypes = {names[0]: dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype for entry, names in plan}
-    memory = {} if places is None else places(dtypes)
+    memory, store = {} if places is None else places(dtypes), store or {}
     staging = staging_buffer(device)
     for path, tensors in groupby(plan, key=lambda item: item[0].file):
         with open_tensors(path) as file:
             for entry, names in tensors:
-                out = memory.pop(names[0], None)
-                _replace(module, names, read_tensor(file, entry, dtype=dtypes[names[0]], device=device, staging=staging, out=out))
+                name, out = names[0], memory.pop(names[0], None)
+                if name in store:
+                    store[name](read_tensor(file, entry, dtype=entry.dtype, device=device, staging=staging), out)
+                else:
+                    _replace(module, names, read_tensor(file, entry, dtype=dtypes[name], device=device, staging=staging, out=out))
     for name, tensor in module.state_dict(keep_vars=True).items():
         if is_optional(name) and name not in checkpoint.entries:
             _replace(module, [name], torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))

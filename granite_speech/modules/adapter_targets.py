@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from granite_speech.errors import InputError
-from granite_speech.modules.adapter import LoraLinear, known_paths
+from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.adapter_config import known_paths
 
 __all__ = ["ALL_LINEAR", "matches", "target_paths", "target_suffixes"]
 

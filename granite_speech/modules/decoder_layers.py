@@ -123,7 +123,9 @@ class GraniteAttention(nn.Module):
         return not needs_gradient and OPERATIONS["paged_attention"].resolve(None, q.device, q.dtype) == "triton"
 
     def extra_repr(self) -> str:
-        return OPERATIONS["paged_attention"].backend(self.q_proj.weight)
+        weight = self.q_proj.weight
+        dtype = getattr(self.q_proj, "activation_dtype", weight.dtype)  # peft's layers have none
+        return OPERATIONS["paged_attention"].backend(torch.empty(0, dtype=dtype, device=weight.device))
 
 
 def _layout_of_call(

@@ -74,8 +74,8 @@ def arrange(decoder: nn.Module, head: nn.Module | None = None) -> None:
     and the scales of int8 weights likewise. Matrices of another dtype than the weights have a storage of their own. At most one layer, or
     the head, is in memory twice.
 
-    Left where they are: parameters that are not plain ones, that are without values, in shared memory or part of a larger buffer (as FSDP
-    and DeepSpeed have), or whose memory somebody else refers to; and modules that are not this package's own linear layers.
+    Left where they are: parameters that are not plain ones, that are without values or in shared memory, or whose memory somebody else
+    refers to (a state dict in use; the large buffers of FSDP and DeepSpeed); and modules that are not this package's own linear layers.
 
     Args:
         decoder: the language model without its head.
@@ -174,12 +174,10 @@ def _can_move(tensor: Tensor) -> bool:
     is_plain = type(tensor) in (nn.Parameter, Tensor, FakeTensor) and tensor.layout == torch.strided and tensor.is_contiguous()
     if not is_plain or tensor.device.type not in _DEVICES or tensor.numel() == 0:
         return False
-    storage = tensor.untyped_storage()
-    if storage.nbytes() != tensor.nbytes:
-        return False
     if not launching(tensor):
         return True
-    # The parameter's and that of `storage`. A third is a view of the values, which must not become a copy of earlier ones.
+    # The parameter's and that of `storage`. A third is a view of the values, or a larger buffer that they are part of.
+    storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) <= 2 and not (tensor.device.type == "cpu" and storage.is_shared())
 
 

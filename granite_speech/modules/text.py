@@ -6,6 +6,7 @@ reads from the device once, everything that shapes depend on.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Self
 from warnings import warn
 
 import torch
@@ -22,6 +23,7 @@ from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import BaseModelOutputWithPast, Lazy
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import ModelInputs
+from granite_speech.modules.quantized import refuse_quantized
 from granite_speech.modules.rows import Rows, pack_rows
 from granite_speech.modules.tokens import Tokens
 from granite_speech.modules.transfers import on_device
@@ -86,6 +88,12 @@ class TextToStates(GradientCheckpointing, nn.Module):
     def get_decoder(self) -> nn.Module:
         """The language model without its head."""
         return self.decoder
+
+    def train(self, mode: bool = True) -> Self:
+        """As `torch.nn.Module.train`; int8 weights cannot be trained."""
+        if mode:
+            refuse_quantized(self.decoder, "train")
+        return super().train(mode)
 
     def merge_adapter(self) -> None:
         """Add the adapter to the weights and remove it. It is then on for requests without audio too."""

@@ -8,7 +8,9 @@ from torch import nn
 from granite_speech.checkpoints.weight_names import is_lora
 from granite_speech.errors import InputError
 from granite_speech.model import GraniteSpeechForConditionalGeneration
-from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter
+from granite_speech.modules.adapter import LoraLinear, attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
+from granite_speech.modules.quantized import refuse_quantized
 from granite_speech.training.seeds import seeded
 
 __all__ = ["attach_fresh_adapter", "has_adapter", "prepare"]
@@ -29,7 +31,9 @@ def prepare(model: GraniteSpeechForConditionalGeneration, parts: Sequence[str]) 
 
     Raises:
         InputError: the parts have no parameters.
+        UnsupportedError: int8 weights.
     """
+    refuse_quantized(model, "training")
     if "encoder" in parts:
         # Running statistics move by a tenth of the difference each time, which bfloat16 would round away.
         for module in model.encoder.modules():

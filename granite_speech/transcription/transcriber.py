@@ -56,7 +56,12 @@ class Transcriber:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> Self:
         """Loads both from a folder or hub id.
 
@@ -64,6 +69,7 @@ class Transcriber:
             name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
             device: of the model; None for CUDA if available, else the CPU.
             dtype: of the weights; None for the checkpoint's.
+            quantize: "int8" rounds the weights of the language model's layers to 8 bits.
 
         Raises:
             CheckpointError, ConfigError, InputError: a checkpoint, device or dtype that cannot be used.
@@ -71,7 +77,7 @@ class Transcriber:
         """
         chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
         processor = GraniteSpeechProcessor.from_pretrained(name_or_path)
-        model = GraniteSpeechForConditionalGeneration.from_pretrained(name_or_path, device=chosen, dtype=dtype)
+        model = GraniteSpeechForConditionalGeneration.from_pretrained(name_or_path, device=chosen, dtype=dtype, quantize=quantize)
         for operation in OPERATIONS.values():
             operation.resolve(None, model.device, model.dtype)  # fails here rather than at the first recording
         return cls(model, processor)

@@ -10,7 +10,8 @@ from torch import nn
 
 from granite_speech import GraniteSpeechForConditionalGeneration
 from granite_speech.errors import CheckpointError, InputError, UnsupportedError
-from granite_speech.modules.adapter import AdapterConfig, LoraLinear
+from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.adapter_config import AdapterConfig
 from granite_speech.modules.adapter_targets import target_paths
 from tests.support.small_models import AUDIO, small_model
 

@@ -21,7 +21,8 @@ from granite_speech import (
 )
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.checkpoints.weight_names import canonical_keys
-from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.adapter import attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 from tests.support.two_libraries import Call, comparison
 
 

@@ -30,9 +30,9 @@ def test_options_without_effect_are_accepted(options):
 REFUSED = [
     ({"use_safetensors": False}, "use_safetensors=False", "pickle"),
     ({"safe_serialization": False}, "safe_serialization=False", "pickle"),
-    ({"load_in_8bit": True}, "load_in_8bit=True", "dtype="),
-    ({"load_in_4bit": 1}, "load_in_4bit=1", "dtype="),
-    ({"quantization_config": {"bits": 4}}, "quantization_config=", "dtype="),
+    ({"load_in_8bit": True}, "load_in_8bit=True", "quantize='int8'"),
+    ({"load_in_4bit": 1}, "load_in_4bit=1", "quantize='int8'"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config=", "quantize='int8'"),
     ({"tp_plan": "auto"}, "tp_plan='auto'", "one device"),
     ({"gguf_file": "a.gguf"}, "gguf_file", "safetensors"),
     ({"proxies": {"https": "a"}}, "proxies", "HTTPS_PROXY"),

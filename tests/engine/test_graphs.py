@@ -15,7 +15,8 @@ from granite_speech.engine import decoding, encoding, prefill
 from granite_speech.engine.graphs import CaptureWarning
 from granite_speech.engine.state import STEPS
 from granite_speech.engine.step import DecodeStep
-from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.adapter import attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 from tests.support.fake_graph import CaptureError, FakeCapture, tensors_of
 from tests.support.small_models import AUDIO, attentive, small_model, text
 

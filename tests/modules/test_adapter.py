@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from granite_speech.errors import CheckpointError, UnsupportedError
-from granite_speech.modules.adapter import AdapterConfig, LoraLinear, attach_adapter, merge_adapter
+from granite_speech.modules.adapter import LoraLinear, attach_adapter, merge_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 

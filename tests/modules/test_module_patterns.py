@@ -8,7 +8,7 @@ import pytest
 from peft.utils.other import get_pattern_key
 
 from granite_speech.errors import CheckpointError
-from granite_speech.modules.adapter import AdapterConfig
+from granite_speech.modules.adapter_config import AdapterConfig
 from granite_speech.modules.module_patterns import ModulePatterns
 
 MODULES = [

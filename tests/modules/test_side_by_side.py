@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from granite_speech import GraniteSpeechForConditionalGeneration, accelerate, restore
 from granite_speech.checkpoints import tensor_file
 from granite_speech.interop.accelerate import acceleration_of
 from granite_speech.modules.side_by_side import arrange, padded_rows, side_by_side
+from tests.support.allocations import Allocations
 from tests.support.live_models import LIVE_SPECS
 from tests.support.live_models import batch as live_batch
 from tests.support.reference_models import build_reference
@@ -234,27 +235,6 @@ def test_a_state_dict_loads_side_by_side():
 # --- memory ----------------------------------------------------------------------------------------------------------------------
 
 
-class Allocations(TorchDispatchMode):
-    """The bytes of all storages made inside that exist at once: now, and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self._storages = 0, {}
-
-    @property
-    def now(self) -> int:
-        self._storages = {key: one for key, one in self._storages.items() if one() is not None}
-        return sum(one().nbytes() for one in self._storages.values())
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {one.untyped_storage()._cdata for one in args if isinstance(one, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not result.is_meta and result.untyped_storage()._cdata not in given:
-            self._storages[result.untyped_storage()._cdata] = weakref.ref(result.untyped_storage())
-            self.peak = max(self.peak, self.now)
-        return result
-
-
 def nbytes(model: Model) -> int:
     return sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
 
@@ -266,7 +246,7 @@ def test_loading_needs_no_more_memory_than_the_model(dtype: torch.dtype, monkeyp
         model = Model.from_pretrained("embedded", dtype=dtype)
     assert is_arranged(model)
     assert nbytes(model) <= allocations.now < 1.02 * nbytes(model)
-    assert allocations.peak < 1.02 * nbytes(model) + 8192
+    assert allocations.peak <= allocations.now + 8192  # of which 4096 are read into
 
 
 def test_arranging_needs_memory_for_one_layer():
@@ -285,7 +265,7 @@ def test_an_inactive_adapter_does_not_keep_the_memory_of_the_weights():
     model = small_model()
     layer = model.decoder.layers[0].self_attn
     arranged(model)
-    old = weakref.ref(layer.q_proj.weight.untyped_storage())
+    old = weakref.ref(side_by_side(layer.q_proj.weight, layer.k_proj.weight).untyped_storage())
     state = values(model)
     model.add_adapter({"r": 2, "target_modules": ["k_proj"]}, "other")
     before = layer.q_proj.weight.data_ptr()
@@ -367,14 +347,12 @@ def projections(model: Model) -> list[nn.Parameter]:
     return [one.weight for one in (layer.q_proj, layer.k_proj, layer.v_proj)]
 
 
-def flat_buffer(model: Model) -> object:
-    """As FSDP keeps a layer's parameters."""
-    whole = torch.cat([one.detach().flatten() for one in (*projections(model), torch.zeros(9))])
-    at = 0
-    for one in projections(model):
+def flat_buffer(model: Model) -> None:
+    """As FSDP and DeepSpeed keep parameters, in another order. Nobody but they refer to it."""
+    whole, at = torch.cat([one.detach().flatten() for one in reversed(projections(model))]), 0
+    for one in reversed(projections(model)):
         one.data = whole[at : at + one.numel()].view(one.shape)
         at += one.numel()
-    return whole
 
 
 def shared_memory(model: Model) -> None:
@@ -415,16 +393,13 @@ OTHERS = [flat_buffer, shared_memory, held_values, on_meta, subclass_of_paramete
 @pytest.mark.parametrize("make", OTHERS)
 def test_weights_that_must_not_move_stay(make: Callable[[Model], object]):
     model = small_model()
-    kept = make(model)  # referred to while the weights might move
+    in_use = make(model)
     before = [one.data_ptr() for one in projections(model)]
     arranged(model)
     assert [one.data_ptr() for one in projections(model)] == before
-    if make is flat_buffer:  # which has q, k and v one after another as it is
-        assert side_by_side(*projections(model)).data_ptr() == kept.data_ptr()
-    elif make is not on_meta:
-        assert side_by_side(*projections(model)) is None
+    assert side_by_side(*projections(model)) is None
     layer = model.decoder.layers[1].mlp
-    assert (side_by_side(layer.gate_proj.weight, layer.up_proj.weight) is None) == (make is held_values)
+    assert (side_by_side(layer.gate_proj.weight, layer.up_proj.weight) is None) == (in_use is not None)
 
 
 def test_a_state_dict_that_is_in_use_stays_up_to_date():
@@ -460,6 +435,8 @@ def test_neighbours_by_chance_are_not_side_by_side():
     assert side_by_side(whole[:2], whole[3:5]) is None
     assert side_by_side(whole[:2], whole[2:5].view(torch.int32)) is None
     assert side_by_side(whole.T[:2], whole.T[2:4]) is None
+    parts = [from_dlpack(to_dlpack(one)) for one in whole.split([2, 3])]  # as two allocations that happen to be neighbours
+    assert side_by_side(*parts) is None
     assert padded_rows(whole[:3], 4) is None, "the row after them is not padding"
     assert padded_rows(torch.zeros(8, 4), 4).shape == (8, 4)
 

@@ -10,7 +10,8 @@ import torch
 
 from granite_speech import GraniteSpeechConfig, GraniteSpeechFeatureExtractor, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
-from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.adapter import attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 from tests.support.small_tokenizer import write_tokenizer
 
 __all__ = ["write_checkpoint"]

@@ -4,7 +4,8 @@ import torch
 from granite_kernels import OPERATIONS
 
 from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGeneration
-from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.adapter import attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 
 __all__ = ["LAYER_OPERATIONS", "attentive", "batch", "small_model"]
 

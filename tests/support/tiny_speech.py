@@ -9,7 +9,8 @@ import torch
 
 from granite_speech import GraniteSpeechConfig, GraniteSpeechFeatureExtractor, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
-from granite_speech.modules.adapter import AdapterConfig, attach_adapter
+from granite_speech.modules.adapter import attach_adapter
+from granite_speech.modules.adapter_config import AdapterConfig
 from granite_speech.training import Dialogue, SpeechData, Trainer, TrainerOptions, parameter_groups, prepare, read_manifest, speech_loss
 from tests.support.small_tokenizer import write_tokenizer
 
