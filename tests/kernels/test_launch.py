@@ -71,9 +71,15 @@ def test_a_call_launches_while_launches_are_recorded(op: Operation):
         assert launches
 
 
-@pytest.mark.parametrize("op", EACH)
-def test_no_kernel_is_compiled_again_for_another_batch(op: Operation):
-    done = compiled("-m", "tests.support.compilations", op.name)
+@pytest.fixture(scope="module")
+def compilations() -> dict[str, dict[str, int]]:
+    """Of each operation, how often each kernel is compiled. One process counts for all, since it takes seconds to start."""
+    done = compiled("-m", "tests.support.compilations", *OPERATIONS)
     assert done.returncode == 0, done.stderr[-2000:]
-    counts = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("op", EACH)
+def test_no_kernel_is_compiled_again_for_another_batch(op: Operation, compilations: dict):
+    counts = compilations[op.name]
     assert counts and set(counts.values()) == {1}, counts

@@ -1,6 +1,6 @@
-"""Counts how often each kernel of an operation is compiled for batches of all sizes. Run it without TRITON_INTERPRET.
+"""Counts how often each kernel of some operations is compiled for batches of all sizes. Run it without TRITON_INTERPRET.
 
-python -m tests.support.compilations paged_attention
+python -m tests.support.compilations paged_attention lora_linear
 """
 
 import json
@@ -61,5 +61,4 @@ def changing_calls(name: str) -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
-    print(json.dumps(compilations(OPERATIONS[name], changing_calls(name))))
+    print(json.dumps({name: compilations(OPERATIONS[name], changing_calls(name)) for name in sys.argv[1:]}))

@@ -85,13 +85,14 @@ def train(folder: Path, output: Path, seconds: float | None = None) -> list[dict
 
 
 def run(group: str, manifest: str, model: str, folder: Path, output: Path) -> dict:
+    command = [manifest, "--model", model, "--batch-seconds", "0.8", "--steps", "2", "--output"]
     if group == "finetune":
-        return {"joined": join_repeatedly(), "tuned": tune(manifest, model, output / "tuned")}
+        results = {"joined": join_repeatedly(), "tuned": tune(manifest, model, output / "tuned")}
+        return results | {"command": run_command(*command, str(output / "command"), "--accumulate", "2")}
     results = {"tuned": tune(manifest, model, output / "tuned")}
     results["failures"] = {place: tune_with_failure(place, manifest, model, output / place) for place in FAILURES}
-    command = [manifest, "--model", model, "--batch-seconds", "0.8", "--steps", "2", "--output", str(output / "tuned")]
-    results["taken"] = run_command(*command, "--accumulate", "2")
-    results["uneven"] = run_command(*command, "--resume")
+    results["taken"] = run_command(*command, str(output / "tuned"), "--accumulate", "2")
+    results["uneven"] = run_command(*command, str(output / "tuned"), "--resume")
     results["trained"] = train(folder, output / "trained")
     results["stopped"], results["continued"] = train(folder, output / "pieces", seconds=0), train(folder, output / "pieces")
     return results

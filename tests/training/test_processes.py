@@ -105,11 +105,11 @@ def test_processes_can_join_again_after_leaving(in_group_of_finetune):
 
 
 @needs_processes
-def test_the_command_in_two_processes_reports_once(base, manifest, tmp_path):
-    command = ["-m", "granite_speech.cli", "finetune", manifest, "--model", base, "--output", tmp_path / "out", "--batch-seconds", "0.8"]
-    status, out, err = torchrun(tmp_path, *command, "--steps", "2", "--accumulate", "2")
-    assert status == 0, err
-    assert out[0].startswith(f"{tmp_path / 'out'}: 2 steps, loss ") and out[1] == ""
+def test_the_command_in_two_processes_reports_once(in_group_of_finetune):
+    results, folder = in_group_of_finetune
+    statuses, out, err = zip(*(one["command"] for one in results), strict=True)
+    assert statuses == (0, 0), err
+    assert out[0].startswith(f"{folder / 'command'}: 2 steps, loss ") and out[1] == ""
 
 
 @needs_processes
