@@ -121,7 +121,8 @@ class CountingGPU(TorchDispatchMode):
             # Of our own operations, also what the launcher allocates between two kernels.
             inner = [one for launch in recorded for one in launch.arguments.values() if _on_device(one)]
             new = {_storage(one): one.untyped_storage().nbytes() for one in (*results, *inner)}
-            self._counts.bytes += sum(size for storage, size in new.items() if storage not in before)
+            if func is not aten.set_.source_Storage_storage_offset:  # which makes a view
+                self._counts.bytes += sum(size for storage, size in new.items() if storage not in before)
             if func.namespace == "granite_kernels":
                 self._counts.launches.update(launch.kernel.__name__ for launch in recorded)
                 launches = len(recorded)

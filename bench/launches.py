@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["UnknownOperationError", "launches_of"]
 
-# Allocations. Nothing runs on the device.
+# Allocations and views. Nothing runs on the device.
 NONE = {"empty.memory_format", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
+NONE |= {"set_.source_Storage_storage_offset"}
 
 # One kernel, one copy or one fill.
 ONE = {

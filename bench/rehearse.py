@@ -25,12 +25,14 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.modules.cache import PagePool
 from granite_speech.modules.fused_layers import FusedLayers
 from granite_speech.modules.prompts import ModelInputs
+from granite_speech.modules.quantized import projections
 from granite_speech.modules.side_by_side import arrange
 
 __all__ = ["WORK", "Rehearsal", "count", "run", "table"]
 
 FILE = results.FOLDER / "rehearsal.json"
 MODELS = {"4.1-2b": False, "3.3-2b": True}  # whether it has an adapter
+INT8 = " int8"  # at the end of a model's name: its projections have int8 weights
 CLIPS = (1, 128)
 ROWS = (1, 8, 16, 128)  # of a decode step
 # Keys of each sequence before a decode step. A launch does not depend on it.
@@ -60,7 +62,10 @@ class Rehearsal:
     layers: int | None = None
 
     def model(self) -> Any:
-        model = shapes.build(self.name, adapter=MODELS[self.name], device=DEVICE, layers=self.layers)
+        name = self.name.removesuffix(INT8)
+        model = shapes.build(name, adapter=MODELS[name], device=DEVICE, layers=self.layers)
+        for module in projections(model.decoder) if name != self.name else ():
+            module.store_int8(module.weight.detach())
         model.use_graphs = False  # this machine may have a GPU, which could not capture tensors without memory
         arrange(model.decoder, model.lm_head)  # as `from_pretrained` leaves them
         return model
@@ -100,12 +105,12 @@ class Rehearsal:
         """Bytes that a decode step must move: every weight of the language model once, and the keys and values of its rows."""
         model = self.model()
         decoder = model.decoder
-        weights = nbytes(*decoder.layers.parameters(), decoder.norm.weight, model.lm_head.weight)
+        weights = nbytes(*decoder.layers.parameters(), *decoder.layers.buffers(), decoder.norm.weight, model.lm_head.weight)
         return weights + self.key_bytes(context)
 
     def key_bytes(self, context: int = CONTEXT) -> int:
         """Bytes of the keys and values that a decode step reads and writes."""
-        config = GraniteSpeechConfig(**shapes.configuration(self.name, self.layers)).text_config
+        config = GraniteSpeechConfig(**shapes.configuration(self.name.removesuffix(INT8), self.layers)).text_config
         token = 2 * config.num_key_value_heads * config.attention_head_dim * torch.bfloat16.itemsize
         return config.num_hidden_layers * self.clips * (context + 1) * token
 
@@ -147,8 +152,8 @@ def count(work: str, name: str, clips: int, layers: int | None = None) -> Counts
 
 def measurements() -> Iterator[dict[str, Any]]:
     """Counts of every part of the work, model and batch."""
-    for name in MODELS:
-        for work, (_, layers) in WORK.items():
+    for name in (*MODELS, f"4.1-2b{INT8}"):
+        for work, (_, layers) in WORK.items() if name in MODELS else {STEP: WORK[STEP]}.items():
             for clips in ROWS if work in _STEPS else CLIPS:
                 counts = count(work, name, clips)
                 entry = {"model": name, "work": work, "clips": clips, "launches": counts.launches.total()}

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.cache import CacheStep
 from granite_speech.modules.decoder_layers import GraniteDecoderLayer, GraniteRMSNorm
+from granite_speech.modules.quantized import dequantized
 from granite_speech.modules.rotary import Rotary, rotary_embedding
 from granite_speech.modules.side_by_side import padded_rows, side_by_side
 from granite_speech.modules.tokens import Tokens
@@ -90,7 +91,8 @@ class _Product:
         if self.joined is not None:
             return F.linear(x, self.joined).split((self.weight.shape[0], self.lora_a.shape[0]), dim=1)
         low = None if self.lora_a is None else F.linear(x, self.lora_a)
-        return F.linear(x, self._in_dtype_of(x), self.bias), low
+        weight = self.weight if self.scale is None else dequantized(self.weight, self.scale, x.dtype)
+        return F.linear(x, weight, self.bias), low
 
     def partial(self, x: Tensor, rows: int) -> Tensor:
         """The product, or its partial sums where `add_rms_norm` is faster with them."""
@@ -98,11 +100,6 @@ class _Product:
         if not is_split or OPERATIONS["split_linear"].resolve(None, x.device, x.dtype) != "triton":
             return self.plain(x)[0]
         return OPERATIONS["split_linear"].run(x, self.weight, parts=parts_for(rows, *self.weight.shape[::-1]))
-
-    def _in_dtype_of(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return self.weight
-        return torch.mul(self.weight, self.scale.unsqueeze(1), out=torch.empty(self.weight.shape, dtype=x.dtype, device=x.device))
 
 
 @dataclass(frozen=True)
@@ -144,9 +141,8 @@ class _Layer:
 
 def _has_dtype(module: LoraLinear, dtype: torch.dtype) -> bool:
     """Whether a projection and its adapter compute in this dtype."""
-    weights = [module.weight] if module.weight_scale is None else []
-    weights += [module.lora_A.weight, module.lora_B.weight] if module.has_adapter else []
-    return all(one.dtype == dtype for one in weights)
+    matrices = [module.lora_A.weight, module.lora_B.weight] if module.has_adapter else []
+    return module.activation_dtype == dtype and all(one.dtype == dtype for one in matrices)
 
 
 def _product(modules: tuple[LoraLinear, ...]) -> _Product | None:

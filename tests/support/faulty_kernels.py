@@ -78,6 +78,7 @@ def main() -> None:
     for fault, text in expected.items():
         assert any(text in one for one in faults(matvec(fault), 90)), (fault, faults(matvec(fault), 90))
 
+    audit.ARCHITECTURES = (80,)  # what follows does not depend on it
     OPERATIONS.clear()
     OPERATIONS["faulty"] = operation(32, 4)
     with tempfile.TemporaryDirectory() as folder:
