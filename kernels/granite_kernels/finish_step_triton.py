@@ -39,7 +39,7 @@ def _finish_step_kernel(
     if ids_ptr is not None:
         chosen = tl.load(ids_ptr + row * stride_ids + column).to(tl.int64)
     e = tl.arange(0, BLOCK_ENDS)
-    is_end = (tl.load(ends_ptr + row * stride_ends + e, mask=e < ends, other=0) == chosen) & (e < ends)
+    is_end = tl.load(ends_ptr + row * stride_ends + e, mask=e < ends, other=-1) == chosen
     ended = (tl.max(is_end.to(tl.int32), axis=0) > 0) | (tl.load(kv_lens_ptr + row) >= tl.load(limits_ptr + row))
     active = tl.load(active_ptr + row)
     tl.store(history_ptr + row, tl.where(active > 0, chosen, -1))

@@ -15,7 +15,7 @@ def state(rows: int, *, ends: list[list[int]] | None = None, **changes: list[int
         "tokens": torch.full((rows,), -7),
         "history": torch.full((rows,), -9),
         **{name: torch.tensor(one, dtype=torch.int32) for name, one in values.items()},
-        "ends": torch.tensor([[-1, -1]] * rows if ends is None else ends),
+        "ends": torch.tensor([[-1, -1]] * rows if ends is None else ends, dtype=torch.int64),
     }
 
 
@@ -64,10 +64,12 @@ def test_a_score_that_is_not_a_number_gives_one_of_the_candidates(impl: str):
     assert all(10 <= one < 15 for one in chosen.tolist())
 
 
-def test_a_token_of_minus_1_in_ends_ends_nothing():
-    given = state(2)
-    finish_step(torch.eye(2), None, **given)
-    assert given["active"].tolist() == [1, 1]
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("ends", [[], [-1], [-1, 5, -1]], ids=str)
+def test_only_the_given_ends_end_a_row(ends: list[int], impl: str):
+    given = state(3, ends=[ends] * 3)
+    finish_step(torch.eye(3), None, **given, impl=impl)
+    assert given["active"].tolist() == [1, 1, 1]
 
 
 def test_scores_without_candidates_are_refused():

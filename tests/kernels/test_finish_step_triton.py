@@ -34,7 +34,15 @@ def test_the_best_is_found_in_every_part_of_a_row():
 
 
 def test_the_first_of_equal_scores_is_chosen_across_blocks_and_lanes():
-    pairs = [(BLOCK + 3, 2 * BLOCK), (7, 5 * BLOCK + 2), (4 * BLOCK + 1, 5 * BLOCK + 1), (BLOCK - 1, BLOCK), (12, 13)]
+    pairs = [
+        (BLOCK + 3, 2 * BLOCK),
+        (7, 5 * BLOCK + 2),
+        (4 * BLOCK + 1, 5 * BLOCK + 1),
+        (BLOCK - 1, BLOCK),
+        (12, 13),
+        (5, 3 * BLOCK + 5),
+        (9, 5 * BLOCK + 9),
+    ]
     scores = torch.zeros(len(pairs), COLUMNS, dtype=torch.bfloat16)
     for row, places in enumerate(pairs):
         scores[row, list(places)] = 2.0
