@@ -42,7 +42,7 @@ def assert_at_rest(engine):
 @pytest.mark.parametrize(("seed", "max_rows", "max_pages"), [(0, 32, 2000), (1, 5, 60), (2, 9, 14), (3, 1, 2000), (4, 64, 14)])
 def test_random_requests_in_random_order_with_random_cancellations_get_the_tokens_of_generate(seed, max_rows, max_pages):
     dice = random.Random(seed)
-    requests = [random_request(1000 * seed + number, MODEL) for number in range(100)]
+    requests = [random_request(1000 * seed + number, MODEL) for number in range(60)]
     dice.shuffle(requests)
     assert max(map(pages_of, requests)) <= max_pages
     with Engine(MODEL, None, max_rows=max_rows, max_pages=max_pages) as engine:
@@ -57,7 +57,7 @@ def test_random_requests_in_random_order_with_random_cancellations_get_the_token
         assert_at_rest(engine)
     for request, answer in zip(requests, got, strict=True):
         assert_as_generate(MODEL, request, answer)
-    assert sum(answer.finish_reason != "cancelled" for answer in got) > 50
+    assert sum(answer.finish_reason != "cancelled" for answer in got) > 30
 
 
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "with a seed"])

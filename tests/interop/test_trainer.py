@@ -51,11 +51,16 @@ def run(model, folder, **options):
     return trainer, losses(trainer), [one["grad_norm"] for one in trainer.state.log_history if "grad_norm" in one]
 
 
+@cache
+def run_of_theirs(optimizer, folder):
+    return run(build("theirs"), folder / optimizer, **OPTIMIZERS[optimizer])
+
+
 @doors
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_twenty_steps_have_the_losses_of_transformers(door, optimizer, tmp_path):
-    ours, found, norms = run(build(door), tmp_path / "ours", **OPTIMIZERS[optimizer])
-    theirs, expected, their_norms = run(build("theirs"), tmp_path / "theirs", **OPTIMIZERS[optimizer])
+def test_twenty_steps_have_the_losses_of_transformers(door, optimizer, tmp_path, tmp_path_factory):
+    ours, found, norms = run(build(door), tmp_path, **OPTIMIZERS[optimizer])
+    theirs, expected, their_norms = run_of_theirs(optimizer, tmp_path_factory.getbasetemp())
     assert len(found) == 20 and min(found[-4:]) < 0.7 * found[0]
     assert found == pytest.approx(expected, abs=1e-4)
     assert norms == pytest.approx(their_norms, rel=2e-3)

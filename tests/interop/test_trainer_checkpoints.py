@@ -68,12 +68,13 @@ RESUMED += [("theirs", "peft")]  # of others see test_transformers_own_class_for
 def test_a_resumed_run_goes_on_like_one_that_was_not_stopped(door, kind, newest, tmp_path, monkeypatch):
     warned = []
     monkeypatch.setattr(transformers.trainer.logger, "warning", lambda text, *arguments: warned.append(text))
-    whole = make_trainer(MODELS[kind](door), tmp_path / "whole", **EVERY_STEP)
+    unsaved = EVERY_STEP | {"save_strategy": "no"}
+    whole = make_trainer(MODELS[kind](door), tmp_path / "whole", **unsaved)
     whole.train()
     stopped = make_trainer(MODELS[kind](door), tmp_path / "stopped", callbacks=[StopAfter(2 if newest else 3)], **EVERY_STEP)
     stopped.train()
     model = MODELS[kind](door)
-    resumed = make_trainer(model, tmp_path / "stopped", **EVERY_STEP)
+    resumed = make_trainer(model, tmp_path / "stopped", **unsaved)
     resumed.train(resume_from_checkpoint=True if newest else str(tmp_path / "stopped" / "checkpoint-2"))
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-5) and len(losses(resumed)) == STEPS
     assert_equal_weights(weights(model), weights(whole.model))

@@ -51,6 +51,13 @@ def test_integers_wrap_as_on_a_gpu():
     assert launched(torch.tensor([2**30, 5], dtype=torch.int32)).tolist() == [15, 20 - 2**30]
 
 
+def test_a_type_that_was_made_before_equals_a_new_one():
+    for element in (tl.float16, tl.float32, tl.pointer_type(tl.float16), tl.pointer_type(tl.float32)):
+        first, again = (tl.block_type(element, sizes) for sizes in ([2, 4], (2, tl.constexpr(4))))
+        assert first == again != tl.block_type(element, [4, 2])
+        assert again.element_ty == element and again.numel == 8 and again.shape == (2, 4)
+
+
 def test_an_error_in_a_device_function_ends_the_launch():
     with pytest.raises(interpreter.InterpreterError, match="AssertionError"):
         _mixed[(1,)](torch.zeros(2), SIZE=2)
