@@ -21,7 +21,7 @@ NONE |= {"set_.source_Storage_storage_offset"}
 # One kernel, one copy or one fill.
 ONE = {
     *("abs", "add.Tensor", "add.Scalar", "add_.Tensor", "add_.Scalar", "sub.Tensor", "sub.Scalar", "sub_.Tensor", "rsub.Scalar"),
-    *("mul.Tensor", "mul.Scalar", "mul_.Tensor", "mul_.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode", "div_.Tensor"),
+    *("mul.Tensor", "mul.Scalar", "mul.out", "mul_.Tensor", "mul_.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode", "div_.Tensor"),
     *("floor_divide", "remainder.Scalar", "remainder.Tensor", "fmod.Scalar", "neg", "reciprocal", "pow.Tensor_Scalar", "square"),
     *("rsqrt", "sqrt", "exp", "log", "sin", "cos", "tanh", "sigmoid", "clamp", "clamp_min", "maximum", "minimum"),
     *("silu", "silu_", "gelu", "relu", "erf"),

@@ -133,6 +133,7 @@ class DecodeState:
         vectors: `(rows, hidden)`, embeddings of newest tokens that are audio; made when a prompt ends with one.
         is_vector: `(rows,)` bool, the rows whose newest token is one of `vectors`; made with it.
         cu_seqlens: `(rows + 1,)` int32: one query for each row.
+        counters: `(rows * heads,)` int32, zero between launches: scratch of `decode_attention`.
     """
 
     tokens: Tensor
@@ -169,6 +170,7 @@ class DecodeState:
             self.ends = self._zeros(rows, size.ends, dtype=torch.int64)
             self.history = self._zeros(STEPS, rows, dtype=torch.int64)
             self.cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
+            self.counters = self._zeros(rows * pool.num_heads, dtype=torch.int32)
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

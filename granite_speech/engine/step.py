@@ -130,9 +130,6 @@ class DecodeStep:
         # Hooks see `(rows, 1, hidden)`.
         self._padded = Rows.single_tokens(rows, state.tokens.device) if have_hooks(model.decoder) else None
         self._fused = self._fused_layers()
-        with torch.inference_mode(False):
-            heads = model.decoder.config.num_attention_heads
-            self._counters = torch.zeros(rows * heads, dtype=torch.int32, device=state.device)
 
     def _fused_layers(self) -> FusedLayers | None:
         model, head = self._model, self._model.language_model.lm_head
@@ -180,7 +177,7 @@ class DecodeStep:
         state = self._tokens, self._positions, self._kv_lens, self._active
         options = {"multiplier": multiplier, "placeholder": self._model.placeholder}
         x, cos, sin, kv_lens = OPERATIONS["begin_step"].run(decoder.embed_tokens.weight, *state, frequencies, **options)
-        return fused.step(self._with_audio(x, multiplier), (cos, sin), self._layout(kv_lens), self._counters)
+        return fused.step(self._with_audio(x, multiplier), (cos, sin), self._layout(kv_lens), self._state.counters)
 
     def _slots(self, kv_lens: Tensor) -> Tensor:
         """Where keys and values go. A row that is not active writes to the first slot of page 0, which belongs to no sequence."""

@@ -33,10 +33,11 @@ class PagePool:
     Attributes:
         keys, values: one tensor per layer; other tensors after the pool has grown.
         total: pages, page 0 included.
+        num_heads: of the queries.
     """
 
     def __init__(self, config: GraniteConfig, *, dtype: torch.dtype, device: torch.device, page_size: int = 64):
-        self.page_size, self.total = page_size, 0
+        self.page_size, self.total, self.num_heads = page_size, 0, config.num_attention_heads
         self._free: list[int] = []
         shape = (0, page_size, config.num_key_value_heads, config.attention_head_dim)
         with torch.inference_mode(False):  # see _grow

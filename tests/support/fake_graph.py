@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.device_rules import INDEXING, READS, ROOT
+from granite_speech.modules.side_by_side import padded_rows, side_by_side
 
 __all__ = ["CaptureError", "FakeCapture", "FakeGraph", "capture", "tensors_of"]
 
@@ -175,7 +176,10 @@ def tensors_of(*owners: Any) -> list[Tensor]:
 
     for one in owners:
         visit(one)
-    return found
+    # Weights that lie side by side are used as one matrix, which is a view of the memory that they share.
+    weights = [one for one in found if isinstance(one, nn.Parameter) and one.dim() in (1, 2)]
+    common = [view for one in weights for view in (side_by_side(one), padded_rows(one)) if view is not None]
+    return found + common
 
 
 def _parts(owner: Any) -> Iterator[Any]:
