@@ -93,9 +93,9 @@ def test_tile_edges(vocab: int, impl: str):
 
 
 def test_a_row_gets_the_same_bits_whatever_the_other_rows_are():
-    given = draw(19, 40, 27)
+    given = draw(11, 40, 11)
     scores, ids = head_argmax(**given, impl="triton")
-    for own in (slice(0, 1), slice(18, 19), slice(3, 12), slice(7, 9)):
+    for own in (slice(0, 1), slice(10, 11), slice(1, 10)):
         some = head_argmax(**{**given, "x": given["x"][own]}, impl="triton")
         assert torch.equal(some[0], scores[own]) and torch.equal(some[1], ids[own])
 
