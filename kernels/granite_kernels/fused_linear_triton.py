@@ -130,6 +130,7 @@ def _tile(x: Tensor, weight: Tensor, lora_a: Tensor | None, gated: bool) -> tupl
     tile = matvec_tile(inputs, weight.element_size(), chip)
     block_a = matvec_tile(inputs, x.element_size(), chip).blocks["BLOCK_N"] if lora_a is not None else 1
     constants = {
+        "BLOCK_N": max(tile.blocks["BLOCK_N"], 2 if gated else 1),
         "INPUTS": inputs,
         "STRIDE": weight.stride(0),
         "STRIDE_A": 0 if lora_a is None else lora_a.stride(0),

@@ -123,6 +123,7 @@ CASES = (
     _case("4.1-2b, 128 rows", 128, 2048, 100353, released=True),
     _case("3.3-2b, 1 row", 1, 2048, 49160, released=True),
     _case("3.3-8b, 1 row", 1, 4096, 49160, released=True, divisor=16.0),
+    _case("3.3-8b, 8 rows", 8, 4096, 49160, released=True, divisor=16.0),
     _case("odd sizes", 3, 37, 53),
     _case("one row", 1, 64, 40),
     _case("no norm", 2, 64, 41, norm=False, divisor=1.0),

@@ -13,18 +13,18 @@ HEAD_TILE, MAX_HEAD_INPUTS = 8, 4096
 
 # By architecture, bytes of a matrix element and BLOCK_K: rows of the matrix, and warps, of a program. Chosen 2026-11-27 from the
 # compiled code, and from measurements on an H200, where 32 KiB for each program of 4 warps, in all those that fit, hid the latency of
-# HBM. An A100 needs half as much in flight; a B200 has not been measured. A thread holds at most 256 bytes of the matrix, and also
-# needs registers for its part of two rows of x. int8 has as many rows as bfloat16 rather than twice as many, so that the smallest
-# matrices still give every multiprocessor a program.
+# HBM. An A100 needs half as much in flight; a B200 has not been measured. A thread has at most 128 elements of the matrix, which for
+# several rows of x stay in registers as float32, beside its part of two rows of x. int8 has no more rows than bfloat16, so that the
+# smallest matrices still give every multiprocessor a program.
 _HOPPER = {
-    1: {2048: (8, 4), 4096: (4, 4), 8192: (2, 8), 16384: (2, 8)},
+    1: {2048: (8, 4), 4096: (4, 8), 8192: (2, 8), 16384: (1, 8)},
     2: {2048: (8, 4), 4096: (4, 4), 8192: (2, 4), 16384: (2, 8)},
     4: {2048: (4, 4), 4096: (2, 4), 8192: (2, 8), 16384: (2, 16)},
 }
 _AMPERE = {
-    1: {2048: (8, 4), 4096: (4, 4), 8192: (2, 8), 16384: (2, 8)},
+    1: {2048: (8, 4), 4096: (4, 8), 8192: (2, 8), 16384: (1, 8)},
     2: {2048: (4, 4), 4096: (2, 4), 8192: (2, 8), 16384: (2, 16)},
-    4: {2048: (4, 4), 4096: (2, 4), 8192: (2, 8), 16384: (2, 16)},
+    4: {2048: (2, 4), 4096: (2, 4), 8192: (2, 8), 16384: (1, 16)},
 }
 _TILES = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
 
