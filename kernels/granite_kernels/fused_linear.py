@@ -73,7 +73,8 @@ def fused_linear(
 
     Raises:
         KernelError: wrong shapes, dtypes, devices or strides, an int8 weight without weight_scale or the reverse, an odd number of
-            weight rows with gated, lora_a together with gated or residual, or a gradient would be needed.
+            weight rows with gated, lora_a together with gated or residual, or a gradient would be needed. In Triton also `in`
+            of 0 or above 16384.
 
     The norm is RMSNorm (Zhang and Sennrich, arXiv 1910.07467), the gate is SwiGLU (Shazeer, arXiv 2002.05202).
     """

@@ -38,7 +38,7 @@ def _columns(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + n)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + n).to(tl.float32)
+        bias = tl.load(bias_ptr + n)
     await_inputs(PDL)
     following = load_row(x_ptr, 0, rows, stride_x, INPUTS, BLOCK_K)
     for row in tl.static_range(ROWS):
@@ -52,7 +52,7 @@ def _columns(
         if scale_ptr is not None:
             y *= scale
         if bias_ptr is not None:
-            y += bias
+            y += bias.to(tl.float32)
         if GATED:
             gate, up = tl.split(y.reshape(WIDTH, 2))
             y = gate / (1 + tl.exp(-gate)) * up

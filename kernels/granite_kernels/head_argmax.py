@@ -56,7 +56,7 @@ def head_argmax(
         impl: "triton", "torch", or None for the fastest available.
 
     Raises:
-        KernelError: wrong shapes, dtypes, devices or strides, or a gradient would be needed.
+        KernelError: wrong shapes, dtypes, devices or strides, or a gradient would be needed. In Triton also `in` of 0 or above 4096.
     """
     inputs = HeadArgmaxInputs(x, weight, norm_weight, eps, divisor)
     _check(inputs)
