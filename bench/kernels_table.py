@@ -14,6 +14,8 @@ LIBRARY = {
     "block_attention": "SDPA on padded blocks, position bias already in memory",
     "depthwise_conv": "conv1d alone, on gated frames",
     "exponential_noise": "exponential_ with one generator for all rows",
+    "fused_linear": "the matrix product alone",
+    "head_argmax": "the matrix product alone, which writes the logits",
     "lora_linear": "the matrix product without adapters",
     "paged_attention": "SDPA on keys and values already gathered",
 }

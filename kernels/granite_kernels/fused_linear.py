@@ -73,7 +73,8 @@ def fused_linear(
 
     Raises:
         KernelError: wrong shapes, dtypes, devices or strides, an int8 weight without weight_scale or the reverse, an odd number of
-            weight rows with gated, lora_a together with gated or residual, or a gradient would be needed.
+            weight rows with gated, lora_a together with gated or residual, or a gradient would be needed. In Triton also `in`
+            of 0 or above 16384.
 
     The norm is RMSNorm (Zhang and Sennrich, arXiv 1910.07467), the gate is SwiGLU (Shazeer, arXiv 2002.05202).
     """
@@ -226,8 +227,11 @@ CASES = (
     *_released("3.3-2b qkv with adapter in int8", 2048, 3072, norm=True, rank=128, int8=True),
     *_released("3.3-2b down", 8192, 2048, residual=True, multiplier=0.22),
     *_released("3.3-2b down in int8", 8192, 2048, residual=True, multiplier=0.22, int8=True),
+    *_released("3.3-8b qkv with adapter", 4096, 6144, norm=True, rank=128),
     *_released("3.3-8b down", 12800, 4096, residual=True, multiplier=0.22),
+    *_released("3.3-8b down in int8", 12800, 4096, residual=True, multiplier=0.22, int8=True),
     *_released("3.3-8b gate|up", 4096, 25600, norm=True, gated=True),
+    *_released("3.3-8b gate|up in int8", 4096, 25600, norm=True, gated=True, int8=True),
     _case("odd sizes", 3, 37, 21, bias=True, norm=True, residual=True, multiplier=0.22),
     _case("one row", 1, 64, 40),
     _case("no rows", 0, 64, 40, norm=True),

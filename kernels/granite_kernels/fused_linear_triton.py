@@ -38,7 +38,7 @@ def _columns(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + n)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + n).to(tl.float32)
+        bias = tl.load(bias_ptr + n)
     await_inputs(PDL)
     following = load_row(x_ptr, 0, rows, stride_x, INPUTS, BLOCK_K)
     for row in tl.static_range(ROWS):
@@ -52,7 +52,7 @@ def _columns(
         if scale_ptr is not None:
             y *= scale
         if bias_ptr is not None:
-            y += bias
+            y += bias.to(tl.float32)
         if GATED:
             gate, up = tl.split(y.reshape(WIDTH, 2))
             y = gate / (1 + tl.exp(-gate)) * up
@@ -130,6 +130,7 @@ def _tile(x: Tensor, weight: Tensor, lora_a: Tensor | None, gated: bool) -> tupl
     tile = matvec_tile(inputs, weight.element_size(), chip)
     block_a = matvec_tile(inputs, x.element_size(), chip).blocks["BLOCK_N"] if lora_a is not None else 1
     constants = {
+        "BLOCK_N": max(tile.blocks["BLOCK_N"], 2 if gated else 1),
         "INPUTS": inputs,
         "STRIDE": weight.stride(0),
         "STRIDE_A": 0 if lora_a is None else lora_a.stride(0),

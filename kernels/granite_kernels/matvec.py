@@ -11,16 +11,22 @@ MAX_ROWS, MAX_INPUTS = 8, 16384
 # Columns of a tile of `head_argmax`, which are one program's, and the longest row of x for which a program can hold these.
 HEAD_TILE, MAX_HEAD_INPUTS = 8, 4096
 
-# By bytes of a matrix element and BLOCK_K: rows of the matrix, and warps, of a program. Chosen 2026-11-27 from the compiled code, and
-# from measurements of 32 KiB for each program of 4 warps on an H200; the same on every architecture, because nothing has been
-# measured on the others. A thread then holds 256 bytes of the matrix or less, and the row of x, of which it also loads the next, takes
-# as much again. int8 has the tiles of bfloat16 up to 4096, because a small matrix in larger ones would leave multiprocessors idle.
-_SAME = {
-    1: {2048: (8, 4), 4096: (4, 4), 8192: (2, 8), 16384: (2, 8)},
+# By architecture, bytes of a matrix element and BLOCK_K: rows of the matrix, and warps, of a program. Chosen 2026-11-27 from the
+# compiled code, and from measurements on an H200, where 32 KiB for each program of 4 warps, in all those that fit, hid the latency of
+# HBM. An A100 needs half as much in flight; a B200 has not been measured. A thread has at most 128 elements of the matrix, which for
+# several rows of x stay in registers as float32, beside its part of two rows of x. int8 has no more rows than bfloat16, so that the
+# smallest matrices still give every multiprocessor a program.
+_HOPPER = {
+    1: {2048: (8, 4), 4096: (4, 8), 8192: (2, 8), 16384: (1, 8)},
     2: {2048: (8, 4), 4096: (4, 4), 8192: (2, 4), 16384: (2, 8)},
     4: {2048: (4, 4), 4096: (2, 4), 8192: (2, 8), 16384: (2, 16)},
 }
-_TILES = {80: _SAME, 90: _SAME, 100: _SAME}
+_AMPERE = {
+    1: {2048: (8, 4), 4096: (4, 8), 8192: (2, 8), 16384: (1, 8)},
+    2: {2048: (4, 4), 4096: (2, 4), 8192: (2, 8), 16384: (2, 16)},
+    4: {2048: (2, 4), 4096: (2, 4), 8192: (2, 8), 16384: (1, 16)},
+}
+_TILES = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
 
 
 def matvec_tile(inputs: int, width: int, architecture: int) -> Tile:

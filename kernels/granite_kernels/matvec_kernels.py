@@ -1,7 +1,9 @@
 """Device functions for products of a few rows with a whole matrix, without tensor cores: each element is used too few times.
 
-A kernel calls `load_matrix`, then `await_inputs`, and only then `load_row` and `product`, for one row of x after another. A sum is
-added up in an order that depends on BLOCK_K and the number of warps alone, so a row gets the same bits whatever the other rows are.
+A kernel calls `load_matrix` and `load_vector`, then `await_inputs`, and only then `load_row` and `product`, for one row of x after
+another. Nothing is computed from what it loaded before it calls `await_inputs`: the next launch would begin later, because a program
+lets it begin there. A sum is added up in an order that depends on BLOCK_K and the number of warps alone, so a row gets the same bits
+whatever the other rows are.
 """
 
 import triton
@@ -18,13 +20,9 @@ def load_matrix(matrix_ptr, n, INPUTS: tl.constexpr, STRIDE: tl.constexpr, BLOCK
 
 @triton.jit
 def load_vector(vector_ptr, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """INPUTS elements in float32, with zeros up to BLOCK_K; ones for None, which cost nothing."""
+    """INPUTS elements, with zeros up to BLOCK_K; ones for None, which cost nothing."""
     k = tl.arange(0, BLOCK_K)
-    if vector_ptr is None:
-        vector = tl.full((BLOCK_K,), 1.0, tl.float32)
-    else:
-        vector = tl.load(vector_ptr + k, mask=k < INPUTS, other=0.0).to(tl.float32)
-    return vector
+    return tl.full((BLOCK_K,), 1.0, tl.float32) if vector_ptr is None else tl.load(vector_ptr + k, mask=k < INPUTS, other=0.0)
 
 
 @triton.jit
@@ -38,7 +36,7 @@ def load_row(x_ptr, row, rows, stride, INPUTS: tl.constexpr, BLOCK_K: tl.constex
 def product(matrix, x, norm_weight, eps, NORM: tl.constexpr, INPUTS: tl.constexpr):
     """Σ_k matrix[n, k] · norm_weight[k] · x[k] in float32; if NORM, divided by sqrt(mean(x²) + eps)."""
     x = x.to(tl.float32)
-    acc = tl.sum(_widened(matrix) * (norm_weight * x)[None, :], axis=1)
+    acc = tl.sum(_widened(matrix) * (norm_weight.to(tl.float32) * x)[None, :], axis=1)
     if NORM:  # applied to the sum, so that the products need not wait for the sum of squares
         acc *= tl.rsqrt(tl.sum(x * x, axis=0) / INPUTS + eps)
     return acc
