@@ -217,7 +217,8 @@ def _decode_attention_kernel(
     arrivals = tl.minimum(slots, pieces)
     ml_ptr += program.to(tl.int64) * max_pieces * 2 * GROUP
     acc_ptr += program.to(tl.int64) * max_pieces * GROUP * HEAD_DIM
-    for piece in range(slot, pieces, slots):
+    # Without disable_licm, addresses of all keys stay in registers, which then spill.
+    for piece in tl.range(slot, pieces, slots, disable_licm=True):
         keys = piece * PIECE + n
         k = tl.where((keys == newest)[:, None], k_new[None, :], k)
         v = tl.where((keys == newest)[:, None], v_new[None, :], v)
