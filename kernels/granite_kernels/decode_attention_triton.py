@@ -68,10 +68,7 @@ def _state(q, k, v, exists, qk_scale):
 
 
 @triton.jit
-def _low_rank(
-    feature, low_ptr, b_ptr, rank, stride_b, scaling, adapted,
-    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def _low_rank(feature, low_ptr, b_ptr, rank, stride_b, scaling, adapted, BLOCK_R: tl.constexpr):
     """What the adapter adds to these features of one kind, float32: scaling · low·B[feature]ᵀ; zero if b_ptr is None or not `adapted`.
 
     feature (features,); low_ptr is at the row's x·Aᵀ of this kind.
@@ -200,10 +197,10 @@ def _decode_attention_kernel(
             first = kv_head * HEAD_DIM
             # Past HEAD_DIM, any feature that exists: nothing uses the result.
             feature = first + d % HEAD_DIM
-            k_new += _low_rank(feature, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_R)
-            k_other += _low_rank(first + other, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_R)
+            k_new += _low_rank(feature, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, BLOCK_R)
+            k_other += _low_rank(first + other, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, BLOCK_R)
             low_ptr += rank_q + rank_k
-            v_new += _low_rank(feature, low_ptr, lora_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, HEAD_DIM, BLOCK_R)
+            v_new += _low_rank(feature, low_ptr, lora_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, BLOCK_R)
     q = rounded(rotation(q, q_other, cos, sin), dtype)
     k_new, v_new = rounded(rotation(k_new, k_other, cos_new, sin_new), dtype), rounded(v_new, dtype)
     place = (newest % page_size).to(tl.int64)
