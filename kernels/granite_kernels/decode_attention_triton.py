@@ -24,9 +24,9 @@ from granite_kernels.rotary_write_triton import exchanged, partner_of, projectio
 PIECE = 64
 # Programs that run at once, two per multiprocessor. With fewer rows, several programs share a row's pieces.
 _FILL = {80: 216, 90: 264, 100: 296}
-# Warps by bytes per element: a thread holds the keys and values of two pieces. Chosen 2026-11-27 from the compiled code, not by
-# measurement.
-_WARPS = {2: 4, 4: 8}
+# Warps by bytes per element: a thread holds keys and values of two pieces. Heads that are not a multiple of 16 are loaded element by
+# element, which needs more registers. Chosen 2026-11-27 from the compiled code, not by measurement.
+_WARPS, _WARPS_UNALIGNED = {2: 4, 4: 8}, 8
 # Arguments that Triton does not specialise on.
 _SIZES = ["num_groups", "sharing", "page_size", "capacity", "max_pieces", "stride_bt", "qk_scale", "scaling_q", "scaling_k", "scaling_v"]
 
@@ -283,8 +283,9 @@ def _decode_attention(
     num_states = rows * num_groups * pieces * group_size if slots > 1 else 0
     blocks |= {"GROUP": group_size, "BLOCK_G": triton.next_power_of_2(group_size), "BLOCK_M": DECODE_ROWS}
     blocks |= {"PIECE": PIECE, "WHOLE": int(page_size % PIECE == 0)}
+    num_warps = _WARPS_UNALIGNED if head_dim % 16 else _WARPS[qkv.element_size()]
     launch(
-        _decode_attention_kernel, (rows * num_groups, slots), Tile(blocks, _WARPS[qkv.element_size()]),
+        _decode_attention_kernel, (rows * num_groups, slots), Tile(blocks, num_warps),
         **projection_arguments(qkv, cos, sin, k_cache, v_cache, low, lora_q, lora_k, lora_v, adapter_index),
         block_table_ptr=block_table, kv_lens_ptr=kv_lens, counters_ptr=counters, out_ptr=out,
         ml_ptr=torch.empty(2 * num_states, dtype=torch.float32, device=qkv.device),
