@@ -63,7 +63,8 @@ def _state(q, k, v, exists, qk_scale):
     scores = dot(q, tl.trans(k), None) * qk_scale
     scores = tl.where(exists[None, :], scores, float("-inf"))
     m_i = tl.max(scores, axis=1)
-    weights = tl.exp2(scores - m_i[:, None])
+    m_finite = tl.where(m_i == float("-inf"), 0.0, m_i)
+    weights = tl.exp2(scores - m_finite[:, None])
     return m_i, tl.sum(weights, axis=1), dot(rounded(weights, v.dtype), v, None)
 
 
