@@ -24,9 +24,10 @@ from granite_kernels.rotary_write_triton import exchanged, partner_of, projectio
 PIECE = 64
 # Programs that run at once, two per multiprocessor. With fewer rows, several programs share a row's pieces.
 _FILL = {80: 216, 90: 264, 100: 296}
-# Warps by bytes per element: a thread holds keys and values of two pieces. Heads that are not a multiple of 16 are loaded element by
-# element, which needs more registers. Chosen 2026-11-27 from the compiled code, not by measurement.
-_WARPS, _WARPS_UNALIGNED = {2: 4, 4: 8}, 8
+# Warps by bytes per element: a thread holds keys and values of two pieces. In other models, whose heads are not a power of two or
+# whose pages do not hold whole pieces, their addresses and masks need more registers. Chosen 2026-11-27 from the compiled code, not
+# by measurement.
+_WARPS, _WARPS_OTHERS = {2: 4, 4: 8}, 8
 # Arguments that Triton does not specialise on.
 _SIZES = ["num_groups", "sharing", "page_size", "capacity", "max_pieces", "stride_bt", "qk_scale", "scaling_q", "scaling_k", "scaling_v"]
 
@@ -284,7 +285,8 @@ def _decode_attention(
     num_states = rows * num_groups * pieces * group_size if slots > 1 else 0
     blocks |= {"GROUP": group_size, "BLOCK_G": triton.next_power_of_2(group_size), "BLOCK_M": DECODE_ROWS}
     blocks |= {"PIECE": PIECE, "WHOLE": int(page_size % PIECE == 0)}
-    num_warps = _WARPS_UNALIGNED if head_dim % 16 else _WARPS[qkv.element_size()]
+    usual = blocks["WHOLE"] and head_dim == blocks["BLOCK_D"]
+    num_warps = _WARPS[qkv.element_size()] if usual else _WARPS_OTHERS
     launch(
         _decode_attention_kernel, (rows * num_groups, slots), Tile(blocks, num_warps),
         **projection_arguments(qkv, cos, sin, k_cache, v_cache, low, lora_q, lora_k, lora_v, adapter_index),
