@@ -87,8 +87,11 @@ def decode_attention(
         KernelError: wrong shapes, dtypes, devices or strides, a tensor that needs a gradient, or in Triton a head_dim above 128.
             "torch" also refuses a kv_len beyond its row of block_table, which "triton" cannot check.
 
-    Attention is that of `paged_attention` with one query per row. Merging by the last program to arrive is as in the split-K
-    products of CUTLASS ("semaphore"), after flash decoding (Dao et al., 2023).
+    The kernel reads k_cache, v_cache, block_table, kv_lens, adapter_index and the B of the adapters before earlier launches of
+    the same `early_launches` block have ended, so these must not write to them, except for the keys and values of other layers.
+
+    Attention is that of `paged_attention` with one query per row. Sharing a row's keys between programs is flash decoding (Dao et
+    al., 2023).
     """
     inputs = DecodeAttentionInputs(
         qkv, cos, sin, k_cache, v_cache, block_table, kv_lens, counters, low, lora_q, lora_k, lora_v, adapter_index,

@@ -24,9 +24,10 @@ from granite_kernels.rotary_write_triton import exchanged, partner_of, projectio
 PIECE = 64
 # Programs that run at once, two per multiprocessor. With fewer rows, several programs share a row's pieces.
 _FILL = {80: 216, 90: 264, 100: 296}
-# Warps by bytes per element: a thread holds the keys and values of two pieces. Chosen 2026-11-27 from the compiled code, not by
-# measurement.
-_WARPS = {2: 4, 4: 8}
+# Warps by bytes per element: a thread holds keys and values of two pieces. In other models, whose heads are not a power of two or
+# whose pages do not hold whole pieces, their addresses and masks need more registers. Chosen 2026-11-27 from the compiled code, not
+# by measurement.
+_WARPS, _WARPS_OTHERS = {2: 4, 4: 8}, 8
 # Arguments that Triton does not specialise on.
 _SIZES = ["num_groups", "sharing", "page_size", "capacity", "max_pieces", "stride_bt", "qk_scale", "scaling_q", "scaling_k", "scaling_v"]
 
@@ -63,15 +64,13 @@ def _state(q, k, v, exists, qk_scale):
     scores = dot(q, tl.trans(k), None) * qk_scale
     scores = tl.where(exists[None, :], scores, float("-inf"))
     m_i = tl.max(scores, axis=1)
-    weights = tl.exp2(scores - m_i[:, None])
+    m_finite = tl.where(m_i == float("-inf"), 0.0, m_i)
+    weights = tl.exp2(scores - m_finite[:, None])
     return m_i, tl.sum(weights, axis=1), dot(rounded(weights, v.dtype), v, None)
 
 
 @triton.jit
-def _low_rank(
-    feature, low_ptr, b_ptr, rank, stride_b, scaling, adapted,
-    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def _low_rank(feature, low_ptr, b_ptr, rank, stride_b, scaling, adapted, BLOCK_R: tl.constexpr):
     """What the adapter adds to these features of one kind, float32: scaling · low·B[feature]ᵀ; zero if b_ptr is None or not `adapted`.
 
     feature (features,); low_ptr is at the row's x·Aᵀ of this kind.
@@ -200,10 +199,10 @@ def _decode_attention_kernel(
             first = kv_head * HEAD_DIM
             # Past HEAD_DIM, any feature that exists: nothing uses the result.
             feature = first + d % HEAD_DIM
-            k_new += _low_rank(feature, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_R)
-            k_other += _low_rank(first + other, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, HEAD_DIM, BLOCK_R)
+            k_new += _low_rank(feature, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, BLOCK_R)
+            k_other += _low_rank(first + other, low_ptr + rank_q, lora_k_ptr, rank_k, stride_lora_k, scaling_k, adapted, BLOCK_R)
             low_ptr += rank_q + rank_k
-            v_new += _low_rank(feature, low_ptr, lora_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, HEAD_DIM, BLOCK_R)
+            v_new += _low_rank(feature, low_ptr, lora_v_ptr, rank_v, stride_lora_v, scaling_v, adapted, BLOCK_R)
     q = rounded(rotation(q, q_other, cos, sin), dtype)
     k_new, v_new = rounded(rotation(k_new, k_other, cos_new, sin_new), dtype), rounded(v_new, dtype)
     place = (newest % page_size).to(tl.int64)
@@ -217,7 +216,8 @@ def _decode_attention_kernel(
     arrivals = tl.minimum(slots, pieces)
     ml_ptr += program.to(tl.int64) * max_pieces * 2 * GROUP
     acc_ptr += program.to(tl.int64) * max_pieces * GROUP * HEAD_DIM
-    for piece in range(slot, pieces, slots):
+    # Without disable_licm, addresses of all keys stay in registers, which then spill.
+    for piece in tl.range(slot, pieces, slots, disable_licm=True):
         keys = piece * PIECE + n
         k = tl.where((keys == newest)[:, None], k_new[None, :], k)
         v = tl.where((keys == newest)[:, None], v_new[None, :], v)
@@ -285,8 +285,10 @@ def _decode_attention(
     num_states = rows * num_groups * pieces * group_size if slots > 1 else 0
     blocks |= {"GROUP": group_size, "BLOCK_G": triton.next_power_of_2(group_size), "BLOCK_M": DECODE_ROWS}
     blocks |= {"PIECE": PIECE, "WHOLE": int(page_size % PIECE == 0)}
+    usual = blocks["WHOLE"] and head_dim == blocks["BLOCK_D"]
+    num_warps = _WARPS[qkv.element_size()] if usual else _WARPS_OTHERS
     launch(
-        _decode_attention_kernel, (rows * num_groups, slots), Tile(blocks, _WARPS[qkv.element_size()]),
+        _decode_attention_kernel, (rows * num_groups, slots), Tile(blocks, num_warps),
         **projection_arguments(qkv, cos, sin, k_cache, v_cache, low, lora_q, lora_k, lora_v, adapter_index),
         block_table_ptr=block_table, kv_lens_ptr=kv_lens, counters_ptr=counters, out_ptr=out,
         ml_ptr=torch.empty(2 * num_states, dtype=torch.float32, device=qkv.device),

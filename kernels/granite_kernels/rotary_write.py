@@ -293,7 +293,7 @@ CASES = (
     _case("adapter of queries alone, in all rows", 19, (3, 1), 40, 8, ranks=(16, 0, 0)),
     _case("adapter of queries and values", 33, (3, 3), 64, 64, ranks=(8, 0, 8), adapters=(-1, 0)),
     _case("no row uses the adapter", 4, (2, 2), 16, 8, ranks=(4, 4, 4), adapters=(-1,)),
-    _case("head dim 80, group of 20", 18, (20, 1), 80, 16, ranks=(0, 20, 0)),
+    _case("head dim 80", 18, (5, 1), 80, 16, ranks=(0, 20, 0)),
     _case("head dim 128", 3, (2, 1), 128, 1),
     _case("head dim 2", 9, (2, 1), 2, 4, ranks=(1, 1, 1), adapters=(0, 0, -1)),
     _case("one token", 1, (4, 2), 32, 16, ranks=(8, 0, 8)),

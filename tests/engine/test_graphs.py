@@ -170,64 +170,64 @@ def test_a_capture_that_fails_leaves_eager_steps(graphed):
 
 # --- faults that the stand-in finds ----------------------------------------------------------------------------------------------
 
-LOGITS, CHOOSE = DecodeStep.logits, DecodeStep.choose
+STATES, FINISH = DecodeStep._fused_states, DecodeStep._finish
 
 
-def replaces_its_tokens(step, logits, place, *scores):
-    chosen_from = CHOOSE(step, logits, place, *scores)
+def replaces_its_tokens(step, *arguments):
+    chosen = FINISH(step, *arguments)
     step._tokens = step._tokens.clone()
-    return chosen_from
+    return chosen
 
 
-def reads_a_length(step, logits, place, *scores):
+def reads_a_length(step, *arguments):
     assert int(step._kv_lens.max()) >= 0
-    return CHOOSE(step, logits, place, *scores)
+    return FINISH(step, *arguments)
 
 
-def keeps_scores_for_later(step, logits, place, *scores):
-    chosen_from = CHOOSE(step, logits + 0 * getattr(step, "last", logits), place, *scores)
-    step.last = chosen_from
-    return chosen_from
+def keeps_scores_for_later(step, scores, *arguments):
+    scores = scores + 0 * getattr(step, "last", scores)
+    step.last = scores
+    return FINISH(step, scores, *arguments)
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (replaces_its_tokens, r"aten.eq.*embed_tokens.*neither persistent nor allocated"),
+        (replaces_its_tokens, r"begin_step.*neither persistent nor allocated"),
         (reads_a_length, r"test_graphs.py:\d+ assert int\(.*reads a value on the host"),
         (keeps_scores_for_later, r"test_graphs.py:\d+ .*neither persistent nor allocated"),
     ],
 )
 def test_a_step_that_cannot_be_captured_is_found(graphed, monkeypatch, fault, message):
-    monkeypatch.setattr(DecodeStep, "choose", fault)
+    monkeypatch.setattr(DecodeStep, "_finish", fault)
     expected = eagerly(graphed.model, prompts())
     assert torch.equal(answers(graphed.model, prompts()), expected), "run eagerly, the fault has no effect"
     with pytest.raises(CaptureError, match=message):
         answers(graphed.model, prompts())
 
 
-def replaces_the_tokens_of_the_state(step, logits, place, *scores):
-    chosen_from = CHOOSE(step, logits, place, *scores)
+def replaces_the_tokens_of_the_state(step, *arguments):
+    chosen = FINISH(step, *arguments)
     step._state.tokens = step._state.tokens.clone()
     step._tokens = step._state.tokens[: step._rows]
-    return chosen_from
+    return chosen
 
 
 def test_a_step_that_replaces_a_tensor_of_the_state_is_found(graphed, monkeypatch):
-    monkeypatch.setattr(DecodeStep, "choose", replaces_the_tokens_of_the_state)
+    monkeypatch.setattr(DecodeStep, "_finish", replaces_the_tokens_of_the_state)
     answers(graphed.model, prompts())
     with pytest.raises(CaptureError, match="persistent"):
         answers(graphed.model, prompts())
 
 
-def counts_lengths_on_the_host(step, *collected):
+def counts_lengths_on_the_host(step):
     step.length = getattr(step, "length", 2) + 1  # the prompt has 3 tokens
     step._kv_lens.fill_(step.length)
-    return LOGITS(step, *collected)
+    return STATES(step)
 
 
 def test_a_length_of_the_host_gives_other_ids(graphed, monkeypatch):
-    monkeypatch.setattr(DecodeStep, "logits", counts_lengths_on_the_host)
+    monkeypatch.setattr(DecodeStep, "_fused_states", counts_lengths_on_the_host)
     expected = eagerly(graphed.model, prompts())
     assert torch.equal(answers(graphed.model, prompts()), expected), "run eagerly, the fault has no effect"
     assert not torch.equal(answers(graphed.model, prompts()), expected)
