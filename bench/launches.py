@@ -20,7 +20,7 @@ NONE = {"empty.memory_format", "empty_strided", "empty_like", "new_empty", "new_
 # One kernel, one copy or one fill.
 ONE = {
     *("abs", "add.Tensor", "add.Scalar", "add_.Tensor", "add_.Scalar", "sub.Tensor", "sub.Scalar", "sub_.Tensor", "rsub.Scalar"),
-    *("mul.Tensor", "mul.Scalar", "mul_.Tensor", "mul_.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode", "div_.Tensor"),
+    *("mul.Tensor", "mul.Scalar", "mul.out", "mul_.Tensor", "mul_.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode", "div_.Tensor"),
     *("floor_divide", "remainder.Scalar", "remainder.Tensor", "fmod.Scalar", "neg", "reciprocal", "pow.Tensor_Scalar", "square"),
     *("rsqrt", "sqrt", "exp", "log", "sin", "cos", "tanh", "sigmoid", "clamp", "clamp_min", "maximum", "minimum"),
     *("silu", "silu_", "gelu", "relu", "erf"),
