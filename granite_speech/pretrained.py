@@ -22,7 +22,7 @@ from granite_speech.errors import CheckpointError, ConfigError, InputError
 from granite_speech.generation.config import GenerationConfig
 from granite_speech.modules.adapter import attach_adapter
 from granite_speech.modules.adapter_config import AdapterConfig
-from granite_speech.modules.quantized import check_quantize, projections
+from granite_speech.modules.quantized import check_quantize, projections, refuse_quantized
 from granite_speech.modules.side_by_side import arrange, destinations
 from granite_speech.saving import Saving
 from granite_speech.trainer_checkpoints import complete_trainer
@@ -72,7 +72,8 @@ class Pretrained(Saving):
                     tensor.normal_(std=deviation)
 
     def init_weights(self) -> None:
-        """Random weights in place of the present ones."""
+        """Random weights in place of the present ones; not for int8 weights."""
+        refuse_quantized(self, "init_weights")
         self.initialize_weights()
 
     @classmethod

@@ -200,6 +200,16 @@ def test_int8_weights_and_float32_scales_are_kept(name: str, model: Model, folde
     assert side_by_side(layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight) is not None
 
 
+def test_base_and_adapter_are_one_operation(model: Model, monkeypatch):
+    monkeypatch.setattr(LoraLinear, "_in_parts", None)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, x = model.to(dtype).decoder.layers[0].self_attn, torch.randn(2, 3, 128, dtype=dtype)
+        index = torch.tensor([0, -1, 0, 0, -1, -1], dtype=torch.int32)
+        whole = layer.q_proj(x, index).flatten(0, 1)
+        rows = [layer.q_proj(one[None], which[None]) for one, which in zip(x.flatten(0, 1), index, strict=True)]
+        torch.testing.assert_close(whole, torch.cat(rows))
+
+
 def test_autocast_multiplies_in_its_dtype(model: Model):
     layer, x = model.decoder.layers[0].self_attn, torch.randn(3, 128)
     with torch.autocast("cpu", torch.bfloat16):
@@ -268,6 +278,7 @@ REFUSALS: dict[str, Callable[[Model, Path], object]] = {
     "train": lambda model, folder: model.train(),
     "train of": lambda model, folder: model.model.train(),
     "train of a": lambda model, folder: model.language_model.train(),
+    "init_weights": lambda model, folder: model.init_weights(),
     "training": lambda model, folder: prepare(model, ("encoder", "projector")),
     "merge_adapter": lambda model, folder: model.merge_adapter(),
     "merge_adapter of": lambda model, folder: model.language_model.merge_adapter(),
