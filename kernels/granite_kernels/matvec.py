@@ -12,10 +12,10 @@ MAX_ROWS, MAX_INPUTS = 8, 16384
 HEAD_TILE, MAX_HEAD_INPUTS = 8, 4096
 
 # By architecture, bytes of a matrix element and BLOCK_K: rows of the matrix, and warps, of a program. Chosen 2026-11-27 from the
-# compiled code, and from measurements on an H200, where 32 KiB for each program of 4 warps, in all those that fit, hid the latency of
-# HBM. An A100 needs half as much in flight; a B200 has not been measured. A thread has at most 128 elements of the matrix, which for
-# several rows of x stay in registers as float32, beside its part of two rows of x. int8 has no more rows than bfloat16, so that the
-# smallest matrices still give every multiprocessor a program.
+# compiled code, and from an experiment on an H200, in which 16, 32 and 64 KiB for each program of 4 warps were equal within 10 %. An
+# A100 has about half the bandwidth of an H200 for each multiprocessor, so it needs half as much in flight. Neither it nor a B200 was
+# measured. A thread has at most 128 elements of the matrix, which for several rows of x stay in registers as float32, beside its part
+# of two rows of x. int8 has no more rows than bfloat16, so that the smallest matrices still give every multiprocessor a program.
 _HOPPER = {
     1: {2048: (8, 4), 4096: (4, 8), 8192: (2, 8), 16384: (1, 8)},
     2: {2048: (8, 4), 4096: (4, 4), 8192: (2, 4), 16384: (2, 8)},
