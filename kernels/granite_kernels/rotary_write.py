@@ -172,12 +172,13 @@ def rotary_write_reference(inputs: RotaryWriteInputs) -> torch.Tensor:
 
 def rotated_heads(inputs: Projections) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Adapted and rotated queries and keys, and adapted values, `(rows, heads, head_dim)` each."""
-    num_kv_heads, head_dim = inputs.k_cache.shape[2:]
-    qkv = inputs.qkv if inputs.low is None else _adapted(inputs)
-    q_and_k, v = qkv.unflatten(1, (-1, head_dim)).split((inputs.num_heads + num_kv_heads, num_kv_heads), dim=1)
-    # Not addcmul, which rounds only once: eager code in bfloat16 rounds both products.
-    rotated = q_and_k * inputs.cos[:, None] + q_and_k.roll(head_dim // 2, dims=-1) * inputs.sin[:, None]
-    q, k = rotated.split((inputs.num_heads, num_kv_heads), dim=1)
+    _, _, num_kv_heads, head_dim = inputs.k_cache.shape
+    qkv, counts = inputs.qkv if inputs.low is None else _adapted(inputs), (inputs.num_heads, num_kv_heads)
+    q_and_k, v = qkv.view(qkv.shape[0], sum(counts) + num_kv_heads, head_dim).split((sum(counts), num_kv_heads), dim=1)
+    # Queries and keys together, because each operation on one token costs more than its arithmetic. Not addcmul, which rounds only
+    # once: eager code in bfloat16 rounds both products.
+    rotated = q_and_k * inputs.cos.unsqueeze(1) + q_and_k.roll(head_dim // 2, dims=-1) * inputs.sin.unsqueeze(1)
+    q, k = rotated.split(counts, dim=1)
     return q, k, v
 
 
