@@ -9,6 +9,8 @@ from granite_speech.errors import GraniteSpeechError, KernelError
 from tests.support.small_models import LAYER_OPERATIONS, batch, small_model
 
 CALLED: set[str] = set()
+# A greedy answer draws no noise, a step that is not captured writes its logits, and the adapter is part of other launches.
+NOT_CALLED = {"exponential_noise", "head_argmax", "lora_linear"}
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_logits_and_greedy_ids_match_the_reference(use_backend):
             logits = model(**inputs).logits
         ids = model.generate(**inputs, max_new_tokens=6, eos_token_id=[])
         results[backend] = logits, ids
-        assert set(LAYER_OPERATIONS if backend == "triton" else ()) == CALLED
+        assert (OPERATIONS.keys() - NOT_CALLED if backend == "triton" else set()) == CALLED
     (expected, expected_ids), (logits, ids) = results["torch"], results["triton"]
     real = inputs["attention_mask"].bool()
     assert float((logits - expected)[real].abs().max()) <= 1e-4

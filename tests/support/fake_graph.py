@@ -221,6 +221,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is aten.set_.source_Storage_storage_offset and not args[0].numel():
+            return func(*args, **kwargs)  # how a view of other memory is made: nothing runs on a device
         if reason := _refusal(func, args, kwargs):
             raise CaptureError(f"{func} in {_line()}: {reason}")
         given = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
