@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
 from granite_kernels.launch import early_launches
-from granite_kernels.paths import MATVEC_ROWS, Path, product_path
+from granite_kernels.matvec import MAX_HEAD_INPUTS
+from granite_kernels.paths import Path, product_path
 from granite_kernels.split_linear import parts_for
 from torch import Tensor, nn
 
@@ -96,10 +97,11 @@ class _Product:
 
     def partial(self, x: Tensor, rows: int) -> Tensor:
         """The product, or its partial sums where `add_rms_norm` is faster with them."""
-        is_split = product_path(rows, self.weight.shape[0], summed=self.bias is None and self.scale is None) is Path.SPLIT
+        outputs, inputs = self.weight.shape
+        is_split = product_path(rows, inputs, outputs, summed=self.bias is None and self.scale is None) is Path.SPLIT
         if not is_split or OPERATIONS["split_linear"].resolve(None, x.device, x.dtype) != "triton":
             return self.plain(x)[0]
-        return OPERATIONS["split_linear"].run(x, self.weight, parts=parts_for(rows, *self.weight.shape[::-1]))
+        return OPERATIONS["split_linear"].run(x, self.weight, parts=parts_for(rows, inputs, outputs))
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,14 @@ class FusedLayers:
         fits = self.decoder.config.attention_head_dim <= _MOST_HEAD_DIM
         return fits and OPERATIONS["decode_attention"].resolve(None, weight.device, weight.dtype) == "triton"
 
+    def _are_matvecs(self, rows: int) -> bool:
+        """Whether every product of a layer is one launch that reads the weight once, for this many rows."""
+        if self.head.shape[1] > MAX_HEAD_INPUTS or not all(one.is_fused for one in self.layers):
+            return False
+        first = self.layers[0]
+        shapes = [one.weight.shape for one in (first.qkv, first.o, first.gate_up, first.down)]
+        return all(product_path(rows, inputs, outputs, summed=False) is Path.MATVEC for outputs, inputs in shapes)
+
     def prompt(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
         """Packed embeddings, before the embedding multiplier, to `(total_tokens, hidden)` states after the final norm.
 
@@ -235,7 +245,7 @@ class FusedLayers:
             tokens: the layout.
             counters: `(rows * heads,)` int32 zeros, which stay zero.
         """
-        if x.shape[0] <= MATVEC_ROWS and self.uses_kernels and all(one.is_fused for one in self.layers):
+        if self.uses_kernels and self._are_matvecs(x.shape[0]):
             return self._few_rows(x, rotary, tokens, counters)
         return self._many_rows(x, rotary, tokens, counters)
 

@@ -2,7 +2,9 @@
 
 from enum import Enum
 
-__all__ = ["MATVEC_ROWS", "Path", "product_path"]
+from granite_kernels.matvec import MAX_INPUTS, MAX_ROWS
+
+__all__ = ["Path", "product_path"]
 
 
 class Path(Enum):
@@ -13,25 +15,22 @@ class Path(Enum):
     LIBRARY = "the library's product"
 
 
-# NVIDIA H200, 2026-11-26, bench/results/experiments-nvidia-h200-2026-11-26-cdd1619a.json: the step of one row, 1.31 ms with matvecs,
-# and products of 16 to 128 rows of 4.1-2b. Between 8 and 16 rows nothing was measured.
-MATVEC_ROWS = 8
-_SPLIT_ROWS = 64
-# The most outputs of a product that gains from a split: with more, its tiles fill the chip (o and down gained, q|k|v hardly, gate|up
-# lost).
+# (most rows, path if what follows can add partial sums, path otherwise); more rows use the library. NVIDIA H200, 2026-11-26,
+# bench/results/experiments-nvidia-h200-2026-11-26-cdd1619a.json: a step of one row took 1.31 ms with matvecs, and of the products of 16
+# to 128 rows of 4.1-2b, o and down gained from a split. Nothing was measured between 1 row and 16.
+_TABLE = ((MAX_ROWS, Path.MATVEC, Path.MATVEC), (64, Path.SPLIT, Path.LIBRARY))
+# With more outputs, the tiles of a product fill the chip without a split: q|k|v hardly gained, and gate|up lost.
 _SPLIT_OUTPUTS = 2048
 
 
-def product_path(rows: int, outputs: int, *, summed: bool) -> Path:
+def product_path(rows: int, inputs: int, outputs: int, *, summed: bool) -> Path:
     """The path of a product.
 
     Args:
         rows: of x.
-        outputs: rows of the weight.
+        inputs, outputs: columns and rows of the weight.
         summed: whether what follows can add partial sums.
     """
-    if rows <= MATVEC_ROWS:
-        return Path.MATVEC
-    if summed and rows <= _SPLIT_ROWS and outputs <= _SPLIT_OUTPUTS:
-        return Path.SPLIT
-    return Path.LIBRARY
+    path = next((split if summed else other for most, split, other in _TABLE if rows <= most), Path.LIBRARY)
+    too_wide = (path is Path.MATVEC and inputs > MAX_INPUTS) or (path is Path.SPLIT and outputs > _SPLIT_OUTPUTS)
+    return Path.LIBRARY if too_wide else path
