@@ -35,16 +35,38 @@ def counted(work, name, clips, layers=2):
 # --- the model -------------------------------------------------------------------------------------------------------------------
 
 
+# Rows of a step, the most launches of a layer and outside of the layers, and bytes moved over the fewest possible.
+STEPS = {1: (5, 4, 1.01), 8: (5, 4, 1.01), 16: (8, 5, 1.05), 128: (8, 5, 1.15)}
+
+
 @pytest.mark.parametrize("name", rehearse.MODELS)
-def test_a_decode_step_waits_for_nothing_and_launches_the_same_for_any_number_of_rows(name, committed):
-    one, many = (counted("decode step", name, clips) for clips in (1, 128))
-    assert one.waits == many.waits == [] and one.late_reads == many.late_reads == 0
-    assert one.launches == many.launches
-    more = counted("decode step", name, 1, layers=3).launches.total() - one.launches.total()
-    recorded = figures(committed["measurements"], "decode step", name)
-    layers = 40
-    assert more == recorded["launches_per_layer"]
-    assert one.launches.total() + more * (layers - 2) == recorded["launches"]
+def test_a_decode_step_waits_for_nothing_and_launches_little(name, committed):
+    layers, counts = 40, {rows: counted(rehearse.STEP, name, rows) for rows in STEPS}
+    three = {rows: counted(rehearse.STEP, name, rows, layers=3).launches for rows in (1, 16)}
+    for rows, (of_layer, outside, ratio) in STEPS.items():
+        found = counts[rows]
+        assert found.waits == [] and found.late_reads == 0
+        assert found.launches == counts[1 if rows <= 8 else 16].launches
+        more = three[1 if rows <= 8 else 16].total() - found.launches.total()
+        assert more <= of_layer and found.launches.total() - 2 * more <= outside
+        recorded = figures(committed["measurements"], rehearse.STEP, name, rows)
+        assert recorded["launches_per_layer"] == more
+        assert recorded["launches"] == found.launches.total() + more * (layers - 2)
+        assert 1 <= recorded["moved"] / recorded["least_moved"] <= ratio
+
+
+def test_a_step_of_modules_launches_the_same_for_any_number_of_rows(committed):
+    one, many = (counted(rehearse.STEP_OF_MODULES, "4.1-2b", rows) for rows in (1, 128))
+    assert one.launches == many.launches and one.waits == many.waits == []
+    recorded = [figures(committed["measurements"], rehearse.STEP_OF_MODULES, "4.1-2b", rows)["launches_per_layer"] for rows in STEPS]
+    assert len(set(recorded)) == 1 and recorded[0] > 20
+
+
+def test_int8_weights_halve_the_bytes_of_a_layer(committed):
+    plain, int8 = (figures(committed["measurements"], rehearse.STEP, name) for name in ("4.1-2b", f"4.1-2b{rehearse.INT8}"))
+    assert int8["launches"] == plain["launches"]
+    head = 2 * 2048 * 100353
+    assert (int8["moved"] - head) / (plain["moved"] - head) < 0.51
 
 
 @pytest.mark.parametrize("name", rehearse.MODELS)
