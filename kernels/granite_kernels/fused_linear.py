@@ -242,7 +242,7 @@ CASES = (
     _case("int8", 3, 100, 21, bias=True, norm=True, int8=True),
     _case("int8 and gated", 1, 64, 34, gated=True, int8=True),
     _case("int8 and adapter", 8, 64, 18, bias=True, norm=True, rank=11, int8=True),
-    _case("wide rows", 1, 2085, 9, norm=True, residual=True),
+    _case("wide rows", 1, 2088, 9, norm=True, residual=True),
     _case("nine rows", 9, 64, 24, bias=True, norm=True, rank=5, multiplier=0.5, int8=True),
     _case("twenty rows", 20, 37, 42, norm=True, gated=True, residual=True, multiplier=0.22, int8=True),
 )
