@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["HostBoundError", "HostWaitError", "copies_needed", "copy_rate", "matmul_rate", "side_stream", "time_calls"]
+__all__ = ["HostBoundError", "HostWaitError", "copies_needed", "copy_rate", "matmul_rate", "replay_seconds", "side_stream", "time_calls"]
 
 # Calls cycle through copies of their inputs that together hold this many times the L2 cache, counted in bytes the kernel must move.
 # A library call touches at least two thirds of those bytes, so its copies also exceed five times the cache.
@@ -83,6 +83,20 @@ def l2_bytes() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
+def replay_seconds(replay: Callable[[], None], replays: int) -> list[float]:
+    """Seconds of each replay on the current stream, after WARM_UP others.
+
+    All are queued at once: waiting between them would add the next launch to the time.
+    """
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UP + replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        replay()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)][WARM_UP:]
+
+
 @functools.cache
 def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
@@ -114,14 +128,8 @@ class CapturedCalls:
             self.results = [call() for call in calls]
 
     def replay_seconds(self, replays: int) -> list[float]:
-        """Seconds of each replay. All are queued at once: waiting between them would add the next launch to the time."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UP + replays + 1)]
-        events[0].record()
-        for event in events[1:]:
-            self._graph.replay()
-            event.record()
-        events[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)][WARM_UP:]
+        """Seconds of each replay."""
+        return replay_seconds(self._graph.replay, replays)
 
     def launch_seconds(self) -> float:
         """Seconds the host takes to launch the graph while the device is idle."""
