@@ -7,7 +7,7 @@ from pathlib import Path
 from bench import results
 
 DTYPES = ("float32", "bfloat16", "float16")
-PARTS = ("encoder", "whole", "embedded", "accelerated", "serving")
+PARTS = ("steps", "encoder", "whole", "embedded", "accelerated", "serving")
 
 
 def main() -> None:
@@ -24,15 +24,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("model", help="time the model and transformers' in one run, in up to five parts")
+    parser = commands.add_parser("model", help="time the model and transformers' in one run, in up to six parts")
     parser.add_argument(
         "--part",
         action="append",
         choices=PARTS,
-        help="encoder: the 16 x 1024 encoder; whole: released shapes with random weights, on a GPU; embedded: the bundled checkpoint from "
-        "waveform to text, on a CPU; accelerated: transformers' model before and after accelerate; serving: many requests over time in one "
-        "Engine; both with the bundled checkpoint on a CPU and a released shape on a GPU (repeatable; default: all that fit the device, "
-        "accelerated and serving on a CPU alone)",
+        help="steps: decode steps fused and module by module, on a GPU; encoder: the 16 x 1024 encoder; whole: released shapes with random "
+        "weights, on a GPU; embedded: the bundled checkpoint from waveform to text, on a CPU; accelerated: transformers' model before and "
+        "after accelerate; serving: many requests over time in one Engine; both with the bundled checkpoint on a CPU and a released shape "
+        "on a GPU (repeatable; default: all that fit the device, steps on request, accelerated and serving by default on a CPU alone)",
     )
     parser.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
     parser.add_argument(
@@ -144,7 +144,13 @@ def _model(options: argparse.Namespace) -> int:
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     failed = False
     for part in parts:
-        if part == "encoder":
+        if part == "steps":
+            from bench import steps_gpu
+
+            text, succeeded = steps_gpu.run(device=options.device, dtype=dtype, out=options.out)
+            print(text)
+            failed |= not succeeded
+        elif part == "encoder":
             from bench import encoder
 
             sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}

@@ -36,7 +36,7 @@ from triton.compiler import ASTSource
 
 from bench import results
 
-__all__ = ["Configuration", "Finding", "compile_all", "configurations", "faults", "markdown", "run", "specialization"]
+__all__ = ["Configuration", "Finding", "compile_all", "configurations", "faults", "launches", "markdown", "run", "specialization"]
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TABLE, PAGE = KERNELS / "audit.json", KERNELS / "AUDIT.md"
@@ -126,7 +126,7 @@ def configurations(operations: Iterable[Operation] | None = None) -> list[Config
                 for architecture in ARCHITECTURES:
                     inputs = case.inputs(dtype, "meta")
                     computed = _SHORT[working_dtype(inputs)]
-                    for launch in _launches(operation, inputs, architecture):
+                    for launch in launches(operation, inputs, architecture):
                         one = _configuration(operation.name, launch, computed, architecture, case.released)
                         types = tuple((name, kind) for name, kind in one.signature if kind not in ("i32", "i64", "constexpr"))
                         blocks = tuple((name, value) for name, value in one.constants if name.isupper())
@@ -134,16 +134,16 @@ def configurations(operations: Iterable[Operation] | None = None) -> list[Config
     return list(found.values())
 
 
-def _launches(operation: Operation, inputs: dict[str, Any], architecture: int) -> list[Launch]:
+def launches(operation: Operation, inputs: dict[str, Any], architecture: int) -> list[Launch]:
     """The launches of a call in inference, and of a call in training with its backward."""
-    with recorded_launches(architecture) as launches:
+    with recorded_launches(architecture) as recorded:
         with torch.no_grad():
             operation.call(**inputs, impl="triton")
         leaves = {name: inputs[name].requires_grad_() for name in operation.differentiable if inputs[name] is not None}
         if leaves:
             out = operation.call(**{**inputs, **leaves}, impl="triton")
             torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out), allow_unused=True)
-    return list(launches)
+    return list(recorded)
 
 
 def _configuration(operation: str, launch: Launch, dtype: str, architecture: int, released: bool) -> Configuration:

@@ -151,7 +151,9 @@ class CountingGPU(TorchDispatchMode):
         """Note the values of results that depend on known values alone, and forget those of tensors that get others."""
         inputs = [self._known.get(one) if _on_device(one) else one for one in tensors]
         small = all(not one.is_floating_point() and one.numel() <= KNOWN_ELEMENTS for one in results)
-        if small and all(one is not None for one in inputs) and func.namespace == "aten":
+        # A storage on the host would be another one than the argument.
+        computes = func.namespace == "aten" and func is not aten.set_.source_Storage_storage_offset
+        if small and all(one is not None for one in inputs) and computes:
             known = pytree.tree_map_only(FakeTensor, self._known.get, (args, kwargs))
             real = _on_host(func, known[0], known[1] | ({"device": "cpu"} if "device" in kwargs else {}))
             self._known.update(zip(results, (one for one in pytree.tree_leaves(real) if isinstance(one, torch.Tensor)), strict=True))

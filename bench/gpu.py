@@ -37,12 +37,14 @@ def steps(out: Path) -> list[Step]:
     # Nearly all of the time goes into compiling kernels, on one core each.
     parity = [*tests, "-n", str(max(1, min(14, (os.cpu_count() or 1) - 2))), "tests"]
     kernels = [python, "-m", "bench", "kernels", "--out"]
+    model = [python, "-m", "bench", "model", "--device", "cuda", "--out", str(out)]
     planned = [
-        Step("parity", parity, 200),
-        Step("model", [python, "-m", "bench", "model", "--device", "cuda", "--out", str(out)], 220),
-        Step("accelerated", [python, "-m", "bench", "model", "--part", "accelerated", "--device", "cuda", "--out", str(out)], 120),
-        Step("serving", [python, "-m", "bench", "model", "--part", "serving", "--device", "cuda", "--out", str(out)], 90),
-        Step("kernels", [*kernels, str(out), "--no-compiled"], 200),
+        Step("steps", [*model, "--part", "steps"], 120),
+        Step("parity", parity, 240),
+        Step("model", model, 220),
+        Step("kernels", [*kernels, str(out), "--no-compiled"], 240),
+        Step("accelerated", [*model, "--part", "accelerated"], 120),
+        Step("serving", [*model, "--part", "serving"], 90),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["HostBoundError", "HostWaitError", "copies_needed", "copy_rate", "matmul_rate", "side_stream", "time_calls"]
+__all__ = ["HostBoundError", "HostWaitError", "copies_needed", "copy_rate", "matmul_rate", "replay_seconds", "side_stream", "time_calls"]
 
 # Calls cycle through copies of their inputs that together hold this many times the L2 cache, counted in bytes the kernel must move.
-# A library call touches at least two thirds of those bytes, so its copies also exceed five times the cache.
+# A library call touches at least a sixth of those bytes, so its copies also exceed the cache.
 COLD = 8
+# Limits to that: copies, and bytes that they hold together. Only calls of a few kilobytes need more, or those that look up rows of a table.
+MOST_COPIES, MOST_HELD = 2000, 16e9
 # With fewer calls, the start of the graph would dominate.
 LEAST_CALLS = 10
 # The first replays upload the graph and let the host get ahead of the device.
@@ -34,16 +36,27 @@ class HostBoundError(RuntimeError):
     """Launching the graph takes longer than running it, so the replays would measure the host."""
 
 
-def copies_needed(bytes_moved: int, l2: int) -> int:
-    """Number of input copies that keep the L2 cache cold when the calls cycle through them."""
-    return max(1, math.ceil(COLD * l2 / bytes_moved))
+def copies_needed(bytes_moved: int, l2: int, held: int = 0) -> int:
+    """Number of input copies that keep the L2 cache cold when the calls cycle through them, within the limits.
+
+    Args:
+        bytes_moved: by a call.
+        l2: bytes of the cache.
+        held: bytes of memory that its inputs take.
+    """
+    most = min(MOST_COPIES, int(MOST_HELD / held) if held else MOST_COPIES)
+    return max(1, min(math.ceil(COLD * l2 / bytes_moved), most))
 
 
-def time_calls(calls: Sequence[Call], replays: int = 20) -> tuple[dict[str, float], list[Any]]:
+def time_calls(calls: Sequence[Call], replays: int = 20, restore: Callable[[], None] | None = None) -> tuple[dict[str, float], list[Any]]:
     """Seconds per call on the device, and the calls' results.
 
     The calls are captured in order, repeated until there are at least `LEAST_CALLS`, and the graph is replayed. All results stay in
     memory, so no call writes to memory that the previous one has just written. A call's time includes the gap before the next call.
+
+    Args:
+        restore: of calls that write to their arguments: puts these back. Then the graph is replayed once more, so that results and
+            arguments are those of one call.
 
     Returns:
         Median, 20th and 80th percentile over the replays; and the results in the order of the captured calls.
@@ -58,6 +71,9 @@ def time_calls(calls: Sequence[Call], replays: int = 20) -> tuple[dict[str, floa
     launch = captured.launch_seconds()
     if launch > median:
         raise HostBoundError(f"the graph takes {median * 1e6:.0f} µs on the device, but {launch * 1e6:.0f} µs to launch")
+    if restore is not None:
+        restore()
+        captured.replay()
     count = len(captured.results)
     return {"median": median / count, "p20": p20 / count, "p80": p80 / count}, captured.results
 
@@ -81,6 +97,20 @@ def matmul_rate(dtype: torch.dtype, size: int = 8192) -> float:
 
 def l2_bytes() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+
+def replay_seconds(replay: Callable[[], None], replays: int) -> list[float]:
+    """Seconds of each replay on the current stream, after WARM_UP others.
+
+    All are queued at once: waiting between them would add the next launch to the time.
+    """
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UP + replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        replay()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)][WARM_UP:]
 
 
 @functools.cache
@@ -113,15 +143,13 @@ class CapturedCalls:
         with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
             self.results = [call() for call in calls]
 
+    def replay(self) -> None:
+        """Make the calls again: they write to the same results."""
+        self._graph.replay()
+
     def replay_seconds(self, replays: int) -> list[float]:
-        """Seconds of each replay. All are queued at once: waiting between them would add the next launch to the time."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UP + replays + 1)]
-        events[0].record()
-        for event in events[1:]:
-            self._graph.replay()
-            event.record()
-        events[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)][WARM_UP:]
+        """Seconds of each replay."""
+        return replay_seconds(self._graph.replay, replays)
 
     def launch_seconds(self) -> float:
         """Seconds the host takes to launch the graph while the device is idle."""

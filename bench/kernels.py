@@ -4,8 +4,13 @@ All times are of calls in a CUDA graph with a cold L2 cache (`bench.graphs`). A 
 compared with their truth (`granite_kernels.testing`), and the results inside the graph must equal those outside bit for bit.
 """
 
+import concurrent.futures
+import contextlib
 import copy
 import functools
+import itertools
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,8 +34,11 @@ PREDICTED = {"machine": "NVIDIA H200", "bytes_a_second": 4.3e12, "flops_a_second
 METHOD = [
     f"All times and the two ceilings were measured in CUDA graphs of at least {graphs.LEAST_CALLS} calls, which cycle through copies of "
     f"their inputs that together hold {graphs.COLD} times the L2 cache",
+    f"At most {graphs.MOST_COPIES} copies, or {graphs.MOST_HELD / 1e9:.0f} GB of them: so calls of a few kilobytes, and lookups in a large "
+    "table, find their inputs in the cache, as in a model, where the launch before has just written them",
     "A backward is torch.autograd.grad alone, after a forward outside the graph",
 ]
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # as NaN, which may stay in a cache, equals nothing
 NOT_COMPILED = "not tried: torch.compile does not remove a host wait from the reference"
 
 
@@ -52,11 +60,34 @@ def run(*, operations: list[str] | None, dtype: torch.dtype, compiled: bool, out
         "rates": rates,
         "measurements": [],
     }
-    file = None
+    file, chosen = None, operations or list(OPERATIONS)
+    compile_kernels(chosen, dtype)
     with Worker() as worker:
-        for _ in measure(result["measurements"], operations or list(OPERATIONS), dtype, compiled, rates, worker.call):
+        for _ in measure(result["measurements"], chosen, dtype, compiled, rates, worker.call):
             file = results.write(out, "kernels", result)
     return f"{kernels_table.table(result)}\n\n{file}"
+
+
+def compile_kernels(operations: list[str], dtype: torch.dtype) -> None:
+    """Compile the kernels of all released shapes, in as many processes as there are cores: one compilation holds Python's lock.
+
+    Triton keeps the result on disk. One that fails is reported where the shape is timed.
+    """
+    cases = [(name, case.name) for name in operations for case in OPERATIONS[name].cases if case.released]
+    # Spawned: a forked child cannot use CUDA if its parent has.
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, *zip(*cases, strict=True), [dtype] * len(cases)))
+
+
+def _compile(name: str, case_name: str, dtype: torch.dtype) -> None:
+    from granite_kernels.launch import architecture, precompile
+
+    from bench.audit import launches  # needs Triton
+
+    operation, device = OPERATIONS[name], torch.device(DEVICE)
+    with contextlib.suppress(Exception):
+        inputs = _case(operation, case_name).inputs(dtype, "meta")
+        precompile(launches(operation, inputs, architecture(device)), device)
 
 
 def measure(
@@ -150,14 +181,45 @@ def _time_variant(operation: Operation, case_name: str, direction: str, variant:
     case = _case(operation, case_name)
     if variant == "triton" and (fault := _fault(operation.name, case_name, dtype)):
         return Outcome({"wrong": fault})  # a wrong kernel is not timed
-    count = graphs.copies_needed(operation.cost(**case.sizes(dtype)).bytes, graphs.l2_bytes())
-    copies = input_copies(_inputs(operation.name, case_name, dtype), count)
-    calls = make_calls(operation, copies, direction, variant)
-    expected = calls[0]() if variant == "triton" else None
-    seconds, outputs = graphs.time_calls(calls)
-    if variant == "triton" and not all(_same_bits(output, expected) for output in outputs):
+    inputs, moved = _inputs(operation.name, case_name, dtype), operation.cost(**case.sizes(dtype)).bytes
+    count = graphs.copies_needed(moved, graphs.l2_bytes(), _held(inputs))
+    # Each copy is then used once in a graph, so that what a call writes to its arguments can be compared.
+    copies = input_copies(inputs, max(count, graphs.LEAST_CALLS) if operation.mutates else count)
+    calls, changed = make_calls(operation, copies, direction, variant), _Changed(operation, copies)
+    expected = changed.after(calls[0]) if variant == "triton" else None
+    seconds, outputs = graphs.time_calls(calls, restore=changed.restore if operation.mutates else None)
+    found = zip(outputs, itertools.cycle(changed.now), strict=False)
+    is_wrong = variant == "triton" and not all(_same_bits(one, expected) for one in found)
+    changed.restore()  # the next variant has the same inputs
+    if is_wrong:
         return Outcome({"wrong": f"{direction}: the results inside a CUDA graph differ from those outside"})
     return Outcome(seconds | {"copies": len(copies), "calls": len(outputs)})
+
+
+def _held(inputs: dict[str, Any]) -> int:
+    """Bytes of memory of the tensors."""
+    storages = (one.untyped_storage() for one in inputs.values() if isinstance(one, torch.Tensor))
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
+
+class _Changed:
+    """The arguments that calls write to, as they are now, for each copy of the inputs."""
+
+    def __init__(self, operation: Operation, copies: list[dict[str, Any]]):
+        self.now = [[one[name] for name in operation.mutates if one.get(name) is not None] for one in copies]
+        self._before = [one.clone() for one in self.now[0]]
+
+    def after(self, call: Call) -> tuple[Any, list[torch.Tensor]]:
+        """What a call on the first copy returns and leaves there. The arguments are put back."""
+        out = call()
+        left = [one.clone() for one in self.now[0]]
+        self.restore()
+        return out, left
+
+    def restore(self) -> None:
+        for one in self.now:
+            for now, before in zip(one, self._before, strict=True):
+                now.copy_(before)
 
 
 # All variants of a case are timed one after another, so its inputs are made and checked once.
@@ -208,7 +270,7 @@ def _backward(function: Callable[..., torch.Tensor], differentiable: tuple[str, 
 
 def _same_bits(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
+        return torch.equal(*(one.view(_INTEGERS[one.itemsize]) if one.is_floating_point() else one for one in (left, right)))
     return left is right if left is None else all(map(_same_bits, left, right))
 
 
@@ -229,5 +291,5 @@ def predict() -> str:
                 seconds = bound_seconds(cost, **rates)
                 limit = "memory" if cost.bytes / rates["bytes_a_second"] >= seconds else "tensor cores"
                 sizes = f"{cost.flops / 1e9:.2f} | {cost.bytes / 1e6:.2f}"
-                lines.append(f"| `{operation.name}` | {case.name} | {sizes} | {limit} | {seconds * 1e6:.1f} |")
+                lines.append(f"| `{operation.name}` | {kernels_table.cell(case.name)} | {sizes} | {limit} | {seconds * 1e6:.1f} |")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from typing import Any
 
-__all__ = ["summary", "table", "without_host_times"]
+__all__ = ["LIBRARY", "cell", "summary", "table", "without_host_times"]
 
 COLUMNS = {"triton": "Triton", "torch": "reference", "compiled": "compiled reference", "library": "library", "warm": "library, L2 warm"}
 # A short time measured with events may be the launch on the host. A longer time counts as the device's only if it is also clearly longer
@@ -11,13 +11,20 @@ COLUMNS = {"triton": "Triton", "torch": "reference", "compiled": "compiled refer
 SHORTEST, CLEARLY = 250e-6, 2
 # The nearest library call of each operation does only part of the kernel's work.
 LIBRARY = {
+    "add_rms_norm": "RMSNorm alone",
+    "begin_step": "the embedding alone",
     "block_attention": "SDPA on padded blocks, position bias already in memory",
+    "decode_attention": "SDPA on keys and values already gathered",
     "depthwise_conv": "conv1d alone, on gated frames",
     "exponential_noise": "exponential_ with one generator for all rows",
-    "fused_linear": "the matrix product alone",
+    "finish_step": "argmax alone",
+    "fused_linear": "the matrix product alone, with the weight in the dtype of x",
     "head_argmax": "the matrix product alone, which writes the logits",
     "lora_linear": "the matrix product without adapters",
     "paged_attention": "SDPA on keys and values already gathered",
+    "rotary_write": "a copy of q, k and v",
+    "silu_product": "SiLU alone",
+    "split_linear": "the matrix product, summed and in the dtype of x",
 }
 # The operations' names in `sweep.json`.
 SWEEPS = {
@@ -51,6 +58,11 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
+def cell(text: str) -> str:
+    """Text in a Markdown table."""
+    return text.replace("|", r"\|")
+
+
 def _head(result: dict[str, Any]) -> str:
     run, rates = result["run"], result["rates"]
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton"))
@@ -64,7 +76,7 @@ def _line(entry: dict[str, Any], variants: list[str]) -> str:
     times, bound = _medians(entry), entry.get("bound_seconds")
     cells = [f"{times[name] * 1e6:.1f}" if name in times else "–" for name in variants]
     share = "wrong" if "wrong" in entry else f"{bound / times['triton']:.0%}" if bound and "triton" in times else "–"
-    left = [f"`{entry['operation']}`", entry["case"], entry["direction"], f"{bound * 1e6:.1f}" if bound else "–"]
+    left = [f"`{entry['operation']}`", cell(entry["case"]), entry["direction"], f"{bound * 1e6:.1f}" if bound else "–"]
     return f"| {' | '.join([*left, *cells, share])} |"
 
 

@@ -11,32 +11,21 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from granite_kernels.op import nbytes
 
-from bench import results, shapes
+from bench import results, shapes, steps
 from bench.counting_gpu import CountingGPU, Counts
+from bench.steps import CONTEXT, INT8, MODELS
 from granite_speech import GraniteSpeechConfig
-from granite_speech.engine.state import DecodeState, Row, StateSize
-from granite_speech.engine.step import DecodeStep, Selection
-from granite_speech.generation.options import GenerationOptions
-from granite_speech.modules.cache import PagePool
-from granite_speech.modules.fused_layers import FusedLayers
 from granite_speech.modules.prompts import ModelInputs
-from granite_speech.modules.quantized import projections
-from granite_speech.modules.side_by_side import arrange
 
 __all__ = ["WORK", "Rehearsal", "count", "run", "table"]
 
 FILE = results.FOLDER / "rehearsal.json"
-MODELS = {"4.1-2b": False, "3.3-2b": True}  # whether it has an adapter
-INT8 = " int8"  # at the end of a model's name: its projections have int8 weights
 CLIPS = (1, 128)
 ROWS = (1, 8, 16, 128)  # of a decode step
-# Keys of each sequence before a decode step. A launch does not depend on it.
-CONTEXT = 300
 NEW_TOKENS = 4
 DEVICE = torch.device("cuda")
 STEP, STEP_OF_MODULES = "decode step", "decode step, module by module"
@@ -62,12 +51,8 @@ class Rehearsal:
     layers: int | None = None
 
     def model(self) -> Any:
-        name = self.name.removesuffix(INT8)
-        model = shapes.build(name, adapter=MODELS[name], device=DEVICE, layers=self.layers)
-        for module in projections(model.decoder) if name != self.name else ():
-            module.store_int8(module.weight.detach())
+        model = steps.random_model(self.name, DEVICE, layers=self.layers)
         model.use_graphs = False  # this machine may have a GPU, which could not capture tensors without memory
-        arrange(model.decoder, model.lm_head)  # as `from_pretrained` leaves them
         return model
 
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -84,22 +69,13 @@ class Rehearsal:
 
     def step(self, context: int = CONTEXT) -> Callable[[], object]:
         """One step of the engine for `clips` answers, each with `context` keys."""
-        model = self.model()
-        pool = PagePool(model.config.text_config, dtype=model.dtype, device=DEVICE)
-        pages = pool.count(context + 1)
-        pool.require(self.clips * pages)
-        state = DecodeState(StateSize.of(self.clips, pages, 1), model.config.text_config.vocab_size, pool)
-        options = GenerationOptions(max_new_tokens=NEW_TOKENS, eos_token_id=(0,), pad_token_id=0)
-        state.enter([Row(options, prompt=context, keys=context, position=context - 1, has_audio=True)] * self.clips)
-        state.write_block_table(torch.tensor([pool.take(pages) for _ in range(self.clips)], dtype=torch.int32))
-        return DecodeStep(model, state, Selection(), self.clips, mixed=False).run
+        return steps.Answers.of(self.model(), self.clips, context, NEW_TOKENS).step().run
 
     def step_of_modules(self) -> Callable[[], object]:
         """The same step as it runs where each module must be seen, for example by a hook."""
-        without = patch.object(FusedLayers, "of", lambda *_: None)
-        with without:
+        with steps.unfused():
             step = self.step()
-        return without(step)
+        return steps.unfused()(step)
 
     def least_bytes(self, context: int = CONTEXT) -> int:
         """Bytes that a decode step must move: every weight of the language model once, and the keys and values of its rows."""

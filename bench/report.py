@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench import accelerated, embedded, encoder, kernels_cpu, kernels_table, rehearse, results, serving, whole_model, words
+from bench import accelerated, embedded, encoder, kernels_cpu, kernels_table, rehearse, results, serving, steps_gpu, whole_model, words
 
 __all__ = ["headline", "report", "sections", "write"]
 
@@ -20,7 +20,7 @@ def sections() -> list[tuple[Path, str, str]]:
     readme, all_kernels, checkpoint = (ROOT / name for name in ("README.md", "bench/results/README.md", "granite_speech/assets/README.md"))
     return [
         (readme, "report: headline", headline()),
-        (readme, "report", report("encoder", "embedded-cpu", "accelerated", "serving", "whole-model", "kernels summary")),
+        (readme, "report", report("encoder", "embedded-cpu", "accelerated", "serving", "whole-model", "decode-steps", "kernels summary")),
         (all_kernels, "report: kernels", report("kernels", "kernels-cpu")),
         (all_kernels, "report: rehearsal", report("rehearsal")),
         (checkpoint, "words", report("words")),
@@ -72,6 +72,7 @@ def _place(run: dict[str, Any]) -> tuple[str, str]:
 _TABLES = {
     "encoder": encoder.table,
     "whole-model": whole_model.table,
+    "decode-steps": steps_gpu.table,
     "embedded-cpu": embedded.table,
     "accelerated": accelerated.table,
     "serving": serving.table,

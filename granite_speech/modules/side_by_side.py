@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from weakref import WeakValueDictionary
 
 import torch
-from granite_kernels.launch import launching
+from granite_kernels.launch import has_memory, recording
 from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
@@ -61,7 +61,7 @@ def padded_rows(weight: Tensor, multiple: int = _MULTIPLE) -> Tensor | None:
         return weight.detach()
     if not weight.is_contiguous():
         return None
-    is_real = launching(weight)
+    is_real = has_memory(weight)
     storage = _padded.get(weight.data_ptr()) if is_real else weight.untyped_storage()
     begins = storage is not None and (storage.data_ptr() == weight.data_ptr() if is_real else weight.storage_offset() == 0)
     return _view(storage, 0, weight, rows) if begins and rows * weight[0].nbytes <= storage.nbytes() else None
@@ -84,7 +84,7 @@ def arrange(decoder: nn.Module, head: nn.Module | None = None) -> None:
     for modules in _sets(decoder):
         for slots in _slots(modules):
             if _place(slots) is None and all(map(_can_move, slots)) and len({one.device for one in slots}) == 1:
-                before = _common.get(slots[0].data_ptr()) if launching(slots[0]) else None
+                before = _common.get(slots[0].data_ptr()) if has_memory(slots[0]) else None
                 _move(slots, _allocate)
                 _move_out(modules, before)
     weight = head.weight if type(head) is nn.Linear else None
@@ -151,7 +151,7 @@ def _have_one_dtype(slots: list[Tensor], dtype_of: Callable[[Tensor], torch.dtyp
 def _place(tensors: Sequence[Tensor]) -> tuple[UntypedStorage, int] | None:
     """The storage in which tensors lie one after another, and the number of elements before them; None if they do not."""
     first = tensors[0]
-    if not launching(first):  # without memory, and so without addresses
+    if not has_memory(first):  # without memory, and so without addresses
         storage, at = first.untyped_storage(), first.storage_offset()
         for one in tensors:
             if one.untyped_storage()._cdata != storage._cdata or one.storage_offset() != at:
@@ -172,9 +172,11 @@ def _place(tensors: Sequence[Tensor]) -> tuple[UntypedStorage, int] | None:
 def _can_move(tensor: Tensor) -> bool:
     """Whether nobody else relies on where the values of a parameter or buffer are."""
     is_plain = type(tensor) in (nn.Parameter, Tensor, FakeTensor) and tensor.layout == torch.strided and tensor.is_contiguous()
-    if not is_plain or tensor.device.type not in _DEVICES or tensor.numel() == 0:
+    # On the meta device only while launches are recorded, which must be those of the model with its weights side by side.
+    can_hold = tensor.device.type in _DEVICES or (tensor.is_meta and recording())
+    if not is_plain or not can_hold or tensor.numel() == 0:
         return False
-    if not launching(tensor):
+    if not has_memory(tensor):
         return True
     # The parameter's and that of `storage`. A third is a view of the values, or a larger buffer that they are part of.
     storage = tensor.untyped_storage()
@@ -197,7 +199,7 @@ def _allocate_padded(slots: Sequence[Tensor], dtype: torch.dtype, device: torch.
 
 def _window(part: Tensor, table: WeakValueDictionary[int, UntypedStorage]) -> Tensor:
     """The same memory as a tensor with a storage of its own, which keeps the common one alive."""
-    if not launching(part):
+    if not has_memory(part):
         return part
     table[part.data_ptr()] = part.untyped_storage()
     return from_dlpack(to_dlpack(part))
@@ -209,7 +211,7 @@ def _move(slots: Sequence[Tensor], allocate: Callable[[Sequence[Tensor], torch.d
     places = allocate(slots, slots[0].dtype, slots[0].device)
     for slot, place in zip(slots, places, strict=True):
         place.copy_(slot.data)
-    if places[0].is_cuda and launching(places[0]):
+    if places[0].is_cuda and has_memory(places[0]):
         torch.cuda.current_stream(places[0].device).synchronize()  # other streams may read the new memory next, and write to the old
     for slot, place in zip(slots, places, strict=True):
         slot.data = place

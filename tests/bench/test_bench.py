@@ -185,12 +185,13 @@ def test_gpu_steps_are_valid_commands_with_separate_result_files(tmp_path, monke
             monkeypatch.setattr(sys, "argv", step.command[step.command.index("bench") :])
             with pytest.raises(SystemExit, match="0"):
                 command_line.main()
-    assert [step.name for step in steps][:5] == ["parity", "model", "accelerated", "serving", "kernels"], "the most informative first"
-    assert [options.command for options in parsed] == ["model", "model", "model", "kernels", "kernels"]
-    whole, accelerated, serving, quick, compiled = parsed
-    assert whole.device == accelerated.device == serving.device == "cuda"
-    assert whole.part is None and accelerated.part == ["accelerated"] and serving.part == ["serving"]
-    assert whole.out == accelerated.out == serving.out == quick.out == tmp_path
+    names = ["steps", "parity", "model", "kernels", "accelerated", "serving"]
+    assert [step.name for step in steps][:6] == names, "the most informative first"
+    assert [options.command for options in parsed] == ["model", "model", "kernels", "model", "model", "kernels"]
+    timed, whole, quick, accelerated, serving, compiled = parsed
+    assert timed.device == whole.device == accelerated.device == serving.device == "cuda"
+    assert timed.part == ["steps"] and whole.part is None and accelerated.part == ["accelerated"] and serving.part == ["serving"]
+    assert timed.out == whole.out == accelerated.out == serving.out == quick.out == tmp_path
     assert quick.no_compiled and not compiled.no_compiled and quick.out != compiled.out
     assert set(compiled.operation) <= set(OPERATIONS)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command_line
-from bench import accelerated, accelerated_gpu, embedded, encoder, released, serving, serving_gpu, shapes
+from bench import accelerated, accelerated_gpu, embedded, encoder, released, serving, serving_gpu, shapes, steps_gpu
 from bench.products import Products
 from bench.released import Planned
 from granite_speech import GraniteSpeechForConditionalGeneration
@@ -45,6 +45,7 @@ STAGES = {"encoder_projector_s", "first_token_s", "decode_step_s", "whole_s", "r
         ([], ["encoder cpu float32", "embedded", "accelerated", "serving"]),
         (["--device", "cuda"], ["whole cuda bfloat16", "encoder cuda bfloat16"]),
         (["--part", "encoder", "--dtype", "float16"], ["encoder cpu float16"]),
+        (["--part", "steps", "--device", "cuda"], ["steps cuda bfloat16"]),
         (["--part", "serving", "--device", "cuda"], ["serving cuda bfloat16"]),
         (["--part", "accelerated", "--device", "cuda"], ["accelerated cuda bfloat16"]),
         (["--part", "embedded", "--part", "whole", "--device", "cuda"], ["embedded", "whole cuda bfloat16"]),
@@ -54,6 +55,7 @@ def test_parts_fit_the_device_unless_they_are_named(arguments, expected, monkeyp
     made = []
     monkeypatch.setattr(encoder, "run", lambda *, device, dtype, **_: made.append(f"encoder {device} {dtype}"))
     monkeypatch.setattr(released, "run", lambda *, device, dtype, out: (made.append(f"whole {device} {dtype}"), False))
+    monkeypatch.setattr(steps_gpu, "run", lambda *, device, dtype, out: (made.append(f"steps {device} {dtype}"), True))
     monkeypatch.setattr(embedded, "run", lambda **_: made.append("embedded"))
     monkeypatch.setattr(accelerated, "run", lambda **_: made.append("accelerated"))
     monkeypatch.setattr(accelerated_gpu, "run", lambda *, device, dtype, out: made.append(f"accelerated {device} {dtype}"))
