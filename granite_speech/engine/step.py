@@ -19,7 +19,7 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import keep_top_k, keep_top_p, penalize
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import CacheStep
-from granite_speech.modules.fused_layers import FusedLayers, States
+from granite_speech.modules.fused_layers import FusedLayers, States, can_be_read
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.packing import Bucket
@@ -135,7 +135,8 @@ class DecodeStep:
         model, head = self._model, self._model.language_model.lm_head
         if self._padded is not None or have_hooks(head) or autocast_dtype(self._state.device) is not None:
             return None
-        if type(model.decoder.embed_tokens) is not nn.Embedding:
+        embedding = model.decoder.embed_tokens
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not can_be_read(embedding.weight, model.dtype):
             return None
         return FusedLayers.of(model.decoder, head, model.language_model.config.logits_scaling)
 
