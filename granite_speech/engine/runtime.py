@@ -7,8 +7,6 @@ answer. When a parameter or a module is replaced or moved, everything that was c
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -24,11 +22,9 @@ from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import PagePool
 from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.side_by_side import arrange
+from granite_speech.modules.snapshot import Snapshot
 
 __all__ = ["Runtime", "current_device"]
-
-# Attributes that decide which adapter a layer uses: of LoraLinear, and of peft's layers.
-_SWITCHES = {"adapter_enabled", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling"}
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -68,7 +64,7 @@ class Runtime:
         self.encoder_graphs, self.decoder_graphs = Graphs(None), Graphs(None)
         self.pool: PagePool | None = None
         self.state: DecodeState | None = None
-        self._weights: _Weights | None = None
+        self._model: Snapshot | None = None
         self._pages: Tensor | None = None
         self._finished: torch.cuda.Event | None = None
 
@@ -118,10 +114,10 @@ class Runtime:
             self.clear()
             self.pool = PagePool(model.text_config, dtype=model.dtype, device=model.device, page_size=self.page_size)
         can_capture = self.use_graphs and _can_be_captured(model)
-        if not can_capture or self._weights is None or not self._weights.are_unchanged():
+        if not can_capture or self._model is None or not self._model.is_current():
             capture = self.make_capture(model.device) if can_capture else None
-            self._weights = None if capture is None else _Weights(model)
-            if capture is not None and self._weights.have_hooks():
+            self._model = None if capture is None else Snapshot(model)
+            if capture is not None and self._model.have_hooks():
                 capture = None  # hooks are Python code that must run at every step
             self.encoder_graphs, self.decoder_graphs = Graphs(capture), Graphs(capture)
 
@@ -151,42 +147,6 @@ class Runtime:
 def current_device(device: torch.device) -> AbstractContextManager:
     """Makes a GPU this thread's current one: events and replays go to the current stream of the current device."""
     return torch.cuda.device(device) if device.type == "cuda" and torch.cuda.is_available() else nullcontext()
-
-
-class _Weights:
-    """The modules and parameters of a model, to see whether they are still the same ones at the same addresses."""
-
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        # Empty ones too: attaching an adapter fills one.
-        self._tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
-        self._values = self._contents()
-        self._addresses = [(one, one.data_ptr()) for one in (*model.parameters(), *model.buffers())]
-        self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
-        self._attributes = [vars(one) for one in modules]
-        self._had_hooks = self.have_hooks()
-        self._switched = [table for table in self._attributes if not _SWITCHES.isdisjoint(table)]
-        self._switches = self._positions()
-
-    def have_hooks(self) -> bool:
-        """Whether Python code of somebody else runs with a module: a hook, or a forward of the module's own."""
-        return any(self._hook_tables) or any("forward" in one for one in self._attributes)
-
-    def _contents(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self._tables))]
-
-    def _positions(self) -> list[Any]:
-        values = (table[name] for table in self._switched for name in _SWITCHES & table.keys())
-        return [tuple(one.items()) if isinstance(one, dict) else tuple(one) if isinstance(one, list) else one for one in values]
-
-    def are_unchanged(self) -> bool:
-        return (
-            self.have_hooks() == self._had_hooks
-            and self._positions() == self._switches
-            and len(contents := self._contents()) == len(self._values)
-            and all(map(is_, contents, self._values))
-            and all(tensor.data_ptr() == address for tensor, address in self._addresses)
-        )
 
 
 def _can_be_captured(model: nn.Module) -> bool:

@@ -19,11 +19,12 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import keep_top_k, keep_top_p, penalize
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import CacheStep
-from granite_speech.modules.fused_layers import FusedLayers, States
+from granite_speech.modules.fused_layers import FusedLayers, States, can_be_read
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.packing import Bucket
 from granite_speech.modules.rows import Rows
+from granite_speech.modules.snapshot import Snapshot
 from granite_speech.modules.tokens import Tokens
 
 __all__ = ["DecodeStep", "Selection"]
@@ -127,20 +128,30 @@ class DecodeStep:
         self._adapter_index = state.adapter_index[:rows] if mixed else None
         self._segments = Bucket(state.cu_seqlens[: rows + 1], rows, 1)
         self._rows = rows
+        self._snapshot: Snapshot | None = None
+
+    def _follow(self) -> None:
+        """Find out how the layers run, again if the model has changed: other requests, and callbacks of this one, may change it."""
+        model = self._model
+        if self._snapshot is not None and self._snapshot.is_current():
+            return
+        self._snapshot = Snapshot(model.language_model)
         # Hooks see `(rows, 1, hidden)`.
-        self._padded = Rows.single_tokens(rows, state.tokens.device) if have_hooks(model.decoder) else None
+        self._padded = Rows.single_tokens(self._rows, self._state.device) if have_hooks(model.decoder) else None
         self._fused = self._fused_layers()
 
     def _fused_layers(self) -> FusedLayers | None:
         model, head = self._model, self._model.language_model.lm_head
         if self._padded is not None or have_hooks(head) or autocast_dtype(self._state.device) is not None:
             return None
-        if type(model.decoder.embed_tokens) is not nn.Embedding:
+        embedding = model.decoder.embed_tokens
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not can_be_read(embedding.weight, model.dtype):
             return None
         return FusedLayers.of(model.decoder, head, model.language_model.config.logits_scaling)
 
     def run(self) -> None:
         """`steps` times: store the newest token of each answer, and choose the next."""
+        self._follow()
         selection = self._selection
         needs_logits = self._fused is None or selection.sample or selection.penalty or selection.minimum
         for step in range(self._steps):
@@ -160,6 +171,7 @@ class DecodeStep:
         Args:
             collected: a list that takes every layer's states, `(rows, hidden)`.
         """
+        self._follow()
         if self._fused is not None and collected is None:
             return self._fused.logits(self._fused_states())
         self._kv_lens.add_(self._active)

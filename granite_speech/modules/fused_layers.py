@@ -16,8 +16,7 @@ on the operations' references.
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +27,20 @@ from granite_kernels.paths import Path, product_path
 from granite_kernels.split_linear import parts_for
 from torch import Tensor, nn
 
+from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.cache import CacheStep
-from granite_speech.modules.decoder_layers import GraniteDecoderLayer, GraniteRMSNorm
+from granite_speech.modules.decoder_layers import GraniteAttention, GraniteDecoderLayer, GraniteMLP, GraniteRMSNorm
 from granite_speech.modules.quantized import dequantized
 from granite_speech.modules.rotary import Rotary, rotary_embedding
-from granite_speech.modules.side_by_side import padded_rows, side_by_side
+from granite_speech.modules.side_by_side import is_plain, padded_rows, side_by_side
 from granite_speech.modules.tokens import Tokens
 
-__all__ = ["FusedLayers", "States"]
+__all__ = ["FusedLayers", "States", "can_be_read"]
 
 _MOST_HEAD_DIM = 128  # of the attention kernels
+_CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer. `o` and `gate_up` are None if a projection there has an adapter: then the modules compute them."""
+    """One layer. `o`, or `gate_up` and `down`, are None if a projection there has an adapter: then the modules compute them."""
 
     module: GraniteDecoderLayer
     qkv: _Product
@@ -118,22 +120,24 @@ class _Layer:
     @classmethod
     def of(cls, module: GraniteDecoderLayer, dtype: torch.dtype) -> Self | None:
         """None if the layer cannot run here in this dtype."""
-        attention, mlp = module.self_attn, module.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        every = (*projections, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        if any(type(one) is not LoraLinear for one in every) or mlp.act_fn.name not in ("silu", "swish"):
+        attention, mlp, norm_1, norm_2 = (module._modules.get(name) for name in _CHILDREN)
+        usual = type(attention) is GraniteAttention and type(mlp) is GraniteMLP and type(norm_1) is type(norm_2) is GraniteRMSNorm
+        if not usual or not can_be_read(norm_1.weight, dtype) or not can_be_read(norm_2.weight, dtype):
             return None
-        norms = module.input_layernorm, module.post_attention_layernorm
-        if not all(map(partial(_has_dtype, dtype=dtype), every)) or any(type(one) is not GraniteRMSNorm for one in norms):
+        act = mlp._modules["act_fn"]
+        if type(act) is not Activation or act.name not in ("silu", "swish"):
             return None
-        if any(one.weight.dtype != dtype for one in norms):
+        parts = [_Projection.of(parent._modules[name], dtype) for parent, names in ((attention, _ATTENTION), (mlp, _MLP)) for name in names]
+        if None in parts:
             return None
-        qkv, adapter = _product(projections), _adapter(projections)
+        q, k, v, o, gate, up, down = parts
+        qkv, adapter = _product(q, k, v), _adapter(q, k, v)
         if qkv is None or adapter is None:
             return None
-        o = None if attention.o_proj.has_adapter else _product((attention.o_proj,))
-        has_adapter = any(one.has_adapter for one in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        gate_up, down = (None, None) if has_adapter else (_product((mlp.gate_proj, mlp.up_proj)), _product((mlp.down_proj,)))
+        o = _product(o) if o.lora_a is None else None
+        gate_up, down = (_product(gate, up), _product(down)) if gate.lora_a is up.lora_a is down.lora_a is None else (None, None)
+        if gate_up is None or down is None:
+            gate_up = down = None
         return cls(module, qkv, adapter, o, gate_up, down)
 
     @property
@@ -141,33 +145,59 @@ class _Layer:
         return self.o is not None and self.gate_up is not None
 
 
-def _has_dtype(module: LoraLinear, dtype: torch.dtype) -> bool:
-    """Whether a projection and its adapter compute in this dtype."""
-    matrices = [module.lora_A.weight, module.lora_B.weight] if module.has_adapter else []
-    return module.activation_dtype == dtype and all(one.dtype == dtype for one in matrices)
+class _Projection(NamedTuple):
+    """The tensors of a `LoraLinear`, and of its adapter if that is on."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 0.0
+    has_more: bool = False  # further adapters
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
+        """None unless it is one that computes in this dtype."""
+        # Not by attribute, which takes ten times as long: this runs before every request.
+        if type(module) is not LoraLinear or module.activation_dtype != dtype:
+            return None
+        own, scale = module._parameters, module._buffers["weight_scale"]
+        if not module.has_adapter:
+            return cls(own["weight"], own["bias"], scale)
+        a, b = module.lora_A._parameters["weight"], module.lora_B._parameters["weight"]
+        if not can_be_read(a, dtype) or not can_be_read(b, dtype):
+            return None
+        return cls(own["weight"], own["bias"], scale, a, b, module.scaling, module.lora_more is not None)
 
 
-def _product(modules: tuple[LoraLinear, ...]) -> _Product | None:
+def can_be_read(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels can read a weight, which they do by its address, as of this dtype."""
+    return weight.dtype == dtype and is_plain(weight) and weight.is_contiguous()
+
+
+def _product(*projections: _Projection) -> _Product | None:
     """The product of these projections; None if their weights do not lie side by side."""
-    weight = side_by_side(*(one.weight for one in modules))
-    biases, scales = ([getattr(one, name) for one in modules] for name in ("bias", "weight_scale"))
-    bias = None if biases[0] is None else side_by_side(*biases)
-    scale = None if scales[0] is None else side_by_side(*scales)
-    matrices = [one.lora_A.weight for one in modules if one.has_adapter]
-    lora_a = side_by_side(*matrices) if matrices else None
-    found, wanted = (weight, bias, scale, lora_a), (True, biases[0] is not None, scales[0] is not None, bool(matrices))
-    if any((one is not None) != is_wanted for one, is_wanted in zip(found, wanted, strict=True)):
-        return None
+    found = []
+    for tensors in zip(*((one.weight, one.bias, one.scale) for one in projections), strict=True):
+        present = [one for one in tensors if one is not None]
+        found.append(side_by_side(*present) if len(present) == len(tensors) else None)
+        if present and found[-1] is None:
+            return None  # also with a bias of some of them alone
+    weight, bias, scale = found
+    matrices = [one.lora_a for one in projections if one.lora_a is not None]
+    if not matrices:
+        return _Product(weight, bias, scale)
+    lora_a = side_by_side(*matrices)
     joined = side_by_side(weight, lora_a) if lora_a is not None and bias is None and scale is None else None
-    return _Product(weight, bias, scale, lora_a, joined)
+    return None if lora_a is None else _Product(weight, bias, scale, lora_a, joined)
 
 
-def _adapter(modules: tuple[LoraLinear, ...]) -> _Adapter | None:
+def _adapter(*projections: _Projection) -> _Adapter | None:
     """The adapters of q, k and v; None if one of them has several."""
-    if any(one.lora_more is not None for one in modules):
+    if any(one.has_more for one in projections):
         return None
-    b = tuple(one.lora_B.weight if one.has_adapter else None for one in modules)
-    return _Adapter(b, tuple(one.scaling if one.has_adapter else 0.0 for one in modules))
+    return _Adapter(tuple(one.lora_b for one in projections), tuple(one.scaling for one in projections))
 
 
 @dataclass(frozen=True)
@@ -193,15 +223,16 @@ class FusedLayers:
         """None if a module is not the usual one, or if weights do not lie side by side. Hooks are the caller's concern."""
         # By name, because the module of GraniteModel imports this one.
         usual = type(decoder).__module__ == "granite_speech.modules.language_model" and not decoder.training
-        if (
-            not usual
-            or type(decoder.norm) is not GraniteRMSNorm
-            or (head is not None and (type(head) is not nn.Linear or head.bias is not None))
-        ):
+        if not usual or type(decoder.norm) is not GraniteRMSNorm or len(decoder.layers) == 0:
+            return None
+        norm = decoder.norm.weight
+        if not can_be_read(norm, norm.dtype):
+            return None
+        if head is not None and (type(head) is not nn.Linear or head.bias is not None or not can_be_read(head.weight, norm.dtype)):
             return None
         layers = []
         for module in decoder.layers:
-            layer = _Layer.of(module, decoder.norm.weight.dtype) if type(module) is GraniteDecoderLayer else None
+            layer = _Layer.of(module, norm.dtype) if type(module) is GraniteDecoderLayer else None
             if layer is None:
                 return None
             layers.append(layer)

@@ -9,6 +9,7 @@ first (Accelerate's `save_model`), or write the whole storage once for each of i
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,14 +20,20 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from granite_speech.modules.adapter import LoraLinear
 
-__all__ = ["arrange", "destinations", "padded_rows", "side_by_side"]
+__all__ = ["arrange", "destinations", "is_plain", "padded_rows", "side_by_side"]
 
 _MULTIPLE = 64  # of the head's rows: the library's product with an odd number of rows is slow
 _DEVICES = ("cpu", "cuda")
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)
 
 # The common storage by the address of each tensor in it. It lives as long as one of its tensors, and so does its entry.
 _common: WeakValueDictionary[int, UntypedStorage] = WeakValueDictionary()
 _padded: WeakValueDictionary[int, UntypedStorage] = WeakValueDictionary()  # of a head, with rows of zeros after its last
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no more than its values in memory: other classes (quantized, distributed) compute in their own way."""
+    return type(tensor) in _PLAIN and tensor.layout == torch.strided
 
 
 def side_by_side(*tensors: Tensor) -> Tensor | None:
@@ -36,14 +43,19 @@ def side_by_side(*tensors: Tensor) -> Tensor | None:
         tensors: `(rows, in)` each, or `(rows,)`, as `arrange` leaves them.
 
     Returns:
-        `(sum of rows, in)` or `(sum of rows,)`, without gradients; None unless the tensors lie one after another in one storage.
+        `(sum of rows, in)` or `(sum of rows,)`, without gradients; None unless the tensors are plain ones that lie one after another in
+        one storage.
     """
-    first, place = tensors[0], _place(tensors)
-    if place is None or not all(one.dtype == first.dtype and one.is_contiguous() for one in tensors):
-        return None
-    shapes = [one.shape for one in tensors]
-    rows, widths = sum(one[0] for one in shapes), {one[1:] for one in shapes}
-    return _view(*place, first, rows) if len(widths) == 1 else None
+    first, rows = tensors[0], 0
+    dtype, width = first.dtype, first.shape[1:]
+    for one in tensors:
+        if not is_plain(one) or one.dtype != dtype or one.shape[1:] != width or not one.is_contiguous():
+            return None
+        rows += one.shape[0]
+    if len(tensors) == 1:
+        return first.detach()
+    place = _place(tensors)
+    return None if place is None else _view(*place, first, rows)
 
 
 def padded_rows(weight: Tensor, multiple: int = _MULTIPLE) -> Tensor | None:
@@ -171,10 +183,9 @@ def _place(tensors: Sequence[Tensor]) -> tuple[UntypedStorage, int] | None:
 
 def _can_move(tensor: Tensor) -> bool:
     """Whether nobody else relies on where the values of a parameter or buffer are."""
-    is_plain = type(tensor) in (nn.Parameter, Tensor, FakeTensor) and tensor.layout == torch.strided and tensor.is_contiguous()
     # On the meta device only while launches are recorded, which must be those of the model with its weights side by side.
     can_hold = tensor.device.type in _DEVICES or (tensor.is_meta and recording())
-    if not is_plain or not can_hold or tensor.numel() == 0:
+    if not is_plain(tensor) or not tensor.is_contiguous() or not can_hold or tensor.numel() == 0:
         return False
     if not has_memory(tensor):
         return True
@@ -214,6 +225,9 @@ def _move(slots: Sequence[Tensor], allocate: Callable[[Sequence[Tensor], torch.d
     if places[0].is_cuda and has_memory(places[0]):
         torch.cuda.current_stream(places[0].device).synchronize()  # other streams may read the new memory next, and write to the old
     for slot, place in zip(slots, places, strict=True):
+        if slot.is_inference():  # it was made in inference mode, and would be broken by memory of any other kind
+            with torch.inference_mode():
+                place = torch.empty(0, dtype=place.dtype, device=place.device).set_(place)
         slot.data = place
 
 
@@ -229,5 +243,6 @@ def _move_out(modules: list[LoraLinear], storage: UntypedStorage | None) -> None
 
 
 def _view(storage: UntypedStorage, offset: int, like: Tensor, rows: int) -> Tensor:
-    with torch.inference_mode(False):  # a caller may keep it
+    # A caller may keep it, so it must not be one of inference mode. Leaving that mode takes as long as the rest.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
         return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, offset, (rows, *like.shape[1:]), like.stride())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from granite_kernels.op import CHOICE
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from granite_speech.modules.fused_layers import FusedLayers
 from tests.support.small_models import attentive, batch, small_model, text
@@ -153,6 +154,81 @@ def test_tokens_of_many_requests_are_those_of_the_modules(backend: str, monkeypa
         assert steps
         steps.clear()
         assert torch.equal(answers, by_modules(monkeypatch, lambda inputs=inputs: plain.generate(**inputs, **options)))
+
+
+# --- weights that no kernel can read, and modules of which only the usual kind is fused -------------------------------------------
+
+
+def biased(name: str) -> Callable[[nn.Module], None]:
+    """A bias of one projection alone."""
+
+    def change(model: nn.Module) -> None:
+        module = model.decoder.layers[0].get_submodule(name)
+        module.bias = nn.Parameter(torch.randn(module.out_features, generator=torch.Generator().manual_seed(1)))
+
+    return change
+
+
+def transposed(name: str) -> Callable[[nn.Module], None]:
+    """A weight whose columns are contiguous."""
+
+    def change(model: nn.Module) -> None:
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
+
+    return change
+
+
+def of_another_class(name: str) -> Callable[[nn.Module], None]:
+    """A weight without memory of its own, as those of torchao."""
+
+    def change(model: nn.Module) -> None:
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(TwoTensor(*(module.weight.detach().clone() for _ in range(2))))
+
+    return change
+
+
+def renormalised(model: nn.Module) -> None:
+    model.decoder.embed_tokens.max_norm = 1.0
+
+
+def another_activation(model: nn.Module) -> None:
+    model.decoder.layers[0].mlp.act_fn = nn.GELU()
+
+
+CHANGES = {
+    **{f"a bias of {name}": biased(name) for name in PROJECTIONS},
+    **{f"{name} transposed": transposed(f"language_model.model.layers.0.{name}") for name in PROJECTIONS},
+    "embeddings transposed": transposed("language_model.model.embed_tokens"),
+    "head transposed": transposed("lm_head"),
+    "o of another class": of_another_class("language_model.model.layers.0.self_attn.o_proj"),
+    "down of another class": of_another_class("language_model.model.layers.0.mlp.down_proj"),
+    "embeddings with max_norm": renormalised,
+    "another activation": another_activation,
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_unusual_weights_give_the_answers_of_the_modules(name: str, backend: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CHOICE, backend)
+    model = attentive(small_model())
+    model.decoder.layers = model.decoder.layers[:1]
+    CHANGES[name](model)
+    options = {"max_new_tokens": 2, "eos_token_id": [], "output_logits": True, "return_dict_in_generate": True}
+    answers = [model.generate(**texts(1), **options) for _ in range(1 if backend == "triton" else 2)]
+    expected = by_modules(monkeypatch, lambda: model.generate(**texts(1), **options))
+    for answer in answers:
+        assert_same_answers(answer, expected)
+
+
+def test_a_model_of_inference_mode_answers_as_any_other():
+    with torch.inference_mode():
+        model = attentive(small_model())
+        answer = model.generate(**batch(model), max_new_tokens=3, eos_token_id=[])
+    assert torch.equal(answer, attentive(small_model()).generate(**batch(model), max_new_tokens=3, eos_token_id=[]))
+    assert torch.equal(answer, model.generate(**batch(model), max_new_tokens=3, eos_token_id=[]))
 
 
 # --- where modules run one by one ------------------------------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""Whether a model is still what it was: the same modules with the same parameters at the same addresses, hooks and adapters included.
+
+Whatever was prepared from a model (captured graphs, weights that are read as one matrix) is right for as long as this holds. Changes
+of weights in place do not count: whoever reads memory sees them.
+"""
+
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Snapshot"]
+
+# Attributes that decide which adapter a layer uses: of LoraLinear, and of peft's layers.
+_SWITCHES = {"adapter_enabled", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling"}
+
+
+class Snapshot:
+    """The modules and parameters below some modules, as they are now. It keeps the parameters alive."""
+
+    def __init__(self, *roots: nn.Module):
+        modules = [*dict.fromkeys(chain.from_iterable(root.modules() for root in roots))]
+        # Empty ones too: attaching an adapter fills one.
+        self._tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
+        self._values = self._contents()
+        tensors = (one for module in modules for one in (*module._parameters.values(), *module._buffers.values()) if one is not None)
+        self._addresses = [(one, one.data_ptr()) for one in tensors]
+        self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
+        self._attributes = [vars(one) for one in modules]
+        self._had_hooks = self.have_hooks()
+        self._switched = [table for table in self._attributes if not _SWITCHES.isdisjoint(table)]
+        self._switches = self._positions()
+
+    def have_hooks(self) -> bool:
+        """Whether Python code of somebody else runs with a module: a hook, or a forward of the module's own."""
+        return any(self._hook_tables) or any("forward" in one for one in self._attributes)
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            self.have_hooks() == self._had_hooks
+            and self._positions() == self._switches
+            and len(contents := self._contents()) == len(self._values)
+            and all(map(is_, contents, self._values))
+            and all(tensor.data_ptr() == address for tensor, address in self._addresses)
+        )
+
+    def _contents(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._tables))]
+
+    def _positions(self) -> list[Any]:
+        values = (table[name] for table in self._switched for name in _SWITCHES & table.keys())
+        return [tuple(one.items()) if isinstance(one, dict) else tuple(one) if isinstance(one, list) else one for one in values]
