@@ -8,6 +8,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+from granite_kernels.launch import has_memory
 from torch import nn
 
 __all__ = ["Snapshot"]
@@ -25,7 +26,7 @@ class Snapshot:
         self._tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
         self._values = self._contents()
         tensors = (one for module in modules for one in (*module._parameters.values(), *module._buffers.values()) if one is not None)
-        self._addresses = [(one, one.data_ptr()) for one in tensors]
+        self._addresses = [(one, one.data_ptr()) for one in tensors if has_memory(one)]
         self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
         self._attributes = [vars(one) for one in modules]
         self._had_hooks = self.have_hooks()
