@@ -197,7 +197,36 @@ def table(result: dict[str, Any]) -> str:
         cells = [_both(one, old, name) for name in ("launches", "launches_per_layer", "waits")]
         cells.append(_both(_megabytes(one), _megabytes(old), "bytes"))
         lines.append(f"| {one['model']} | {one['work']} | {one['clips']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_steps_table(result["measurements"])])
+
+
+def _steps_table(measurements: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines: decode steps, and in brackets the same step module by module."""
+    found = {(one["model"], one["work"], one["clips"]): one for one in measurements}
+    lines = [
+        "",
+        f"Decode steps of rows with {CONTEXT} keys; in brackets: module by module. Predicted, not measured: the time of the bytes at "
+        f"{BYTES_A_SECOND / 1e12:g} TB/s, and {SECONDS_A_LAUNCH * 1e6:g} µs for each launch.",
+        "",
+        "| model | rows | launches a layer | outside the layers | GB moved | GB at least | predicted ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (model, work, rows), one in found.items():
+        if work != STEP:
+            continue
+        before = found.get((model, STEP_OF_MODULES, rows), {})
+        cells = [_both(_of_step(one), _of_step(before), name) for name in ("launches_per_layer", "outside", "moved", "least", "predicted")]
+        lines.append(f"| {model} | {rows} | {' | '.join(cells)} |")
+    return lines
+
+
+def _of_step(one: dict[str, Any]) -> dict[str, Any]:
+    if not one:
+        return {}
+    layers = shapes.RELEASED[one["model"].removesuffix(INT8)]["text_config"]["num_hidden_layers"]
+    figures = {"outside": one["launches"] - layers * one["launches_per_layer"], "launches_per_layer": one["launches_per_layer"]}
+    figures |= {"moved": round(one["moved"] / 1e9, 2), "predicted": round(one["predicted_ms"], 2)}
+    return figures | ({"least": round(one["least_moved"] / 1e9, 2)} if one["work"] == STEP else {})
 
 
 def _both(now: dict[str, Any], before: dict[str, Any], name: str) -> str:

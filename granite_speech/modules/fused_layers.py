@@ -15,7 +15,7 @@ same states are one product, on weights that lie side by side (`side_by_side.py`
 on the operations' references.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from granite_kernels import OPERATIONS
 from granite_kernels.launch import early_launches
 from granite_kernels.matvec import MAX_HEAD_INPUTS
-from granite_kernels.paths import Path, product_path
+from granite_kernels.paths import Path, block_rows, product_path
 from granite_kernels.split_linear import parts_for
 from torch import Tensor, nn
 
@@ -276,9 +276,16 @@ class FusedLayers:
             tokens: the layout.
             counters: `(rows * heads,)` int32 zeros, which stay zero.
         """
-        if self.uses_kernels and self._are_matvecs(x.shape[0]):
+        rows = x.shape[0]
+        size = block_rows(rows, int8=self.layers[0].qkv.scale is not None)
+        if not self.uses_kernels or not self._are_matvecs(size):
+            return self._many_rows(x, rotary, tokens, counters)
+        if size == rows:
             return self._few_rows(x, rotary, tokens, counters)
-        return self._many_rows(x, rotary, tokens, counters)
+        blocks = [slice(first, first + size) for first in range(0, rows, size)]
+        cos, sin = rotary
+        parts = [self._few_rows(x[one], (cos[one], sin[one]), _rows_of(tokens, one), counters).hidden for one in blocks]
+        return States(torch.cat(parts), None)
 
     def _few_rows(self, x: Tensor, rotary: Rotary, tokens: Tokens, counters: Tensor) -> States:
         first = self.layers[0]
@@ -361,6 +368,13 @@ class FusedLayers:
         norm = self.decoder.norm
         run = OPERATIONS["head_argmax"].run
         return run(states.hidden, self.head, norm.weight, eps=norm.variance_epsilon, divisor=self.divisor)
+
+
+def _rows_of(tokens: Tokens, rows: slice) -> Tokens:
+    """The layout of some rows of one token each."""
+    step, index = tokens.step, tokens.adapter_index
+    step = replace(step, block_table=step.block_table[rows], kv_lens=step.kv_lens[rows])
+    return replace(tokens, step=step, adapter_index=None if index is None else index[rows])
 
 
 def _add(layer: _Layer, x: Tensor, delta: Tensor, norm: GraniteRMSNorm) -> tuple[Tensor, Tensor]:

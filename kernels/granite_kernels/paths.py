@@ -4,7 +4,7 @@ from enum import Enum
 
 from granite_kernels.matvec import MAX_INPUTS, MAX_ROWS
 
-__all__ = ["Path", "product_path"]
+__all__ = ["Path", "block_rows", "product_path"]
 
 
 class Path(Enum):
@@ -21,6 +21,14 @@ class Path(Enum):
 _TABLE = ((MAX_ROWS, Path.MATVEC, Path.MATVEC), (64, Path.SPLIT, Path.LIBRARY))
 # With more outputs, the tiles of a product fill the chip without a split: q|k|v hardly gained, and gate|up lost.
 _SPLIT_OUTPUTS = 2048
+# Up to this many rows, a step with int8 weights runs in blocks of MAX_ROWS. Otherwise the weights become wider before each product, which
+# moves five times their bytes. Predicted 2026-11-27 from bytes and launches (bench/results/rehearsal.json), not measured.
+_INT8_ROWS = 32
+
+
+def block_rows(rows: int, *, int8: bool) -> int:
+    """Rows of a decode step that go through the layers together, before the next block does."""
+    return MAX_ROWS if int8 and MAX_ROWS < rows <= _INT8_ROWS else rows
 
 
 def product_path(rows: int, inputs: int, outputs: int, *, summed: bool) -> Path:

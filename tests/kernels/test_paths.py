@@ -1,7 +1,7 @@
 """The choice of a product's path by its shape and rows."""
 
 import pytest
-from granite_kernels.paths import Path, product_path
+from granite_kernels.paths import Path, block_rows, product_path
 
 M, S, L = Path.MATVEC, Path.SPLIT, Path.LIBRARY
 
@@ -24,3 +24,8 @@ M, S, L = Path.MATVEC, Path.SPLIT, Path.LIBRARY
 )
 def test_few_rows_read_the_weight_once_and_some_products_are_split(rows: int, inputs: int, outputs: int, summed: bool, path: Path):
     assert product_path(rows, inputs, outputs, summed=summed) is path
+
+
+def test_int8_weights_are_read_by_blocks_of_rows_before_they_are_made_wider():
+    assert [block_rows(rows, int8=True) for rows in (1, 8, 9, 32, 33, 128)] == [1, 8, 8, 8, 33, 128]
+    assert [block_rows(rows, int8=False) for rows in (1, 9, 32)] == [1, 9, 32]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from granite_speech.modules.fused_layers import FusedLayers
+from granite_speech.modules.quantized import projections
 from tests.support.small_models import attentive, batch, small_model, text
 
 PROJECTIONS = (*(f"self_attn.{one}_proj" for one in "qkvo"), *(f"mlp.{one}_proj" for one in ("gate", "up", "down")))
@@ -297,3 +298,15 @@ def test_hidden_states_gradients_and_training_need_the_modules(passes: list[str]
     model(**inputs)
     model.train().generate(**inputs, max_new_tokens=3, eos_token_id=[])
     assert not passes
+
+
+@pytest.mark.parametrize("rows", [2, 19, 40])
+def test_int8_weights_give_the_answers_of_the_modules(rows: int, monkeypatch: pytest.MonkeyPatch, passes: list[str]):
+    """Few rows, rows in blocks, the last one not full, and many."""
+    monkeypatch.setenv(CHOICE, "triton")
+    model, inputs = attentive(small_model()), texts(rows)
+    for module in projections(model.decoder):
+        module.store_int8(module.weight.detach())
+    fused = generated(model, inputs, max_new_tokens=2)
+    assert passes == ["_many_rows", *{2: ["_few_rows"], 19: ["_few_rows"] * 3, 40: ["_many_rows"]}[rows]]
+    assert_same_answers(fused, by_modules(monkeypatch, lambda: generated(model, inputs, max_new_tokens=2)))
