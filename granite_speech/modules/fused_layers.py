@@ -29,14 +29,15 @@ from torch import Tensor, nn
 
 from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import LoraLinear
-from granite_speech.modules.cache import CacheStep
+from granite_speech.modules.cache import CacheStep, PagePool
 from granite_speech.modules.decoder_layers import GraniteAttention, GraniteDecoderLayer, GraniteMLP, GraniteRMSNorm
 from granite_speech.modules.quantized import dequantized
 from granite_speech.modules.rotary import Rotary, rotary_embedding
 from granite_speech.modules.side_by_side import is_plain, padded_rows, side_by_side
+from granite_speech.modules.snapshot import Snapshot
 from granite_speech.modules.tokens import Tokens
 
-__all__ = ["FusedLayers", "States", "can_be_read"]
+__all__ = ["FusedLayers", "LayersInUse", "States", "can_be_read", "uses_kernels"]
 
 _MOST_HEAD_DIM = 128  # of the attention kernels
 _CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
@@ -240,13 +241,6 @@ class FusedLayers:
         padded = None if weight is None else padded_rows(weight)
         return cls(decoder, tuple(layers), weight, weight if padded is None else padded, divisor)
 
-    @property
-    def uses_kernels(self) -> bool:
-        """Whether the operations run as kernels, and not as references."""
-        weight = self.decoder.norm.weight
-        fits = self.decoder.config.attention_head_dim <= _MOST_HEAD_DIM
-        return fits and OPERATIONS["decode_attention"].resolve(None, weight.device, weight.dtype) == "triton"
-
     def _are_matvecs(self, rows: int) -> bool:
         """Whether every product of a layer is one launch that reads the weight once, for this many rows."""
         if self.head.shape[1] > MAX_HEAD_INPUTS or not all(one.is_fused for one in self.layers):
@@ -278,7 +272,7 @@ class FusedLayers:
         """
         rows = x.shape[0]
         size = block_rows(rows, int8=self.layers[0].qkv.scale is not None)
-        if not self.uses_kernels or not self._are_matvecs(size):
+        if not uses_kernels(tokens.step.pool) or not self._are_matvecs(size):
             return self._many_rows(x, rotary, tokens, counters)
         if size == rows:
             return self._few_rows(x, rotary, tokens, counters)
@@ -375,6 +369,30 @@ def _rows_of(tokens: Tokens, rows: slice) -> Tokens:
     step, index = tokens.step, tokens.adapter_index
     step = replace(step, block_table=step.block_table[rows], kv_lens=step.kv_lens[rows])
     return replace(tokens, step=step, adapter_index=None if index is None else index[rows])
+
+
+def uses_kernels(pool: PagePool) -> bool:
+    """Whether the operations run as kernels on these pages, and not as references."""
+    keys = pool.keys[0]
+    return keys.shape[-1] <= _MOST_HEAD_DIM and OPERATIONS["decode_attention"].resolve(None, keys.device, keys.dtype) == "triton"
+
+
+class LayersInUse:
+    """The layers of a decoder without head, for many passes: on a CPU, finding them for each would cost more than fusing saves."""
+
+    def __init__(self, decoder: nn.Module):
+        self._decoder = decoder
+        self._find()
+
+    def _find(self) -> None:
+        self._snapshot = Snapshot(self._decoder)
+        self._layers = None if self._snapshot.have_hooks() else FusedLayers.of(self._decoder)
+
+    def now(self) -> FusedLayers | None:
+        """Found again if the model has changed; None as for `FusedLayers.of`, and with hooks."""
+        if not self._snapshot.is_current():
+            self._find()
+        return self._layers
 
 
 def _add(layer: _Layer, x: Tensor, delta: Tensor, norm: GraniteRMSNorm) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from granite_speech.modules.adapter import merge_adapter
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.checkpointing import GradientCheckpointing
-from granite_speech.modules.fused_layers import FusedLayers
+from granite_speech.modules.fused_layers import FusedLayers, LayersInUse, uses_kernels
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import BaseModelOutputWithPast, Lazy
 from granite_speech.modules.packing import Segments
@@ -263,34 +263,37 @@ class TextToStates(GradientCheckpointing, nn.Module):
         # A layer that runs again in the backward pass adds its weights to the list again.
         return states, hidden_states, None if attentions is None else [*attentions]
 
-    def language_states(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None = None) -> Tensor:
+    def language_states(
+        self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None = None, layers: LayersInUse | None = None
+    ) -> Tensor:
         """Packed embeddings through the language model, which runs padded if `tokens.rows` says so.
 
         Args:
             embeddings: `(total_tokens, hidden)`, before the embedding multiplier.
             tokens: their layout.
             collected: as for `GraniteModel.run`; it takes packed states.
+            layers: of the decoder, if this is one of many passes.
 
         Returns:
             `(total_tokens, hidden)` after the final norm.
         """
         rows = tokens.rows
         if rows is None:
-            fused = None if collected is not None or tokens.attentions is not None else self._fused_layers(tokens)
+            fused = None if collected is not None or tokens.attentions is not None else self._fused_layers(tokens, layers)
             return self.decoder.run(embeddings, tokens, collected) if fused is None else fused.prompt(embeddings, tokens)
         states = self._padded_pass(rows.pad(embeddings), tokens.for_padded_layers(), collected)
         if collected is not None:
             collected[:] = map(rows.pack, collected)
         return rows.pack(states)
 
-    def _fused_layers(self, tokens: Tokens) -> FusedLayers | None:
+    def _fused_layers(self, tokens: Tokens, layers: LayersInUse | None) -> FusedLayers | None:
         """The layers for a pass that fills or reads a cache; None if gradients are recorded, or modules must run one by one."""
         step = tokens.step
         if step is None or torch.is_grad_enabled() or autocast_dtype(self.device) is not None:
             return None
-        fused = FusedLayers.of(self.decoder)
-        # A prompt without earlier keys is faster with SDPA than with the reference of paged attention.
-        return fused if fused is not None and (step.has_past or fused.uses_kernels) else None
+        if not step.has_past and not uses_kernels(step.pool):
+            return None  # a prompt without earlier keys is faster with SDPA than with the reference of paged attention
+        return FusedLayers.of(self.decoder) if layers is None else layers.now()
 
     def _padded_pass(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None) -> Tensor:
         # Called as a module, so that its own hooks run.
