@@ -40,7 +40,7 @@ def steps(out: Path) -> list[Step]:
     model = [python, "-m", "bench", "model", "--device", "cuda", "--out", str(out)]
     planned = [
         Step("steps", [*model, "--part", "steps"], 120),
-        Step("parity", parity, 240),
+        Step("parity", parity, 300),
         Step("model", model, 220),
         Step("kernels", [*kernels, str(out), "--no-compiled"], 240),
         Step("accelerated", [*model, "--part", "accelerated"], 120),

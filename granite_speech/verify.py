@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from granite_kernels import OPERATIONS
-from granite_kernels.launch import architecture
+from granite_kernels.launch import Launch, architecture
 from granite_kernels.launch import precompile as precompile_launches
 from torch import Tensor, nn
 
@@ -137,7 +137,7 @@ class _Task:
         config = GraniteSpeechConfig.from_pretrained(self.folder)
         model = GraniteSpeechForConditionalGeneration.without_weights(config, self.weights, values).to(dtype).eval()
         inputs = self.processor(self.prompt, self.samples)
-        precompile_launches(launches_of_generate(model, inputs, architecture(self.device), self.max_new_tokens), self.device)
+        precompile_launches(_launches(model, inputs, architecture(self.device), self.max_new_tokens), self.device)
 
     def ours(self, dtype: torch.dtype) -> _Side:
         model = GraniteSpeechForConditionalGeneration.from_pretrained(self.folder, device=self.device, dtype=dtype)
@@ -285,6 +285,15 @@ def _run(load: Callable[[torch.dtype], _Side], dtype: torch.dtype, device: torch
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _launches(model: Any, inputs: dict[str, Any], architecture: int, max_new_tokens: int) -> list[Launch]:
+    """Launches of our run, given our model on the meta device. Its hooks decide which layers run module by module."""
+    launches = []
+    for watched in (model.decoder, model.lm_head):  # as `_stage_values` and `_answer` do
+        with watched.register_forward_hook(lambda *_: None):
+            launches += launches_of_generate(model, inputs, architecture, max_new_tokens)
+    return launches
 
 
 @torch.no_grad()

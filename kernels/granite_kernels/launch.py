@@ -10,7 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,7 +114,9 @@ def precompile(launches: Iterable[Launch], device: torch.device) -> None:
         with _current(device):
             for one in launches:  # Triton caches each specialisation
                 arguments = {**one.arguments, **one.tile.blocks}
-                one.kernel.warmup(grid=one.grid, **arguments, **_options(one.tile, one.early))
+                # CPython 3.11.7 may fail to parse in two threads at once. Then the kernel is compiled at its first launch.
+                with suppress(SystemError):
+                    one.kernel.warmup(grid=one.grid, **arguments, **_options(one.tile, one.early))
 
     with ThreadPoolExecutor(thread_name_prefix="precompile") as pool:
         list(pool.map(compile_kernel, by_kernel.values()))

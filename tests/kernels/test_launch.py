@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from granite_kernels import OPERATIONS
-from granite_kernels.launch import recorded_launches, register
+from granite_kernels.launch import Launch, Tile, precompile, recorded_launches, register
 from granite_kernels.op import Operation
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -69,6 +69,24 @@ def test_a_call_launches_while_launches_are_recorded(op: Operation):
             fakes = {name: mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
             op.call(**fakes, impl="triton")
         assert launches
+
+
+def test_a_kernel_that_cannot_be_parsed_now_is_left_to_its_first_launch():
+    """CPython may fail so while another thread parses. Other errors are raised."""
+    compiled = []
+
+    class Kernel:
+        def warmup(self, *, error: type[Exception] | None, **_: object) -> None:
+            if error is not None:
+                raise error("AST constructor recursion depth mismatch")
+            compiled.append(self)
+
+    kernel, tile = Kernel(), Tile({}, 4)
+    launches = [Launch(kernel, (1,), tile, {"error": error}, False) for error in (SystemError, None)]
+    precompile(launches, torch.device("cpu"))
+    assert compiled == [kernel]
+    with pytest.raises(ValueError, match="recursion"):
+        precompile([Launch(kernel, (1,), tile, {"error": ValueError}, False)], torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
