@@ -19,7 +19,8 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import keep_top_k, keep_top_p, penalize
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import CacheStep
-from granite_speech.modules.fused_layers import FusedLayers, States, can_be_read
+from granite_speech.modules.fused_layers import FusedLayers, States
+from granite_speech.modules.fused_products import can_be_read
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.packing import Bucket

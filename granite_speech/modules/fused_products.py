@@ -1,0 +1,169 @@
+"""The parts of a language model's layer as few products read them: projections of the same states, on weights side by side.
+
+Made anew from the modules whenever these have changed; no weight is copied.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from granite_kernels import OPERATIONS
+from granite_kernels.paths import Path, product_path
+from granite_kernels.split_linear import parts_for
+from torch import Tensor, nn
+
+from granite_speech.modules.activations import Activation
+from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.decoder_layers import GraniteAttention, GraniteDecoderLayer, GraniteMLP, GraniteRMSNorm
+from granite_speech.modules.quantized import dequantized
+from granite_speech.modules.side_by_side import is_plain, side_by_side
+
+__all__ = ["Adapter", "Layer", "Product", "can_be_read"]
+
+_CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-rank part of q, k and v: B and scaling of each, None and 0 for those without."""
+
+    b: tuple[Tensor | None, Tensor | None, Tensor | None]
+    scaling: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Product:
+    """Projections of the same states.
+
+    Attributes:
+        weight: `(out, in)`, the projections' weights side by side; int8 with `scale`.
+        bias: `(out,)`.
+        scale: `(out,)` float32.
+        lora_a: `(rank, in)`, the adapters' A side by side.
+        joined: `(out + rank, in)`, if weight and lora_a lie side by side and one library product can compute both.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    lora_a: Tensor | None = None
+    joined: Tensor | None = None
+
+    def fused(self, x: Tensor, norm: GraniteRMSNorm | None = None, **options: Any) -> Tensor:
+        """One launch for few rows; options as for `fused_linear`."""
+        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+        residual = options.pop("residual", None)
+        run = OPERATIONS["fused_linear"].run
+        return run(x, self.weight, self.bias, norm_weight, residual, self.lora_a, self.scale, eps=eps, **options)
+
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """By the library: the product, and x·Aᵀ of the adapters."""
+        if self.joined is not None:
+            return F.linear(x, self.joined).split((self.weight.shape[0], self.lora_a.shape[0]), dim=1)
+        low = None if self.lora_a is None else F.linear(x, self.lora_a)
+        weight = self.weight if self.scale is None else dequantized(self.weight, self.scale, x.dtype)
+        return F.linear(x, weight, self.bias), low
+
+    def partial(self, x: Tensor, rows: int) -> Tensor:
+        """The product, or its partial sums where `add_rms_norm` is faster with them."""
+        outputs, inputs = self.weight.shape
+        is_split = product_path(rows, inputs, outputs, summed=self.bias is None and self.scale is None) is Path.SPLIT
+        if not is_split or OPERATIONS["split_linear"].resolve(None, x.device, x.dtype) != "triton":
+            return self.plain(x)[0]
+        return OPERATIONS["split_linear"].run(x, self.weight, parts=parts_for(rows, inputs, outputs))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer. `o`, or `gate_up` and `down`, are None if a projection there has an adapter: then the modules compute them."""
+
+    module: GraniteDecoderLayer
+    qkv: Product
+    adapter: Adapter
+    o: Product | None
+    gate_up: Product | None
+    down: Product | None
+
+    @classmethod
+    def of(cls, module: GraniteDecoderLayer, dtype: torch.dtype) -> Self | None:
+        """None if the layer cannot run here in this dtype."""
+        attention, mlp, norm_1, norm_2 = (module._modules.get(name) for name in _CHILDREN)
+        usual = type(attention) is GraniteAttention and type(mlp) is GraniteMLP and type(norm_1) is type(norm_2) is GraniteRMSNorm
+        if not usual or not can_be_read(norm_1.weight, dtype) or not can_be_read(norm_2.weight, dtype):
+            return None
+        act = mlp._modules["act_fn"]
+        if type(act) is not Activation or act.name not in ("silu", "swish"):
+            return None
+        parts = [_Projection.of(parent._modules[name], dtype) for parent, names in ((attention, _ATTENTION), (mlp, _MLP)) for name in names]
+        if None in parts:
+            return None
+        q, k, v, o, gate, up, down = parts
+        qkv, adapter = _product(q, k, v), _adapter(q, k, v)
+        if qkv is None or adapter is None:
+            return None
+        o = _product(o) if o.lora_a is None else None
+        gate_up, down = (_product(gate, up), _product(down)) if gate.lora_a is up.lora_a is down.lora_a is None else (None, None)
+        if gate_up is None or down is None:
+            gate_up = down = None
+        return cls(module, qkv, adapter, o, gate_up, down)
+
+    @property
+    def is_fused(self) -> bool:
+        return self.o is not None and self.gate_up is not None
+
+
+class _Projection(NamedTuple):
+    """The tensors of a `LoraLinear`, and of its adapter if that is on."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 0.0
+    has_more: bool = False  # further adapters
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
+        """None unless it is one that computes in this dtype."""
+        # Not by attribute, which takes ten times as long: this runs before every request.
+        if type(module) is not LoraLinear or module.activation_dtype != dtype:
+            return None
+        own, scale = module._parameters, module._buffers["weight_scale"]
+        if not module.has_adapter:
+            return cls(own["weight"], own["bias"], scale)
+        a, b = module.lora_A._parameters["weight"], module.lora_B._parameters["weight"]
+        if not can_be_read(a, dtype) or not can_be_read(b, dtype):
+            return None
+        return cls(own["weight"], own["bias"], scale, a, b, module.scaling, module.lora_more is not None)
+
+
+def can_be_read(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels can read a weight, which they do by its address, as of this dtype."""
+    return weight.dtype == dtype and is_plain(weight) and weight.is_contiguous()
+
+
+def _product(*projections: _Projection) -> Product | None:
+    """The product of these projections; None if their weights do not lie side by side."""
+    found = []
+    for tensors in zip(*((one.weight, one.bias, one.scale) for one in projections), strict=True):
+        present = [one for one in tensors if one is not None]
+        found.append(side_by_side(*present) if len(present) == len(tensors) else None)
+        if present and found[-1] is None:
+            return None  # also with a bias of some of them alone
+    weight, bias, scale = found
+    matrices = [one.lora_a for one in projections if one.lora_a is not None]
+    if not matrices:
+        return Product(weight, bias, scale)
+    lora_a = side_by_side(*matrices)
+    joined = side_by_side(weight, lora_a) if lora_a is not None and bias is None and scale is None else None
+    return None if lora_a is None else Product(weight, bias, scale, lora_a, joined)
+
+
+def _adapter(*projections: _Projection) -> Adapter | None:
+    """The adapters of q, k and v; None if one of them has several."""
+    if any(one.has_more for one in projections):
+        return None
+    return Adapter(tuple(one.lora_b for one in projections), tuple(one.scaling for one in projections))
