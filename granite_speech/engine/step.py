@@ -129,6 +129,7 @@ class DecodeStep:
         self._segments = Bucket(state.cu_seqlens[: rows + 1], rows, 1)
         self._rows = rows
         self._snapshot: Snapshot | None = None
+        self._follow()
 
     def _follow(self) -> None:
         """Find out how the layers run, again if the model has changed: other requests, and callbacks of this one, may change it."""
