@@ -130,6 +130,7 @@ class DecodeStep:
         self._segments = Bucket(state.cu_seqlens[: rows + 1], rows, 1)
         self._rows = rows
         self._snapshot: Snapshot | None = None
+        self._follow()
 
     def _follow(self) -> None:
         """Find out how the layers run, again if the model has changed: other requests, and callbacks of this one, may change it."""
@@ -146,7 +147,11 @@ class DecodeStep:
         if self._padded is not None or have_hooks(head) or autocast_dtype(self._state.device) is not None:
             return None
         embedding = model.decoder.embed_tokens
-        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not can_be_read(embedding.weight, model.dtype):
+        if (
+            type(embedding) is not nn.Embedding
+            or embedding.max_norm is not None
+            or not can_be_read(embedding.weight, model.decoder.norm.weight.dtype)
+        ):
             return None
         return FusedLayers.of(model.decoder, head, model.language_model.config.logits_scaling)
 

@@ -150,7 +150,7 @@ def _product(*projections: _Projection) -> Product | None:
     found = []
     for tensors in zip(*((one.weight, one.bias, one.scale) for one in projections), strict=True):
         present = [one for one in tensors if one is not None]
-        found.append(side_by_side(*present) if len(present) == len(tensors) else None)
+        found.append(_joined(present) if len(present) == len(tensors) else None)
         if present and found[-1] is None:
             return None  # also with a bias of some of them alone
     weight, bias, scale = found
@@ -160,6 +160,13 @@ def _product(*projections: _Projection) -> Product | None:
     lora_a = side_by_side(*matrices)
     joined = side_by_side(weight, lora_a) if lora_a is not None and bias is None and scale is None else None
     return None if lora_a is None else Product(weight, bias, scale, lora_a, joined)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor | None:
+    if len(tensors) > 1:
+        return side_by_side(*tensors)
+    [one] = tensors
+    return one.detach() if can_be_read(one, one.dtype) else None
 
 
 def _adapter(*projections: _Projection) -> Adapter | None:

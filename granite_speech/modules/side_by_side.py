@@ -52,8 +52,6 @@ def side_by_side(*tensors: Tensor) -> Tensor | None:
         if not is_plain(one) or one.dtype != dtype or one.shape[1:] != width or not one.is_contiguous():
             return None
         rows += one.shape[0]
-    if len(tensors) == 1:
-        return first.detach()
     place = _place(tensors)
     return None if place is None else _view(*place, first, rows)
 
