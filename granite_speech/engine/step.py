@@ -146,12 +146,8 @@ class DecodeStep:
         model, head = self._model, self._model.language_model.lm_head
         if self._padded is not None or have_hooks(head) or autocast_dtype(self._state.device) is not None:
             return None
-        embedding = model.decoder.embed_tokens
-        if (
-            type(embedding) is not nn.Embedding
-            or embedding.max_norm is not None
-            or not can_be_read(embedding.weight, model.decoder.norm.weight.dtype)
-        ):
+        embedding, dtype = model.decoder.embed_tokens, model.decoder.norm.weight.dtype
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not can_be_read(embedding.weight, dtype):
             return None
         return FusedLayers.of(model.decoder, head, model.language_model.config.logits_scaling)
 
