@@ -51,9 +51,14 @@ def changing_calls(name: str) -> Iterator[dict]:
         for rows in (*sizes, 1000, 1024):
             for choice in (None, (0,), (0, -1)):
                 yield released(op, "3.3-2b q_proj, 1 row", rows=rows, choice=choice)
-    elif "rows" in op.cases[0].shape:
+    elif name == "decode_attention":
         for rows in sizes:
-            yield released(op, op.cases[0].name, rows=rows)
+            inputs = released(op, "4.1-2b, 1 row", kv_lens=(300,) * rows)
+            for columns in (rows, 1, 16, 17):
+                yield inputs | {"block_table": torch.empty(rows, columns, dtype=torch.int32, device="meta")}
+    elif "rows" in op.cases[0].shape or "tokens" in op.cases[0].shape:
+        for size in sizes:
+            yield released(op, op.cases[0].name, **{"rows" if "rows" in op.cases[0].shape else "tokens": size})
     else:
         for frames in sizes:
             yield released(op, "encoder, 10 s", clips=(frames,))
