@@ -2,7 +2,7 @@
 
 Every tensor that goes in or comes out counts once, whatever its strides. Exceptions are operations that read a part of a tensor:
 a table counts only the rows that are looked up, and pages of keys not at all, since how many keys a row has is a value on the device.
-Whoever counts a step adds them.
+Their bytes are added by the caller, who knows the number.
 """
 
 from collections.abc import Mapping
