@@ -167,8 +167,8 @@ def test_weights_lie_side_by_side_on_every_device(device: torch.device):
 
 
 @pytest.mark.parametrize("device", [CUDA, pytest.param("cpu", id="interpreter")], indirect=True)
-@pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0, 1], [1]], ids=str)
-def test_the_bits_of_an_answer_do_not_depend_on_its_slot(slots: list[int], device: torch.device):
+@pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0, 1]], ids=str)
+def test_the_logits_of_an_answer_do_not_depend_on_its_slot(slots: list[int], device: torch.device):
     with torch.no_grad():
         model = model_on(device)
         answers, _ = steps_of(model, 4)
@@ -177,16 +177,17 @@ def test_the_bits_of_an_answer_do_not_depend_on_its_slot(slots: list[int], devic
         answers.restart()
         answers.state.keep(slots)
         rows = Answers(model, answers.state, [answers.rows[slot] for slot in slots])
-        # Other numbers of rows have other tiles of a product, but attention is the same.
-        got = rows.step().logits()
-        if len(slots) == 3:
-            torch.testing.assert_close(got, expected[slots], rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-        operation = OPERATIONS["decode_attention"]
-        case = next(one for one in operation.cases if not one.released and len(one.shape["kv_lens"]) > 1)
-        inputs = case.inputs(torch.float32, device)
-        order = list(reversed(range(len(inputs["kv_lens"]))))
-        again = reordered(case.inputs(torch.float32, device), order)
-        assert torch.equal(operation.call(**again, impl="triton"), operation.call(**inputs, impl="triton")[order])
+        torch.testing.assert_close(rows.step().logits(), expected[slots], rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("device", [CUDA, pytest.param("cpu", id="interpreter")], indirect=True)
+def test_the_bits_of_attention_do_not_depend_on_the_slot(device: torch.device):
+    operation = OPERATIONS["decode_attention"]
+    case = next(one for one in operation.cases if not one.released and len(one.shape["kv_lens"]) > 1)
+    inputs = case.inputs(torch.float32, device)
+    order = list(reversed(range(len(inputs["kv_lens"]))))
+    again = reordered(case.inputs(torch.float32, device), order)
+    assert torch.equal(operation.call(**again, impl="triton"), operation.call(**inputs, impl="triton")[order])
 
 
 def reordered(inputs: dict[str, Any], order: list[int]) -> dict[str, Any]:
