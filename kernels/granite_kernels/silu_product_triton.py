@@ -4,11 +4,17 @@ import torch
 import triton
 import triton.language as tl
 
-from granite_kernels.launch import Tile, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.primitives import await_inputs, rounded
+from granite_kernels.tiles import TileTable, predicted
 
-# The same on every architecture. Chosen 2026-11-27 for one 128-bit load of gate and one of up per thread in bfloat16, not by measurement.
-TILE = Tile({"BLOCK": 1024}, num_warps=4)
+# One 128-bit load of gate and one of up per thread in bfloat16.
+_TILES = TileTable(
+    "silu_product",
+    "forward",
+    {(chip,): predicted(Tile({"BLOCK": 1024}, 4), "2026-11-27") for chip in ARCHITECTURES},
+    candidates=lambda key: [Tile({"BLOCK": 256 * warps * loads}, warps) for warps in (2, 4, 8) for loads in (1, 2)],
+)
 
 
 @triton.jit
@@ -33,8 +39,9 @@ def _silu_product(x: torch.Tensor) -> torch.Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     out = x.new_empty(rows, width)
     if launching(x):
-        grid = (rows, triton.cdiv(width, TILE.blocks["BLOCK"]))
-        launch(_silu_product_kernel, grid, TILE, x_ptr=x, out_ptr=out, width=width, stride_x=x.stride(0))
+        tile = _TILES[(architecture(x.device),)]
+        grid = (rows, triton.cdiv(width, tile.blocks["BLOCK"]))
+        launch(_silu_product_kernel, grid, tile, x_ptr=x, out_ptr=out, width=width, stride_x=x.stride(0))
     return out
 
 

@@ -1,0 +1,105 @@
+"""Tables of tiles: the tile of a launch, whether it was measured or predicted, and the candidates that `python -m bench tune` tries.
+
+A kernel's file has its table, with the candidates next to it:
+
+    _TILES = TileTable(
+        "silu_product",
+        "forward",
+        {(80,): predicted(Tile({"BLOCK": 1024}, 4), "2026-11-27"), (90,): measured(Tile({"BLOCK": 1024}, 4), "H200", "2026-11-27"), ...},
+        candidates=lambda key: [Tile({"BLOCK": block}, warps) for block in (512, 1024, 2048) for warps in (2, 4, 8)],
+    )
+
+and its launcher looks up `_TILES[architecture(x.device),]`.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from granite_kernels.launch import Tile
+
+__all__ = ["TABLES", "Row", "TileTable", "measured", "predicted"]
+
+Key = tuple[Any, ...]
+
+# Every table, in the order in which the kernels' files are imported.
+TABLES: list["TileTable"] = []
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tile of a table, and its source: "measured, H200, 2026-11-26" or "predicted, 2026-11-22"."""
+
+    tile: Tile
+    source: str
+
+
+def measured(tile: Tile, chip: str, date: str) -> Row:
+    """The fastest tile of those timed on this chip; a file of that date in bench/results has the times."""
+    return Row(tile, f"measured, {chip}, {date}")
+
+
+def predicted(tile: Tile, date: str) -> Row:
+    """A tile chosen from compiled code and from what the chip can hold. Nothing was timed."""
+    return Row(tile, f"predicted, {date}")
+
+
+class _Now(threading.local):
+    """This thread's changes to a table, and the keys that it looks up."""
+
+    changed: Mapping[Key, Tile] | None = None
+    seen: set[Key] | None = None
+
+
+class TileTable:
+    """The tiles of one kernel.
+
+    Args:
+        operation: the operation's name.
+        part: which of its kernels, in a word or two: "forward", "decode".
+        rows: by key: the architecture (an entry of `launch.ARCHITECTURES`), then whatever else decides, such as bytes per element and a
+            class of sizes.
+        candidates: `candidates(key)` lists the tiles worth timing for a key. All have the constants of the key's own tile.
+        bits: names of constants that the bits of a result depend on. Rows whose keys begin with the same two entries, architecture and
+            bytes per element, agree in them, so that a sequence has the same bits in every batch.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        part: str,
+        rows: Mapping[Key, Row],
+        *,
+        candidates: Callable[[Key], Iterable[Tile]],
+        bits: tuple[str, ...] = (),
+    ):
+        self.operation, self.part, self.rows, self.candidates, self.bits = operation, part, dict(rows), candidates, bits
+        self._now = _Now()
+        TABLES.append(self)
+
+    def __getitem__(self, key: Key) -> Tile:
+        if self._now.seen is not None:
+            self._now.seen.add(key)
+        if self._now.changed is not None and key in self._now.changed:
+            return self._now.changed[key]
+        return self.rows[key].tile
+
+    @contextmanager
+    def using(self, changed: Mapping[Key, Tile]) -> Iterator[None]:
+        """In this block and thread, other tiles for some keys."""
+        before, self._now.changed = self._now.changed, changed
+        try:
+            yield
+        finally:
+            self._now.changed = before
+
+    @contextmanager
+    def lookups(self) -> Iterator[set[Key]]:
+        """In this block and thread, collects the keys that are looked up."""
+        before, self._now.seen = self._now.seen, set()
+        try:
+            yield self._now.seen
+        finally:
+            self._now.seen = before
