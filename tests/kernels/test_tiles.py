@@ -47,7 +47,9 @@ def test_rows_agree_in_what_bits_depend_on(name):
 
 def test_a_tile_is_replaced_in_a_block_and_lookups_are_collected():
     usual, other = Tile({"BLOCK": 1}, 4), Tile({"BLOCK": 2}, 8)
-    table = TileTable("none", "none", {(80,): predicted(usual, "2026-01-01"), (90,): measured(usual, "H200", "2026-01-01")}, candidates=list)
+    table = TileTable(
+        "none", "none", {(80,): predicted(usual, "2026-01-01"), (90,): measured(usual, "H200", "2026-01-01")}, candidates=list
+    )
     TABLES.remove(table)
     with table.lookups() as seen, table.using({(90,): other}):
         assert table[(90,)] is other
