@@ -142,7 +142,8 @@ def launches(operation: Operation, inputs: dict[str, Any], architecture: int) ->
         leaves = {name: inputs[name].requires_grad_() for name in operation.differentiable if inputs[name] is not None}
         if leaves:
             out = operation.call(**{**inputs, **leaves}, impl="triton")
-            torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out), allow_unused=True)
+            results = out if isinstance(out, tuple) else (out,)
+            torch.autograd.grad(results, list(leaves.values()), [torch.empty_like(one) for one in results], allow_unused=True)
     return list(recorded)
 
 

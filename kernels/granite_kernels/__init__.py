@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from granite_kernels.errors import GraniteSpeechError, KernelError
 
 if TYPE_CHECKING:
+    from granite_kernels.add_layer_norm import add_layer_norm
     from granite_kernels.add_rms_norm import add_rms_norm
     from granite_kernels.begin_step import begin_step
     from granite_kernels.block_attention import block_attention
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from granite_kernels.rotary_write import rotary_write
     from granite_kernels.silu_product import silu_product
     from granite_kernels.split_linear import split_linear
+    from granite_kernels.window_attention import window_attention
 
     OPERATIONS: dict[str, Operation]
 
@@ -36,6 +38,7 @@ __all__ = [
     "OPERATIONS",
     "GraniteSpeechError",
     "KernelError",
+    "add_layer_norm",
     "add_rms_norm",
     "begin_step",
     "block_attention",
@@ -50,9 +53,11 @@ __all__ = [
     "rotary_write",
     "silu_product",
     "split_linear",
+    "window_attention",
 ]
 
 _OPERATIONS = (
+    "add_layer_norm",
     "add_rms_norm",
     "begin_step",
     "block_attention",
@@ -67,6 +72,7 @@ _OPERATIONS = (
     "rotary_write",
     "silu_product",
     "split_linear",
+    "window_attention",
 )
 
 

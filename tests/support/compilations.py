@@ -56,6 +56,10 @@ def changing_calls(name: str) -> Iterator[dict]:
             inputs = released(op, "4.1-2b, 1 row", kv_lens=(300,) * rows)
             for columns in (rows, 1, 16, 17):
                 yield inputs | {"block_table": torch.empty(rows, columns, dtype=torch.int32, device="meta")}
+    elif name == "window_attention":
+        for windows in sizes:
+            for rows in (1, windows):
+                yield released(op, "projector, 10 s", windows=windows, rows=rows)
     elif "rows" in op.cases[0].shape or "tokens" in op.cases[0].shape:
         for size in sizes:
             yield released(op, op.cases[0].name, **{"rows" if "rows" in op.cases[0].shape else "tokens": size})
