@@ -15,6 +15,7 @@ from granite_kernels.errors import GraniteSpeechError, KernelError
 
 if TYPE_CHECKING:
     from granite_kernels.add_rms_norm import add_rms_norm
+    from granite_kernels.attention_blocks import attention_blocks
     from granite_kernels.begin_step import begin_step
     from granite_kernels.block_attention import block_attention
     from granite_kernels.decode_attention import decode_attention
@@ -37,6 +38,7 @@ __all__ = [
     "GraniteSpeechError",
     "KernelError",
     "add_rms_norm",
+    "attention_blocks",
     "begin_step",
     "block_attention",
     "decode_attention",
@@ -54,6 +56,7 @@ __all__ = [
 
 _OPERATIONS = (
     "add_rms_norm",
+    "attention_blocks",
     "begin_step",
     "block_attention",
     "decode_attention",
