@@ -16,6 +16,7 @@ from granite_kernels.errors import GraniteSpeechError, KernelError
 if TYPE_CHECKING:
     from granite_kernels.add_layer_norm import add_layer_norm
     from granite_kernels.add_rms_norm import add_rms_norm
+    from granite_kernels.attention_blocks import attention_blocks
     from granite_kernels.begin_step import begin_step
     from granite_kernels.block_attention import block_attention
     from granite_kernels.decode_attention import decode_attention
@@ -40,6 +41,7 @@ __all__ = [
     "KernelError",
     "add_layer_norm",
     "add_rms_norm",
+    "attention_blocks",
     "begin_step",
     "block_attention",
     "decode_attention",
@@ -59,6 +61,7 @@ __all__ = [
 _OPERATIONS = (
     "add_layer_norm",
     "add_rms_norm",
+    "attention_blocks",
     "begin_step",
     "block_attention",
     "decode_attention",

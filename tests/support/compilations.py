@@ -47,6 +47,9 @@ def changing_calls(name: str) -> Iterator[dict]:
         for rows in sizes:
             for columns in (rows, 1000 * rows, 49160, 100353):
                 yield released(op, "4.1-2b, 1 row", rows=rows, columns=columns)
+    elif name == "attention_blocks":
+        for clips in sizes:
+            yield released(op, "encoder, 10 s", clips=(clips,) * clips, after=clips)
     elif name == "lora_linear":
         for rows in (*sizes, 1000, 1024):
             for choice in (None, (0,), (0, -1)):
