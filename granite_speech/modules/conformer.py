@@ -246,7 +246,7 @@ class GraniteSpeechConformerBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_dists: Tensor | None = None, *, clips: Segments | None = None) -> Tensor:
         """Arguments as for `GraniteSpeechConformerAttention`; the same layout out."""
-        if hidden_states.dim() == 2 and attention_dists is None:
+        if hidden_states.dim() == 2 and clips is not None and attention_dists is None:
             return self.run(hidden_states, self.ff1.pre_norm(hidden_states), clips)[0]
         x = torch.add(hidden_states, self.ff1(hidden_states), alpha=0.5)
         x = x + self.attn(x, attention_dists=attention_dists, clips=clips)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
-from granite_kernels.window_attention import can_attend
 from torch import Tensor, nn
 
 from granite_speech.config import Blip2QFormerConfig, GraniteSpeechConfig
@@ -28,6 +27,8 @@ from granite_speech.modules.prompts import refuse_arguments
 from granite_speech.modules.transfers import on_device
 
 __all__ = ["GraniteSpeechEncoderProjector"]
+
+_MOST = (16, 64, 128)  # queries, keys and dim of the kernel
 
 
 class Blip2QFormerMultiHeadAttention(nn.Module):
@@ -57,10 +58,16 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
             one.unflatten(2, (self.num_attention_heads, -1)) for one in (self.query(hidden_states), self.key(source), self.value(source))
         )
         dropout = self.attention_dropout if self.training else 0.0
-        if mask is None and not dropout and can_attend(q, k):
+        if mask is None and not dropout and _have_kernel(q, k):
             return OPERATIONS["window_attention"].run(q, k, v).flatten(2), None
         q, k, v = (one.transpose(1, 2) for one in (q.expand(k.shape[0], -1, -1, -1), k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2), None
+
+
+def _have_kernel(q: Tensor, k: Tensor) -> bool:
+    """Whether `window_attention` runs as a kernel on these queries and keys, `(windows, queries or keys, heads, dim)`."""
+    few = all(size <= most for size, most in zip((q.shape[1], k.shape[1], q.shape[3]), _MOST, strict=True))
+    return few and OPERATIONS["window_attention"].resolve(None, q.device, q.dtype) == "triton"
 
 
 class Blip2QFormerOutput(nn.Module):
