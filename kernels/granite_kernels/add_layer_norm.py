@@ -146,7 +146,7 @@ CASES = (
     _case("one norm", 5, 48),
     _case("odd width", 7, 37, multiplier=-0.25),
     _case("odd width, two norms", 3, 21, twice=True, multiplier=1.0),
-    _case("width 1", 6, 1),
+    _case("three columns", 6, 3),
     _case("no rows", 0, 32, twice=True),
 )
 
