@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes, triton_backend
 
 
 class AddLayerNormInputs(NamedTuple):
@@ -158,5 +158,5 @@ OPERATION = Operation(
     cases=CASES,
     library=add_layer_norm_library,
     differentiable=("x", "delta", "weight", "bias", "next_weight", "next_bias"),
-    triton=None,
+    triton=triton_backend("add_layer_norm"),
 )
