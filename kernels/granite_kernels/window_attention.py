@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes, triton_backend
 
 
 class WindowAttentionInputs(NamedTuple):
@@ -126,5 +126,5 @@ OPERATION = Operation(
     cases=CASES,
     library=window_attention_library,
     differentiable=("q", "k", "v"),
-    triton=None,
+    triton=triton_backend("window_attention"),
 )
