@@ -17,8 +17,6 @@ from granite_kernels.primitives import dot, rounded
 from granite_kernels.silu_product_triton import silu_product_triton
 from granite_kernels.tiles import TileTable, predicted
 
-# Row tiles that are computed with the same columns one after another, so that their rows of the weight stay in the L2 cache.
-GROUP = tl.constexpr(8)
 # The copy engine reads and writes 16 bytes at a time.
 _UNIT = 16
 
@@ -53,8 +51,9 @@ _TILES = TileTable(
 
 
 @triton.jit
-def _place(tile, tiles_m, tiles_n):
-    """Row and column of a tile. GROUP rows of tiles are one group, which is counted by columns."""
+def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr = 8):
+    """Row and column of a tile. Tiles are counted by columns within GROUP rows of them, so that those which are computed at one time
+    share rows of x and of the weight in the L2 cache."""
     group = tile // (GROUP * tiles_n)
     first = group * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
