@@ -33,6 +33,7 @@ from granite_kernels.op import TRITON_DTYPES, Operation
 from granite_kernels.testing import working_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import results
 
@@ -165,6 +166,8 @@ def specialization(launch: Launch) -> tuple[tuple[tuple[str, Any], ...], tuple[t
             signature[name] = "*" + _POINTER[value.dtype]
             if value.storage_offset() * value.element_size() % 16 == 0:
                 aligned.append(name)
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_POINTER[value.base.dtype]}{value.block_shape}>"
         elif isinstance(value, bool):
             signature[name] = "u1"
         elif isinstance(value, int):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from granite_kernels.op import Operation
     from granite_kernels.paged_attention import paged_attention
     from granite_kernels.rotary_write import rotary_write
+    from granite_kernels.silu_linear import silu_linear
     from granite_kernels.silu_product import silu_product
     from granite_kernels.split_linear import split_linear
     from granite_kernels.window_attention import window_attention
@@ -53,6 +54,7 @@ __all__ = [
     "lora_linear",
     "paged_attention",
     "rotary_write",
+    "silu_linear",
     "silu_product",
     "split_linear",
     "window_attention",
@@ -73,6 +75,7 @@ _OPERATIONS = (
     "lora_linear",
     "paged_attention",
     "rotary_write",
+    "silu_linear",
     "silu_product",
     "split_linear",
     "window_attention",

@@ -54,6 +54,10 @@ def changing_calls(name: str) -> Iterator[dict]:
         for rows in (*sizes, 1000, 1024):
             for choice in (None, (0,), (0, -1)):
                 yield released(op, "3.3-2b q_proj, 1 row", rows=rows, choice=choice)
+    elif name == "silu_linear":
+        for rows in sizes:  # fewer rows are the library's
+            yield released(op, "encoder up_proj, 128 clips of 10 s", rows=64_000 + rows)
+            yield released(op, "4.1-2b gate|up, prompts of 128 clips", rows=64_000 + rows)
     elif name == "decode_attention":
         for rows in sizes:
             inputs = released(op, "4.1-2b, 1 row", kv_lens=(300,) * rows)
