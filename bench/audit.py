@@ -20,8 +20,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +38,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import results
 
-__all__ = ["Configuration", "Finding", "compile_all", "configurations", "faults", "launches", "markdown", "run", "specialization"]
+__all__ = [
+    "Configuration",
+    "Finding",
+    "compile_all",
+    "compile_without_gpu",
+    "configuration",
+    "configurations",
+    "faults",
+    "launches",
+    "markdown",
+    "read",
+    "run",
+    "specialization",
+    "stages",
+]
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TABLE, PAGE = KERNELS / "audit.json", KERNELS / "AUDIT.md"
@@ -128,7 +143,7 @@ def configurations(operations: Iterable[Operation] | None = None) -> list[Config
                     inputs = case.inputs(dtype, "meta")
                     computed = _SHORT[working_dtype(inputs)]
                     for launch in launches(operation, inputs, architecture):
-                        one = _configuration(operation.name, launch, computed, architecture, case.released)
+                        one = configuration(operation.name, launch, computed, architecture, case.released)
                         types = tuple((name, kind) for name, kind in one.signature if kind not in ("i32", "i64", "constexpr"))
                         blocks = tuple((name, value) for name, value in one.constants if name.isupper())
                         found.setdefault((one.name, architecture, one.dtype, blocks, types, one.num_warps, one.num_stages), one)
@@ -138,17 +153,27 @@ def configurations(operations: Iterable[Operation] | None = None) -> list[Config
 def launches(operation: Operation, inputs: dict[str, Any], architecture: int) -> list[Launch]:
     """The launches of a call in inference, and of a call in training with its backward."""
     with recorded_launches(architecture) as recorded:
-        with torch.no_grad():
-            operation.call(**inputs, impl="triton")
-        leaves = {name: inputs[name].requires_grad_() for name in operation.differentiable if inputs[name] is not None}
-        if leaves:
-            out = operation.call(**{**inputs, **leaves}, impl="triton")
-            results = out if isinstance(out, tuple) else (out,)
-            torch.autograd.grad(results, list(leaves.values()), [torch.empty_like(one) for one in results], allow_unused=True)
+        for _, call in stages(operation, inputs):
+            call()
     return list(recorded)
 
 
-def _configuration(operation: str, launch: Launch, dtype: str, architecture: int, released: bool) -> Configuration:
+def stages(operation: Operation, inputs: dict[str, Any]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A call in inference, "forward", and if there is a backward, a call in "training" and its "backward". To be called in this order."""
+    yield "forward", torch.no_grad()(partial(operation.call, **inputs, impl="triton"))
+    leaves = {name: inputs[name].requires_grad_() for name in operation.differentiable if inputs[name] is not None}
+    if leaves:
+        out: list[torch.Tensor] = []
+        yield "training", lambda: out.extend(as_tuple(operation.call(**{**inputs, **leaves}, impl="triton")))
+        yield "backward", lambda: torch.autograd.grad(out, list(leaves.values()), [*map(torch.empty_like, out)], allow_unused=True)
+
+
+def as_tuple(results: Results) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def configuration(operation: str, launch: Launch, dtype: str, architecture: int, released: bool) -> Configuration:
+    """What Triton compiles for a launch."""
     tile = launch.tile
     return Configuration(operation, launch.kernel, dtype, architecture, *specialization(launch), tile.num_warps, tile.num_stages, released)
 
@@ -212,11 +237,20 @@ def _compile_inherited(number: int) -> Finding:
 
 def compile_one(one: Configuration) -> Finding:
     """Compile one configuration and read its machine code."""
+    return read(one, compile_without_gpu(one))
+
+
+def compile_without_gpu(one: Configuration) -> Any:
+    """Triton's compiled kernel."""
     positions = {name: index for index, name in enumerate(one.kernel.arg_names)}
     attributes = {(positions[name],): [["tt.divisibility", 16]] for name in one.aligned}
     source = ASTSource(one.kernel, dict(one.signature), dict(one.constants), attributes)
     options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", one.architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", one.architecture, 32), options=options)
+
+
+def read(one: Configuration, compiled: Any) -> Finding:
+    """Read the machine code of a compiled configuration."""
     usage, code = _disassemble(compiled.asm["cubin"])
     registers, stack, local = (int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK", "LOCAL"))
     products = Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b", code))

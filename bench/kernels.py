@@ -25,7 +25,7 @@ from bench import graphs, kernels_table, results
 from bench.graphs import Call, HostBoundError, HostWaitError
 from bench.worker import Outcome, Worker
 
-__all__ = ["predict", "run"]
+__all__ = ["cold_copies", "predict", "reported", "run", "time_copies"]
 
 PREDICTIONS = Path(__file__).parents[1] / "kernels/AUDIT.md"
 DEVICE = "cuda"
@@ -162,9 +162,14 @@ def bound_seconds(cost: Cost, bytes_a_second: float, flops_a_second: float) -> f
 
 def time_variant(name: str, case_name: str, direction: str, variant: str, dtype: torch.dtype) -> Outcome:
     """Time one variant of one call. Runs in the worker's process."""
+    return reported(_time_variant, OPERATIONS[name], case_name, direction, variant, dtype)
+
+
+def reported(measure: Callable[..., Outcome], *arguments: Any) -> Outcome:
+    """The outcome of a measurement on a side stream, or the reason why nothing was timed."""
     try:
         with graphs.side_stream():
-            return _time_variant(OPERATIONS[name], case_name, direction, variant, dtype)
+            return measure(*arguments)
     except (HostWaitError, HostBoundError) as error:
         return Outcome(not_timed=f"{type(error).__name__}: {error}")
     except Exception as error:  # reported in place of a time; a new process makes the remaining measurements
@@ -181,13 +186,22 @@ def _time_variant(operation: Operation, case_name: str, direction: str, variant:
     case = _case(operation, case_name)
     if variant == "triton" and (fault := _fault(operation.name, case_name, dtype)):
         return Outcome({"wrong": fault})  # a wrong kernel is not timed
-    inputs, moved = _inputs(operation.name, case_name, dtype), operation.cost(**case.sizes(dtype)).bytes
-    count = graphs.copies_needed(moved, graphs.l2_bytes(), _held(inputs))
+    copies = cold_copies(operation, case, _inputs(operation.name, case_name, dtype), dtype, graphs.l2_bytes())
+    return time_copies(operation, copies, direction, variant)
+
+
+def cold_copies(operation: Operation, case: Case, inputs: dict[str, Any], dtype: torch.dtype, l2: int) -> list[dict[str, Any]]:
+    """As many copies of the inputs as keep a cache of `l2` bytes cold."""
+    count = graphs.copies_needed(operation.cost(**case.sizes(dtype)).bytes, l2, _held(inputs))
     # Each copy is then used once in a graph, so that what a call writes to its arguments can be compared.
-    copies = input_copies(inputs, max(count, graphs.LEAST_CALLS) if operation.mutates else count)
+    return input_copies(inputs, max(count, graphs.LEAST_CALLS) if operation.mutates else count)
+
+
+def time_copies(operation: Operation, copies: list[dict[str, Any]], direction: str, variant: str, replays: int = 20) -> Outcome:
+    """Time one variant of the calls on these copies of the inputs, which stay as they are."""
     calls, changed = make_calls(operation, copies, direction, variant), _Changed(operation, copies)
     expected = changed.after(calls[0]) if variant == "triton" else None
-    seconds, outputs = graphs.time_calls(calls, restore=changed.restore if operation.mutates else None)
+    seconds, outputs = graphs.time_calls(calls, replays, restore=changed.restore if operation.mutates else None)
     found = zip(outputs, itertools.cycle(changed.now), strict=False)
     is_wrong = variant == "triton" and not all(_same_bits(one, expected) for one in found)
     changed.restore()  # the next variant has the same inputs

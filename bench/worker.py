@@ -41,13 +41,16 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def call(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
-        """The function's outcome. If its process dies, the outcome says so."""
+    def call(self, function: Callable[..., Outcome], *arguments: Any, seconds: float | None = None) -> Outcome:
+        """The function's outcome. If its process dies, or has none within `seconds`, the outcome says so."""
         if self._process is None:
             self._start()
         try:
             self._connection.send((function, arguments))
-            outcome = self._connection.recv()
+            if seconds is None or self._connection.poll(max(seconds, 0)):
+                outcome = self._connection.recv()
+            else:
+                outcome = Outcome(not_timed=f"stopped after {seconds:.0f} s", unusable=True)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
             outcome = Outcome(not_timed=f"its process ended with exit code {self._process.exitcode}", unusable=True)

@@ -5,11 +5,26 @@ import triton
 import triton.language as tl
 
 from granite_kernels.errors import KernelError
-from granite_kernels.launch import Tile, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.op import CHOICE
 from granite_kernels.primitives import await_inputs, rounded
+from granite_kernels.tiles import TileTable, measured, predicted
 
 MAX_WIDTH = 8192
+
+# By architecture, bytes per element and BLOCK: 8 elements per thread for 2048 columns, and 16 for more.
+_TILES = TileTable(
+    "add_rms_norm",
+    "warps",
+    {
+        (chip, width, block): predicted(Tile({}, warps), "2026-11-27")
+        for chip in ARCHITECTURES
+        for width in (2, 4)
+        for block, warps in ((2048, 8), (4096, 8), (8192, 16))
+    }
+    | {(90, 2, 2048): measured(Tile({}, 8), "H200", "2026-11-27")},
+    candidates=lambda key: [Tile({}, warps) for warps in (2, 4, 8, 16, 32) if 4 <= key[2] // (32 * warps) <= 32],
+)
 
 
 @triton.jit
@@ -55,17 +70,17 @@ def _add_rms_norm(
     if launching(x) and width:
         split = delta.ndim == 3
         launch(
-            _add_rms_norm_kernel, (rows,), _tile(width, delta.shape[0] if split else 1), x_ptr=x, delta_ptr=delta, weight_ptr=weight,
+            _add_rms_norm_kernel, (rows,), _tile(x, delta.shape[0] if split else 1), x_ptr=x, delta_ptr=delta, weight_ptr=weight,
             sum_ptr=total, normed_ptr=normed, width=width, stride_x=x.stride(0), stride_part=delta.stride(0) if split else 0,
             stride_delta=delta.stride(-2), eps=eps, multiplier=multiplier,
         )  # fmt: skip
     return total, normed
 
 
-def _tile(width: int, parts: int) -> Tile:
-    """Up to 8 elements per thread for 2048 columns, and 16 for more. Chosen 2026-11-27, not by measurement."""
-    block = triton.next_power_of_2(width)
-    return Tile({"BLOCK": block, "PARTS": parts}, num_warps=min(max(block // 256, 1), 16 if block > 4096 else 8))
+def _tile(x: torch.Tensor, parts: int) -> Tile:
+    block = triton.next_power_of_2(x.shape[1])
+    tile = _TILES[architecture(x.device), x.element_size(), max(block, 2048)]
+    return Tile({**tile.blocks, "BLOCK": block, "PARTS": parts}, num_warps=min(max(block // 256, 1), tile.num_warps))
 
 
 add_rms_norm_triton = register(_add_rms_norm)

@@ -4,11 +4,16 @@ import torch
 import triton
 import triton.language as tl
 
-from granite_kernels.launch import Tile, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
+from granite_kernels.tiles import TileTable, predicted
 
-# The same on every architecture. Chosen 2026-11-27 so that one row of 4.1-2b's vocabulary gives most multiprocessors a program,
-# not by measurement.
-TILE = Tile({"BLOCK": 1024}, num_warps=4)
+# One row of 4.1-2b's vocabulary gives most multiprocessors a program.
+TILES = TileTable(
+    "exponential_noise",
+    "forward",
+    {(chip,): predicted(Tile({"BLOCK": 1024}, 4), "2026-11-27") for chip in ARCHITECTURES},
+    candidates=lambda key: [Tile({"BLOCK": block}, warps) for block in (512, 1024, 2048) for warps in (2, 4)],
+)
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -34,8 +39,9 @@ def _exponential_noise(seeds: torch.Tensor, counters: torch.Tensor, columns: int
     rows = seeds.shape[0]
     out = torch.empty(rows, columns, dtype=torch.float32, device=seeds.device)
     if launching(seeds) and out.numel():
-        grid = (rows * triton.cdiv(columns, TILE.blocks["BLOCK"]),)
-        launch(_exponential_noise_kernel, grid, TILE, out_ptr=out, seeds_ptr=seeds, counters_ptr=counters, columns=columns)
+        tile = TILES[(architecture(seeds.device),)]
+        grid = (rows * triton.cdiv(columns, tile.blocks["BLOCK"]),)
+        launch(_exponential_noise_kernel, grid, tile, out_ptr=out, seeds_ptr=seeds, counters_ptr=counters, columns=columns)
     return out
 
 

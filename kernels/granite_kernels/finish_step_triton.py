@@ -4,12 +4,17 @@ import torch
 import triton
 import triton.language as tl
 
-from granite_kernels.launch import Tile, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.primitives import await_inputs
+from granite_kernels.tiles import TileTable, predicted
 
-# The same on every architecture. Chosen 2026-11-27 for two 128-bit loads per thread of a block in bfloat16, and four blocks in flight,
-# not by measurement.
-BLOCK, _WARPS = 8192, 16
+# Two 128-bit loads per thread of a block in bfloat16, and four blocks in flight.
+TILES = TileTable(
+    "finish_step",
+    "forward",
+    {(chip,): predicted(Tile({"BLOCK": 8192}, 16), "2026-11-27") for chip in ARCHITECTURES},
+    candidates=lambda key: [Tile({"BLOCK": 32 * warps * each}, warps) for warps in (8, 16, 32) for each in (8, 16)],
+)
 
 
 @triton.jit(do_not_specialize=["candidates"])
@@ -61,8 +66,10 @@ def _finish_step(
     """`finish_step` by the Triton kernel."""
     (rows, candidates), chosen = scores.shape, torch.empty_like(tokens)
     if launching(scores):
+        tile = TILES[(architecture(scores.device),)]
         launch(
-            _finish_step_kernel, (rows,), Tile({"BLOCK": BLOCK, "BLOCK_ENDS": triton.next_power_of_2(max(ends.shape[1], 1))}, _WARPS),
+            _finish_step_kernel, (rows,),
+            Tile({**tile.blocks, "BLOCK_ENDS": triton.next_power_of_2(max(ends.shape[1], 1))}, tile.num_warps),
             scores_ptr=scores, ids_ptr=ids, tokens_ptr=tokens, history_ptr=history, active_ptr=active, kv_lens_ptr=kv_lens,
             limits_ptr=limits, ends_ptr=ends, chosen_ptr=chosen, candidates=candidates, ends=ends.shape[1], stride_scores=scores.stride(0),
             stride_ids=0 if ids is None else ids.stride(0), stride_ends=ends.stride(0),

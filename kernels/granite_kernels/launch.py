@@ -113,13 +113,17 @@ def precompile(launches: Iterable[Launch], device: torch.device) -> None:
     def compile_kernel(launches: list[Launch]) -> None:
         with _current(device):
             for one in launches:  # Triton caches each specialisation
-                arguments = {**one.arguments, **one.tile.blocks}
                 # CPython 3.11.7 may fail to parse in two threads at once. Then the kernel is compiled at its first launch.
                 with suppress(SystemError):
-                    one.kernel.warmup(grid=one.grid, **arguments, **_options(one.tile, one.early))
+                    compiled(one)
 
     with ThreadPoolExecutor(thread_name_prefix="precompile") as pool:
         list(pool.map(compile_kernel, by_kernel.values()))
+
+
+def compiled(one: Launch) -> Any:
+    """Triton's compiled kernel of a recorded launch, for the current device. Triton keeps it in memory and on disk."""
+    return one.kernel.warmup(grid=one.grid, **one.arguments, **one.tile.blocks, **_options(one.tile, one.early))
 
 
 def architecture(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from granite_kernels.errors import KernelError
 from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.lora_linear_tiles import TILES
 from granite_kernels.op import CHOICE
 from granite_kernels.primitives import dot, rounded
 
@@ -32,45 +33,6 @@ FEW_ROWS, SPLIT_ROWS = 16, 256
 MAX_SLICES, _ADDED = 8, tl.constexpr(4)
 # Programs of the split kernel that run at once, one per multiprocessor: A100, H100 and H200, B200.
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-
-
-def _split(block_m: int, block_k: int, num_warps: int, num_stages: int) -> Tile:
-    return Tile({"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": block_k}, num_warps, num_stages)
-
-
-def _tiled(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Tile:
-    return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64, "GROUP_M": 8}, num_warps, num_stages)
-
-
-def _thin(block_m: int, block_k: int, num_stages: int) -> Tile:
-    return Tile({"BLOCK_M": block_m, "BLOCK_R": 64, "BLOCK_K": block_k}, 4, num_stages)
-
-
-# By architecture and bytes per element. Chosen 2026-11 from the roofline of an H200 and from the compiled code, not by
-# measurement. The split tiles keep at least 48 KiB of the weight in flight, about twice what hides the latency of HBM. The tiled
-# kernel's tiles hold two accumulators, for the base and the low-rank product, which rules out 128 × 256.
-_TILES = {
-    "few": {
-        80: {2: _split(16, 128, 4, 4), 4: _split(16, 64, 4, 4)},
-        90: {2: _split(16, 128, 4, 5), 4: _split(16, 64, 4, 5)},
-        100: {2: _split(16, 128, 4, 5), 4: _split(16, 64, 4, 5)},
-    },
-    "split": {
-        80: {2: _split(128, 64, 8, 4), 4: _split(128, 32, 8, 4)},
-        90: {2: _split(128, 128, 4, 4), 4: _split(128, 32, 8, 4)},
-        100: {2: _split(128, 128, 4, 4), 4: _split(128, 32, 4, 4)},
-    },
-    "thin": {
-        80: {2: _thin(32, 128, 3), 4: _thin(32, 32, 4)},
-        90: {2: _thin(32, 128, 4), 4: _thin(32, 32, 4)},
-        100: {2: _thin(32, 128, 4), 4: _thin(32, 32, 4)},
-    },
-    "tiled": {
-        80: {2: _tiled(128, 64, 64, 8, 3), 4: _tiled(64, 128, 32, 8, 3)},
-        90: {2: _tiled(128, 128, 64, 8, 4), 4: _tiled(128, 64, 32, 8, 3)},
-        100: {2: _tiled(128, 128, 64, 8, 4), 4: _tiled(64, 64, 32, 8, 3)},
-    },
-}
 _COMBINE = Tile({"BLOCK_M": 16, "BLOCK_N": 64}, 4)
 
 
@@ -325,7 +287,7 @@ def _lora_linear_tiled(
 
 
 def _tile(kernel: str, x: Tensor) -> Tile:
-    return _TILES[kernel][architecture(x.device)][x.element_size()]
+    return TILES[kernel][architecture(x.device), x.element_size()]
 
 
 def _with(tile: Tile, **constants: int) -> Tile:

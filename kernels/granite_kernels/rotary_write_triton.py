@@ -9,14 +9,22 @@ import triton
 import triton.language as tl
 
 from granite_kernels.errors import KernelError
-from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.op import CHOICE
 from granite_kernels.primitives import await_inputs, dot, rounded
+from granite_kernels.tiles import TileTable, predicted
 
 MAX_HEAD_DIM = 128
 # Programs that fill the chip, four per multiprocessor, and the most heads of a program: each reads cosine and sine once.
 _FILL = {80: 432, 90: 528, 100: 592}
 _MOST_HEADS = 8
+# By architecture and bytes per element. Tensor cores need 16 tokens.
+_TILES = TileTable(
+    "rotary_write",
+    "forward",
+    {(chip, width): predicted(Tile({"BLOCK_T": 16}, 4), "2026-11-27") for chip in ARCHITECTURES for width in (2, 4)},
+    candidates=lambda key: [Tile({"BLOCK_T": tokens}, warps) for tokens in (16, 32) for warps in (2, 4, 8)],
+)
 _SIZES = ["tokens", "num_heads", "num_kv_heads", "heads", "page_size", "scaling_q", "scaling_k", "scaling_v"]
 
 
@@ -154,7 +162,8 @@ def _rotary_write(
     out = qkv.new_empty(tokens, num_heads, head_dim)
     if not launching(qkv) or out.numel() == 0:
         return out
-    tile = Tile({**blocks, "BLOCK_T": 16}, num_warps=4)
+    tile = _TILES[architecture(qkv.device), qkv.element_size()]
+    tile = Tile({**blocks, **tile.blocks}, tile.num_warps)
     tiles = triton.cdiv(tokens, tile.blocks["BLOCK_T"])
     heads = max(1, min(_MOST_HEADS, tiles * (num_heads + 2 * num_kv_heads) // _FILL[architecture(qkv.device)]))
     launch(

@@ -8,19 +8,32 @@ import triton.language as tl
 
 from granite_kernels.launch import Tile, architecture, launch, launching, register
 from granite_kernels.primitives import await_inputs, dot
+from granite_kernels.tiles import TileTable, measured, predicted
 
 
 def _tile(block_k: int, num_warps: int, num_stages: int) -> Tile:
     return Tile({"BLOCK_N": 32, "BLOCK_K": block_k}, num_warps, num_stages)
 
 
-# By architecture and bytes per element, for all numbers of rows. The tile of 90 in 16 bits is the fastest of those tried on an H200
-# for 64 rows, 2026-11-26; the others were chosen 2026-11-27 from it and the shared memory of the chip, not by measurement.
-_TILES = {
-    80: {2: _tile(128, 4, 3), 4: _tile(32, 4, 4)},
-    90: {2: _tile(128, 4, 4), 4: _tile(32, 4, 4)},
-    100: {2: _tile(128, 4, 4), 4: _tile(32, 8, 4)},
-}
+# By architecture and bytes per element, for all numbers of rows. The predicted ones follow from the measured one and from the shared
+# memory of the chip.
+_TILES = TileTable(
+    "split_linear",
+    "forward",
+    {
+        (80, 2): predicted(_tile(128, 4, 3), "2026-11-27"),
+        (80, 4): predicted(_tile(32, 4, 4), "2026-11-27"),
+        (90, 2): measured(_tile(128, 4, 4), "H200", "2026-11-26"),
+        (90, 4): predicted(_tile(32, 4, 4), "2026-11-27"),
+        (100, 2): predicted(_tile(128, 4, 4), "2026-11-27"),
+        (100, 4): predicted(_tile(32, 8, 4), "2026-11-27"),
+    },
+    candidates=lambda key: [
+        _tile(block_k, warps, stages)
+        for block_k, stages in (((128, 3), (128, 4), (64, 4), (64, 6)) if key[1] == 2 else ((32, 4), (32, 6), (64, 3)))
+        for warps in (4, 8)
+    ],
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -55,7 +68,7 @@ def _split_linear(x: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Te
     (rows, inputs), outputs = x.shape, weight.shape[0]
     out = x.new_empty(parts, rows, outputs, dtype=torch.float32)
     if launching(x):
-        tile = _TILES[architecture(x.device)][x.element_size()]
+        tile = _TILES[architecture(x.device), x.element_size()]
         block_m = min(max(triton.next_power_of_2(rows), 16), 64)
         launch(
             _split_linear_kernel, (triton.cdiv(outputs, tile.blocks["BLOCK_N"]), parts, triton.cdiv(rows, block_m)),

@@ -82,10 +82,24 @@ def assert_accurate(
 
 def assert_operation_accurate(operation: Operation, inputs: dict[str, Any], impl: str | None = None) -> None:
     """Fails unless results, gradients and changed arguments of one call are within tolerance; integers must be equal."""
-    dtype = working_dtype(inputs)
-    actual = outcome_of(operation, partial(operation.call, impl=impl), inputs)
+    assert_as_expected(operation, inputs, expectations(operation, inputs), impl)
+
+
+def expectations(operation: Operation, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What a call is compared with: eager PyTorch's results, gradients and changed arguments, and their truth."""
     eager = outcome_of(operation, operation.reference, inputs)
-    truth = outcome_of(operation, operation.reference, in_float64(inputs), rounding=dtype)
+    return eager, outcome_of(operation, operation.reference, in_float64(inputs), rounding=working_dtype(inputs))
+
+
+def assert_as_expected(
+    operation: Operation,
+    inputs: dict[str, Any],
+    expected: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
+    impl: str | None = None,
+) -> None:
+    """`assert_operation_accurate` with the `expectations` of these inputs, for several calls on them."""
+    dtype, (eager, truth) = working_dtype(inputs), expected
+    actual = outcome_of(operation, partial(operation.call, impl=impl), inputs)
     for name in truth:
         if truth[name].is_floating_point():
             assert_accurate(actual[name], eager[name], truth[name], f"{operation.name}: {name}", dtype)

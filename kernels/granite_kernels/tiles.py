@@ -46,11 +46,10 @@ def predicted(tile: Tile, date: str) -> Row:
     return Row(tile, f"predicted, {date}")
 
 
-class _Now(threading.local):
-    """This thread's changes to a table, and the keys that it looks up."""
+class _Seen(threading.local):
+    """The keys of a table that this thread looks up."""
 
-    changed: Mapping[Key, Tile] | None = None
-    seen: set[Key] | None = None
+    keys: set[Key] | None = None
 
 
 class TileTable:
@@ -79,30 +78,29 @@ class TileTable:
     ):
         self.operation, self.part, self.rows, self.candidates, self.bits = operation, part, dict(rows), candidates, bits
         self.architectures = architectures
-        self._now = _Now()
+        self._changed: Mapping[Key, Tile] = {}
+        self._seen = _Seen()
         TABLES.append(self)
 
     def __getitem__(self, key: Key) -> Tile:
-        if self._now.seen is not None:
-            self._now.seen.add(key)
-        if self._now.changed is not None and key in self._now.changed:
-            return self._now.changed[key]
-        return self.rows[key].tile
+        if self._seen.keys is not None:
+            self._seen.keys.add(key)
+        return self._changed[key] if key in self._changed else self.rows[key].tile
 
     @contextmanager
     def using(self, changed: Mapping[Key, Tile]) -> Iterator[None]:
-        """In this block and thread, other tiles for some keys."""
-        before, self._now.changed = self._now.changed, changed
+        """In this block, other tiles for some keys. In every thread: PyTorch runs a CUDA tensor's backward in one of its own."""
+        before, self._changed = self._changed, changed
         try:
             yield
         finally:
-            self._now.changed = before
+            self._changed = before
 
     @contextmanager
     def lookups(self) -> Iterator[set[Key]]:
         """In this block and thread, collects the keys that are looked up."""
-        before, self._now.seen = self._now.seen, set()
+        before, self._seen.keys = self._seen.keys, set()
         try:
-            yield self._now.seen
+            yield self._seen.keys
         finally:
-            self._now.seen = before
+            self._seen.keys = before

@@ -4,13 +4,13 @@ import pytest
 import torch
 from granite_kernels import exponential_noise
 from granite_kernels.exponential_noise import OPERATION
-from granite_kernels.exponential_noise_triton import TILE
+from granite_kernels.exponential_noise_triton import TILES
 from granite_kernels.launch import recorded_launches
 from granite_kernels.testing import poisoned_allocations
 
 from tests.kernels.test_exponential_noise import EXTREMES, VOCABULARY, assert_exact, index
 
-BLOCK = TILE.blocks["BLOCK"]
+BLOCK = TILES[(80,)].blocks["BLOCK"]
 
 
 def noise(seeds: torch.Tensor, counters: torch.Tensor, columns: int) -> torch.Tensor:

@@ -5,12 +5,13 @@ import inspect
 import pytest
 import torch
 from granite_kernels import finish_step
-from granite_kernels.finish_step_triton import BLOCK, _finish_step_kernel
+from granite_kernels.finish_step_triton import TILES, _finish_step_kernel
 from granite_kernels.launch import recorded_launches
 from granite_kernels.testing import poisoned_allocations
 
 from tests.kernels.test_finish_step import first_best, state
 
+BLOCK = TILES[(80,)].blocks["BLOCK"]
 # Whole blocks, blocks left over from the unrolled loop, and a tail.
 COLUMNS = 5 * BLOCK + 37
 

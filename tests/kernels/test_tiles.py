@@ -1,6 +1,7 @@
 """Tables of tiles: what every table must keep, and how a tile is replaced for a time."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from granite_kernels import OPERATIONS
@@ -45,7 +46,7 @@ def test_rows_agree_in_what_bits_depend_on(name):
         assert constants.setdefault(key[:2], found) == found, key
 
 
-def test_a_tile_is_replaced_in_a_block_and_lookups_are_collected():
+def test_a_tile_is_replaced_in_a_block_in_every_thread_and_lookups_are_collected():
     usual, other = Tile({"BLOCK": 1}, 4), Tile({"BLOCK": 2}, 8)
     table = TileTable(
         "none", "none", {(80,): predicted(usual, "2026-01-01"), (90,): measured(usual, "H200", "2026-01-01")}, candidates=list
@@ -54,6 +55,8 @@ def test_a_tile_is_replaced_in_a_block_and_lookups_are_collected():
     with table.lookups() as seen, table.using({(90,): other}):
         assert table[(90,)] is other
         assert table[(80,)] is usual
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(lambda: table[(90,)]).result() is other
     assert seen == {(80,), (90,)}
     assert table[(90,)] is usual
     assert table.rows[(90,)].source == "measured, H200, 2026-01-01"
