@@ -132,9 +132,9 @@ def _block_attention_bwd_scores_kernel(
         existing = tl.cdiv(frames, BLOCK)
         for n in range(0, existing):
             j = n * BLOCK + place
+            weights = _tile_of(weights_ptr, i, frames, n * BLOCK, tiles * BLOCK, BLOCK)  # first, so that it arrives during the product
             grad_weights = dot(grad_out, tl.trans(_load_rows(v_ptr, j, stride_v, j < frames, dim_head, BLOCK_D)), None)
-            weights = _tile_of(weights_ptr, i, frames, n * BLOCK, tiles * BLOCK, BLOCK).to(tl.float32)
-            grads = weights * (grad_weights - delta[:, None])  # 0 where there is no weight
+            grads = weights.to(tl.float32) * (grad_weights - delta[:, None])  # 0 where there is no weight
             _store_tile(grads_ptr, i, frames, n * BLOCK, tiles * BLOCK, rounded(grads, grad_out.dtype))
             by_place = rounded(_mirror(grads), grad_out.dtype)
             band = tl.where(_in_upper_band(BLOCK), by_place, pending)
