@@ -8,42 +8,34 @@ from granite_kernels.block_attention_backward_kernels import (
     _block_attention_bwd_e_kernel,
     _block_attention_bwd_kv_kernel,
     _block_attention_bwd_q_kernel,
+    _block_attention_bwd_scores_kernel,
+    _block_attention_bwd_weights_kernel,
 )
 from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.tiles import TileTable, predicted
 
-# By architecture and bytes per element. Chosen from the compiled code, 2026-11-22, not by measurement. With two accumulators it has
-# twice the forward's warps, although both halves then compute the same scores.
-_NARROW = Tile({"BLOCK": 16, "STEP": 32}, 4)
-_TILES = {
-    80: {2: Tile({"BLOCK": 32, "STEP": 32}, 4), 4: _NARROW},
-    90: {2: Tile({"BLOCK": 64, "STEP": 64}, 8), 4: _NARROW},
-    100: {2: Tile({"BLOCK": 64, "STEP": 64}, 8), 4: _NARROW},
-}
+_DATE = "2026-11-27"
+_SCORES = TileTable(
+    "block_attention",
+    "backward scores",
+    {
+        (80, 2): predicted(Tile({"BLOCK": 32}, 4), _DATE),
+        (90, 2): predicted(Tile({"BLOCK": 64}, 4), _DATE),
+        (100, 2): predicted(Tile({"BLOCK": 64}, 4), _DATE),
+        **{(chip, 4): predicted(Tile({"BLOCK": 16}, 4), _DATE) for chip in (80, 90, 100)},
+    },
+    candidates=lambda key: [Tile({"BLOCK": 64}, 4)],
+)
+_PRODUCTS = TileTable(
+    "block_attention",
+    "backward products",
+    {(chip, width): predicted(Tile({}, 4, 3), _DATE) for chip in (80, 90, 100) for width in (2, 4)},
+    candidates=lambda key: [Tile({}, 4, 3)],
+)
+# The most bytes of scratch. More blocks than fit are computed in several rounds.
+_SCRATCH = 2**29
 # The gradient of rel_pos_emb is a sum over all blocks, in at most _MAX_CHUNKS partial sums of at least _MIN_SLOTS slots each.
 _MAX_CHUNKS, _MIN_SLOTS = 8, 4
-
-
-def _tile(q: Tensor) -> Tile:
-    """The tile, independent of the batch, so that a clip gets the same bits in every batch. Two head widths keep compilations few."""
-    tile = _TILES[architecture(q.device)][q.element_size()]
-    width = 64 if q.shape[2] <= 64 and q.element_size() == 2 else 128
-    blocks = {"BLOCK": tile.blocks["BLOCK"], "BLOCK_D": width, "STEP": min(tile.blocks["STEP"], width)}
-    return Tile(blocks, tile.num_warps, tile.num_stages)
-
-
-def _slots(q: Tensor, cu_seqlens: Tensor, context_size: int) -> int:
-    """The number of slots in which `locate` finds every block, including padding."""
-    return q.shape[0] // context_size + cu_seqlens.shape[0]
-
-
-def _arguments(q: Tensor, k: Tensor, v: Tensor, rel_pos_emb: Tensor, cu_seqlens: Tensor, context_size: int) -> dict[str, object]:
-    """The arguments that all kernels share."""
-    sizes = {"total_frames": q.shape[0], "num_clips": cu_seqlens.shape[0] - 1, "num_heads": q.shape[1], "dim_head": q.shape[2]}
-    positions = {"context_size": context_size, "max_pos_emb": rel_pos_emb.shape[0] // 2, "stride_e": rel_pos_emb.stride(0)}
-    strides = {"stride_q": q.stride(0), "stride_k": k.stride(0), "stride_v": v.stride(0)}
-    strides |= {"stride_qh": q.stride(1), "stride_kh": k.stride(1), "stride_vh": v.stride(1)}
-    tensors = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "e_ptr": rel_pos_emb, "cu_seqlens_ptr": cu_seqlens}
-    return tensors | sizes | positions | strides
 
 
 def _block_attention_backward(
@@ -52,7 +44,7 @@ def _block_attention_backward(
     k: Tensor,
     v: Tensor,
     rel_pos_emb: Tensor,
-    cu_seqlens: Tensor,
+    blocks: Tensor,
     out: Tensor,
     rest: Tensor,
     lse: Tensor,
@@ -60,29 +52,61 @@ def _block_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and rel_pos_emb. grad_out and out are contiguous. Every sum has a fixed order, so the bits are too."""
-    heads, dim, max_pos_emb = q.shape[1], q.shape[2], rel_pos_emb.shape[0] // 2
+    (_, heads, dim), slots = q.shape, blocks.shape[0]
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-    tile = _tile(q)
-    block = tile.blocks["BLOCK"]
-    tiles, slots = triton.cdiv(context_size, block), _slots(q, cu_seqlens, context_size)
-    chunks = min(_MAX_CHUNKS, triton.cdiv(slots, _MIN_SLOTS))
-    partial = torch.empty((chunks, heads, 2 * tiles - 1, 2, block, dim), dtype=torch.float32, device=q.device)
+    key = architecture(q.device), q.element_size()
+    scores, products = _tile(_SCORES[key], q, _SCORES[key].blocks["BLOCK"]), _tile(_PRODUCTS[key], q, _SCORES[key].blocks["BLOCK"])
+    block = scores.blocks["BLOCK"]
+    tiles = triton.cdiv(context_size, block)
+    rows = heads * context_size
+    rounds = triton.cdiv(slots * rows * (3 * tiles + 1) * block * q.element_size(), _SCRATCH)
+    at_once = triton.cdiv(slots, rounds)
+    chunks = min(_MAX_CHUNKS, triton.cdiv(at_once, _MIN_SLOTS))
+    weights, grads = (q.new_empty(at_once * rows, tiles * block) for _ in range(2))
+    skewed = q.new_empty(at_once * rows, (tiles + 1) * block)
+    partial = torch.empty((chunks, heads, 2 * tiles, block, dim), dtype=torch.float32, device=q.device)
     if launching(q):
-        given = _arguments(q, k, v, rel_pos_emb, cu_seqlens, context_size) | {"scale": scale, "grad_out_ptr": grad_out, "lse_ptr": lse}
-        given["delta_ptr"] = delta
-        grid = (slots * heads * tiles,)
-        forward = {"out_ptr": out, "rest_ptr": rest if q.dtype != torch.float32 else None}
-        launch(_block_attention_bwd_q_kernel, grid, tile, **given, **forward, grad_q_ptr=grad_q)
-        launch(_block_attention_bwd_kv_kernel, grid, tile, **given, grad_k_ptr=grad_k, grad_v_ptr=grad_v)
-        chunk = {"num_slots": slots, "slots_per_chunk": triton.cdiv(slots, chunks)}
-        launch(_block_attention_bwd_e_kernel, (chunks, heads, 2 * tiles - 1), tile, **given, **chunk, partial_ptr=partial)
-    upper, lower = partial.sum((0, 1)).unbind(1)
-    bands = torch.nn.functional.pad(upper, (0, 0, 0, 0, 1, 0)) + torch.nn.functional.pad(lower, (0, 0, 0, 0, 0, 1))
+        sizes = {"num_heads": heads, "dim_head": dim, "context_size": context_size, "blocks_ptr": blocks}
+        of_q = {"q_ptr": q, "stride_q": q.stride(0), "stride_qh": q.stride(1)}
+        of_k = {"k_ptr": k, "stride_k": k.stride(0), "stride_kh": k.stride(1)}
+        of_v = {"v_ptr": v, "stride_v": v.stride(0), "stride_vh": v.stride(1)}
+        of_e = {"e_ptr": rel_pos_emb, "stride_e": rel_pos_emb.stride(0), "max_pos_emb": rel_pos_emb.shape[0] // 2}
+        of_out = {"out_ptr": out, "rest_ptr": rest if q.dtype != torch.float32 else None, "grad_out_ptr": grad_out}
+        for first_slot in range(0, slots, at_once):
+            here = min(at_once, slots - first_slot)
+            given = sizes | {"first_slot": first_slot}
+            programs = here * heads * tiles
+            launch(
+                _block_attention_bwd_weights_kernel, (programs,), scores, **given, **of_q, **of_k, **of_e, scale=scale,
+                lse_ptr=lse, total_frames=q.shape[0], weights_ptr=weights,
+            )  # fmt: skip
+            launch(
+                _block_attention_bwd_scores_kernel, (programs,), scores, **given, **of_v, **of_out,
+                weights_ptr=weights, grads_ptr=grads, skewed_ptr=skewed,
+            )  # fmt: skip
+            launch(
+                _block_attention_bwd_q_kernel, (programs,), products, **given, **of_k, **of_e, scale=scale,
+                grads_ptr=grads, skewed_ptr=skewed, grad_q_ptr=grad_q,
+            )  # fmt: skip
+            launch(
+                _block_attention_bwd_kv_kernel, (programs, 2), products, **given, **of_q, scale=scale,
+                grad_out_ptr=grad_out, weights_ptr=weights, grads_ptr=grads, grad_k_ptr=grad_k, grad_v_ptr=grad_v,
+            )  # fmt: skip
+            launch(
+                _block_attention_bwd_e_kernel, (chunks, heads, 2 * tiles), products, **given, **of_q,
+                skewed_ptr=skewed, partial_ptr=partial, slots=here, slots_per_chunk=triton.cdiv(at_once, chunks),
+            )  # fmt: skip
+    bands = partial.sum((0, 1)).flatten(0, 1) * scale
     reach, middle = context_size - 1, tiles * block  # the bands begin at distance -tiles · block
-    occurring = bands.flatten(0, 1)[middle - reach : middle + reach + 1]
-    beyond = max_pos_emb - reach
-    return grad_q, grad_k, grad_v, torch.nn.functional.pad(occurring, (0, 0, beyond, beyond)).to(rel_pos_emb.dtype)
+    beyond = rel_pos_emb.shape[0] // 2 - reach
+    grad_e = torch.nn.functional.pad(bands[middle - reach : middle + reach + 1], (0, 0, beyond, beyond))
+    return grad_q, grad_k, grad_v, grad_e.to(rel_pos_emb.dtype)
+
+
+def _tile(tile: Tile, q: Tensor, block: int) -> Tile:
+    """A table's tile with its sizes. Two head widths keep compilations few."""
+    width = 64 if q.shape[2] <= 64 and q.element_size() == 2 else 128
+    return Tile({"BLOCK": block, "BLOCK_D": width}, tile.num_warps, tile.num_stages)
 
 
 backward_op = register(_block_attention_backward)

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from granite_kernels.attention_blocks_triton import attention_blocks_triton
 from granite_kernels.block_attention_backward_triton import backward_op
 from granite_kernels.block_attention_kernels import LOG2_E, _block_attention_fwd_kernel
 from granite_kernels.errors import KernelError
@@ -72,7 +73,9 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
 
 def _backward(ctx, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = (tensor.detach() for tensor in ctx.saved_tensors)  # there is no second derivative
-    gradients = backward_op(grad_out.detach().contiguous(), *saved, ctx.context_size, ctx.scale)
+    q, k, v, rel_pos_emb, cu_seqlens, *forward = saved
+    blocks = attention_blocks_triton(cu_seqlens, q.shape[0], ctx.context_size)
+    gradients = backward_op(grad_out.detach().contiguous(), q, k, v, rel_pos_emb, blocks, *forward, ctx.context_size, ctx.scale)
     return *gradients, None, None, None, None
 
 
