@@ -30,7 +30,7 @@ import torch
 import triton
 from granite_kernels import OPERATIONS
 from granite_kernels.launch import ARCHITECTURES, Launch, recorded_launches
-from granite_kernels.op import TRITON_DTYPES, Operation
+from granite_kernels.op import TRITON_DTYPES, Operation, results_of
 from granite_kernels.testing import working_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -164,12 +164,8 @@ def stages(operation: Operation, inputs: dict[str, Any]) -> Iterator[tuple[str, 
     leaves = {name: inputs[name].requires_grad_() for name in operation.differentiable if inputs[name] is not None}
     if leaves:
         out: list[torch.Tensor] = []
-        yield "training", lambda: out.extend(as_tuple(operation.call(**{**inputs, **leaves}, impl="triton")))
+        yield "training", lambda: out.extend(results_of(operation.call(**{**inputs, **leaves}, impl="triton")))
         yield "backward", lambda: torch.autograd.grad(out, list(leaves.values()), [*map(torch.empty_like, out)], allow_unused=True)
-
-
-def as_tuple(results: Results) -> tuple[torch.Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
 
 
 def configuration(operation: str, launch: Launch, dtype: str, architecture: int, released: bool) -> Configuration:

@@ -75,6 +75,7 @@ class CountingGPU(TorchDispatchMode):
         modes = ExitStack()
         modes.enter_context(self._fake)
         modes.enter_context(patch("granite_speech.modules.transfers.record_event", self._event))
+        modes.enter_context(patch("granite_kernels.launch._architecture_of", lambda index: ARCHITECTURE))
         modes.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         self._modes.append(modes)
         return super().__enter__()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from granite_kernels import OPERATIONS
-from granite_kernels.op import Case, Cost, Operation, Results
+from granite_kernels.op import Case, Cost, Operation, Results, results_of
 from granite_kernels.testing import assert_operation_accurate
 
 from bench import graphs, kernels_table, results
@@ -277,8 +277,7 @@ def make_calls(operation: Operation, copies: list[dict[str, Any]], direction: st
 def _backward(function: Callable[..., Results], differentiable: tuple[str, ...], inputs: dict[str, Any]) -> Call:
     """The backward of a call; its forward runs here."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable if inputs[name] is not None}
-    out = function(**{**inputs, **leaves})
-    out = out if isinstance(out, tuple) else (out,)
+    out = results_of(function(**{**inputs, **leaves}))
     rng = torch.Generator(out[0].device).manual_seed(1)
     incoming = [torch.randn(one.shape, generator=rng, device=one.device).to(one.dtype) for one in out]
     return partial(torch.autograd.grad, out, list(leaves.values()), incoming, retain_graph=True, allow_unused=True)

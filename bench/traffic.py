@@ -53,7 +53,7 @@ def flops(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> int:
     if func.namespace == "granite_kernels":
         named = {one.name: value for one, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
         x, weight = named.get("x"), named.get("weight")
-        is_product = func._schema.name.removeprefix("granite_kernels::_") in _PRODUCTS
+        is_product = func._schema.name.removeprefix("granite_kernels::") in _PRODUCTS
         return 2 * x.shape[0] * weight.numel() if is_product else 0
     name = func._schema.name.removeprefix("aten::")
     if name not in ("mm", "bmm", "addmm", "baddbmm"):

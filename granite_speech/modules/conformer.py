@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
 from granite_kernels.op import accumulator
+from granite_kernels.silu_linear import is_one_kernel
 from torch import Tensor, nn
 
 from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.add_norm import add_norm
+from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.side_by_side import side_by_side
@@ -48,10 +50,20 @@ class GraniteSpeechConformerFeedForward(nn.Module):
 
     def after_norm(self, x: Tensor) -> Tensor:
         """All but the norm."""
+        if x.dim() == 2 and self._has_kernel(x):
+            hidden = OPERATIONS["silu_linear"].run(x, self.up_proj.weight, self.up_proj.bias)
+            return self.dropout(self.down_proj(self.dropout(hidden)))
         hidden = self.up_proj(x)
         # Packed in place if no gradient needs the input, so that the encoder's widest tensor is not allocated twice.
         hidden = self.silu(hidden) if hidden.dim() == 3 else F.silu(hidden, inplace=not hidden.requires_grad)
         return self.dropout(self.down_proj(self.dropout(hidden)))
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether `silu_linear`, which has no backward, computes what the modules do."""
+        up = self.up_proj
+        if torch.is_grad_enabled() or type(up) is not LoraLinear or up.has_adapter or not up.weight.dtype == x.dtype == up.bias.dtype:
+            return False
+        return autocast_dtype(x.device) is None and is_one_kernel(x, up.weight)
 
 
 class GraniteSpeechConformerAttention(nn.Module):

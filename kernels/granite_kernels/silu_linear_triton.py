@@ -116,10 +116,15 @@ def _silu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     if not launching(x):
         return x.new_empty(x.shape[0], outputs)
-    chip = architecture(x.device)
-    if silu_path(x.shape[0], weight.shape[0], chip) is Path.EPILOGUE and _has_descriptors(x, weight, outputs):
-        return _by_kernel(x, weight, bias, gated, _TILES[chip, x.element_size(), gated])
+    if has_kernel(x, weight, gated):
+        return _by_kernel(x, weight, bias, gated, _TILES[architecture(x.device), x.element_size(), gated])
     return _around_library(x, weight, bias, gated)
+
+
+def has_kernel(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> bool:
+    """Whether the kernel computes a call, and not the library."""
+    is_worth_it = silu_path(x.shape[0], weight.shape[0], architecture(x.device)) is Path.EPILOGUE
+    return is_worth_it and _has_descriptors(x, weight, weight.shape[0] // 2 if gated else weight.shape[0])
 
 
 def _around_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:
