@@ -60,6 +60,11 @@ class Counts:
     moved: int = 0
     work: list[tuple[int, int]] = field(default_factory=list)
 
+    def add(self, size: int, flops: int) -> None:
+        """One operation's bytes and FLOPs."""
+        self.moved += size
+        self.work.append((size, flops))
+
 
 class CountingGPU(TorchDispatchMode):
     """Device "cuda" exists inside its `with` block, which may be entered again."""
@@ -76,7 +81,6 @@ class CountingGPU(TorchDispatchMode):
         modes = ExitStack()
         modes.enter_context(self._fake)
         modes.enter_context(patch("granite_speech.modules.transfers.record_event", self._event))
-        modes.enter_context(patch("granite_kernels.launch._architecture_of", lambda index: ARCHITECTURE))
         modes.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         self._modes.append(modes)
         return super().__enter__()
@@ -131,9 +135,7 @@ class CountingGPU(TorchDispatchMode):
             launches = launches_of(func, args, out)
             self._count(func._schema.name.removeprefix("aten::"), launches)
             if launches:
-                size = moved(func, args, kwargs, out)
-                self._counts.moved += size
-                self._counts.work.append((size, flops(func, args, kwargs)))
+                self._counts.add(moved(func, args, kwargs, out), flops(func, args, kwargs))
         self._keep_values(func, args, kwargs, tensors, results)
         return out
 
@@ -146,9 +148,9 @@ class CountingGPU(TorchDispatchMode):
             alone = self._counts.launches.total() == before
             self._counts.launches.update(launch.kernel.__name__ for launch in recorded)
             if alone and recorded:
-                self._counts.moved += moved(func, args, kwargs, out)
+                self._counts.add(moved(func, args, kwargs, out), flops(func, args, kwargs))
             else:
-                self._counts.moved += nbytes(*(one for launch in recorded for one in launch.arguments.values() if _on_device(one)))
+                self._counts.add(nbytes(*(one for launch in recorded for one in launch.arguments.values() if _on_device(one))), 0)
         return out
 
     def _count(self, name: str, launches: int) -> None:
