@@ -58,6 +58,9 @@ def test_keys_of_a_width_agree_in_what_bits_depend_on(table):
     first, second = timed(table, (90, 2, 0), 1.0, 0.9, 0.5, 0.8), timed(table, (90, 2, 1), 1.0, 0.8, 1.1, 0.9)
     # Each by itself would take another PIECE; √(0.5 · 0.9) is less than √(0.9 · 0.8).
     assert shapes(choose(table, first | second)) == {(90, 2, 0): (1, 2), (90, 2, 1): (2, 2)}
+    # The best of all ratios does not decide: √(0.5 · 0.95) is more than 0.6.
+    first_again, second_again = timed(table, (90, 2, 0), 1.0, 0.6, 0.5, 0.8), timed(table, (90, 2, 1), 1.0, 0.6, 0.95, 1.2)
+    assert shapes(choose(table, first_again | second_again)) == {(90, 2, 0): (2, 1), (90, 2, 1): (2, 1)}
     # A key that no released case looks up follows, and is otherwise as before. One of another width does not.
     assert shapes(choose(table, first)) == {(90, 2, 0): (1, 2), (90, 2, 1): (1, 2)}
     # A gain by another PIECE that is only noise changes nothing.
