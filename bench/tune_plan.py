@@ -85,18 +85,21 @@ def plan(
     operations: list[str], dtype: torch.dtype, architecture: int, on_gpu: bool
 ) -> tuple[list[Choice], dict[Configuration, Job], list[tuple[TileTable, Key, str]]]:
     """The choices and the compilations that they need, in the order in which to make them; and keys without a choice, and why."""
-    choices, jobs, without = [], {}, []
+    choices, jobs, without, inputs = [], {}, [], {}
     for name in ordered(operations):
         operation = OPERATIONS[name]
-        inputs = {case.name: case.inputs(dtype, "meta") for case in operation.cases if case.released}
-        for choice in _choices(operation, inputs, architecture):
+        inputs[name] = {case.name: case.inputs(dtype, "meta") for case in operation.cases if case.released}
+        for choice in _choices(operation, inputs[name], architecture):
             if len(choice.tiles) == 1:
                 without.append((choice.table, choice.key, "it has no other candidate"))
             elif not choice.targets:
                 without.append((choice.table, choice.key, "only a forward in training looks it up, which is not timed"))
             else:
-                _add_jobs(jobs, choice, operation, inputs, dtype, architecture, on_gpu)
                 choices.append(choice)
+    # Backwards last: they take the longest, and only training has them.
+    choices.sort(key=lambda choice: all(target.direction == "backward" for target in choice.targets))
+    for choice in choices:
+        _add_jobs(jobs, choice, inputs[choice.table.operation], dtype, architecture, on_gpu)
     return choices, jobs, without
 
 
@@ -131,14 +134,14 @@ def _tiles(table: TileTable, key: Key) -> list[Tile]:
 def _add_jobs(
     jobs: dict[Configuration, Job],
     choice: Choice,
-    operation: Operation,
     inputs: dict[str, dict[str, Any]],
     dtype: torch.dtype,
     architecture: int,
     on_gpu: bool,
 ) -> None:
     """Add the compilations of a choice, and fill in what each tile needs."""
-    table, cases = (choice.table.operation, choice.table.part), dict.fromkeys(target.case for target in choice.targets)
+    operation, cases = OPERATIONS[choice.table.operation], dict.fromkeys(target.case for target in choice.targets)
+    table = (choice.table.operation, choice.table.part)
     for tile in choice.tiles:
         needed = set()
         with choice.table.using({choice.key: tile}):
