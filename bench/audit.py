@@ -30,10 +30,11 @@ import torch
 import triton
 from granite_kernels import OPERATIONS
 from granite_kernels.launch import ARCHITECTURES, Launch, recorded_launches
-from granite_kernels.op import TRITON_DTYPES, Operation
+from granite_kernels.op import TRITON_DTYPES, Operation, results_of
 from granite_kernels.testing import working_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import results
 
@@ -163,8 +164,8 @@ def stages(operation: Operation, inputs: dict[str, Any]) -> Iterator[tuple[str, 
     leaves = {name: inputs[name].requires_grad_() for name in operation.differentiable if inputs[name] is not None}
     if leaves:
         out: list[torch.Tensor] = []
-        yield "training", lambda: out.append(operation.call(**{**inputs, **leaves}, impl="triton"))
-        yield "backward", lambda: torch.autograd.grad(out[0], list(leaves.values()), torch.empty_like(out[0]), allow_unused=True)
+        yield "training", lambda: out.extend(results_of(operation.call(**{**inputs, **leaves}, impl="triton")))
+        yield "backward", lambda: torch.autograd.grad(out, list(leaves.values()), [*map(torch.empty_like, out)], allow_unused=True)
 
 
 def configuration(operation: str, launch: Launch, dtype: str, architecture: int, released: bool) -> Configuration:
@@ -186,6 +187,8 @@ def specialization(launch: Launch) -> tuple[tuple[tuple[str, Any], ...], tuple[t
             signature[name] = "*" + _POINTER[value.dtype]
             if value.storage_offset() * value.element_size() % 16 == 0:
                 aligned.append(name)
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_POINTER[value.base.dtype]}{value.block_shape}>"
         elif isinstance(value, bool):
             signature[name] = "u1"
         elif isinstance(value, int):

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bench.device_rules import DeviceRules, target_device
 from bench.launches import launches_of
-from bench.traffic import moved
+from bench.traffic import flops, moved
 
 __all__ = ["ARCHITECTURE", "CountingGPU", "Counts"]
 
@@ -49,6 +49,7 @@ class Counts:
         late_reads: how often the host waited for a copy that was queued before later work.
         bytes: of all new device memory, freed again or not.
         moved: bytes that the launches read and write (`bench/traffic.py`).
+        work: bytes, and FLOPs of matrix products, of each operation that launched something.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -56,6 +57,7 @@ class Counts:
     late_reads: int = 0
     bytes: int = 0
     moved: int = 0
+    work: list[tuple[int, int]] = field(default_factory=list)
 
 
 class CountingGPU(TorchDispatchMode):
@@ -73,6 +75,7 @@ class CountingGPU(TorchDispatchMode):
         modes = ExitStack()
         modes.enter_context(self._fake)
         modes.enter_context(patch("granite_speech.modules.transfers.record_event", self._event))
+        modes.enter_context(patch("granite_kernels.launch._architecture_of", lambda index: ARCHITECTURE))
         modes.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         self._modes.append(modes)
         return super().__enter__()
@@ -130,7 +133,9 @@ class CountingGPU(TorchDispatchMode):
                 launches = launches_of(func, args, out)
                 self._count(func._schema.name.removeprefix("aten::"), launches)
             if launches:
-                self._counts.moved += moved(func, args, kwargs, out)
+                size = moved(func, args, kwargs, out)
+                self._counts.moved += size
+                self._counts.work.append((size, flops(func, args, kwargs)))
         self._keep_values(func, args, kwargs, tensors, results)
         return out
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from granite_kernels import OPERATIONS
-from granite_kernels.op import Case, Cost, Operation
+from granite_kernels.op import Case, Cost, Operation, Results, results_of
 from granite_kernels.testing import assert_operation_accurate
 
 from bench import graphs, kernels_table, results
@@ -276,11 +276,12 @@ def make_calls(operation: Operation, copies: list[dict[str, Any]], direction: st
     return [_backward(function, operation.differentiable, inputs) for inputs in copies]
 
 
-def _backward(function: Callable[..., torch.Tensor], differentiable: tuple[str, ...], inputs: dict[str, Any]) -> Call:
+def _backward(function: Callable[..., Results], differentiable: tuple[str, ...], inputs: dict[str, Any]) -> Call:
     """The backward of a call; its forward runs here."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable if inputs[name] is not None}
-    out = function(**{**inputs, **leaves})
-    incoming = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device).to(out.dtype)
+    out = results_of(function(**{**inputs, **leaves}))
+    rng = torch.Generator(out[0].device).manual_seed(1)
+    incoming = [torch.randn(one.shape, generator=rng, device=one.device).to(one.dtype) for one in out]
     return partial(torch.autograd.grad, out, list(leaves.values()), incoming, retain_graph=True, allow_unused=True)
 
 

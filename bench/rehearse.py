@@ -28,10 +28,12 @@ CLIPS = (1, 128)
 ROWS = (1, 8, 16, 128)  # of a decode step
 NEW_TOKENS = 4
 DEVICE = torch.device("cuda")
+ENCODER, PREFILL = "encoder and projector", "encoder, projector and prefill"
 STEP, STEP_OF_MODULES = "decode step", "decode step, module by module"
-# For the predictions, which are not measurements: bytes a second of an H200 (bench/results/kernels-nvidia-h200-*.json), and what a launch
-# of a CUDA graph adds to the time of its bytes.
-BYTES_A_SECOND, SECONDS_A_LAUNCH = 4.24e12, 1.3e-6
+# For the predictions, which are not measurements. Of an H200: bytes a second (bench/results/kernels-nvidia-h200-*.json) and FLOPs a second
+# of the encoder's products (57 TFLOP in 81 ms, in the profile of bench/results/whole-model-nvidia-h200-*.json); and what a launch of a CUDA
+# graph adds to the time of its work.
+BYTES_A_SECOND, FLOPS_A_SECOND, SECONDS_A_LAUNCH = 4.24e12, 700e12, 1.3e-6
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ class Rehearsal:
         return lambda: model.generate(**inputs, max_new_tokens=NEW_TOKENS, eos_token_id=[])
 
 
-# What is rehearsed: how to prepare it, and what its layers are if all of them are of one kind.
+# What is rehearsed: how to prepare it, and whose layers are counted.
 WORK: dict[str, tuple[Callable[[Rehearsal], Callable[[], object]], str | None]] = {
-    "encoder and projector": (Rehearsal.encoder, "encoder"),
-    "encoder, projector and prefill": (Rehearsal.prefill, None),
+    ENCODER: (Rehearsal.encoder, "encoder"),
+    PREFILL: (Rehearsal.prefill, "language model"),
     STEP: (Rehearsal.step, "language model"),
     STEP_OF_MODULES: (Rehearsal.step_of_modules, "language model"),
     f"generate, {NEW_TOKENS} tokens": (Rehearsal.generate, None),
@@ -134,21 +136,37 @@ def measurements() -> Iterator[dict[str, Any]]:
                 counts = count(work, name, clips)
                 entry = {"model": name, "work": work, "clips": clips, "launches": counts.launches.total()}
                 if layers is not None:
-                    # From two models that differ by one layer.
-                    two, three = (count(work, name, clips, layers=number).launches.total() for number in (2, 3))
-                    entry["launches_per_layer"] = three - two
+                    entry |= _of_a_layer(work, name, clips)
                 entry |= {"waits": len(counts.waits), "late_reads": counts.late_reads, "bytes": counts.bytes}
                 if work in _STEPS:
                     entry |= _predicted(counts, name, clips)
+                elif layers is not None:
+                    entry |= {"moved": counts.moved, "predicted_ms": round(1e3 * seconds(counts), 3)}
                 yield entry | {"operations": dict(counts.launches.most_common())}
+
+
+def _of_a_layer(work: str, name: str, clips: int) -> dict[str, Any]:
+    """Launches, bytes moved and predicted time of one layer: the difference between two models that differ by one."""
+    two, three = (count(work, name, clips, layers=number) for number in (2, 3))
+    figures = [three.launches.total() - two.launches.total(), three.moved - two.moved, 1e6 * (seconds(three) - seconds(two))]
+    if work == PREFILL:  # these models also differ by a layer of the encoder
+        of_encoder = _of_a_layer(ENCODER, name, clips)
+        figures = [one - other for one, other in zip(figures, of_encoder.values(), strict=True)]
+    return dict(zip(("launches_per_layer", "moved_per_layer", "predicted_us_per_layer"), (*figures[:2], round(figures[2], 1)), strict=True))
+
+
+def seconds(counts: Counts) -> float:
+    """A prediction, not a measurement: of each operation, the longer of the times of its bytes and of its products; and the launches."""
+    work = sum(max(size / BYTES_A_SECOND, flops / FLOPS_A_SECOND) for size, flops in counts.work)
+    return work + counts.launches.total() * SECONDS_A_LAUNCH
 
 
 def _predicted(counts: Counts, name: str, clips: int) -> dict[str, Any]:
     """Bytes moved, the fewest possible, and the time that follows from bytes and launches: a prediction, not a measurement."""
     with CountingGPU() as gpu:
         least = Rehearsal(gpu, name, clips).least_bytes()
-    seconds = counts.moved / BYTES_A_SECOND + counts.launches.total() * SECONDS_A_LAUNCH
-    return {"moved": counts.moved, "least_moved": least, "predicted_ms": round(1e3 * seconds, 3)}
+    predicted = counts.moved / BYTES_A_SECOND + counts.launches.total() * SECONDS_A_LAUNCH
+    return {"moved": counts.moved, "least_moved": least, "predicted_ms": round(1e3 * predicted, 3)}
 
 
 def run(*, check: bool) -> int:
@@ -158,7 +176,8 @@ def run(*, check: bool) -> int:
     for entry in measurements():
         found.append(entry)
         print(f"{entry['model']}, {entry['work']}, {entry['clips']} clips: {entry['launches']} launches", flush=True)
-    result = {"kind": "rehearsal", "run": results.describe_run(), "measurements": found, "before": committed.get("before")}
+    earlier = {name: committed.get(name) for name in ("before", "layers_before")}
+    result = {"kind": "rehearsal", "run": results.describe_run(), "measurements": found} | earlier
     print("", table(result), sep="\n")
     if not check:
         FILE.write_text(json.dumps(result, indent=2) + "\n")
@@ -197,7 +216,36 @@ def table(result: dict[str, Any]) -> str:
         cells = [_both(one, old, name) for name in ("launches", "launches_per_layer", "waits")]
         cells.append(_both(_megabytes(one), _megabytes(old), "bytes"))
         lines.append(f"| {one['model']} | {one['work']} | {one['clips']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *_steps_table(result["measurements"])])
+    return "\n".join([*lines, *_layers_table(result), *_steps_table(result["measurements"])])
+
+
+def _layers_table(result: dict[str, Any]) -> list[str]:
+    """Markdown lines: one layer of the encoder and of a prefill, and in brackets what it was at an earlier commit."""
+    before = result.get("layers_before") or {"measurements": []}
+    earlier = {(one["model"], one["work"], one["clips"]): one for one in before["measurements"]}
+    lines = [
+        "",
+        f"One layer of the encoder and of a prefill; in brackets: {before.get('note', 'no earlier figures')}. Predicted, not measured: of "
+        f"each operation the longer of the times of its bytes at {BYTES_A_SECOND / 1e12:g} TB/s and of its matrix products at "
+        f"{FLOPS_A_SECOND / 1e12:g} TFLOP/s, and {SECONDS_A_LAUNCH * 1e6:g} µs for each launch.",
+        "",
+        "| model | layer of | clips | launches | MB moved | predicted µs | whole work, predicted ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in result["measurements"]:
+        if one["work"] in (ENCODER, PREFILL):
+            old = earlier.get((one["model"], one["work"], one["clips"]), {})
+            names = ("launches_per_layer", "moved_per_layer", "predicted_us_per_layer", "predicted_ms")
+            cells = [_both(_rounded(one), _rounded(old), name) for name in names]
+            layer = "encoder" if one["work"] == ENCODER else "prefill"
+            lines.append(f"| {one['model']} | {layer} | {one['clips']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _rounded(one: dict[str, Any]) -> dict[str, Any]:
+    rounded = {name: round(one[name]) for name in ("predicted_us_per_layer",) if name in one}
+    rounded |= {"moved_per_layer": round(one["moved_per_layer"] / 1e6)} if one else {}
+    return one | rounded | ({"predicted_ms": round(one["predicted_ms"], 1)} if one else {})
 
 
 def _steps_table(measurements: list[dict[str, Any]]) -> list[str]:

@@ -38,6 +38,7 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype = torch.bfl
     for module in projections(model.decoder) if shape != name else ():
         module.store_int8(module.weight.detach())
     arrange(model.decoder, model.lm_head)
+    arrange(model.encoder)
     return model
 
 

@@ -19,12 +19,9 @@ from granite_speech.config import GraniteSpeechConfig
 from granite_speech.model import GraniteForCausalLM, GraniteSpeechForConditionalGeneration
 from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import Lora, LoraLinear
+from granite_speech.modules.conformer import GraniteSpeechConformerAttention, GraniteSpeechConformerDepthWiseConv1d
 from granite_speech.modules.decoder_layers import GraniteAttention, GraniteDecoderLayer, GraniteRMSNorm
-from granite_speech.modules.encoder import (
-    GraniteSpeechConformerAttention,
-    GraniteSpeechConformerDepthWiseConv1d,
-    GraniteSpeechCTCEncoder,
-)
+from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.projector import Blip2QFormerMultiHeadAttention, Blip2QFormerOutput, GraniteSpeechEncoderProjector
 from granite_speech.modules.rotary import GraniteRotaryEmbedding

@@ -21,217 +21,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
-from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
 from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.add_norm import add_norm
 from granite_speech.modules.checkpointing import GradientCheckpointing, Recomputation
+from granite_speech.modules.conformer import GraniteSpeechConformerBlock, block_distances, fold_batch_norms
 from granite_speech.modules.encoder_files import EncoderFiles
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import BaseModelOutputWithPooling
 from granite_speech.modules.packing import Segments, pack_clips
 from granite_speech.modules.prompts import refuse_arguments
-from granite_speech.modules.transfers import on_device
-from granite_speech.modules.wrapped_weights import weight_of
 
 __all__ = ["GraniteSpeechCTCEncoder"]
-
-
-class GraniteSpeechConformerFeedForward(nn.Module):
-    """`W₂ SiLU(W₁ norm(x))`."""
-
-    def __init__(self, config: GraniteSpeechEncoderConfig):
-        super().__init__()
-        inner = config.hidden_dim * config.feedforward_mult
-        self.pre_norm = nn.LayerNorm(config.hidden_dim)
-        self.silu = nn.SiLU()
-        self.up_proj = LoraLinear(config.hidden_dim, inner)
-        self.down_proj = LoraLinear(inner, config.hidden_dim)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden = self.up_proj(self.pre_norm(hidden_states))
-        # Packed in place if no gradient needs the input, so that the encoder's widest tensor is not allocated twice.
-        hidden = self.silu(hidden) if hidden.dim() == 3 else F.silu(hidden, inplace=not hidden.requires_grad)
-        return self.dropout(self.down_proj(self.dropout(hidden)))
-
-
-class GraniteSpeechConformerAttention(nn.Module):
-    """Attention within blocks of `context_size` frames of a clip, with an embedding for each relative distance."""
-
-    def __init__(self, config: GraniteSpeechEncoderConfig):
-        super().__init__()
-        inner = config.num_heads * config.dim_head
-        self.num_heads, self.dim_head = config.num_heads, config.dim_head
-        self.context_size, self.max_pos_emb = config.context_size, config.max_pos_emb
-        self.pre_norm = nn.LayerNorm(config.hidden_dim)
-        self.to_q = LoraLinear(config.hidden_dim, inner, bias=False)
-        self.to_kv = LoraLinear(config.hidden_dim, inner * 2, bias=False)
-        self.to_out = LoraLinear(inner, config.hidden_dim)
-        self.rel_pos_emb = nn.Embedding(2 * config.max_pos_emb + 1, config.dim_head)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, hidden_states: Tensor, attention_dists: Tensor | None = None, *, clips: Segments | None = None) -> Tensor:
-        """Attend within blocks.
-
-        Args:
-            hidden_states: `(total_frames, width)` with `clips`, or `(clips, frames, width)`.
-            attention_dists: `GraniteSpeechCTCEncoder.attention_dists` or None; the kernel computes the distances itself.
-            clips: where each clip lies; None: a padded batch whose clips are all `frames` long.
-        """
-        self._check_distances(attention_dists)
-        clips = Segments.of_batch(hidden_states) if clips is None else clips
-        x, heads = self.pre_norm(hidden_states), (self.num_heads, self.dim_head)
-        is_padded = x.dim() == 3
-        if is_padded:
-            x = F.pad(x, (0, 0, 0, -x.shape[1] % self.context_size))  # whole blocks, which is what hooks see in transformers
-        q, k, v = (part.unflatten(-1, heads) for part in (self.to_q(x), *self.to_kv(x).chunk(2, dim=-1)))
-        table = weight_of(self.rel_pos_emb)
-        if is_padded:
-            q, k, v = map(clips.pack, (q, k, v))
-            table = self._table_after_hooks() if have_hooks(self.rel_pos_emb) else table
-        table = table.to(q.dtype)  # another dtype only under autocast, as in the convolution module
-        out = OPERATIONS["block_attention"].run(q, k, v, table, clips.cu_seqlens, context_size=self.context_size)
-        out = out.flatten(1)
-        return self.dropout(self.to_out(clips.pad(out, hidden_states.shape[1]) if is_padded else out))
-
-    def _table_after_hooks(self) -> Tensor:
-        """The embeddings of distances, looked up with the module, which transformers calls for every query and key of a block."""
-        distances = block_distances(self.context_size, self.max_pos_emb, self.rel_pos_emb.weight.device)
-        looked_up, last = self.rel_pos_emb(distances), self.context_size - 1
-        # Every distance once: those before the first query's own in the first row, the others in the first column.
-        used = torch.cat((looked_up[0].flip(0), looked_up[1:, 0]))
-        before, _, after = weight_of(self.rel_pos_emb).tensor_split((self.max_pos_emb - last, self.max_pos_emb + last + 1))
-        table = torch.cat((before, used, after))
-        if not torch.equal(table[distances], looked_up):
-            raise UnsupportedError(
-                got="a hook on rel_pos_emb that changes one distance in different ways",
-                expected="one embedding for each distance",
-                remedy="Change rel_pos_emb.weight, or the output of the attention",
-            )
-        return table
-
-    def _check_distances(self, given: Tensor | None) -> None:
-        if given is None:
-            return
-        usual = block_distances(self.context_size, self.max_pos_emb, given.device)
-        if given.shape != usual.shape or not torch.equal(given.to(usual.dtype), usual):
-            raise UnsupportedError(
-                got=f"attention_dists of shape {tuple(given.shape)} with other distances",
-                expected="the distances between the frames of a block, encoder.attention_dists",
-                remedy="Omit attention_dists",
-            )
-
-    def extra_repr(self) -> str:
-        return f"context_size={self.context_size}, {OPERATIONS['block_attention'].backend(self.to_q.weight)}"
-
-
-def block_distances(context_size: int, max_pos_emb: int, device: torch.device) -> Tensor:
-    """`(context_size, context_size)` int64: the row of `rel_pos_emb` for each query and key of a block."""
-    places = torch.arange(context_size, device=device)
-    return (places[:, None] - places[None]).clamp(-context_size, context_size) + max_pos_emb
-
-
-class GraniteSpeechConformerDepthWiseConv1d(nn.Module):
-    """The depthwise convolution, under the checkpoint's name. `GraniteSpeechConformerConvModule` applies its weight itself, unless
-    there are hooks."""
-
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__()
-        self.padding = (kernel_size // 2, kernel_size // 2 - (kernel_size + 1) % 2)
-        self.conv = nn.Conv1d(channels, channels, kernel_size, groups=channels, bias=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`(clips, channels, frames)` in and out."""
-        return self.conv(F.pad(hidden_states, self.padding))
-
-
-class GraniteSpeechConformerConvModule(nn.Module):
-    """`W₂ SiLU(BatchNorm(depthwise(GLU(W₁ norm(x)))))`; channels stay last, so the pointwise convolutions are matrix products."""
-
-    def __init__(self, config: GraniteSpeechEncoderConfig):
-        super().__init__()
-        inner = config.hidden_dim * config.conv_expansion_factor
-        self.norm = nn.LayerNorm(config.hidden_dim)
-        self.up_conv = nn.Conv1d(config.hidden_dim, inner * 2, 1)
-        self.glu = nn.GLU(dim=1)
-        self.depth_conv = GraniteSpeechConformerDepthWiseConv1d(inner, config.conv_kernel_size)
-        self.silu = nn.SiLU()
-        self.batch_norm = nn.BatchNorm1d(inner)
-        self.down_conv = nn.Conv1d(inner, config.hidden_dim, 1)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, hidden_states: Tensor, *, clips: Segments | None = None) -> Tensor:
-        """Convolve each clip: `(total_frames, width)` with `clips`, or `(clips, frames, width)`; the same layout out."""
-        clips = Segments.of_batch(hidden_states) if clips is None else clips
-        if hidden_states.dim() == 2:
-            return self._convolve(hidden_states, clips)
-        if have_hooks(*self.children()):
-            return self._convolve_in_steps(hidden_states, clips)
-        return clips.pad(self._convolve(clips.pack(hidden_states), clips), hidden_states.shape[1])
-
-    def _convolve(self, x: Tensor, clips: Segments) -> Tensor:
-        x = F.linear(self.norm(x), weight_of(self.up_conv).squeeze(2), self.up_conv.bias)
-        taps, depthwise_conv = weight_of(self.depth_conv.conv).squeeze(1).to(x.dtype), OPERATIONS["depthwise_conv"].run
-        if self.batch_norm.training:
-            # The batch's own statistics are known only after the convolution: BatchNorm cannot be folded into it.
-            x = F.silu(self.batch_norm(depthwise_conv(x, taps, None, None, clips.cu_seqlens)))
-        else:
-            x = depthwise_conv(x, taps, *self.folded_batch_norm(), clips.cu_seqlens)
-        return self.dropout(F.linear(x, weight_of(self.down_conv).squeeze(2), self.down_conv.bias))
-
-    def _convolve_in_steps(self, x: Tensor, clips: Segments) -> Tensor:
-        """The same with every module called as in transformers, on `(clips, channels, frames)`, for their hooks."""
-        x = self.glu(self.up_conv(self.norm(x).transpose(1, 2)))
-        is_ragged = clips.total < x.shape[0] * x.shape[2]
-        if is_ragged:
-            x = self._without_padding(x, clips)
-        x = self.depth_conv(x)
-        if is_ragged and self.batch_norm.training:
-            # The statistics are of frames alone, so BatchNorm gets them as one clip.
-            packed = self.batch_norm(clips.pack(x.transpose(1, 2)).T[None])[0].T
-            x = clips.pad(packed, x.shape[2]).transpose(1, 2)
-        else:
-            x = self.batch_norm(x)
-        return self.dropout(self.down_conv(self.silu(x)).transpose(1, 2))
-
-    @staticmethod
-    def _without_padding(x: Tensor, clips: Segments) -> Tensor:
-        """`(clips, channels, frames)` with zeros after each clip's end."""
-        ends = on_device(clips.lengths, x.device)
-        return x.masked_fill(torch.arange(x.shape[2], device=x.device) >= ends[:, None, None], 0)
-
-    def folded_batch_norm(self) -> tuple[Tensor, Tensor]:
-        """Running BatchNorm as `scale * x + shift`, both `(channels,)`, at least float32."""
-        norm = self.batch_norm
-        wide = accumulator(norm.weight.dtype)
-        scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-        return scale, norm.bias.to(wide) - norm.running_mean.to(wide) * scale
-
-    def extra_repr(self) -> str:
-        return OPERATIONS["depthwise_conv"].backend(self.up_conv.weight)
-
-
-class GraniteSpeechConformerBlock(nn.Module):
-    """Half a feed-forward, attention, convolution, half a feed-forward, norm."""
-
-    def __init__(self, config: GraniteSpeechEncoderConfig):
-        super().__init__()
-        self.ff1 = GraniteSpeechConformerFeedForward(config)
-        self.attn = GraniteSpeechConformerAttention(config)
-        self.conv = GraniteSpeechConformerConvModule(config)
-        self.ff2 = GraniteSpeechConformerFeedForward(config)
-        self.post_norm = nn.LayerNorm(config.hidden_dim)
-
-    def forward(self, hidden_states: Tensor, attention_dists: Tensor | None = None, *, clips: Segments | None = None) -> Tensor:
-        """Arguments as for `GraniteSpeechConformerAttention`; the same layout out."""
-        x = torch.add(hidden_states, self.ff1(hidden_states), alpha=0.5)
-        x = x + self.attn(x, attention_dists=attention_dists, clips=clips)
-        x = x + self.conv(x, clips=clips)
-        x = torch.add(x, self.ff2(x), alpha=0.5)
-        return self.post_norm(x)
 
 
 class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
@@ -312,23 +116,47 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         """`encode`, one block at a time, so that other work can run between the blocks of a long clip. The last value is the result."""
         wanted = set(self.config.cat_hidden_layers or ())
         exported = []
-        x = self.input_linear(x)
-        recomputation = self.recomputation if self.training else None
-        for number in range(self.num_layers + 1):
-            if number > 0 and recomputation is None:
-                x = self.layers[number - 1](x, clips=clips)
-            elif number > 0:
-                x = recomputation.run(self.layers[number - 1], number - 1, x, clips=clips)
-            if number == self.num_layers // 2 and number > 0:
-                x = self._with_feedback(x)
-            # After the CTC feedback is added: transformers adds it in place, so the exported state includes it.
+        run = self._one_by_one if x.dim() == 3 or (self.training and self.recomputation is not None) else self._chained
+        # Each state is after the CTC feedback is added: transformers adds it in place, so the exported state includes it.
+        for number, state in enumerate(run(self.input_linear(x), clips)):
             if number in wanted:
-                exported.append(x)
+                exported.append(state)
             if collected is not None:
-                collected.append(x)
+                collected.append(state)
             if number < self.num_layers:
-                yield x
-        yield torch.cat([*exported, x], dim=-1) if exported else x
+                yield state
+        yield torch.cat([*exported, state], dim=-1) if exported else state
+
+    def _one_by_one(self, x: Tensor, clips: Segments) -> Iterator[Tensor]:
+        """The input and every block's output, from calls of the blocks: for hooks, and for blocks that run again in the backward."""
+        recomputation = self.recomputation if self.training else None
+        yield x
+        for number, layer in enumerate(self.layers, 1):
+            x = layer(x, clips=clips) if recomputation is None else recomputation.run(layer, number - 1, x, clips=clips)
+            if number == self.num_layers // 2:
+                x = self._with_feedback(x)
+            yield x
+
+    def _chained(self, x: Tensor, clips: Segments) -> Iterator[Tensor]:
+        """The same, packed, where a block ends with the first norm of the next."""
+        yield x
+        folds = not any(one.conv.batch_norm.training for one in self.layers)
+        folded = fold_batch_norms([one.conv.batch_norm for one in self.layers]) if folds else [None] * self.num_layers
+        given = {"blocks": self._attention_blocks(x, clips)}
+        following = [*(one.ff1.pre_norm for one in self.layers[1:]), None]
+        normed = self.layers[0].ff1.pre_norm(x)
+        for number, (layer, norm) in enumerate(zip(self.layers, following, strict=True), 1):
+            has_feedback = number == self.num_layers // 2
+            x, normed = layer.run(x, normed, clips, **given, folded=folded[number - 1], next_norm=None if has_feedback else norm)
+            if has_feedback:
+                x, normed = add_norm(x, self.out_mid(self.ctc_probabilities(x)), norm)
+            yield x
+
+    def _attention_blocks(self, x: Tensor, clips: Segments) -> Tensor | None:
+        """The table of blocks that the attention of every layer reads; None if its reference runs, which needs none."""
+        if OPERATIONS["block_attention"].resolve(None, x.device, x.dtype) == "torch":
+            return None
+        return OPERATIONS["attention_blocks"].run(clips.cu_seqlens, total_frames=x.shape[0], context_size=self.config.context_size)
 
     def _with_feedback(self, x: Tensor) -> Tensor:
         """The middle block's output and, projected back, what the CTC head makes of it."""
@@ -339,5 +167,5 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         return x.add_(self.out_mid(self.ctc_probabilities(x.clone())))
 
     def ctc_probabilities(self, x: Tensor) -> Tensor:
-        """Softmax of the CTC head, `(..., output_dim)`; computed at least in float32, rounded to x's dtype."""
-        return F.softmax(self.out(x), dim=-1, dtype=accumulator(x.dtype)).to(x.dtype)
+        """Softmax of the CTC head, `(..., output_dim)`; computed at least in float32 and rounded once to x's dtype."""
+        return F.softmax(self.out(x), dim=-1).to(x.dtype)  # float32 under autocast

@@ -12,18 +12,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
 from granite_speech.config import Blip2QFormerConfig, GraniteSpeechConfig
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import LoraLinear
+from granite_speech.modules.add_norm import add_norm
+from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import BaseModelOutputWithPooling
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import refuse_arguments
 from granite_speech.modules.transfers import on_device
 
 __all__ = ["GraniteSpeechEncoderProjector"]
+
+_MOST = (16, 64, 128)  # queries, keys and dim of the kernel
 
 
 class Blip2QFormerMultiHeadAttention(nn.Module):
@@ -48,14 +53,21 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         source, mask = hidden_states, attention_mask
         if encoder_hidden_states is not None:
             source, mask = encoder_hidden_states, encoder_attention_mask
-        q, k, v = (
-            one.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2)
-            for one in (self.query(hidden_states), self.key(source), self.value(source))
-        )
         # Before the first cross-attention all windows have the same queries, so `hidden_states` has a single row.
-        q = q.expand(k.shape[0], -1, -1, -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.attention_dropout if self.training else 0.0)
-        return out.transpose(1, 2).flatten(2), None
+        q, k, v = (
+            one.unflatten(2, (self.num_attention_heads, -1)) for one in (self.query(hidden_states), self.key(source), self.value(source))
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if mask is None and not dropout and _have_kernel(q, k):
+            return OPERATIONS["window_attention"].run(q, k, v).flatten(2), None
+        q, k, v = (one.transpose(1, 2) for one in (q.expand(k.shape[0], -1, -1, -1), k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2), None
+
+
+def _have_kernel(q: Tensor, k: Tensor) -> bool:
+    """Whether `window_attention` runs as a kernel on these queries and keys, `(windows, queries or keys, heads, dim)`."""
+    few = all(size <= most for size, most in zip((q.shape[1], k.shape[1], q.shape[3]), _MOST, strict=True))
+    return few and OPERATIONS["window_attention"].resolve(None, q.device, q.dtype) == "triton"
 
 
 class Blip2QFormerOutput(nn.Module):
@@ -68,7 +80,10 @@ class Blip2QFormerOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
+        delta = self.dropout(self.dense(hidden_states))
+        if delta.shape != input_tensor.shape or have_hooks(self.LayerNorm):
+            return self.LayerNorm(delta + input_tensor)
+        return add_norm(input_tensor.flatten(0, -2), delta.flatten(0, -2), self.LayerNorm)[1].view_as(delta)
 
 
 class Blip2QFormerAttention(nn.Module):

@@ -1,6 +1,6 @@
 """Weights that lie one after another in memory, so that one launch reads several projections as one matrix.
 
-    arrange(decoder, head)                                              # before a request; does nothing the second time
+    arrange(decoder, head); arrange(encoder)                            # before a request; does nothing the second time
     side_by_side(q_proj.weight, k_proj.weight, v_proj.weight)           # (q + k + v, in), or None
 
 Parameters stay what they were: the same objects under the same names. Only their memory moves. Each keeps a storage of exactly its own
@@ -22,6 +22,8 @@ from granite_speech.modules.adapter import LoraLinear
 
 __all__ = ["arrange", "destinations", "is_plain", "padded_rows", "side_by_side"]
 
+# Projections of the same states: the module that has them, and their names.
+_TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj"), "attn": ("to_q", "to_kv")}
 _MULTIPLE = 64  # of the head's rows: the library's product with an odd number of rows is slow
 _DEVICES = ("cpu", "cuda")
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
@@ -77,21 +79,21 @@ def padded_rows(weight: Tensor, multiple: int = _MULTIPLE) -> Tensor | None:
     return _view(storage, 0, weight, rows) if begins and rows * weight[0].nbytes <= storage.nbytes() else None
 
 
-def arrange(decoder: nn.Module, head: nn.Module | None = None) -> None:
+def arrange(layered: nn.Module, head: nn.Module | None = None) -> None:
     """Put the weights of each layer side by side where they are not yet, and rows of zeros after the head's.
 
-    A layer's storages are q | k | v | A of q | A of k | A of v and gate | up | A of gate | A of up, with the active adapter's A; biases
-    and the scales of int8 weights likewise. Matrices of another dtype than the weights have a storage of their own. At most one layer, or
-    the head, is in memory twice.
+    The storages of a language model's layer are q | k | v | A of q | A of k | A of v and gate | up | A of gate | A of up, with the active
+    adapter's A; that of an encoder's block is q | k | v. Biases and the scales of int8 weights likewise. Matrices of another dtype than the
+    weights have a storage of their own. At most one layer, or the head, is in memory twice.
 
     Left where they are: parameters that are not plain ones, that are without values or in shared memory, or whose memory somebody else
     refers to (a state dict in use; the large buffers of FSDP and DeepSpeed); and modules that are not this package's own linear layers.
 
     Args:
-        decoder: the language model without its head.
-        head: its head; padded if it is an `nn.Linear`.
+        layered: the language model without its head, or the encoder.
+        head: the language model's head; padded if it is an `nn.Linear`.
     """
-    for modules in _sets(decoder):
+    for modules in _sets(layered):
         for slots in _slots(modules):
             if _place(slots) is None and all(map(_can_move, slots)) and len({one.device for one in slots}) == 1:
                 before = _common.get(slots[0].data_ptr()) if has_memory(slots[0]) else None
@@ -103,12 +105,12 @@ def arrange(decoder: nn.Module, head: nn.Module | None = None) -> None:
 
 
 def destinations(
-    decoder: nn.Module, head: nn.Module | None, dtype_of: Callable[[Tensor], torch.dtype | None], device: torch.device
+    layered: nn.Module, head: nn.Module | None, dtype_of: Callable[[Tensor], torch.dtype | None], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Memory for the values of a model on the meta device, side by side as `arrange` would put them.
 
     Args:
-        decoder, head: as for `arrange`.
+        layered, head: as for `arrange`.
         dtype_of: the dtype that a parameter will have; None for one that gets no value.
         device: where the weights go.
 
@@ -117,17 +119,17 @@ def destinations(
     """
     if device.type not in _DEVICES:
         return
-    for modules in _sets(decoder):
+    for modules in _sets(layered):
         for slots in _slots(modules, dtype_of):
             yield from zip(slots, _allocate(slots, dtype_of(slots[0]), device), strict=True)
     if type(head) is nn.Linear and (dtype := dtype_of(head.weight)) is not None:
         yield head.weight, *_allocate_padded([head.weight], dtype, device)
 
 
-def _sets(decoder: nn.Module) -> Iterator[list[LoraLinear]]:
+def _sets(layered: nn.Module) -> Iterator[list[LoraLinear]]:
     """The projections of the same input, for each layer."""
-    for layer in getattr(decoder, "layers", ()):  # a decoder that was put in its place may be of another kind
-        for parent, names in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
+    for layer in getattr(layered, "layers", ()):  # a decoder that was put in its place may be of another kind
+        for parent, names in _TOGETHER.items():
             children = getattr(layer._modules.get(parent), "_modules", {})
             found = [children.get(name) for name in names]
             if all(type(one) is LoraLinear for one in found):

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from granite_kernels.errors import GraniteSpeechError, KernelError
 
 if TYPE_CHECKING:
+    from granite_kernels.add_layer_norm import add_layer_norm
     from granite_kernels.add_rms_norm import add_rms_norm
+    from granite_kernels.attention_blocks import attention_blocks
     from granite_kernels.begin_step import begin_step
     from granite_kernels.block_attention import block_attention
     from granite_kernels.decode_attention import decode_attention
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from granite_kernels.op import Operation
     from granite_kernels.paged_attention import paged_attention
     from granite_kernels.rotary_write import rotary_write
+    from granite_kernels.silu_linear import silu_linear
     from granite_kernels.silu_product import silu_product
     from granite_kernels.split_linear import split_linear
+    from granite_kernels.window_attention import window_attention
 
     OPERATIONS: dict[str, Operation]
 
@@ -36,7 +40,9 @@ __all__ = [
     "OPERATIONS",
     "GraniteSpeechError",
     "KernelError",
+    "add_layer_norm",
     "add_rms_norm",
+    "attention_blocks",
     "begin_step",
     "block_attention",
     "decode_attention",
@@ -48,12 +54,16 @@ __all__ = [
     "lora_linear",
     "paged_attention",
     "rotary_write",
+    "silu_linear",
     "silu_product",
     "split_linear",
+    "window_attention",
 ]
 
 _OPERATIONS = (
+    "add_layer_norm",
     "add_rms_norm",
+    "attention_blocks",
     "begin_step",
     "block_attention",
     "decode_attention",
@@ -65,8 +75,10 @@ _OPERATIONS = (
     "lora_linear",
     "paged_attention",
     "rotary_write",
+    "silu_linear",
     "silu_product",
     "split_linear",
+    "window_attention",
 )
 
 

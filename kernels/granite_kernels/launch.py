@@ -141,9 +141,24 @@ def _architecture_of(index: int) -> int:
     return major * 10 if major * 10 in ARCHITECTURES else 80
 
 
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a device. While launches are recorded, that of the largest chip of the architecture; 4 for a CPU,
+    so that each of few interpreted programs computes several tiles."""
+    if _recording.architecture is not None:
+        return {80: 108, 90: 132, 100: 148}[_recording.architecture]
+    if device.type != "cuda":
+        return 4
+    return _multiprocessors_of(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
     """Run `kernel` over `grid` on the device of its first tensor. `arguments` are all but the constants in `tile` and PDL."""
-    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    first = next(tensor for tensor in map(_tensor_of, arguments.values()) if tensor is not None)
     early = False
     if "PDL" in kernel.arg_names:
         can_wait = architecture(first.device) >= 90
@@ -154,6 +169,11 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
     elif 0 not in grid:
         with _current(first.device):
             kernel[grid](**arguments, **tile.blocks, **_options(tile, early))
+
+
+def _tensor_of(argument: Any) -> torch.Tensor | None:
+    """The tensor that an argument is or, if it is a tensor descriptor, describes."""
+    return argument if isinstance(argument, torch.Tensor) else getattr(argument, "base", None)
 
 
 def _options(tile: Tile, early: bool) -> dict[str, Any]:

@@ -317,6 +317,11 @@ def join(pieces: list[torch.Tensor], padding: torch.Tensor) -> torch.Tensor:
     return torch.cat([*pieces, padding.masked_fill(torch.ones((), dtype=torch.bool, device=padding.device), 0)])
 
 
+def results_of(out: Results) -> tuple[torch.Tensor, ...]:
+    """What a call returns, as a tuple."""
+    return out if isinstance(out, tuple) else (out,)
+
+
 def nbytes(*tensors: torch.Tensor | None) -> int:
     """Bytes of the elements of these tensors, whatever their strides."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

@@ -149,13 +149,14 @@ def outcome(
     leaves = {name: inputs[name].detach().requires_grad_() for name in wrt if inputs[name] is not None}
     with torch.set_grad_enabled(bool(leaves)):
         out = function(**{**inputs, **leaves})
+    results = {f"out {number}": one for number, one in enumerate(out)} if isinstance(out, tuple) else {"out": out}
     if not leaves:
-        results = {f"out {number}": one for number, one in enumerate(out)} if isinstance(out, tuple) else {"out": out}
         return results | {f"after {name}": _changed(inputs[name], before[name]) for name in before}
-    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
-    incoming = incoming.to(rounding or out.dtype).to(out.device, out.dtype)
-    gradients = torch.autograd.grad(out, list(leaves.values()), incoming, allow_unused=True, materialize_grads=True)
-    return {"out": out.detach(), **{f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}}
+    rng = torch.Generator().manual_seed(seed)
+    incoming = [torch.randn(one.shape, generator=rng).to(rounding or one.dtype).to(one.device, one.dtype) for one in results.values()]
+    gradients = torch.autograd.grad(list(results.values()), list(leaves.values()), incoming, allow_unused=True, materialize_grads=True)
+    results = {name: one.detach() for name, one in results.items()}
+    return results | {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
 def working_dtype(inputs: dict[str, Any]) -> torch.dtype:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from granite_kernels.launch import Tile
+from granite_kernels.launch import ARCHITECTURES, Tile
 
 __all__ = ["TABLES", "Row", "TileTable", "measured", "predicted"]
 
@@ -63,6 +63,7 @@ class TileTable:
         candidates: `candidates(key)` lists the tiles worth timing for a key. All have the constants of the key's own tile.
         bits: names of constants that the bits of a result depend on. Rows whose keys begin with the same two entries, architecture and
             bytes per element, agree in them, so that a sequence has the same bits in every batch.
+        architectures: those on which the kernel runs.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class TileTable:
         *,
         candidates: Callable[[Key], Iterable[Tile]],
         bits: tuple[str, ...] = (),
+        architectures: tuple[int, ...] = ARCHITECTURES,
     ):
         self.operation, self.part, self.rows, self.candidates, self.bits = operation, part, dict(rows), candidates, bits
+        self.architectures = architectures
         self._changed: Mapping[Key, Tile] = {}
         self._seen = _Seen()
         TABLES.append(self)

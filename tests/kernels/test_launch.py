@@ -65,8 +65,10 @@ def test_a_call_launches_while_launches_are_recorded(op: Operation):
         torch.testing.assert_close(pool.submit(call).result(), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
         assert launches == []
+        # A released shape, since some operations leave smaller ones to the library.
+        released = next(case for case in op.cases if case.released).inputs(torch.bfloat16, "meta")
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes = {name: mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+            fakes = {name: mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for name, one in released.items()}
             op.call(**fakes, impl="triton")
         assert launches
 

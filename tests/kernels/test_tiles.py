@@ -20,9 +20,9 @@ def test_every_table_has_a_name_of_its_own():
 @pytest.mark.parametrize("name", EVERY)
 def test_rows_have_a_source_and_cover_every_architecture(name):
     table = EVERY[name]
-    assert {key[0] for key in table.rows} == set(ARCHITECTURES)
-    by_chip = [{key[1:] for key in table.rows if key[0] == chip} for chip in ARCHITECTURES]
-    assert by_chip[0] == by_chip[1] == by_chip[2]
+    assert {key[0] for key in table.rows} == set(table.architectures) <= set(ARCHITECTURES)
+    by_chip = [{key[1:] for key in table.rows if key[0] == chip} for chip in table.architectures]
+    assert all(keys == by_chip[0] for keys in by_chip)
     for row in table.rows.values():
         assert re.fullmatch(r"measured, (A100|H100|H200|B200), \d{4}-\d\d-\d\d|predicted, \d{4}-\d\d-\d\d", row.source)
 

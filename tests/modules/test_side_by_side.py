@@ -30,6 +30,7 @@ Model = GraniteSpeechForConditionalGeneration
 
 def arranged(model: Model) -> Model:
     arrange(model.decoder, model.lm_head)
+    arrange(model.encoder)
     return model
 
 
@@ -41,6 +42,7 @@ def groups(model: Model) -> list[list[Tensor]]:
             matrices = [one.lora_A.weight for one in modules if one.lora_A is not None]
             found.append([one.weight for one in modules] + matrices)
             found.append([one.bias for one in modules if one.bias is not None])
+    found += [[block.attn.to_q.weight, block.attn.to_kv.weight] for block in model.encoder.layers]
     return [one for one in found if one]
 
 

@@ -47,15 +47,26 @@ def changing_calls(name: str) -> Iterator[dict]:
         for rows in sizes:
             for columns in (rows, 1000 * rows, 49160, 100353):
                 yield released(op, "4.1-2b, 1 row", rows=rows, columns=columns)
+    elif name == "attention_blocks":
+        for clips in sizes:
+            yield released(op, "encoder, 10 s", clips=(clips,) * clips, after=clips)
     elif name == "lora_linear":
         for rows in (*sizes, 1000, 1024):
             for choice in (None, (0,), (0, -1)):
                 yield released(op, "3.3-2b q_proj, 1 row", rows=rows, choice=choice)
+    elif name == "silu_linear":
+        for rows in sizes:  # fewer rows are the library's
+            yield released(op, "encoder up_proj, 128 clips of 10 s", rows=64_000 + rows)
+            yield released(op, "4.1-2b gate|up, prompts of 128 clips", rows=64_000 + rows)
     elif name == "decode_attention":
         for rows in sizes:
             inputs = released(op, "4.1-2b, 1 row", kv_lens=(300,) * rows)
             for columns in (rows, 1, 16, 17):
                 yield inputs | {"block_table": torch.empty(rows, columns, dtype=torch.int32, device="meta")}
+    elif name == "window_attention":
+        for windows in sizes:
+            for rows in (1, windows):
+                yield released(op, "projector, 10 s", windows=windows, rows=rows)
     elif "rows" in op.cases[0].shape or "tokens" in op.cases[0].shape:
         for size in sizes:
             yield released(op, op.cases[0].name, **{"rows" if "rows" in op.cases[0].shape else "tokens": size})

@@ -1,0 +1,39 @@
+"""A residual sum and the LayerNorm after it, which are one launch on a GPU."""
+
+import torch
+from granite_kernels import OPERATIONS
+from torch import Tensor, nn
+
+from granite_speech.modules.autocast import autocast_dtype
+
+__all__ = ["add_norm"]
+
+
+def add_norm(
+    x: Tensor, delta: Tensor, norm: nn.LayerNorm, next_norm: nn.LayerNorm | None = None, *, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A residual sum and the norm after it, packed.
+
+    Args:
+        x, delta: `(rows, width)`; the sum is `x + multiplier * delta`.
+        norm: of the sum.
+        next_norm: of that norm.
+
+    Returns:
+        The sum and its norm; with `next_norm`, the norm of the sum and `next_norm` of it.
+    """
+    norms = [norm] if next_norm is None else [norm, next_norm]
+    operation = OPERATIONS["add_layer_norm"]
+    if operation.resolve(None, x.device, x.dtype) == "triton" and x.dtype == delta.dtype and all(_is_usual(one, x) for one in norms):
+        options = {"eps": norm.eps, "multiplier": multiplier} | ({} if next_norm is None else {"next_eps": next_norm.eps})
+        return operation.run(x, delta, *(part for one in norms for part in (one.weight, one.bias)), **options)
+    x = torch.add(x, delta, alpha=multiplier)
+    normed = norm(x)
+    return (x, normed) if next_norm is None else (normed, next_norm(normed))
+
+
+def _is_usual(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a module is LayerNorm and no more, computed in the dtype of x, which it is not under autocast."""
+    if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or norm.normalized_shape != x.shape[1:]:
+        return False
+    return norm.weight.dtype == norm.bias.dtype == x.dtype and autocast_dtype(x.device) is None

@@ -1,0 +1,251 @@
+"""The backward of block attention: four kernels without atomics. `block_attention_kernels` says how bands become biases.
+
+The first computes the softmax weights P and the gradient S of the scaled scores, once, and writes them to scratch. The gradients
+are plain products with these, all of them over the frames of one block:
+
+    grad_q = scale · (S·k + S'·E)     grad_k = scale · Sᵀ·q     grad_v = Pᵀ·grad_out     grad_E = scale · S'ᵀ·q, summed over all blocks
+
+S' is S by distance instead of key: the S of query i and key i − d is in column d + offset, where offset depends on i's tile alone,
+so that the columns of a tile of queries are consecutive rows of E. The first kernel has it in registers, one band after another.
+
+One kernel that computed a tile's scores and used them at once would need three of them, each with all of q·k, q·E and grad_out·v:
+22 products of tiles for each pair of tiles of a block, where here it is about 9.
+"""
+
+import triton
+import triton.language as tl
+
+from granite_kernels.block_attention_kernels import LOG2_E, _band, _in_upper_band, _load_rows, _mirror, _origin
+from granite_kernels.primitives import dot, rounded
+
+# Sizes that depend on the batch and not on the model, and arguments that no address depends on.
+VARYING = ["total_frames", "first_slot", "slots", "slots_per_chunk", "context_size", "max_pos_emb", "scale"]
+
+
+@triton.jit
+def _block_of(slot, blocks_ptr):
+    """(first frame, rows to write, existing frames) of a slot: a row of the table of blocks."""
+    return tl.load(blocks_ptr + slot * 3), tl.load(blocks_ptr + slot * 3 + 1), tl.load(blocks_ptr + slot * 3 + 2)
+
+
+@triton.jit
+def _scratch(ptr, slot, first_slot, head, num_heads, context_size, columns):
+    """The first element of a block and head in scratch (slots, num_heads, context_size, columns)."""
+    return ptr + ((slot - first_slot) * num_heads + head).to(tl.int64) * context_size * columns
+
+
+@triton.jit
+def _tile_of(ptr, rows, row_bound, first_column, columns, BLOCK: tl.constexpr):
+    """(rows, BLOCK columns) of a block's scratch; zeros in rows that do not exist."""
+    column = first_column + tl.arange(0, BLOCK)
+    return tl.load(ptr + rows[:, None] * columns + column[None, :], mask=(rows < row_bound)[:, None], other=0.0)
+
+
+@triton.jit
+def _store_tile(ptr, rows, row_bound, first_column, columns, tile):
+    """`tile` to the existing rows and `BLOCK` columns of a block's scratch."""
+    column = first_column + tl.arange(0, tile.shape[1])
+    tl.store(ptr + rows[:, None] * columns + column[None, :], tile, mask=(rows < row_bound)[:, None])
+
+
+@triton.jit
+def _store_gradient(ptr, head, num_heads, first, rows, to_write, dim_head, gradient, BLOCK_D: tl.constexpr):
+    """Rows of a contiguous gradient (total_frames, num_heads, dim_head)."""
+    d = tl.arange(0, BLOCK_D)
+    row = num_heads * dim_head
+    target = _origin(ptr, head, dim_head, first, row) + rows[:, None] * row + d[None, :]
+    tl.store(target, rounded(gradient, ptr.dtype.element_ty), mask=(rows < to_write)[:, None] & (d < dim_head)[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _block_attention_bwd_weights_kernel(
+    q_ptr, k_ptr, e_ptr, blocks_ptr, lse_ptr, weights_ptr,
+    total_frames, first_slot, num_heads, dim_head, context_size, max_pos_emb, scale,
+    stride_q, stride_qh, stride_k, stride_kh, stride_e,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """P of BLOCK queries of one block and head, in which pairs that do not exist have 0.
+
+    Grid: slots · num_heads · query tiles of a block, query tiles fastest, so that programs with the same keys run together.
+    q, k, e and blocks as in the forward kernel; lse (num_heads, total_frames) float32, in base 2; scale without log2(e). weights
+    (slots, num_heads, context_size, BLOCK · tiles): scratch for the slots from first_slot on. Key tiles that a short block lacks
+    are not written.
+    """
+    tiles = tl.cdiv(context_size, BLOCK)
+    m = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % num_heads
+    slot = first_slot + tl.program_id(0) // tiles // num_heads
+    first, _to_write, frames = _block_of(slot, blocks_ptr)
+    if m * BLOCK < frames:
+        place = tl.arange(0, BLOCK)
+        i = m * BLOCK + place
+        k_ptr = _origin(k_ptr, head, stride_kh, first, stride_k)
+        weights_ptr = _scratch(weights_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
+        q = _load_rows(_origin(q_ptr, head, stride_qh, first, stride_q), i, stride_q, i < frames, dim_head, BLOCK_D)
+        lse = tl.load(lse_ptr + head.to(tl.int64) * total_frames + first + i, mask=i < frames, other=0.0)
+        e, has_e = _band(m, max_pos_emb, frames, BLOCK)
+        upper = dot(q, tl.trans(_load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D)), None)
+        for n in range(0, tl.cdiv(frames, BLOCK)):
+            j = n * BLOCK + place
+            e, has_e = _band(m - n - 1, max_pos_emb, frames, BLOCK)
+            lower = dot(q, tl.trans(_load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D)), None)
+            scores = dot(q, tl.trans(_load_rows(k_ptr, j, stride_k, j < frames, dim_head, BLOCK_D)), None)
+            bias = _mirror(tl.where(_in_upper_band(BLOCK), upper, lower))
+            upper = lower
+            weights = tl.exp2((scores + bias) * (scale * LOG2_E) - lse[:, None])
+            weights = tl.where((i < frames)[:, None] & (j < frames)[None, :], weights, 0.0)
+            _store_tile(weights_ptr, i, frames, n * BLOCK, tiles * BLOCK, rounded(weights, q.dtype))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _block_attention_bwd_scores_kernel(
+    v_ptr, blocks_ptr, out_ptr, rest_ptr, grad_out_ptr, weights_ptr, grads_ptr, skewed_ptr,
+    first_slot, num_heads, dim_head, context_size, stride_v, stride_vh,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """S and S' of BLOCK queries of one block and head.
+
+    Grid, v, blocks and weights as in the kernel before. out, rest (None in float32) and grad_out (total_frames, num_heads,
+    dim_head), contiguous. grads, like weights; skewed (slots, num_heads, context_size, BLOCK · (tiles + 1)), whose columns are the
+    distances from BLOCK · (m − tiles) on for query tile m. Bands that a short block lacks are not written.
+    """
+    tiles = tl.cdiv(context_size, BLOCK)
+    m = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % num_heads
+    slot = first_slot + tl.program_id(0) // tiles // num_heads
+    first, _to_write, frames = _block_of(slot, blocks_ptr)
+    if m * BLOCK < frames:
+        place = tl.arange(0, BLOCK)
+        i = m * BLOCK + place
+        row = num_heads * dim_head
+        v_ptr = _origin(v_ptr, head, stride_vh, first, stride_v)
+        weights_ptr = _scratch(weights_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
+        grads_ptr = _scratch(grads_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
+        skewed_ptr = _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, (tiles + 1) * BLOCK)
+        grad_out = _load_rows(_origin(grad_out_ptr, head, dim_head, first, row), i, row, i < frames, dim_head, BLOCK_D)
+        exact = _load_rows(_origin(out_ptr, head, dim_head, first, row), i, row, i < frames, dim_head, BLOCK_D).to(tl.float32)
+        if rest_ptr is not None:  # delta is subtracted from gradients, where the rounding error of out would show
+            exact += _load_rows(_origin(rest_ptr, head, dim_head, first, row), i, row, i < frames, dim_head, BLOCK_D).to(tl.float32)
+        delta = tl.sum(grad_out.to(tl.float32) * exact, 1)
+        # Gradients in the band that two key tiles share, by place in the band, from the earlier of the two.
+        pending = tl.zeros((BLOCK, BLOCK), grad_out.dtype)
+        existing = tl.cdiv(frames, BLOCK)
+        for n in range(0, existing):
+            j = n * BLOCK + place
+            weights = _tile_of(weights_ptr, i, frames, n * BLOCK, tiles * BLOCK, BLOCK)  # first, so that it arrives during the product
+            grad_weights = dot(grad_out, tl.trans(_load_rows(v_ptr, j, stride_v, j < frames, dim_head, BLOCK_D)), None)
+            grads = weights.to(tl.float32) * (grad_weights - delta[:, None])  # 0 where there is no weight
+            _store_tile(grads_ptr, i, frames, n * BLOCK, tiles * BLOCK, rounded(grads, grad_out.dtype))
+            by_place = rounded(_mirror(grads), grad_out.dtype)
+            band = tl.where(_in_upper_band(BLOCK), by_place, pending)
+            _store_tile(skewed_ptr, i, frames, (tiles - n) * BLOCK, (tiles + 1) * BLOCK, band)
+            pending = by_place
+        band = tl.where(_in_upper_band(BLOCK), 0.0, pending)
+        _store_tile(skewed_ptr, i, frames, (tiles - existing) * BLOCK, (tiles + 1) * BLOCK, band)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _block_attention_bwd_q_kernel(
+    k_ptr, e_ptr, blocks_ptr, grads_ptr, skewed_ptr, grad_q_ptr,
+    first_slot, num_heads, dim_head, context_size, max_pos_emb, scale, stride_k, stride_kh, stride_e,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK queries of one block and head: scale · (S·k + S'·E).
+
+    Grid and inputs as in the first kernel; grad_q (total_frames, num_heads, dim_head), contiguous.
+    """
+    tiles = tl.cdiv(context_size, BLOCK)
+    m = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % num_heads
+    slot = first_slot + tl.program_id(0) // tiles // num_heads
+    first, to_write, frames = _block_of(slot, blocks_ptr)
+    if m * BLOCK < to_write:
+        place = tl.arange(0, BLOCK)
+        i = m * BLOCK + place
+        k_ptr = _origin(k_ptr, head, stride_kh, first, stride_k)
+        grads_ptr = _scratch(grads_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
+        skewed_ptr = _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, (tiles + 1) * BLOCK)
+        grad_q = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        existing = tl.cdiv(frames, BLOCK)
+        for n in range(0, existing):
+            grads = _tile_of(grads_ptr, i, frames, n * BLOCK, tiles * BLOCK, BLOCK)
+            j = n * BLOCK + place
+            grad_q = dot(grads, _load_rows(k_ptr, j, stride_k, j < frames, dim_head, BLOCK_D), grad_q)
+        for n in range(0, tl.where(frames > 0, existing + 1, 0)):
+            grads = _tile_of(skewed_ptr, i, frames, (tiles - n) * BLOCK, (tiles + 1) * BLOCK, BLOCK)
+            e, has_e = _band(m - n, max_pos_emb, frames, BLOCK)
+            grad_q = dot(grads, _load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D), grad_q)
+        _store_gradient(grad_q_ptr, head, num_heads, first, i, to_write, dim_head, grad_q * scale, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _block_attention_bwd_kv_kernel(
+    q_ptr, blocks_ptr, grad_out_ptr, weights_ptr, grads_ptr, grad_k_ptr, grad_v_ptr,
+    first_slot, num_heads, dim_head, context_size, scale, stride_q, stride_qh,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK keys, scale · Sᵀ·q, or of BLOCK values, Pᵀ·grad_out, of one block and head.
+
+    Grid: (slots · num_heads · key tiles of a block, 2), key tiles fastest; keys, then values. Inputs as in the first kernel; grad_k
+    and grad_v (total_frames, num_heads, dim_head), contiguous.
+    """
+    tiles = tl.cdiv(context_size, BLOCK)
+    n = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % num_heads
+    slot = first_slot + tl.program_id(0) // tiles // num_heads
+    first, to_write, frames = _block_of(slot, blocks_ptr)
+    if n * BLOCK < to_write:
+        of_values = tl.program_id(1) == 1
+        row = num_heads * dim_head
+        stride = tl.where(of_values, row, stride_q)
+        x_ptr = tl.where(of_values, _origin(grad_out_ptr, head, dim_head, first, row), _origin(q_ptr, head, stride_qh, first, stride_q))
+        scratch_ptr = tl.where(of_values, weights_ptr, grads_ptr)
+        scratch_ptr = _scratch(scratch_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
+        place = tl.arange(0, BLOCK)
+        gradient = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        for m in range(0, tl.cdiv(frames, BLOCK)):
+            i = m * BLOCK + place
+            tile = _tile_of(scratch_ptr, i, frames, n * BLOCK, tiles * BLOCK, BLOCK)
+            gradient = dot(tl.trans(tile), _load_rows(x_ptr, i, stride, i < frames, dim_head, BLOCK_D), gradient)
+        gradient *= tl.where(of_values, 1.0, scale)
+        target_ptr = tl.where(of_values, grad_v_ptr, grad_k_ptr)
+        _store_gradient(target_ptr, head, num_heads, first, n * BLOCK + place, to_write, dim_head, gradient, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _block_attention_bwd_e_kernel(
+    q_ptr, blocks_ptr, skewed_ptr, partial_ptr,
+    first_slot, slots, slots_per_chunk, num_heads, dim_head, context_size, stride_q, stride_qh,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A partial gradient of one band of rel_pos_emb, S'ᵀ·q: from one head and a chunk of the blocks.
+
+    Grid: (chunks, num_heads, 2 · tiles of a block), where the last is the band + tiles. Inputs as in the first kernel, for `slots`
+    slots from first_slot on. partial (chunks, num_heads, 2 · tiles, BLOCK, dim_head) float32, contiguous; if first_slot is not 0, it
+    has the sums of the slots before, to which these are added.
+    """
+    tiles = tl.cdiv(context_size, BLOCK)
+    chunk, head, band = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    columns = (tiles + 1) * BLOCK
+    place, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    number = (chunk.to(tl.int64) * num_heads + head) * (2 * tiles) + band
+    target = partial_ptr + (number * BLOCK + place[:, None]) * dim_head + d[None, :]
+    inside = (d < dim_head)[None, :]
+    gradient = tl.load(target, mask=inside & (first_slot > 0), other=0.0)
+    # The query tiles that have this band, of every block of the chunk.
+    first_tile = tl.maximum(band - tiles, 0)
+    number_of_tiles = tl.minimum(band, tiles - 1) + 1 - first_tile
+    last_slot = tl.minimum((chunk + 1) * slots_per_chunk, slots)
+    for step in range(chunk * slots_per_chunk * number_of_tiles, last_slot * number_of_tiles):
+        slot = first_slot + step // number_of_tiles
+        m = first_tile + step % number_of_tiles
+        first, _to_write, frames = _block_of(slot, blocks_ptr)
+        # A short block has fewer bands than the scratch has columns for.
+        frames = tl.where(tl.cdiv(frames, BLOCK) >= tiles + m - band, frames, 0)
+        i = m * BLOCK + place
+        grads = _tile_of(
+            _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, columns), i, frames, (band - m) * BLOCK, columns, BLOCK
+        )
+        q_block = _origin(q_ptr, head, stride_qh, first, stride_q)
+        gradient = dot(tl.trans(grads), _load_rows(q_block, i, stride_q, i < frames, dim_head, BLOCK_D), gradient)
+    tl.store(target, gradient, mask=inside)
