@@ -55,12 +55,14 @@ class Trial:
         findings: of the configurations that only this tile needs.
         seconds: the median by case and direction, such as "4.1-2b, 1 row, forward", with percentiles.
         dropped: why it cannot be chosen, if so.
+        baseline: it is timed even if it has been dropped, because the others' times are ratios to its.
     """
 
     tile: Tile
     findings: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     dropped: str = ""
+    baseline: bool = False
 
 
 def run(*, operations: list[str] | None, dtype: torch.dtype, seconds: float, out: Path) -> str:
@@ -140,7 +142,7 @@ def tune(
         began = time.monotonic()
         trials, skipped = _trials(choice, found(set.union(choice.common, *choice.needs))), {}
         compiled = time.monotonic()
-        not_tried = "" if len(_usable(trials)) > 1 else "fewer than two tiles can be used"
+        not_tried = "" if len(_timed(trials)) > 1 and _usable(trials) else "there is nothing to choose from"
         not_tried = not_tried or _time(choice, trials, skipped, measure, dtype, end)
         name = (choice.table.operation, choice.table.part)
         if not not_tried:
@@ -160,7 +162,13 @@ def _trials(choice: Choice, found: dict[Any, Finding | str]) -> list[Trial]:
     for tile, needed, fault in zip(choice.tiles, choice.needs, tune_plan.faults(choice, found), strict=True):
         findings = [{name: getattr(found[one], name) for name in _FOUND} for one in needed if isinstance(found[one], Finding)]
         trials.append(Trial(tile, sorted(findings, key=str), dropped=fault))
+    # A present tile that spills can still run, and is what the others have to be faster than.
+    trials[0].baseline = len(trials[0].findings) == len(choice.needs[0])
     return trials
+
+
+def _timed(trials: list[Trial]) -> list[Trial]:
+    return [one for one in trials if one.baseline or not one.dropped]
 
 
 def _usable(trials: list[Trial]) -> list[Trial]:
@@ -172,7 +180,7 @@ def _time(
 ) -> str:
     """Time the usable tiles on every case, drop those that fail, and list skipped cases. Returns why not all was timed, if so."""
     for target in choice.targets:
-        for trial in _usable(trials):
+        for trial in _timed(trials):
             left = end - time.monotonic()
             outcome = measure(target, choice, trial.tile, dtype, min(left, LONGEST)) if left > 0 else Outcome()
             if time.monotonic() >= end:  # whatever it says, it may have been stopped
@@ -188,9 +196,8 @@ def _time(
 
 
 def _record(trials: list[Trial], trial: Trial, case: str, outcome: Outcome) -> None:
-    wrong = outcome.not_timed or outcome.values.get("wrong")
-    if wrong:
-        trial.dropped = f"{case}: {wrong}"
+    if wrong := outcome.not_timed or outcome.values.get("wrong"):
+        trial.dropped, trial.baseline = trial.dropped or f"{case}: {wrong}", False
         return
     trial.seconds[case] = outcome.values
     first = next(one.seconds[case]["median"] for one in trials if case in one.seconds)
@@ -203,9 +210,9 @@ def _name(target: Target) -> str:
 
 
 def _ratios(choice: Choice, trials: list[Trial]) -> list[tuple[Tile, float]]:
-    """Each usable tile's time as a multiple of the present tile's, or of the first usable one's if that is not usable."""
+    """Each usable tile's time as a multiple of the present tile's, or of the first usable one's if that has no times."""
     usable = _usable(trials)
-    first = usable[0].seconds
+    first = (trials[0] if trials[0].baseline else usable[0]).seconds
     return [(one.tile, geometric_mean(one.seconds[name]["median"] / first[name]["median"] for name in first)) for one in usable]
 
 

@@ -80,11 +80,17 @@ def _rows(result: dict[str, Any]) -> Iterator[str]:
         yield f"# {table}"
         for one in result["keys"]:
             if _table(one) == table and "chosen" in one:
-                before = "as before" if _is_present(one) else f"before: {tile_text(_present(one))}, {one['ratio']:.3f} of its time"
-                yield f"{row(tuple(one['key']), _chosen(one), *source)}  # {before}"
+                yield f"{row(tuple(one['key']), _chosen(one), *source)}  # {_before(one)}"
         for one in result["following"]:
             if _table(one) == table:
                 yield f"{row(tuple(one['key']), _chosen(one), *followers)}  # not timed, but has to agree"
+
+
+def _before(entry: dict[str, Any]) -> str:
+    if _is_present(entry):
+        return "as before"
+    compared = f"{entry['ratio']:.3f} of its time" if entry["tiles"][0]["baseline"] else "which could not be timed"
+    return f"before: {tile_text(_present(entry))}, {compared}"
 
 
 def _remarks(result: dict[str, Any]) -> Iterator[str]:

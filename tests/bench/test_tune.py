@@ -164,6 +164,17 @@ def test_unusable_tiles_are_dropped_with_the_reason_and_not_timed(tmp_path):
     assert rows(result, measured=measured)[90,].tile == WIDE
 
 
+def test_a_present_tile_that_spills_is_timed_for_comparison_and_not_chosen(tmp_path):
+    found = {str(PRESENT): dataclasses.replace(finding(), spilled=16)}
+    result = tuned(tmp_path, [choice(PRESENT, WIDE)], clock({1024: 2e-6, 2048: 2.5e-6}), found=found)
+    assert rows(result, measured=measured)[90,].tile == WIDE and "1.250 of its time" in result["rows"]
+    found = {str(PRESENT): "CompilationError: no"}
+    result = tuned(tmp_path, [choice(PRESENT, WIDE, NARROW)], clock({2048: 2e-6, 512: 1e-6}), found=found)
+    assert rows(result, measured=measured)[90,].tile == NARROW and "which could not be timed" in result["rows"]
+    result = tuned(tmp_path, [choice(PRESENT, WIDE)], clock({}), found=found)
+    assert result["keys"][0]["not_tried"] == "there is nothing to choose from"
+
+
 def test_wrong_failing_and_hopeless_tiles_are_not_chosen(tmp_path):
     outcomes = {1024: 3e-6, 2048: {"one": 1e-6, "two": Outcome({"wrong": "RMS error"})}, 512: {"one": 5e-6}, 7: Outcome(not_timed="died")}
     result = tuned(tmp_path, [choice(PRESENT, WIDE, NARROW, Tile({"BLOCK": 7}, 4))], clock(outcomes))
