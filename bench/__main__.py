@@ -1,4 +1,4 @@
-"""`python -m bench {audit,gpu,kernels,model,rehearse,words,report}`."""
+"""`python -m bench {audit,gpu,kernels,model,rehearse,tune,words,report}`."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_model, _add_kernels, _add_rehearse, _add_gpu, _add_audit, _add_words):
+    for add in (_add_model, _add_kernels, _add_tune, _add_rehearse, _add_gpu, _add_audit, _add_words):
         add(commands)
     commands.add_parser("report", help="update the generated tables in the README files from the newest results")
     return parser
@@ -56,6 +56,14 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-compiled", action="store_true", help="on a GPU, skip torch.compile of the references")
     parser.add_argument("--predict", action="store_true", help="time nothing: write the shortest possible times into kernels/AUDIT.md")
     _add_out(parser)
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("tune", help="choose the kernels' tiles on this GPU, and print the rows of their tables")
+    parser.add_argument("out", type=Path, help="folder for the result file")
+    parser.add_argument("--operation", action="append", metavar="NAME", help="tune only this operation (repeatable)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--seconds", type=float, default=240, help="time limit; what is not reached is listed (default: 240)")
 
 
 def _add_rehearse(commands: argparse._SubParsersAction) -> None:
@@ -100,6 +108,7 @@ def _run(options: argparse.Namespace) -> int:
         "kernels": _kernels,
         "model": _model,
         "rehearse": _rehearse,
+        "tune": _tune,
         "words": _words,
         "report": _report,
     }
@@ -182,6 +191,15 @@ def _model(options: argparse.Namespace) -> int:
 
             print(embedded.run(rounds=options.rounds, threads=options.threads, out=options.out))
     return int(failed)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from bench import tune
+
+    print(tune.run(operations=options.operation, dtype=getattr(torch, options.dtype), seconds=options.seconds, out=options.out))
+    return 0
 
 
 def _rehearse(options: argparse.Namespace) -> int:

@@ -42,6 +42,8 @@ def steps(out: Path) -> list[Step]:
         Step("steps", [*model, "--part", "steps"], 120),
         Step("parity", parity, 300),
         Step("model", model, 220),
+        # It ends before its limit, so that its rows are in the log.
+        Step("tune", [python, "-m", "bench", "tune", str(out), "--seconds", "225"], 240),
         Step("kernels", [*kernels, str(out), "--no-compiled"], 240),
         Step("accelerated", [*model, "--part", "accelerated"], 120),
         Step("serving", [*model, "--part", "serving"], 90),

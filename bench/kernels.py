@@ -190,9 +190,11 @@ def _time_variant(operation: Operation, case_name: str, direction: str, variant:
     return time_copies(operation, copies, direction, variant)
 
 
-def cold_copies(operation: Operation, case: Case, inputs: dict[str, Any], dtype: torch.dtype, l2: int) -> list[dict[str, Any]]:
-    """As many copies of the inputs as keep a cache of `l2` bytes cold."""
-    count = graphs.copies_needed(operation.cost(**case.sizes(dtype)).bytes, l2, _held(inputs))
+def cold_copies(
+    operation: Operation, case: Case, inputs: dict[str, Any], dtype: torch.dtype, l2: int, most: int = graphs.MOST_COPIES
+) -> list[dict[str, Any]]:
+    """As many copies of the inputs as keep a cache of `l2` bytes cold, within limits."""
+    count = min(graphs.copies_needed(operation.cost(**case.sizes(dtype)).bytes, l2, _held(inputs)), most)
     # Each copy is then used once in a graph, so that what a call writes to its arguments can be compared.
     return input_copies(inputs, max(count, graphs.LEAST_CALLS) if operation.mutates else count)
 

@@ -28,14 +28,14 @@ _CHOSEN = {(chip, *key): row for chip, rows in ((80, _AMPERE), (90, _HOPPER), (1
 
 
 def _candidates(key: tuple[int, int, int]) -> list[Tile]:
-    """From 8 KiB for each program on, with 32 to 128 elements of the matrix for each thread.
+    """The present tile, and those with 64 to 128 elements of the matrix for each thread.
 
     More than 128, which for several rows of x stay in registers as float32, would not fit beside a thread's part of two rows of x.
     """
-    _, width, inputs = key
+    inputs = key[2]
     shapes = [(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in ((4, 8) if inputs < 16384 else (8, 16))]
-    fitting = [one for one in shapes if 1024 * one[1] <= one[0] * inputs <= 4096 * one[1] and one[0] * inputs * width >= 8192]
-    return [Tile({"BLOCK_N": rows}, warps) for rows, warps in fitting]
+    fitting = [(rows, warps) for rows, warps in shapes if 64 * 32 * warps <= rows * inputs <= 128 * 32 * warps]
+    return [Tile({"BLOCK_N": rows}, warps) for rows, warps in dict.fromkeys([_CHOSEN[key], *fitting])]
 
 
 # By architecture, bytes of an element of the matrix, and elements of its rows.

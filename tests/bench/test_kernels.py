@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from typing import ClassVar
 
 import pytest
@@ -298,6 +299,7 @@ def test_a_worker_survives_the_death_of_its_process():
     with Worker() as worker:
         assert worker.call(os._exit, 3) == Outcome(not_timed="its process ended with exit code 3", unusable=True)
         assert worker.call(process_id).values["process"] != os.getpid()
+        assert worker.call(time.sleep, 100, seconds=0.1) == Outcome(not_timed="stopped after 0 s", unusable=True)
 
 
 def process_id() -> Outcome:
