@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
+from triton.runtime.interpreter import interpreter_semantic
 
 from tests.support import quick_interpreter, quick_operators
 
@@ -20,13 +21,6 @@ PAIRS = [
     ("float64", "float32"),
 ]
 PLANS = [name for name in vars(quick_operators) if name.endswith(("_plans", "_constants", "_ranges"))]
-OWN = {
-    "binary_op_type_checking_impl": quick_operators._check_operands,
-    "broadcast_impl_value": quick_operators._broadcast,
-    "cast": quick_operators._cast,
-    "to_tensor": quick_operators._to_tensor,
-    "arange": quick_operators._arange,
-}
 
 
 @triton.jit
@@ -74,8 +68,8 @@ def as_triton(monkeypatch):
     """Replaces the quick operators by Triton's own."""
 
     def replace():
-        for name, function in OWN.items():
-            monkeypatch.setattr(TritonSemantic, name, function)
+        for name in vars(interpreter_semantic).keys() - vars(TritonSemantic(interpreter_semantic.builder)).keys():
+            monkeypatch.delattr(interpreter_semantic, name)
         for name, function in quick_operators._own.items():
             monkeypatch.setattr(tl.tensor, name, function)
         monkeypatch.setattr(quick_interpreter, "_operators", {})

@@ -10,17 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import triton.language as tl
-from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 __all__ = ["make_operators_quick"]
 
 Operator = Callable[[Any, Any], Any]
 
-_check_operands, _broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
-_cast, _to_tensor, _arange = TritonSemantic.cast, TritonSemantic.to_tensor, TritonSemantic.arange
-
 _semantic = interpreter.interpreter_semantic
+_check_operands, _broadcast = _semantic.binary_op_type_checking_impl, _semantic.broadcast_impl_value
+_cast, _to_tensor, _arange = _semantic.cast, _semantic.to_tensor, _semantic.arange
+
 _operand_plans: dict[tuple, tuple["_Plan | None", "_Plan | None"]] = {}  # by the types of operands
 _operation_plans: dict[tuple, "_Operation | None"] = {}  # by the operator and the types
 _shape_plans: dict[tuple, tuple[tl.dtype | None, tl.dtype | None]] = {}  # by the types: those with the common shape
@@ -51,12 +50,15 @@ _own = {name: getattr(tl.tensor, name) for name in ("__getitem__", *_OPERATORS, 
 
 
 def make_operators_quick() -> dict[str, Operator]:
-    """Make the insides of operators quick. Returns what may replace operators of `tl.tensor` while a kernel runs, by name."""
-    TritonSemantic.binary_op_type_checking_impl = _operands
-    TritonSemantic.broadcast_impl_value = _same_shape
-    TritonSemantic.cast = _quick_cast
-    TritonSemantic.to_tensor = _as_tensor
-    TritonSemantic.arange = _known_range
+    """Make the insides of the interpreter's operators quick, and not those of the compiler.
+
+    Returns what may replace operators of `tl.tensor` while a kernel is interpreted, by name.
+    """
+    _semantic.binary_op_type_checking_impl = _operands
+    _semantic.broadcast_impl_value = _same_shape
+    _semantic.cast = _quick_cast
+    _semantic.to_tensor = _as_tensor
+    _semantic.arange = _known_range
     operators = {name: _operator(_own[name], *given) for name, given in _OPERATORS.items()}
     reflected = {name: _swapped(operators[other]) for name, other in _REFLECTED.items()}
     return {"__getitem__": _new_axes, **operators, **reflected}
@@ -77,12 +79,12 @@ def _key(operand: Any) -> Any:
     return operand.type.name if operand.__class__ is tl.tensor else (operand.__class__, repr(operand))
 
 
-def _operands(self: TritonSemantic, lhs: Any, rhs: Any, *options: bool) -> tuple[tl.tensor, tl.tensor]:
+def _operands(lhs: Any, rhs: Any, *options: bool) -> tuple[tl.tensor, tl.tensor]:
     """As Triton's own, but a smaller operand keeps its size: NumPy stretches it in the operation that follows."""
     key = _key(lhs), _key(rhs), options
     plans = _operand_plans.get(key)
     if plans is None:
-        found = _check_operands(self, lhs, rhs, *options)
+        found = _check_operands(lhs, rhs, *options)
         _operand_plans[key] = tuple(_plan(*one) for one in zip((lhs, rhs), found, strict=True))
         return found
     return _planned(lhs, plans[0]), _planned(rhs, plans[1])
@@ -128,7 +130,7 @@ def _operator(own: Callable, function: Callable, options: tuple[bool, ...], conv
         if rhs.__class__ is tl.constexpr:
             rhs = rhs.value
         if converts:
-            rhs = _as_tensor(_semantic, rhs)
+            rhs = _as_tensor(rhs)
         key = function, _key(lhs), _key(rhs)
         if key in _operation_plans:
             plan = _operation_plans[key]
@@ -146,7 +148,7 @@ def _swapped(operator: Operator) -> Operator:
 
 def _verified(function: Callable, lhs: Any, rhs: Any, result: tl.tensor, options: tuple[bool, ...]) -> _Operation | None:
     """How to apply the operator to operands like these, or None if that would not give this result."""
-    operands = _check_operands(_semantic, lhs, rhs, *options)
+    operands = _check_operands(lhs, rhs, *options)
     pointers = [one.dtype.is_ptr() for one in operands]
     if pointers[1] or (pointers[0] and (function is not np.add or operands[1].dtype.is_int_unsigned())):
         return None
@@ -172,30 +174,30 @@ def _computed(function: Callable, operation: _Operation, lhs: Any, rhs: Any) -> 
 # --- casts -----------------------------------------------------------------------------------------------------------------------
 
 
-def _quick_cast(self: TritonSemantic, input: tl.tensor, dst_ty: tl.dtype, fp_downcast_rounding: str | None = None) -> tl.tensor:
+def _quick_cast(input: tl.tensor, dst_ty: tl.dtype, fp_downcast_rounding: str | None = None) -> tl.tensor:
     if input.dtype is dst_ty.scalar:
         return input
     key = input.type.name, dst_ty.name
     if key not in _cast_plans:
-        result = _cast(self, input, dst_ty, fp_downcast_rounding)
+        result = _cast(input, dst_ty, fp_downcast_rounding)
         numbers = input.dtype.name in _NUMBERS and result.dtype.name in _NUMBERS
         _cast_plans[key] = (result.type, interpreter._get_np_dtype(result.dtype)) if numbers else None
         return result
     plan = _cast_plans[key]
     if plan is None or fp_downcast_rounding is not None:
-        return _cast(self, input, dst_ty, fp_downcast_rounding)
+        return _cast(input, dst_ty, fp_downcast_rounding)
     return tl.tensor(interpreter.TensorHandle(input.handle.data.astype(plan[1]), plan[0].scalar), plan[0])
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------------------
 
 
-def _same_shape(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _same_shape(lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Both tensors in their common shape, in memory too."""
     key = lhs.type.name, rhs.type.name
     types = _shape_plans.get(key)
     if types is None:
-        found = _broadcast(self, lhs, rhs)
+        found = _broadcast(lhs, rhs)
         _shape_plans[key] = tuple(None if new is old else new.type for new, old in zip(found, (lhs, rhs), strict=True))
         return found
     return _stretched(lhs, types[0]), _stretched(rhs, types[1])
@@ -225,21 +227,21 @@ def _new_axes(self: tl.tensor, slices: Any) -> tl.tensor:
 # --- constants -------------------------------------------------------------------------------------------------------------------
 
 
-def _as_tensor(self: TritonSemantic, x: Any, check_type: bool = True) -> Any:
+def _as_tensor(x: Any, check_type: bool = True) -> Any:
     kind = x.__class__
     if kind is tl.tensor:
         return x
     if kind is not int and kind is not float:
-        return _to_tensor(self, x, check_type)
+        return _to_tensor(x, check_type)
     key = kind, repr(x)
     if key not in _constants:
-        _constants[key] = _to_tensor(self, x)
+        _constants[key] = _to_tensor(x)
     return _constants[key]
 
 
-def _known_range(self: TritonSemantic, start: int, end: int, *, ret_ty: tl.dtype | None = None) -> tl.tensor:
+def _known_range(start: int, end: int, *, ret_ty: tl.dtype | None = None) -> tl.tensor:
     if ret_ty is not None:
-        return _arange(self, start, end, ret_ty=ret_ty)
+        return _arange(start, end, ret_ty=ret_ty)
     if (start, end) not in _ranges:
-        _ranges[start, end] = _arange(self, start, end)
+        _ranges[start, end] = _arange(start, end)
     return _ranges[start, end]
