@@ -21,7 +21,7 @@ from bench.steps import CONTEXT, INT8, MODELS
 from granite_speech import GraniteSpeechConfig
 from granite_speech.modules.prompts import ModelInputs
 
-__all__ = ["WORK", "Rehearsal", "count", "run", "table"]
+__all__ = ["WORK", "Rehearsal", "count", "of_a_layer", "run", "table"]
 
 FILE = results.FOLDER / "rehearsal.json"
 CLIPS = (1, 128)
@@ -136,7 +136,7 @@ def measurements() -> Iterator[dict[str, Any]]:
                 counts = count(work, name, clips)
                 entry = {"model": name, "work": work, "clips": clips, "launches": counts.launches.total()}
                 if layers is not None:
-                    entry |= _of_a_layer(work, name, clips)
+                    entry |= of_a_layer(work, name, clips)
                 entry |= {"waits": len(counts.waits), "late_reads": counts.late_reads, "bytes": counts.bytes}
                 if work in _STEPS:
                     entry |= _predicted(counts, name, clips)
@@ -145,12 +145,12 @@ def measurements() -> Iterator[dict[str, Any]]:
                 yield entry | {"operations": dict(counts.launches.most_common())}
 
 
-def _of_a_layer(work: str, name: str, clips: int) -> dict[str, Any]:
+def of_a_layer(work: str, name: str, clips: int) -> dict[str, Any]:
     """Launches, bytes moved and predicted time of one layer: the difference between two models that differ by one."""
     two, three = (count(work, name, clips, layers=number) for number in (2, 3))
     figures = [three.launches.total() - two.launches.total(), three.moved - two.moved, 1e6 * (seconds(three) - seconds(two))]
     if work == PREFILL:  # these models also differ by a layer of the encoder
-        of_encoder = _of_a_layer(ENCODER, name, clips)
+        of_encoder = of_a_layer(ENCODER, name, clips)
         figures = [one - other for one, other in zip(figures, of_encoder.values(), strict=True)]
     return dict(zip(("launches_per_layer", "moved_per_layer", "predicted_us_per_layer"), (*figures[:2], round(figures[2], 1)), strict=True))
 
