@@ -19,7 +19,8 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from granite_kernels.launch import recorded_launches
+from granite_kernels.launch import LAUNCHERS, recorded_launches
+from granite_kernels.op import nbytes
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -59,6 +60,11 @@ class Counts:
     moved: int = 0
     work: list[tuple[int, int]] = field(default_factory=list)
 
+    def add(self, size: int, flops: int) -> None:
+        """One operation's bytes and FLOPs."""
+        self.moved += size
+        self.work.append((size, flops))
+
 
 class CountingGPU(TorchDispatchMode):
     """Device "cuda" exists inside its `with` block, which may be entered again."""
@@ -75,7 +81,6 @@ class CountingGPU(TorchDispatchMode):
         modes = ExitStack()
         modes.enter_context(self._fake)
         modes.enter_context(patch("granite_speech.modules.transfers.record_event", self._event))
-        modes.enter_context(patch("granite_kernels.launch._architecture_of", lambda index: ARCHITECTURE))
         modes.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         self._modes.append(modes)
         return super().__enter__()
@@ -116,27 +121,36 @@ class CountingGPU(TorchDispatchMode):
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
         """An operation whose result is on the device."""
+        if func.namespace == "granite_kernels":
+            out = self._run_launcher(func, args, kwargs)
+            self._keep_values(func, args, kwargs, tensors, [])
+            return out
         before = {_storage(one) for one in tensors if _on_device(one)}
-        with recorded_launches(ARCHITECTURE) as recorded:
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)
         results = [one for one in pytree.tree_leaves(out) if _on_device(one)]
         if self._counts is not None:
-            # Of our own operations, also what the launcher allocates between two kernels.
-            inner = [one for launch in recorded for one in launch.arguments.values() if _on_device(one)]
-            new = {_storage(one): one.untyped_storage().nbytes() for one in (*results, *inner)}
+            new = {_storage(one): one.untyped_storage().nbytes() for one in results}
             if func is not aten.set_.source_Storage_storage_offset:  # which makes a view
                 self._counts.bytes += sum(size for storage, size in new.items() if storage not in before)
-            if func.namespace == "granite_kernels":
-                self._counts.launches.update(launch.kernel.__name__ for launch in recorded)
-                launches = len(recorded)
-            else:
-                launches = launches_of(func, args, out)
-                self._count(func._schema.name.removeprefix("aten::"), launches)
+            launches = launches_of(func, args, out)
+            self._count(func._schema.name.removeprefix("aten::"), launches)
             if launches:
-                size = moved(func, args, kwargs, out)
-                self._counts.moved += size
-                self._counts.work.append((size, flops(func, args, kwargs)))
+                self._counts.add(moved(func, args, kwargs, out), flops(func, args, kwargs))
         self._keep_values(func, args, kwargs, tensors, results)
+        return out
+
+    def _run_launcher(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One of our operations, by its launcher: it allocates memory, launches kernels, and may call PyTorch's operations."""
+        before = self._counts.launches.total() if self._counts is not None else 0
+        with recorded_launches(ARCHITECTURE) as recorded, _Inside(self):
+            out = LAUNCHERS[func._schema.name](*args, **kwargs)
+        if self._counts is not None:
+            alone = self._counts.launches.total() == before
+            self._counts.launches.update(launch.kernel.__name__ for launch in recorded)
+            if alone and recorded:
+                self._counts.add(moved(func, args, kwargs, out), flops(func, args, kwargs))
+            else:
+                self._counts.add(nbytes(*(one for launch in recorded for one in launch.arguments.values() if _on_device(one))), 0)
         return out
 
     def _count(self, name: str, launches: int) -> None:
@@ -174,6 +188,22 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
         return _HOST_ATTENTION(q, k, v, **options)
     flags = (options.get("dropout_p", 0.0), options.get("is_causal", False))
     return aten._scaled_dot_product_cudnn_attention(q, k, v, options.get("attn_mask"), False, *flags, scale=options.get("scale"))[0]
+
+
+class _Inside(TorchDispatchMode):
+    """Counts the operations of PyTorch inside of one of ours, where the counting mode itself is not active."""
+
+    def __init__(self, gpu: CountingGPU):
+        super().__init__()
+        self._gpu = gpu
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func.namespace == "aten":
+            with self:  # inside of another operation, those that are made of others, such as linear, arrive undivided
+                out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
+        return self._gpu.__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Event:

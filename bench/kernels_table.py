@@ -23,6 +23,7 @@ LIBRARY = {
     "lora_linear": "the matrix product without adapters",
     "paged_attention": "SDPA on keys and values already gathered",
     "rotary_write": "a copy of q, k and v",
+    "silu_linear": "the product with its bias, without SiLU",
     "silu_product": "SiLU alone",
     "split_linear": "the matrix product, summed and in the dtype of x",
 }

@@ -9,8 +9,9 @@ from granite_speech.errors import GraniteSpeechError, KernelError
 from tests.support.small_models import LAYER_OPERATIONS, batch, small_model
 
 CALLED: set[str] = set()
-# A greedy answer draws no noise, a step that is not captured writes its logits, and the adapter is part of other launches.
-NOT_CALLED = {"exponential_noise", "head_argmax", "lora_linear"}
+# A greedy answer draws no noise, a step that is not captured writes its logits, the adapter is part of other launches, and `silu_product`
+# is for int8 weights alone.
+NOT_CALLED = {"exponential_noise", "head_argmax", "lora_linear", "silu_product"}
 
 
 @pytest.fixture
@@ -61,7 +62,8 @@ def test_gradients_match_the_reference(use_backend, training: bool):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         model(**inputs, labels=labels, use_cache=False).loss.backward()
         gradients[backend] = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-        assert {name for name, one in OPERATIONS.items() if one.differentiable and backend == "triton"} == CALLED
+        expected = {name for name, one in OPERATIONS.items() if one.differentiable} | {"attention_blocks"}
+        assert (expected if backend == "triton" else set()) == CALLED
     assert gradients["torch"].keys() == gradients["triton"].keys()
     for name, expected in gradients["torch"].items():
         difference = float((gradients["triton"][name] - expected).abs().max())

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
 from granite_kernels.op import accumulator
-from granite_kernels.silu_linear import is_one_kernel
 from torch import Tensor, nn
 
 from granite_speech.config import GraniteSpeechEncoderConfig
@@ -63,7 +62,7 @@ class GraniteSpeechConformerFeedForward(nn.Module):
         up = self.up_proj
         if torch.is_grad_enabled() or type(up) is not LoraLinear or up.has_adapter or not up.weight.dtype == x.dtype == up.bias.dtype:
             return False
-        return autocast_dtype(x.device) is None and is_one_kernel(x, up.weight)
+        return OPERATIONS["silu_linear"].resolve(None, x.device, x.dtype) == "triton" and autocast_dtype(x.device) is None
 
 
 class GraniteSpeechConformerAttention(nn.Module):

@@ -172,7 +172,7 @@ class FusedLayers:
         if layer.gate_up is None:
             delta = layer.module.mlp(normed, adapter_index=tokens.adapter_index)
         else:
-            hidden = OPERATIONS["silu_product"].run(layer.gate_up.plain(normed)[0])
+            hidden = layer.gate_up.gated(normed)
             delta = layer.down.partial(hidden, x.shape[0])
         return _add(layer, x, delta, norm)
 

@@ -66,6 +66,12 @@ class Product:
         weight = self.weight if self.scale is None else dequantized(self.weight, self.scale, x.dtype)
         return F.linear(x, weight, self.bias), low
 
+    def gated(self, x: Tensor) -> Tensor:
+        """SiLU of the first half of the product times the second half."""
+        if self.scale is not None or OPERATIONS["silu_linear"].resolve(None, x.device, x.dtype) == "torch":
+            return OPERATIONS["silu_product"].run(self.plain(x)[0])
+        return OPERATIONS["silu_linear"].run(x, self.weight, self.bias, gated=True)
+
     def partial(self, x: Tensor, rows: int) -> Tensor:
         """The product, or its partial sums where `add_rms_norm` is faster with them."""
         outputs, inputs = self.weight.shape

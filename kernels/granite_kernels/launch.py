@@ -42,6 +42,9 @@ class Launch:
     early: bool = False
 
 
+# The launchers of all registered operations, by name.
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -193,9 +196,10 @@ def register(launcher: Callable[..., Any], mutates: tuple[str, ...] = ()) -> tor
     The schema comes from the launcher's annotations and the names of the arguments that it writes to. The caller adds gradients
     with `register_autograd`. The launcher itself is the operation's attribute `launcher`, for `Operation.run`.
     """
-    operation = torch.library.custom_op(f"granite_kernels::{launcher.__name__.strip('_')}", launcher, mutates_args=mutates)
+    name = f"granite_kernels::{launcher.__name__.strip('_')}"
+    operation = torch.library.custom_op(name, launcher, mutates_args=mutates)
     operation.register_fake(launcher)
-    operation.launcher = launcher
+    operation.launcher = LAUNCHERS[name] = launcher
     return operation
 
 

@@ -51,15 +51,6 @@ def silu_linear(
     return OPERATION.select(impl, x)(*inputs)
 
 
-def is_one_kernel(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> bool:
-    """Whether a call is one kernel. Otherwise a caller may prefer its own product and activation, for example in place."""
-    if OPERATION.resolve(None, x.device, x.dtype) == "torch":
-        return False
-    from granite_kernels.silu_linear_triton import has_kernel  # here, because it needs Triton
-
-    return has_kernel(x, weight, gated)
-
-
 def _check(inputs: SiluLinearInputs) -> None:
     arguments, outputs = Arguments("silu_linear"), "2·out" if inputs.gated else "out"
     arguments.tensor("x", inputs.x, "rows in")

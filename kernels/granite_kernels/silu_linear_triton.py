@@ -1,6 +1,6 @@
 """`silu_linear` in Triton: persistent programs, whose operands the copy engine (TMA) brings, and SiLU before the product is stored.
 
-For few rows, other chips, and tensors that the copy engine cannot read, the library's product and a pass over it take less time.
+Few rows, other chips, and tensors that the copy engine cannot read are left to the library's product and a pass over it.
 """
 
 from dataclasses import replace
@@ -26,12 +26,11 @@ def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int, parts: in
 
 
 def _candidates(key: tuple) -> list[Tile]:
-    """Tiles without spills. Those of 4 warps leave room for a second program, which computes while the first one stores."""
-    gated = key[-1]
-    if gated:
+    """Tiles without spills. Small ones leave room for a second program, which multiplies while the first one applies SiLU."""
+    if key[-1]:
         return [_tile(128, 128, 8, 3), _tile(128, 128, 8, 4), _tile(128, 128, 8, 4, 1), _tile(128, 64, 4, 3), _tile(128, 64, 8, 4)]
     wide = [_tile(128, 256, 8, 3), _tile(128, 256, 8, 3, 1), _tile(128, 256, 8, 4), _tile(256, 128, 8, 3), _tile(256, 128, 8, 4)]
-    return [*wide, _tile(128, 128, 4, 3), _tile(128, 128, 4, 4), _tile(128, 128, 8, 3), _tile(128, 128, 8, 4)]
+    return [*wide, _tile(128, 128, 4, 3), _tile(128, 128, 8, 3), _tile(128, 128, 8, 4)]
 
 
 # By architecture, bytes per element, and whether the layer is gated. On an H200, a similar kernel was fastest with the tile of 90 that is

@@ -59,8 +59,10 @@ def _check(inputs: WindowAttentionInputs) -> None:
     arguments.tensor("q", q, f"{'1' if shared else 'windows'} queries heads dim")
     arguments.tensor("k", inputs.k, "windows keys heads dim")
     arguments.tensor("v", inputs.v, "windows keys heads dim")
-    if not (arguments.size["keys"] and arguments.size["dim"]):
-        arguments.refuse(f"k has shape {tuple(inputs.k.shape)}", "at least 1 key and a dim of at least 1", "Check how k was made")
+    for name, tensor, axis in (("q", q, 1), ("k", inputs.k, 1), ("k", inputs.k, 3)):
+        if not tensor.shape[axis]:
+            what = ("windows", "queries" if name == "q" else "keys", "heads", "dim")[axis]
+            arguments.refuse(f"{name} has shape {tuple(tensor.shape)}", f"{what} of at least 1", f"Check how {name} was made")
 
 
 @called_with(WindowAttentionInputs)
@@ -109,11 +111,13 @@ CASES = (
     _case("projector, 128 clips of 10 s", 128 * 34, 3, 15, 16, 64, released=True),
     _case("projector, 128 clips of 10 s, shared queries", 128 * 34, 3, 15, 16, 64, rows=1, released=True),
     _case("projector, 128 clips of 10 s, to themselves", 128 * 34, 3, 3, 16, 64, released=True),
-    _case("several windows", 3, 3, 15, 4, 16),
-    _case("shared queries", 3, 2, 5, 2, 32, rows=1),
-    _case("to themselves, odd number of heads", 2, 3, 3, 3, 16, scale=0.3),
-    _case("odd dim", 2, 2, 7, 2, 21),
-    _case("most queries and keys", 1, 16, 64, 1, 8),
+    _case("several windows", 3, 2, 5, 4, 16),
+    _case("released window, small heads", 1, 3, 15, 2, 16),
+    _case("shared queries", 3, 1, 3, 2, 32, rows=1),
+    _case("to themselves", 2, 3, 3, 2, 16, scale=0.3),
+    _case("odd dim and number of heads", 2, 2, 3, 3, 70),
+    _case("more queries and keys than are unrolled", 1, 5, 9, 1, 8),
+    _case("more keys than are unrolled", 1, 1, 18, 1, 24),
     _case("one of each", 2, 1, 1, 1, 1),
     _case("no windows", 0, 3, 4, 2, 16, rows=1),
 )

@@ -207,3 +207,19 @@ def test_our_operations_count_their_kernels(gpu):
         lora_linear(x, weight, None, a, b, scaling, None)
     assert counts.launches.total() >= 1 and all(name.startswith("_lora") for name in counts.launches), counts.launches
     assert counts.bytes >= 3 * 4 * 4
+
+
+@pytest.mark.parametrize(("rows", "gated"), [(64_000, False), (500, False), (500, True)])
+def test_operations_of_pytorch_inside_of_ours_are_counted(gpu, rows, gated):
+    from granite_kernels import silu_linear
+
+    x, weight, bias = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in ((rows, 64), (4096, 64), (4096,)))
+    with gpu.counting() as counts:
+        silu_linear(x, weight, bias, gated=gated)
+    product, read = 2 * rows * 4096, 2 * (x.numel() + weight.numel() + bias.numel())
+    expected = {
+        (64_000, False): (["_silu_linear_kernel"], product, read + product),
+        (500, False): (["addmm", "silu_"], product, read + 3 * product),
+        (500, True): (["_silu_product_kernel", "addmm"], product * 3 // 2, read + product * 5 // 2),
+    }
+    assert (sorted(counts.launches.elements()), counts.bytes, counts.moved) == expected[rows, gated]

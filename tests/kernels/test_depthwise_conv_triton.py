@@ -1,10 +1,14 @@
 """The kernels of the gated depthwise convolution: tile edges, windows, strides, and independence of neighbours."""
 
+import inspect
+
 import pytest
 import torch
-from granite_kernels import OPERATIONS, KernelError, depthwise_conv, depthwise_conv_triton
-from granite_kernels.launch import launch
+from granite_kernels import OPERATIONS, KernelError, depthwise_conv, depthwise_conv_kernels, depthwise_conv_triton
+from granite_kernels.launch import launch, recorded_launches
+from granite_kernels.op import Draw
 from granite_kernels.testing import assert_operation_accurate, outcome, poisoned_allocations
+from triton.runtime import interpreter
 
 OPERATION = OPERATIONS["depthwise_conv"]
 
@@ -27,17 +31,77 @@ def triton(**inputs) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("lengths", "channels", "kernel_size"),
     [
-        ((31, 33, 32, 36), 3, 7),  # around a tile of 32 of the shortest window: by one frame, and by more than half a window
-        ((65, 63), 2, 15),  # one frame around a tile of 64 of the next window
-        ((4,), 127, 1),  # one channel around the 128 of a program
-        ((2,), 129, 2),
-        ((3,), 65, 8),  # around 64
-        ((2,), 33, 16),  # around 32
+        ((31, 33, 32, 36), 3, 7),  # around a tile of 32 frames: by one frame, and by more than half a window
+        ((33, 31), 2, 15),
+        ((24, 23, 22), 2, 31),  # around the fewest frames that make a step without masks
+        ((4,), 31, 1),  # one channel around the 32 of a program of the forward
+        ((2,), 33, 16),
+        ((3,), 65, 8),  # around the 64 of the backward
     ],
 )
 def test_lengths_and_channels_around_a_tile_edge(lengths: tuple[int, ...], channels: int, kernel_size: int):
     with poisoned_allocations():
         assert_operation_accurate(OPERATION, draw(lengths, channels, kernel_size), impl="triton")
+
+
+def test_tiles_without_masks_and_with_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+    steps, walk = [], depthwise_conv_kernels._walk
+    names = list(inspect.signature(walk.fn).parameters)
+
+    def recorded(*given):
+        begin, stop = (int(one.handle.data.item()) for one in given[:2])
+        steps.extend((t, given[names.index("readable")] is None) for t in range(begin, stop, 8))
+        return walk(*given)
+
+    monkeypatch.setattr(depthwise_conv_kernels, "_walk", recorded)
+    inputs, expected = draw((90,), 40, 15), None
+    # Of 90 frames and tiles of 32: the last step of a tile has masks, and in the last tile every step whose next step ends after frame 82.
+    for block_t, masked in ((32, {24, 56, 72, 80, 88}), (128, {72, 80, 88})):
+        steps.clear()
+        with depthwise_conv_triton._TILES.using({(80, 15, "short"): depthwise_conv_triton._tile(block_t, 1, 8)}):
+            out = triton(**inputs)
+        assert {t for t, free in steps if not free} == masked
+        assert {t for t, free in steps if free} == {*range(0, 90, 8)} - masked
+        expected = out if expected is None else expected
+        assert torch.equal(out, expected)
+
+
+def test_every_tile_gives_the_same_bits():
+    inputs, table = draw((70, 5), 3, 15, torch.bfloat16), depthwise_conv_triton._TILES
+    expected = triton(**inputs)
+    for shape in ((16, 2, 8), (64, 1, 16), (128, 4, 4)):
+        tile = depthwise_conv_triton._tile(*shape)
+        assert any(tile in table.candidates(key) for key in table.rows if key[1] == 15)
+        with table.using({(80, 15, "short"): tile}):
+            assert torch.equal(triton(**inputs), expected), shape
+
+
+def test_frames_outside_of_the_clip_are_not_read(monkeypatch: pytest.MonkeyPatch):
+    inputs = draw((41,), 3, 15)
+    around = torch.zeros(100, 6)
+    around[:41] = inputs["x"]
+    inputs["x"] = around[:41]
+    first, end, read = around.data_ptr(), around.data_ptr() + around.nbytes, []
+    builder, load = interpreter.interpreter_builder, interpreter.interpreter_builder.create_masked_load
+
+    def recorded(pointers, mask, *rest):
+        read.extend(address for address in pointers.data[mask.data.astype(bool)] if first <= address < end)
+        return load(pointers, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", recorded)
+    triton(**inputs)
+    rows = {int(address - first) // 24 for address in read}
+    assert rows == set(range(41))
+
+
+def test_longer_batches_have_longer_tiles():
+    shape = OPERATION.cases[0].shape
+    for frames, rows, channels in ((902, 32, 32), (903, 32, 64), (3_351, 32, 64), (3_352, 128, 64)):
+        inputs = OPERATION.cases[0].make(Draw(torch.Generator(), torch.bfloat16, torch.device("meta")), **{**shape, "clips": (frames,)})
+        with recorded_launches(90) as recorded:
+            triton(**inputs)
+        (one,) = recorded
+        assert (one.arguments["tile_rows"], one.tile.blocks["BLOCK_C"], one.tile.blocks["WHOLE"]) == (rows, channels, 1)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 6, 7, 8, 14, 30])

@@ -75,6 +75,15 @@ def test_a_call_can_be_captured_in_a_cuda_graph(op: Operation):
     assert all(torch.equal(bit_view(inputs[name]), bit_view(expected[f"after {name}"])) for name in op.mutates)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [{"outputs": 4104, "bias": True}, {"outputs": 2 * 4104, "gated": True}], ids=["plain", "gated"])
+def test_products_that_no_tile_divides_have_silu_in_their_epilogue(shape: dict, dtype: torch.dtype):
+    op = OPERATIONS["silu_linear"]  # whose small cases are the library's
+    case = Case("odd", op.cases[0].make, {"rows": 17_001, "inputs": 200, **shape})
+    with poisoned_allocations():
+        assert_operation_accurate(op, case.inputs(dtype, "cuda"), impl="triton")
+
+
 def test_every_element_of_the_noise_is_exact_except_for_rounding():
     """The tolerance of the other tests is that of the largest elements, but a token is drawn by its smallest."""
     seeds, counters = index([*EXTREMES, -1], [*([3] * len(EXTREMES)), 2**31 - 1], "cuda")

@@ -113,7 +113,7 @@ def for_the_library() -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor]]:
     yield "rows of weight", 90, x, empty(4096, 68)[:, :64]
     yield "rows of the result", 90, x, empty(4100, 64)
     yield "one row that is repeated", 90, empty(1, 64).expand(64_000, 64), weight
-    yield "no columns", 90, empty(64_000, 0), empty(4096, 0)
+    yield "no columns", 90, empty(64_000, 8)[:, :0], empty(4096, 8)[:, :0]
     yield "one column, whose stride means nothing", 90, empty(64_000, 8)[:, :1].as_strided((64_000, 1), (8, 8)), empty(4096, 8)[:, :1]
 
 
