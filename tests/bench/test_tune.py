@@ -291,3 +291,17 @@ def test_a_spilling_candidate_is_found_by_compiling_it_and_keys_by_looking_them_
         *(("x·Aᵀ", "backward"), ("many rows", "backward")),
     }
     assert error.startswith("there is no operation no_such. Choose from add_rms_norm, ")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_times_every_tile(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "_processes", lambda: 2)
+    text = tune.run(operations=["silu_product"], dtype=torch.bfloat16, seconds=200, out=tmp_path)
+    (file,) = tmp_path.glob("tune-*.json")
+    (entry,) = json.loads(file.read_text())["keys"]
+    assert entry["not_tried"] == "" and entry["cases_not_timed"] == {}
+    for one in entry["tiles"]:
+        assert one["dropped"] or len(one["seconds"]) == 6
+        assert all(0 < seconds["median"] < 1e-2 for seconds in one["seconds"].values())
+    assert entry["tiles"][0]["dropped"] == "" and 0 < entry["ratio"] <= 1 and "stand_in(" not in text
