@@ -290,7 +290,7 @@ def test_a_spilling_candidate_is_found_by_compiling_it_and_keys_by_looking_them_
         *(("few rows", "forward"), ("rows", "forward"), ("x·Aᵀ", "forward"), ("many rows", "forward")),
         *(("x·Aᵀ", "backward"), ("many rows", "backward")),
     }
-    assert error.startswith("there is no operation no_such. Choose from add_rms_norm, ")
+    assert error.startswith("there is no operation no_such. Choose from ")
 
 
 @pytest.mark.gpu
