@@ -142,8 +142,7 @@ def tune(
         began = time.monotonic()
         trials, skipped = _trials(choice, found(set.union(choice.common, *choice.needs))), {}
         compiled = time.monotonic()
-        not_tried = "" if len(_timed(trials)) > 1 and _usable(trials) else "there is nothing to choose from"
-        not_tried = not_tried or _time(choice, trials, skipped, measure, dtype, end)
+        not_tried = _time(choice, trials, skipped, measure, dtype, end)
         name = (choice.table.operation, choice.table.part)
         if not not_tried:
             ratios.setdefault(name, {})[choice.key] = _ratios(choice, trials)
@@ -179,6 +178,10 @@ def _time(
     choice: Choice, trials: list[Trial], skipped: dict[str, str], measure: Callable[..., Outcome], dtype: torch.dtype, end: float
 ) -> str:
     """Time the usable tiles on every case, drop those that fail, and list skipped cases. Returns why not all was timed, if so."""
+    if time.monotonic() >= end:
+        return tune_plan.NO_TIME
+    if len(_timed(trials)) < 2 or not _usable(trials):
+        return "there is nothing to choose from"
     for target in choice.targets:
         for trial in _timed(trials):
             left = end - time.monotonic()

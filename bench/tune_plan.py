@@ -23,7 +23,7 @@ from bench import audit
 from bench.audit import Configuration, Finding
 from bench.worker import Outcome, Worker
 
-__all__ = ["Choice", "Compilations", "Job", "Target", "case_named", "compile_job", "faults", "find", "ordered", "plan"]
+__all__ = ["NO_TIME", "Choice", "Compilations", "Job", "Target", "case_named", "compile_job", "faults", "find", "ordered", "plan"]
 
 # Operations by what a better tile is worth in a whole model, the most first. Those that are not listed come last.
 ORDER = (

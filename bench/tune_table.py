@@ -8,7 +8,7 @@ from granite_kernels.launch import Tile
 from granite_kernels.tiles import Key
 
 from bench.tune_choice import Ratios, choose, row, tile_text
-from bench.tune_plan import find
+from bench.tune_plan import NO_TIME, find
 
 __all__ = ["add_choices", "line", "markdown"]
 
@@ -97,6 +97,8 @@ def _remarks(result: dict[str, Any]) -> Iterator[str]:
     for one in result["keys"]:
         if one["not_tried"]:
             yield f"{_table(one)}, {tuple(one['key'])} keeps its tile: {one['not_tried']}"
+        if one["not_tried"] == NO_TIME:
+            continue  # the same holds for all of its tiles
         for case, why in one["cases_not_timed"].items():
             yield f"{_table(one)}, {tuple(one['key'])} without {case}: {why}"
         for tile in one["tiles"]:

@@ -201,12 +201,16 @@ def test_what_is_not_reached_in_time_is_listed_and_keeps_its_tile(tmp_path, monk
         return Outcome({"median": 1e-6 if tile == WIDE else 2e-6})
 
     norm = tune_plan.find("add_rms_norm", "warps")
-    late = [choice(Tile({}, 8), Tile({}, 4), table=norm, key=(90, 2, width)) for width in (2048, 4096)]
-    result = tuned(tmp_path, [choice(PRESENT, WIDE), *late], measure, end=5.5)
+    late = [
+        choice(Tile({}, 8), Tile({}, 16), table=norm, key=(90, 2, 2048)),
+        choice(Tile({}, 2), Tile({}, 4), table=norm, key=(90, 2, 4096)),
+    ]
+    uncompiled = {str(Tile({}, 2)): "no time left", str(Tile({}, 4)): "no time left"}
+    result = tuned(tmp_path, [choice(PRESENT, WIDE), *late], measure, end=5.5, found=uncompiled)
     assert [one["not_tried"] for one in result["keys"]] == ["", "no time left", "no time left"]
     assert rows(result, measured=measured) == {(90,): measured(WIDE, "H200", "2026-01-02")}
     assert len(result["keys"][1]["tiles"][0]["seconds"]) == 1, "what was measured is kept"
-    assert "add_rms_norm, warps, (90, 2, 4096) keeps its tile: no time left" in result["rows"]
+    assert result["rows"].endswith("- add_rms_norm, warps, (90, 2, 4096) keeps its tile: no time left.")
 
 
 @pytest.fixture
@@ -286,4 +290,18 @@ def test_a_spilling_candidate_is_found_by_compiling_it_and_keys_by_looking_them_
         *(("few rows", "forward"), ("rows", "forward"), ("x·Aᵀ", "forward"), ("many rows", "forward")),
         *(("x·Aᵀ", "backward"), ("many rows", "backward")),
     }
-    assert error.startswith("there is no operation no_such. Choose from add_rms_norm, ")
+    assert error.startswith("there is no operation no_such. Choose from ")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_times_every_tile(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "_processes", lambda: 2)
+    text = tune.run(operations=["silu_product"], dtype=torch.bfloat16, seconds=200, out=tmp_path)
+    (file,) = tmp_path.glob("tune-*.json")
+    (entry,) = json.loads(file.read_text())["keys"]
+    assert entry["not_tried"] == "" and entry["cases_not_timed"] == {}
+    for one in entry["tiles"]:
+        assert one["dropped"] or len(one["seconds"]) == 6
+        assert all(0 < seconds["median"] < 1e-2 for seconds in one["seconds"].values())
+    assert entry["tiles"][0]["dropped"] == "" and 0 < entry["ratio"] <= 1 and "stand_in(" not in text
