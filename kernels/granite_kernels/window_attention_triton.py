@@ -21,8 +21,8 @@ MAX_QUERIES, MAX_KEYS, MAX_DIM = 16, 64, 128
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Keys: architecture, bytes per element, the largest number of queries. COLUMNS is how many columns of a row a program has: whole heads,
-# of which it has several if they fit. BLOCK is how many keys are unrolled; more are a loop. All queries are unrolled, and a thread
-# has some elements of each, so there are fewer columns for many queries.
+# as many as fit. BLOCK is how many keys are unrolled; more are a loop. All queries are unrolled, and a thread holds its columns of each
+# in float32, so there are fewer columns for many queries.
 _KEYS = [(chip, size, queries) for chip in ARCHITECTURES for size in (2, 4) for queries in (4, MAX_QUERIES)]
 _MANY = Tile({"COLUMNS": 64, "BLOCK": 4}, 1)
 # With few queries, 128 bits of a row for each thread.
@@ -30,21 +30,22 @@ _TILES = TileTable(
     "window_attention",
     "forward",
     {key: predicted(Tile({"COLUMNS": 512 // key[1], "BLOCK": 16}, 1) if key[2] == 4 else _MANY, "2026-11-27") for key in _KEYS},
-    candidates=lambda key: [
-        *([] if key[2] == 4 else [_MANY]),
-        *(Tile({"COLUMNS": 512 // key[1] * warps, "BLOCK": block}, warps) for warps in (1, 2, 4) for block in (16, 8)),
-    ],
+    candidates=lambda key: (
+        [Tile({"COLUMNS": 512 // key[1] * warps, "BLOCK": block}, warps) for warps in (1, 2, 4) for block in (16, 5)]
+        if key[2] == 4
+        else [_MANY]
+    ),
 )
-# The backward has twice as many values for each query and key, so a thread gets half as many columns.
+# The backward has twice as many values for each pair of a query and a key, so a thread gets half as many columns, or fewer keys.
 _BACKWARD_TILES = TileTable(
     "window_attention",
     "backward",
     {key: predicted(Tile({"COLUMNS": 128, "BLOCK": 16}, 1) if key[2] == 4 else _MANY, "2026-11-27") for key in _KEYS},
-    candidates=lambda key: [
-        *([] if key[2] == 4 else [_MANY]),
-        *(Tile({"COLUMNS": 128 * warps, "BLOCK": block}, warps) for warps in (1, 2) for block in (16, 8)),
-        Tile({"COLUMNS": 256, "BLOCK": 8}, 1),
-    ],
+    candidates=lambda key: (
+        [Tile({"COLUMNS": columns * warps, "BLOCK": block}, warps) for columns, block in ((128, 16), (256, 5)) for warps in (1, 2)]
+        if key[2] == 4
+        else [_MANY]
+    ),
 )
 
 
@@ -194,20 +195,6 @@ def _window_attention_fwd_kernel(
 
 
 @triton.jit
-def _slopes(scores, along, tops, totals, means, BLOCK: tl.constexpr, QUERIES: tl.constexpr):
-    """The softmax weights and the gradients of the scores."""
-    exponentials = _exponentials(scores, tops, BLOCK, QUERIES)
-    weights = ()
-    slopes = ()
-    for number in tl.static_range(BLOCK * QUERIES):
-        inverse = 1.0 / totals[number % QUERIES]
-        weight = exponentials[number] * inverse
-        weights += (weight,)
-        slopes += (weight * (along[number] - means[number % QUERIES] * inverse),)
-    return weights, slopes
-
-
-@triton.jit
 def _window_attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr, heads, scale,
     stride_qw, stride_qr, stride_qh, stride_kw, stride_kr, stride_kh, stride_vw, stride_vr, stride_vh,
@@ -227,11 +214,14 @@ def _window_attention_bwd_kernel(
     dtype: tl.constexpr = grad_q_ptr.dtype.element_ty
     width = heads * DIM
     grad_out_ptr += window * QUERIES * width + column
+    grad_q_ptr += window * QUERIES * width + column
+    grad_k_ptr += window * KEYS * width + column
+    grad_v_ptr += window * KEYS * width + column
     queries = _widened(_load_rows(q_ptr, stride_qr, 0, inside, QUERIES, QUERIES), scale * LOG2_E, QUERIES)
     grads = _widened(_load_rows(grad_out_ptr, width, 0, inside, QUERIES, QUERIES), 1.0, QUERIES)
     tops = _repeated(tl.full((BLOCK_H,), -float("inf"), tl.float32), QUERIES)
     totals = _repeated(tl.zeros((BLOCK_H,), tl.float32), QUERIES)
-    means = totals  # of grad · value over the keys, times total
+    means = totals  # of grad · value over the keys, times totals
     for start in range(0, KEYS, BLOCK):
         scores = _scores(_load_rows(k_ptr, stride_kr, start, inside, KEYS, BLOCK), queries, start, KEYS, BLOCK, QUERIES)
         along = _products(_load_rows(v_ptr, stride_vr, start, inside, KEYS, BLOCK), grads, BLOCK, QUERIES)
@@ -243,27 +233,35 @@ def _window_attention_bwd_kernel(
         totals = _accumulated(totals, shrinks, weights, BLOCK, QUERIES)
         means = _accumulated(means, shrinks, terms, BLOCK, QUERIES)
 
+    inverses = ()
+    averages = ()
+    for i in tl.static_range(QUERIES):
+        inverses += (1.0 / totals[i],)
+        averages += (means[i] * inverses[i],)
+
     nothing = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     grad_qs = _repeated(nothing, QUERIES)
     for start in range(0, KEYS, BLOCK):
         keys = _load_rows(k_ptr, stride_kr, start, inside, KEYS, BLOCK)
         scores = _scores(keys, queries, start, KEYS, BLOCK, QUERIES)
         along = _products(_load_rows(v_ptr, stride_vr, start, inside, KEYS, BLOCK), grads, BLOCK, QUERIES)
-        weights, slopes = _slopes(scores, along, tops, totals, means, BLOCK, QUERIES)
-        grad_qs = _weighted(grad_qs, slopes, keys, BLOCK, QUERIES)
         for j in tl.static_range(BLOCK):
+            wide = keys[j].to(tl.float32)
             grad_k = nothing
             grad_v = nothing
+            more = ()
             for i in tl.static_range(QUERIES):
-                grad_k += slopes[j * QUERIES + i][:, None] * queries[i]
-                grad_v += weights[j * QUERIES + i][:, None] * grads[i]
-            place = window * KEYS * width + (start + j) * width + column
-            there = inside & (start + j < KEYS)
-            tl.store(grad_k_ptr + place, rounded(grad_k / LOG2_E, dtype), mask=there)  # queries are times LOG2_E
-            tl.store(grad_v_ptr + place, rounded(grad_v, dtype), mask=there)
+                weight = tl.exp2(scores[j * QUERIES + i] - tops[i]) * inverses[i]
+                slope = weight * (along[j * QUERIES + i] - averages[i])
+                grad_k += slope[:, None] * queries[i]
+                grad_v += weight[:, None] * grads[i]
+                more += (grad_qs[i] + slope[:, None] * wide,)
+            grad_qs = more
+            row, there = (start + j) * width, inside & (start + j < KEYS)
+            tl.store(grad_k_ptr + row, rounded(grad_k / LOG2_E, dtype), mask=there)  # queries are times LOG2_E
+            tl.store(grad_v_ptr + row, rounded(grad_v, dtype), mask=there)
     for i in tl.static_range(QUERIES):
-        place = window * QUERIES * width + i * width + column
-        tl.store(grad_q_ptr + place, rounded(grad_qs[i] * scale, dtype), mask=inside)
+        tl.store(grad_q_ptr + i * width, rounded(grad_qs[i] * scale, dtype), mask=inside)
 
 
 def _run(kernel: Any, table: TileTable, q: Tensor, k: Tensor, v: Tensor, scale: float | None, **others: Tensor) -> None:
