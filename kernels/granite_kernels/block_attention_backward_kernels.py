@@ -35,17 +35,41 @@ def _scratch(ptr, slot, first_slot, head, num_heads, context_size, columns):
 
 
 @triton.jit
-def _tile_of(ptr, rows, row_bound, first_column, columns, BLOCK: tl.constexpr):
-    """(rows, BLOCK columns) of a block's scratch; zeros in rows that do not exist."""
-    column = first_column + tl.arange(0, BLOCK)
-    return tl.load(ptr + rows[:, None] * columns + column[None, :], mask=(rows < row_bound)[:, None], other=0.0)
+def _keys(frames):
+    """The columns of a block's weights and gradients that are used: a multiple of 16, so that wide loads stay whole."""
+    return tl.cdiv(frames, 16) * 16
 
 
 @triton.jit
-def _store_tile(ptr, rows, row_bound, first_column, columns, tile):
-    """`tile` to the existing rows and `BLOCK` columns of a block's scratch."""
-    column = first_column + tl.arange(0, tile.shape[1])
-    tl.store(ptr + rows[:, None] * columns + column[None, :], tile, mask=(rows < row_bound)[:, None])
+def _load_tile(ptr, rows, frames, first_column, bound, columns, BLOCK: tl.constexpr):
+    """(rows, BLOCK columns) of one block's scratch, whose rows have `columns` columns; zeros past its frames and from `bound` on."""
+    column = first_column + tl.arange(0, BLOCK)
+    mask = (rows < frames)[:, None] & (column < bound)[None, :]
+    return tl.load(ptr + rows[:, None] * columns + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_tile(ptr, rows, frames, first_column, bound, columns, values):
+    """Writes `values` where `_load_tile` would read them."""
+    column = first_column + tl.arange(0, values.shape[1])
+    mask = (rows < frames)[:, None] & (column < bound)[None, :]
+    tl.store(ptr + rows[:, None] * columns + column[None, :], values, mask=mask)
+
+
+@triton.jit
+def _rows_product(
+    a, a_ptr, a_rows, a_stride, a_exists, b_ptr, b_rows, b_stride, b_exists, dim_head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """a · bᵀ of two tiles of rows. `a` is loaded; if the registers cannot hold that many features, STEP of both are read at a time."""
+    if STEP == BLOCK_D:
+        product = dot(a, tl.trans(_load_rows(b_ptr, b_rows, b_stride, b_exists, dim_head, BLOCK_D)), None)
+    else:
+        product = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for start in range(0, dim_head, STEP):
+            piece = _load_rows(a_ptr + start, a_rows, a_stride, a_exists, dim_head - start, STEP)
+            product = dot(piece, tl.trans(_load_rows(b_ptr + start, b_rows, b_stride, b_exists, dim_head - start, STEP)), product)
+    return product
 
 
 @triton.jit
@@ -62,7 +86,7 @@ def _block_attention_bwd_weights_kernel(
     q_ptr, k_ptr, e_ptr, blocks_ptr, lse_ptr, weights_ptr,
     total_frames, first_slot, num_heads, dim_head, context_size, max_pos_emb, scale,
     stride_q, stride_qh, stride_k, stride_kh, stride_e,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """P of BLOCK queries of one block and head, in which pairs that do not exist have 0.
 
@@ -81,27 +105,28 @@ def _block_attention_bwd_weights_kernel(
         i = m * BLOCK + place
         k_ptr = _origin(k_ptr, head, stride_kh, first, stride_k)
         weights_ptr = _scratch(weights_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
-        q = _load_rows(_origin(q_ptr, head, stride_qh, first, stride_q), i, stride_q, i < frames, dim_head, BLOCK_D)
+        q_ptr = _origin(q_ptr, head, stride_qh, first, stride_q)
+        q = _load_rows(q_ptr, i, stride_q, i < frames, dim_head, BLOCK_D)
         lse = tl.load(lse_ptr + head.to(tl.int64) * total_frames + first + i, mask=i < frames, other=0.0)
         e, has_e = _band(m, max_pos_emb, frames, BLOCK)
-        upper = dot(q, tl.trans(_load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D)), None)
+        upper = _rows_product(q, q_ptr, i, stride_q, i < frames, e_ptr, e, stride_e, has_e, dim_head, BLOCK, BLOCK_D, STEP)
         for n in range(0, tl.cdiv(frames, BLOCK)):
             j = n * BLOCK + place
             e, has_e = _band(m - n - 1, max_pos_emb, frames, BLOCK)
-            lower = dot(q, tl.trans(_load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D)), None)
-            scores = dot(q, tl.trans(_load_rows(k_ptr, j, stride_k, j < frames, dim_head, BLOCK_D)), None)
+            lower = _rows_product(q, q_ptr, i, stride_q, i < frames, e_ptr, e, stride_e, has_e, dim_head, BLOCK, BLOCK_D, STEP)
+            scores = _rows_product(q, q_ptr, i, stride_q, i < frames, k_ptr, j, stride_k, j < frames, dim_head, BLOCK, BLOCK_D, STEP)
             bias = _mirror(tl.where(_in_upper_band(BLOCK), upper, lower))
             upper = lower
             weights = tl.exp2((scores + bias) * (scale * LOG2_E) - lse[:, None])
             weights = tl.where((i < frames)[:, None] & (j < frames)[None, :], weights, 0.0)
-            _store_tile(weights_ptr, i, frames, n * BLOCK, tiles * BLOCK, rounded(weights, q.dtype))
+            _store_tile(weights_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, rounded(weights, q.dtype))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _block_attention_bwd_scores_kernel(
     v_ptr, blocks_ptr, out_ptr, rest_ptr, grad_out_ptr, weights_ptr, grads_ptr, skewed_ptr,
     first_slot, num_heads, dim_head, context_size, stride_v, stride_vh,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """S and S' of BLOCK queries of one block and head.
 
@@ -121,8 +146,10 @@ def _block_attention_bwd_scores_kernel(
         v_ptr = _origin(v_ptr, head, stride_vh, first, stride_v)
         weights_ptr = _scratch(weights_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
         grads_ptr = _scratch(grads_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
-        skewed_ptr = _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, (tiles + 1) * BLOCK)
-        grad_out = _load_rows(_origin(grad_out_ptr, head, dim_head, first, row), i, row, i < frames, dim_head, BLOCK_D)
+        columns = (tiles + 1) * BLOCK
+        skewed_ptr = _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, columns)
+        grad_out_ptr = _origin(grad_out_ptr, head, dim_head, first, row)
+        grad_out = _load_rows(grad_out_ptr, i, row, i < frames, dim_head, BLOCK_D)
         exact = _load_rows(_origin(out_ptr, head, dim_head, first, row), i, row, i < frames, dim_head, BLOCK_D).to(tl.float32)
         if rest_ptr is not None:  # delta is subtracted from gradients, where the rounding error of out would show
             exact += _load_rows(_origin(rest_ptr, head, dim_head, first, row), i, row, i < frames, dim_head, BLOCK_D).to(tl.float32)
@@ -132,16 +159,19 @@ def _block_attention_bwd_scores_kernel(
         existing = tl.cdiv(frames, BLOCK)
         for n in range(0, existing):
             j = n * BLOCK + place
-            weights = _tile_of(weights_ptr, i, frames, n * BLOCK, tiles * BLOCK, BLOCK)  # first, so that it arrives during the product
-            grad_weights = dot(grad_out, tl.trans(_load_rows(v_ptr, j, stride_v, j < frames, dim_head, BLOCK_D)), None)
+            # Loaded first, so that it arrives during the product.
+            weights = _load_tile(weights_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, BLOCK)
+            grad_weights = _rows_product(
+                grad_out, grad_out_ptr, i, row, i < frames, v_ptr, j, stride_v, j < frames, dim_head, BLOCK, BLOCK_D, STEP
+            )
             grads = weights.to(tl.float32) * (grad_weights - delta[:, None])  # 0 where there is no weight
-            _store_tile(grads_ptr, i, frames, n * BLOCK, tiles * BLOCK, rounded(grads, grad_out.dtype))
+            _store_tile(grads_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, rounded(grads, grad_out.dtype))
             by_place = rounded(_mirror(grads), grad_out.dtype)
             band = tl.where(_in_upper_band(BLOCK), by_place, pending)
-            _store_tile(skewed_ptr, i, frames, (tiles - n) * BLOCK, (tiles + 1) * BLOCK, band)
+            _store_tile(skewed_ptr, i, frames, (tiles - n) * BLOCK, columns, columns, band)
             pending = by_place
         band = tl.where(_in_upper_band(BLOCK), 0.0, pending)
-        _store_tile(skewed_ptr, i, frames, (tiles - existing) * BLOCK, (tiles + 1) * BLOCK, band)
+        _store_tile(skewed_ptr, i, frames, (tiles - existing) * BLOCK, columns, columns, band)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -164,15 +194,16 @@ def _block_attention_bwd_q_kernel(
         i = m * BLOCK + place
         k_ptr = _origin(k_ptr, head, stride_kh, first, stride_k)
         grads_ptr = _scratch(grads_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
-        skewed_ptr = _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, (tiles + 1) * BLOCK)
+        columns = (tiles + 1) * BLOCK
+        skewed_ptr = _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, columns)
         grad_q = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         existing = tl.cdiv(frames, BLOCK)
         for n in range(0, existing):
-            grads = _tile_of(grads_ptr, i, frames, n * BLOCK, tiles * BLOCK, BLOCK)
+            grads = _load_tile(grads_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, BLOCK)
             j = n * BLOCK + place
             grad_q = dot(grads, _load_rows(k_ptr, j, stride_k, j < frames, dim_head, BLOCK_D), grad_q)
         for n in range(0, tl.where(frames > 0, existing + 1, 0)):
-            grads = _tile_of(skewed_ptr, i, frames, (tiles - n) * BLOCK, (tiles + 1) * BLOCK, BLOCK)
+            grads = _load_tile(skewed_ptr, i, frames, (tiles - n) * BLOCK, columns, columns, BLOCK)
             e, has_e = _band(m - n, max_pos_emb, frames, BLOCK)
             grad_q = dot(grads, _load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D), grad_q)
         _store_gradient(grad_q_ptr, head, num_heads, first, i, to_write, dim_head, grad_q * scale, BLOCK_D)
@@ -205,7 +236,7 @@ def _block_attention_bwd_kv_kernel(
         gradient = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         for m in range(0, tl.cdiv(frames, BLOCK)):
             i = m * BLOCK + place
-            tile = _tile_of(scratch_ptr, i, frames, n * BLOCK, tiles * BLOCK, BLOCK)
+            tile = _load_tile(scratch_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, BLOCK)
             gradient = dot(tl.trans(tile), _load_rows(x_ptr, i, stride, i < frames, dim_head, BLOCK_D), gradient)
         gradient *= tl.where(of_values, 1.0, scale)
         target_ptr = tl.where(of_values, grad_v_ptr, grad_k_ptr)
@@ -243,9 +274,8 @@ def _block_attention_bwd_e_kernel(
         # A short block has fewer bands than the scratch has columns for.
         frames = tl.where(tl.cdiv(frames, BLOCK) >= tiles + m - band, frames, 0)
         i = m * BLOCK + place
-        grads = _tile_of(
-            _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, columns), i, frames, (band - m) * BLOCK, columns, BLOCK
-        )
+        scratch = _scratch(skewed_ptr, slot, first_slot, head, num_heads, context_size, columns)
+        grads = _load_tile(scratch, i, frames, (band - m) * BLOCK, columns, columns, BLOCK)
         q_block = _origin(q_ptr, head, stride_qh, first, stride_q)
         gradient = dot(tl.trans(grads), _load_rows(q_block, i, stride_q, i < frames, dim_head, BLOCK_D), gradient)
     tl.store(target, gradient, mask=inside)

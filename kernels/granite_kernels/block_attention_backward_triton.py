@@ -11,26 +11,47 @@ from granite_kernels.block_attention_backward_kernels import (
     _block_attention_bwd_scores_kernel,
     _block_attention_bwd_weights_kernel,
 )
-from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.tiles import TileTable, predicted
 
 _DATE = "2026-11-27"
+
+
+def _scores_candidates(key: tuple[int, int]) -> list[Tile]:
+    if key[1] == 4:
+        return [Tile({"BLOCK": block, "STEP": 32}, warps) for block, warps in ((16, 4), (32, 4), (32, 8))]
+    shapes = [(32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 1)]
+    if key[0] != 100:  # spills there
+        shapes.append((64, 8, 2))
+    return [Tile({"BLOCK": block, "STEP": 128}, warps, stages) for block, warps, stages in shapes]
+
+
+def _products_candidates(key: tuple[int, int]) -> list[Tile]:
+    if key[1] == 4:
+        return [Tile({}, warps, stages) for warps in (4, 8) for stages in (1, 2)]
+    return [Tile({}, 4, stages) for stages in (1, 2, 3, 4)] + [Tile({}, 8, stages) for stages in (1, 2)]
+
+
+# P, S and S'. On 90, two programs of 4 warps share a multiprocessor: 163 registers and 88 KiB for P, 215 and 56 KiB for S. Three TF32
+# products need three times the registers, so there operands are read STEP features at a time.
 _SCORES = TileTable(
     "block_attention",
     "backward scores",
     {
-        (80, 2): predicted(Tile({"BLOCK": 32}, 4), _DATE),
-        (90, 2): predicted(Tile({"BLOCK": 64}, 4), _DATE),
-        (100, 2): predicted(Tile({"BLOCK": 64}, 4), _DATE),
-        **{(chip, 4): predicted(Tile({"BLOCK": 16}, 4), _DATE) for chip in (80, 90, 100)},
+        (80, 2): predicted(Tile({"BLOCK": 32, "STEP": 128}, 4, 2), _DATE),
+        **{(chip, 2): predicted(Tile({"BLOCK": 64, "STEP": 128}, 4, 2), _DATE) for chip in (90, 100)},
+        **{(chip, 4): predicted(Tile({"BLOCK": 32, "STEP": 32}, 4), _DATE) for chip in ARCHITECTURES},
     },
-    candidates=lambda key: [Tile({"BLOCK": 64}, 4)],
+    candidates=_scores_candidates,
+    bits=("BLOCK", "STEP"),
 )
+# The products with P, S and S', which take BLOCK from the scores. On 90, up to 126 registers and 72 KiB: three programs share a
+# multiprocessor, and each has the operands of two tiles on their way.
 _PRODUCTS = TileTable(
     "block_attention",
     "backward products",
-    {(chip, width): predicted(Tile({}, 4, 3), _DATE) for chip in (80, 90, 100) for width in (2, 4)},
-    candidates=lambda key: [Tile({}, 4, 3)],
+    {(chip, width): predicted(Tile({}, 4, 3 if width == 2 else 1), _DATE) for chip in ARCHITECTURES for width in (2, 4)},
+    candidates=_products_candidates,
 )
 # The most bytes of scratch. More blocks than fit are computed in several rounds.
 _SCRATCH = 2**29
@@ -54,8 +75,7 @@ def _block_attention_backward(
     """Gradients of q, k, v and rel_pos_emb. grad_out and out are contiguous. Every sum has a fixed order, so the bits are too."""
     (_, heads, dim), slots = q.shape, blocks.shape[0]
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    key = architecture(q.device), q.element_size()
-    scores, products = _tile(_SCORES[key], q, _SCORES[key].blocks["BLOCK"]), _tile(_PRODUCTS[key], q, _SCORES[key].blocks["BLOCK"])
+    scores, products = _tiles(q)
     block = scores.blocks["BLOCK"]
     tiles = triton.cdiv(context_size, block)
     rows = heads * context_size
@@ -103,10 +123,14 @@ def _block_attention_backward(
     return grad_q, grad_k, grad_v, grad_e.to(rel_pos_emb.dtype)
 
 
-def _tile(tile: Tile, q: Tensor, block: int) -> Tile:
-    """A table's tile with its sizes. Two head widths keep compilations few."""
+def _tiles(q: Tensor) -> tuple[Tile, Tile]:
+    """The tiles of scores and of products. Two head widths keep compilations few."""
+    key = architecture(q.device), q.element_size()
+    scores, products = _SCORES[key], _PRODUCTS[key]
     width = 64 if q.shape[2] <= 64 and q.element_size() == 2 else 128
-    return Tile({"BLOCK": block, "BLOCK_D": width}, tile.num_warps, tile.num_stages)
+    sizes = {"BLOCK": scores.blocks["BLOCK"], "BLOCK_D": width}
+    with_step = sizes | {"STEP": min(scores.blocks["STEP"], width)}
+    return Tile(with_step, scores.num_warps, scores.num_stages), Tile(sizes, products.num_warps, products.num_stages)
 
 
 backward_op = register(_block_attention_backward)
