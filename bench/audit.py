@@ -22,6 +22,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,8 +30,9 @@ import torch
 import triton
 from granite_kernels import OPERATIONS
 from granite_kernels.launch import ARCHITECTURES, Launch, recorded_launches
-from granite_kernels.op import TRITON_DTYPES, Operation
+from granite_kernels.op import TRITON_DTYPES, Case, Operation
 from granite_kernels.testing import working_dtype
+from granite_kernels.tiles import TABLES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -114,7 +116,8 @@ class Finding:
 
 
 def configurations(operations: Iterable[Operation] | None = None) -> list[Configuration]:
-    """Every distinct configuration of the operations' cases, forward and backward, in the dtypes that the kernels support.
+    """Every distinct configuration of the operations' cases, forward and backward, in the dtypes that the kernels support, and of the
+    released cases with the alternatives of their tiles.
 
     Configurations that differ only in which sizes and strides are multiples of 16 count once, as in the first case that has
     them. Released shapes come first.
@@ -126,12 +129,24 @@ def configurations(operations: Iterable[Operation] | None = None) -> list[Config
                 for architecture in ARCHITECTURES:
                     inputs = case.inputs(dtype, "meta")
                     computed = _SHORT[working_dtype(inputs)]
-                    for launch in launches(operation, inputs, architecture):
+                    for launch in chain(launches(operation, inputs, architecture), *_alternatives(operation, case, inputs, architecture)):
                         one = _configuration(operation.name, launch, computed, architecture, case.released)
                         types = tuple((name, kind) for name, kind in one.signature if kind not in ("i32", "i64", "constexpr"))
                         blocks = tuple((name, value) for name, value in one.constants if name.isupper())
                         found.setdefault((one.name, architecture, one.dtype, blocks, types, one.num_warps, one.num_stages), one)
     return list(found.values())
+
+
+def _alternatives(operation: Operation, case: Case, inputs: dict[str, Any], architecture: int) -> Iterator[list[Launch]]:
+    """The launches of a released case with each alternative of the tiles that it looks up."""
+    for table in TABLES if case.released else ():
+        if table.operation == operation.name and table.alternatives:
+            with table.lookups() as keys:
+                launches(operation, inputs, architecture)
+            for key in keys & table.alternatives.keys():
+                for tile in table.alternatives[key]:
+                    with table.using({key: tile}):
+                        yield launches(operation, inputs, architecture)
 
 
 def launches(operation: Operation, inputs: dict[str, Any], architecture: int) -> list[Launch]:

@@ -21,6 +21,7 @@ class BlockAttentionInputs(NamedTuple):
     cu_seqlens: torch.Tensor
     context_size: int
     scale: float | None = None
+    blocks: torch.Tensor | None = None
 
 
 def block_attention(
@@ -32,6 +33,7 @@ def block_attention(
     *,
     context_size: int,
     scale: float | None = None,
+    blocks: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Attention inside blocks of `context_size` frames. Each clip is cut into blocks from its own first frame.
@@ -47,6 +49,7 @@ def block_attention(
     | q, k, v | (total_frames, num_heads, dim_head) | last 1, others free | any float, the same for all |
     | rel_pos_emb | (2 · max_pos_emb + 1, dim_head) | last 1 | as q |
     | cu_seqlens | (clips + 1,) | 1 | int32 |
+    | blocks | (total_frames // context_size + clips + 1, 3) | contiguous | int32 |
     | returns | (total_frames, num_heads, dim_head) | contiguous | as q |
 
     Rows from `cu_seqlens[-1]` on are padding: never read, zero in the result. Clips may be empty, and there may be none.
@@ -55,6 +58,9 @@ def block_attention(
     Args:
         context_size: frames per block, 1 to max_pos_emb.
         scale: factor on both terms of the score; dim_head ** -0.5 by default.
+        blocks: what `attention_blocks` returns for these clips, total_frames and context_size. The kernels read it instead of
+            cu_seqlens, and make it first if it is omitted, so pass one table to all layers. Its values are not checked: with a wrong
+            table they read and write the wrong rows, even outside the tensors. The reference does not read it.
         impl: "triton", "torch", or None for the fastest available.
 
     Raises:
@@ -63,7 +69,7 @@ def block_attention(
     The relative positions are those of Shaw et al. (arXiv 1803.02155), as in `GraniteSpeechConformerAttention` of transformers,
     which, unlike this function, also attends to the frames that pad a batch.
     """
-    inputs = BlockAttentionInputs(q, k, v, rel_pos_emb, cu_seqlens, context_size, scale)
+    inputs = BlockAttentionInputs(q, k, v, rel_pos_emb, cu_seqlens, context_size, scale, blocks)
     _check(inputs)
     return OPERATION.select(impl, q)(*inputs)
 
@@ -86,6 +92,19 @@ def _check(inputs: BlockAttentionInputs) -> None:
         )
     if inputs.cu_seqlens.shape[0] == 0:
         arguments.refuse("cu_seqlens is empty", "clips + 1 offsets", "Pass [0] for a batch without clips")
+    if inputs.blocks is not None:
+        _check_blocks(arguments, inputs)
+
+
+def _check_blocks(arguments: Arguments, inputs: BlockAttentionInputs) -> None:
+    arguments.index("blocks", inputs.blocks, "slots 3")
+    needed = (inputs.q.shape[0] // inputs.context_size + inputs.cu_seqlens.shape[0], 3)
+    if inputs.blocks.shape != needed or not inputs.blocks.is_contiguous():
+        arguments.refuse(
+            f"blocks has shape {tuple(inputs.blocks.shape)} and strides {tuple(inputs.blocks.stride())}",
+            f"{needed}, total_frames // context_size + clips + 1 slots, contiguous",
+            "Make it with attention_blocks from the same cu_seqlens, total_frames and context_size",
+        )
 
 
 @called_with(BlockAttentionInputs)

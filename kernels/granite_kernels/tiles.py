@@ -13,7 +13,7 @@ and its launcher looks up `_TILES[architecture(x.device),]`.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,8 @@ class TileTable:
         rows: by key: the architecture (an entry of `launch.ARCHITECTURES`), then whatever else decides, such as bytes per element and a
             class of sizes.
         candidates: `candidates(key)` lists the tiles worth timing for a key. All have the constants of the key's own tile.
+        alternatives: by key, candidates of other forms than the row's. The audit compiles them as it does the rows, so that a tuner may
+            choose them on any chip.
         bits: names of constants that the bits of a result depend on. Rows whose keys begin with the same two entries, architecture and
             bytes per element, agree in them, so that a sequence has the same bits in every batch.
     """
@@ -73,9 +75,11 @@ class TileTable:
         rows: Mapping[Key, Row],
         *,
         candidates: Callable[[Key], Iterable[Tile]],
+        alternatives: Mapping[Key, Sequence[Tile]] | None = None,
         bits: tuple[str, ...] = (),
     ):
         self.operation, self.part, self.rows, self.candidates, self.bits = operation, part, dict(rows), candidates, bits
+        self.alternatives = dict(alternatives or {})
         self._now = _Now()
         TABLES.append(self)
 

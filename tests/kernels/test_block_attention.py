@@ -103,6 +103,9 @@ def test_a_batch_without_frames_has_a_backward():
         ({"k": torch.zeros(6, 1, 8)}, r"k has shape \(6, 1, 8\); expected .* with num_heads = 2 as in q"),
         ({"v": torch.zeros(5, 2, 8)}, r"v has shape \(5, 2, 8\); expected .* with total_frames = 6 as in q"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, r"cu_seqlens is empty"),
+        ({"blocks": torch.zeros(2, 3, dtype=torch.int32)}, r"blocks has shape \(2, 3\) and strides \(3, 1\); expected \(3, 3\)"),
+        ({"blocks": torch.zeros(3, 4, dtype=torch.int32)[:, :3]}, r"blocks has shape \(3, 3\) and strides \(4, 1\); .* contiguous"),
+        ({"blocks": torch.zeros(3, 3)}, r"blocks has dtype torch.float32; expected torch.int32"),
         ({"cu_seqlens": offsets(4, 3)}, r"cu_seqlens \[0, 4, 7\] for 6 rows; expected offsets"),
         ({"cu_seqlens": torch.tensor([0, 4, 2], dtype=torch.int32)}, r"cu_seqlens \[0, 4, 2\]"),
         ({"cu_seqlens": torch.tensor([1, 4], dtype=torch.int32)}, r"cu_seqlens \[1, 4\]"),
@@ -111,7 +114,7 @@ def test_a_batch_without_frames_has_a_backward():
 def test_wrong_arguments_are_refused(change: dict, message: str):
     q, k, v, rel_pos_emb = draw(6, dtype=torch.float32)
     right = {"q": q, "k": k, "v": v, "rel_pos_emb": rel_pos_emb, "cu_seqlens": offsets(6), "context_size": 4}
-    block_attention(**right)
+    block_attention(**right, blocks=torch.zeros(3, 3, dtype=torch.int32))
     with pytest.raises(KernelError, match=message):
         block_attention(**{**right, **change})
 

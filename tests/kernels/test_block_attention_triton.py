@@ -4,15 +4,32 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from granite_kernels import KernelError, block_attention
+from granite_kernels import KernelError, attention_blocks, block_attention
 from granite_kernels.block_attention import OPERATION, _make, block_attention_reference
-from granite_kernels.block_attention_kernels import _swap_mirror
-from granite_kernels.block_attention_triton import block_attention_triton
+from granite_kernels.block_attention_kernels import JOINT, MIRROR, SLIDE, _barrel_slide, _swap_mirror
+from granite_kernels.block_attention_triton import _TILES, _form, block_attention_triton
 from granite_kernels.launch import recorded_launches
 from granite_kernels.op import Draw
-from granite_kernels.testing import assert_operation_accurate, outcome, poisoned_allocations, strided_inputs
+from granite_kernels.testing import (
+    assert_accurate,
+    assert_operation_accurate,
+    assert_same_bits,
+    in_float64,
+    outcome,
+    poisoned_allocations,
+    strided_inputs,
+)
 
 WRT = OPERATION.differentiable
+# Tiles that no row for 80, which the interpreter uses, has: every form with q read once, and slides with q read in steps.
+FORMS = {
+    "mirror": _form(MIRROR, 16, 16, 128, 2),
+    "slide": _form(SLIDE, 16, 16, 128, 2),
+    "slide, two halves": _form(SLIDE, 32, 16, 128, 2),
+    "slide, in steps": _form(SLIDE, 32, 16, 16, 2),
+    "joint": _form(JOINT, 16, 16, 128, 2),
+    "joint, two halves": _form(JOINT, 32, 16, 128, 2),
+}
 
 
 def draw(
@@ -27,8 +44,8 @@ def run(inputs: dict, **more) -> dict[str, torch.Tensor]:
     return outcome(block_attention_triton, {**inputs, **more}, WRT)
 
 
-def offsets(*lengths: int) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def using(form: str):
+    return _TILES.using({(80, 2): FORMS[form], (80, 4): FORMS[form]})
 
 
 @triton.jit
@@ -47,6 +64,57 @@ def test_swap_mirror_gives_the_same_as_gather(block: int):
     place = torch.arange(block)
     assert torch.equal(out, x.gather(1, (place[:, None] - place) % block))
     assert torch.equal(out.gather(1, (place[:, None] - place) % block), x)
+
+
+@triton.jit
+def _slide_kernel(x_ptr, shift_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr):
+    """One program: the halves of x (M, 2N) float32 through `_barrel_slide` with shift (M,) into out (M, N)."""
+    a, b = tl.arange(0, M), tl.arange(0, N)
+    x_ptr += a[:, None] * 2 * N + b[None, :]
+    slid = _barrel_slide(tl.load(x_ptr), tl.load(x_ptr + N), tl.load(shift_ptr + a))
+    tl.store(out_ptr + a[:, None] * N + b[None, :], slid)
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_barrel_slide_gives_the_same_as_gather(width: int):
+    x, out = torch.randn(32, 2 * width), torch.empty(32, width)
+    x[0, 1], x[2, 3] = torch.inf, -0.0
+    shift = torch.arange(32, dtype=torch.int32).flip(0) % width
+    _slide_kernel[(1,)](x, shift, out, M=32, N=width)
+    assert torch.equal(out, x.gather(1, shift[:, None] + torch.arange(width)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_accurate(form: str, dtype: torch.dtype):
+    # Blocks of 41, 9 and 1 frames: several tiles, one that is not full, and bands with distances that do not occur.
+    inputs = draw(50, 1, heads=2, dim=24, context=41, max_pos=41, padding=3, dtype=dtype)
+    with using(form), poisoned_allocations(), torch.no_grad():
+        out = block_attention(**strided_inputs(inputs), impl="triton")
+    assert_accurate(out, block_attention_reference(**inputs), block_attention_reference(**in_float64(inputs)), form)
+
+
+@pytest.mark.parametrize("form", ["mirror", "slide, in steps", "joint, two halves"])
+def test_a_backward_follows_every_form(form: str):
+    with using(form):
+        assert_operation_accurate(OPERATION, draw(21, 3, dtype=torch.float16), impl="triton")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_clip_gets_the_same_bits_in_every_batch_with_every_form(form: str):
+    with using(form):
+        assert_same_bits(OPERATION, draw(23, 0, 5, dtype=torch.bfloat16), impl="triton")
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_a_given_table_of_blocks_gives_the_same_bits(grad: bool):
+    inputs = draw(45, 0, 13, padding=4)
+    blocks = attention_blocks(inputs["cu_seqlens"], total_frames=62, context_size=20)
+    wrt = WRT if grad else ()
+    expected, given = (outcome(block_attention_triton, {**inputs, "blocks": some}, wrt) for some in (None, blocks))
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+    shorter = (blocks - torch.tensor([0, 0, 1], dtype=torch.int32)).clamp(min=0)
+    assert not torch.equal(outcome(block_attention_triton, {**inputs, "blocks": shorter}, wrt)["out"], expected["out"])  # it is read
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 33])
@@ -168,7 +236,8 @@ def test_lse_and_rest_are_written_only_if_a_backward_needs_them(needs: bool):
     for inference in (True, False):
         with recorded_launches(90) as launches, torch.set_grad_enabled(not inference):
             block_attention_triton(**inputs)
-        (launch,) = launches
+        assert [launch.kernel.__name__ for launch in launches] == ["_attention_blocks_kernel", "_block_attention_fwd_kernel"]
+        launch = launches[1]
         saved = needs and not inference
         assert (launch.arguments["lse_ptr"] is not None) == (launch.arguments["rest_ptr"] is not None) == saved
 
@@ -178,3 +247,12 @@ def test_a_head_dim_above_128_is_refused():
     with pytest.raises(KernelError, match=r"^block_attention: dim_head = 129; expected at most 128\. Use impl='torch' or GRANITE_SPEECH"):
         block_attention(**inputs, impl="triton")
     assert block_attention(**inputs, impl="torch").shape == (4, 1, 129)
+
+
+def test_more_blocks_than_a_grid_are_refused():
+    inputs = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in draw(65533, context=1).items()}
+    with recorded_launches(90) as launches:
+        block_attention(**inputs, impl="triton")
+        with pytest.raises(KernelError, match=r"^block_attention: the number of slots for blocks = 65536; expected at most 65535\."):
+            block_attention(**{**inputs, "cu_seqlens": torch.empty(3, dtype=torch.int32, device="meta")}, impl="triton")
+    assert max(launch.grid[-1] for launch in launches) <= 65535
