@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from granite_kernels.tiles import TABLES
 
 from bench import audit
 from tests.support.paths import ROOT
@@ -24,10 +25,14 @@ def test_the_committed_table_has_every_configuration_and_no_faults():
 
 
 PROGRAM = """
+from dataclasses import replace
 from bench.audit import configurations
 from granite_kernels import OPERATIONS
 from tests.support import faulty_kernels
 print([(one.architecture, one.dtype) for one in configurations([OPERATIONS["exponential_noise"]])])
+op = OPERATIONS["block_attention"]
+found = configurations([replace(op, cases=op.cases[:1])])
+print(sorted({one.tile for one in found if one.architecture == 90 and one.dtype == "bfloat16" and "FORM" in one.tile}))
 faulty_kernels.main()
 """
 
@@ -45,6 +50,14 @@ def test_each_kind_of_fault_is_found(done):
 
 def test_a_kernel_without_float_arguments_is_listed_once_with_the_dtype_of_its_result(done):
     assert done.stdout.splitlines()[0] == "[(80, 'float32'), (90, 'float32'), (100, 'float32')]", done.stderr[-2000:]
+
+
+def test_alternatives_of_a_row_are_compiled_too(done):
+    table = next(table for table in TABLES if table.operation == "block_attention" and table.part == "forward")
+    tiles = [table.rows[90, 2].tile, *table.alternatives[90, 2]]
+    listed = done.stdout.splitlines()[1]
+    assert listed.count("FORM=") == len(tiles) >= 2
+    assert all(f"FORM={tile.blocks['FORM']} BLOCK={tile.blocks['BLOCK']} KEYS={tile.blocks['KEYS']} " in listed for tile in tiles)
 
 
 def test_interpreted_kernels_are_refused():

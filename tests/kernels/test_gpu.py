@@ -7,6 +7,7 @@ import torch
 from granite_kernels import OPERATIONS, exponential_noise
 from granite_kernels.op import Case, Operation
 from granite_kernels.testing import assert_operation_accurate, assert_same_bits, outcome, outcome_of, poisoned_allocations, strided_inputs
+from granite_kernels.tiles import TABLES
 
 from granite_speech.verify import verify
 from tests.kernels.test_exponential_noise import EXTREMES, VOCABULARY, assert_exact, index
@@ -21,6 +22,7 @@ CASES = [
     for op in OPERATIONS.values()
     for case in op.cases
 ]
+ALTERNATIVES = {table.operation for table in TABLES if table.alternatives}
 PACKED = [pair for pair in CASES if pair.values[0].packed]
 
 
@@ -37,6 +39,22 @@ def _compiled():
 def test_every_case_is_accurate(op: Operation, case: Case, dtype: torch.dtype):
     with poisoned_allocations():
         assert_operation_accurate(op, case.inputs(dtype, "cuda"), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("op", "case"), [pair for pair in CASES if pair.values[0].name in {one.operation for one in TABLES if one.alternatives}]
+)
+def test_every_case_is_accurate_with_alternative_tiles(op: Operation, case: Case, dtype: torch.dtype):
+    inputs = case.inputs(dtype, "cuda")
+    for table in TABLES:
+        if table.operation == op.name:
+            with table.lookups() as keys:
+                outcome_of(op, partial(op.call, impl="triton"), inputs)
+            for key in keys & table.alternatives.keys():
+                for tile in table.alternatives[key]:
+                    with table.using({key: tile}), poisoned_allocations():
+                        assert_operation_accurate(op, inputs, impl="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -37,6 +37,14 @@ def test_candidates_have_the_constants_of_the_row_and_include_it(name):
         assert all(one.blocks.keys() == row.tile.blocks.keys() for one in candidates), key
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY if EVERY[name].alternatives])
+def test_alternatives_are_candidates_that_the_row_is_not(name):
+    table = EVERY[name]
+    for key, tiles in table.alternatives.items():
+        assert table.rows[key].tile not in tiles
+        assert all(tile in table.candidates(key) for tile in tiles)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_rows_agree_in_what_bits_depend_on(name):
     table = EVERY[name]
