@@ -1,5 +1,7 @@
 """Tiles and launches of the backward of block attention."""
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -9,7 +11,6 @@ from granite_kernels.block_attention_backward_kernels import (
     _block_attention_bwd_kv_kernel,
     _block_attention_bwd_q_kernel,
     _block_attention_bwd_scores_kernel,
-    _block_attention_bwd_weights_kernel,
 )
 from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.tiles import TileTable, predicted
@@ -18,35 +19,51 @@ _DATE = "2026-11-27"
 
 
 def _scores_candidates(key: tuple[int, int]) -> list[Tile]:
-    if key[1] == 4:
+    chip, width = key
+    if width == 4:
         return [Tile({"BLOCK": block, "STEP": 32}, warps) for block, warps in ((16, 4), (32, 4), (32, 8))]
-    shapes = [(32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 1)]
-    if key[0] != 100:  # spills there
-        shapes.append((64, 8, 2))
+    shapes = [(32, 4, 2), (64, 4, 2), (64, 8, 2), *([(32, 4, 1)] if chip == 80 else [(64, 4, 1), (64, 8, 1)])]
     return [Tile({"BLOCK": block, "STEP": 128}, warps, stages) for block, warps, stages in shapes]
 
 
+def _queries_candidates(key: tuple[int, int]) -> list[Tile]:
+    chip, width = key
+    if width == 4:
+        return [Tile({}, 8, stages) for stages in (1, 2)]
+    return [Tile({}, 8, 1), Tile({}, 8, 2), *([Tile({}, 4, 1)] if chip == 100 else [Tile({}, 4, 2), Tile({}, 4, 3)])]
+
+
 def _products_candidates(key: tuple[int, int]) -> list[Tile]:
-    if key[1] == 4:
-        return [Tile({}, warps, stages) for warps in (4, 8) for stages in (1, 2)]
-    return [Tile({}, 4, stages) for stages in (1, 2, 3, 4)] + [Tile({}, 8, stages) for stages in (1, 2)]
+    return [Tile({}, 8, 1), Tile({}, 8, 2)] + [Tile({}, 4, stages) for stages in ((1, 2) if key[1] == 4 else (1, 2, 3, 4))]
 
 
-# P, S and S'. On 90, two programs of 4 warps share a multiprocessor: 163 registers and 88 KiB for P, 215 and 56 KiB for S. Three TF32
-# products need three times the registers, so there operands are read STEP features at a time.
+# P and S. On 90, two programs of 4 warps share a multiprocessor: 255 registers and 80 KiB. All loads of an iteration are on their way
+# together, which needs no second buffers; with them a program would take 136 KiB. In float32, three TF32 products need three times
+# the registers, so operands are read STEP features at a time.
 _SCORES = TileTable(
     "block_attention",
     "backward scores",
     {
         (80, 2): predicted(Tile({"BLOCK": 32, "STEP": 128}, 4, 2), _DATE),
-        **{(chip, 2): predicted(Tile({"BLOCK": 64, "STEP": 128}, 4, 2), _DATE) for chip in (90, 100)},
+        **{(chip, 2): predicted(Tile({"BLOCK": 64, "STEP": 128}, 4), _DATE) for chip in (90, 100)},
         **{(chip, 4): predicted(Tile({"BLOCK": 32, "STEP": 32}, 4), _DATE) for chip in ARCHITECTURES},
     },
     candidates=_scores_candidates,
     bits=("BLOCK", "STEP"),
 )
-# The products with P, S and S', which take BLOCK from the scores. On 90, up to 126 registers and 72 KiB: three programs share a
-# multiprocessor, and each has the operands of two tiles on their way.
+# The other kernels take BLOCK from the scores. On 90, two programs of grad_q share a multiprocessor: 244 registers and 80 KiB. On 100
+# its second buffers spill, as do 4 warps in float32.
+_QUERIES = TileTable(
+    "block_attention",
+    "backward queries",
+    {
+        **{(chip, 2): predicted(Tile({}, 4, 2), _DATE) for chip in (80, 90)},
+        (100, 2): predicted(Tile({}, 4), _DATE),
+        **{(chip, 4): predicted(Tile({}, 8), _DATE) for chip in ARCHITECTURES},
+    },
+    candidates=_queries_candidates,
+)
+# On 90, three programs share a multiprocessor (126 registers and 72 KiB), each with the operands of two tiles on their way.
 _PRODUCTS = TileTable(
     "block_attention",
     "backward products",
@@ -73,64 +90,53 @@ def _block_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and rel_pos_emb. grad_out and out are contiguous. Every sum has a fixed order, so the bits are too."""
-    (_, heads, dim), slots = q.shape, blocks.shape[0]
+    (frames, heads, dim), slots, reach = q.shape, blocks.shape[0], context_size - 1
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    scores, products = _tiles(q)
-    block = scores.blocks["BLOCK"]
+    block = _tiles(q)[0].blocks["BLOCK"]
     tiles = triton.cdiv(context_size, block)
     rows = heads * context_size
     rounds = triton.cdiv(slots * rows * (3 * tiles + 1) * block * q.element_size(), _SCRATCH)
     at_once = triton.cdiv(slots, rounds)
     chunks = min(_MAX_CHUNKS, triton.cdiv(at_once, _MIN_SLOTS))
-    weights, grads = (q.new_empty(at_once * rows, tiles * block) for _ in range(2))
-    skewed = q.new_empty(at_once * rows, (tiles + 1) * block)
     partial = torch.empty((chunks, heads, 2 * tiles, block, dim), dtype=torch.float32, device=q.device)
+    scratch = {"weights_ptr": q.new_empty(at_once * rows, tiles * block), "grads_ptr": q.new_empty(at_once * rows, tiles * block)}
+    scratch |= {"skewed_ptr": q.new_empty(at_once * rows, (tiles + 1) * block), "partial_ptr": partial}
     if launching(q):
-        sizes = {"num_heads": heads, "dim_head": dim, "context_size": context_size, "blocks_ptr": blocks}
-        of_q = {"q_ptr": q, "stride_q": q.stride(0), "stride_qh": q.stride(1)}
-        of_k = {"k_ptr": k, "stride_k": k.stride(0), "stride_kh": k.stride(1)}
-        of_v = {"v_ptr": v, "stride_v": v.stride(0), "stride_vh": v.stride(1)}
-        of_e = {"e_ptr": rel_pos_emb, "stride_e": rel_pos_emb.stride(0), "max_pos_emb": rel_pos_emb.shape[0] // 2}
-        of_out = {"out_ptr": out, "rest_ptr": rest if q.dtype != torch.float32 else None, "grad_out_ptr": grad_out}
+        given = {"q_ptr": q, "stride_q": q.stride(0), "stride_qh": q.stride(1), "grad_q_ptr": grad_q, "grad_out_ptr": grad_out}
+        given |= {"k_ptr": k, "stride_k": k.stride(0), "stride_kh": k.stride(1), "grad_k_ptr": grad_k, "total_frames": frames}
+        given |= {"v_ptr": v, "stride_v": v.stride(0), "stride_vh": v.stride(1), "grad_v_ptr": grad_v, "blocks_ptr": blocks}
+        given |= {"e_ptr": rel_pos_emb, "stride_e": rel_pos_emb.stride(0), "max_pos_emb": rel_pos_emb.shape[0] // 2}
+        given |= {"out_ptr": out, "rest_ptr": rest if q.dtype != torch.float32 else None, "lse_ptr": lse, "scale": scale}
+        given |= {"num_heads": heads, "dim_head": dim, "context_size": context_size, "slots_per_chunk": triton.cdiv(at_once, chunks)}
         for first_slot in range(0, slots, at_once):
             here = min(at_once, slots - first_slot)
-            given = sizes | {"first_slot": first_slot}
-            programs = here * heads * tiles
-            launch(
-                _block_attention_bwd_weights_kernel, (programs,), scores, **given, **of_q, **of_k, **of_e, scale=scale,
-                lse_ptr=lse, total_frames=q.shape[0], weights_ptr=weights,
-            )  # fmt: skip
-            launch(
-                _block_attention_bwd_scores_kernel, (programs,), scores, **given, **of_v, **of_out,
-                weights_ptr=weights, grads_ptr=grads, skewed_ptr=skewed,
-            )  # fmt: skip
-            launch(
-                _block_attention_bwd_q_kernel, (programs,), products, **given, **of_k, **of_e, scale=scale,
-                grads_ptr=grads, skewed_ptr=skewed, grad_q_ptr=grad_q,
-            )  # fmt: skip
-            launch(
-                _block_attention_bwd_kv_kernel, (programs, 2), products, **given, **of_q, scale=scale,
-                grad_out_ptr=grad_out, weights_ptr=weights, grads_ptr=grads, grad_k_ptr=grad_k, grad_v_ptr=grad_v,
-            )  # fmt: skip
-            launch(
-                _block_attention_bwd_e_kernel, (chunks, heads, 2 * tiles), products, **given, **of_q,
-                skewed_ptr=skewed, partial_ptr=partial, slots=here, slots_per_chunk=triton.cdiv(at_once, chunks),
-            )  # fmt: skip
-    bands = partial.sum((0, 1)).flatten(0, 1) * scale
-    reach, middle = context_size - 1, tiles * block  # the bands begin at distance -tiles · block
+            _launch_round(here * heads * tiles, partial.shape[:3], given | scratch | {"first_slot": first_slot, "slots": here}, _tiles(q))
+    bands = partial.sum((0, 1)).flatten(0, 1) * scale  # from distance -tiles · block on
     beyond = rel_pos_emb.shape[0] // 2 - reach
-    grad_e = torch.nn.functional.pad(bands[middle - reach : middle + reach + 1], (0, 0, beyond, beyond))
+    grad_e = torch.nn.functional.pad(bands[tiles * block - reach : tiles * block + reach + 1], (0, 0, beyond, beyond))
     return grad_q, grad_k, grad_v, grad_e.to(rel_pos_emb.dtype)
 
 
-def _tiles(q: Tensor) -> tuple[Tile, Tile]:
-    """The tiles of scores and of products. Two head widths keep compilations few."""
+def _launch_round(programs: int, bands: tuple[int, ...], given: dict[str, object], tiles: tuple[Tile, Tile, Tile]) -> None:
+    """The kernels for a range of slots, each with its own of the `given` arguments."""
+    scores, queries, products = tiles
+    for kernel, grid, tile in (
+        (_block_attention_bwd_scores_kernel, (programs,), scores),
+        (_block_attention_bwd_q_kernel, (programs,), queries),
+        (_block_attention_bwd_kv_kernel, (programs, 2), products),
+        (_block_attention_bwd_e_kernel, bands, products),
+    ):
+        launch(kernel, grid, tile, **{name: given[name] for name in kernel.arg_names if name in given})
+
+
+def _tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
+    """The tiles of scores, of grad_q, and of the other gradients. Two head widths keep compilations few."""
     key = architecture(q.device), q.element_size()
-    scores, products = _SCORES[key], _PRODUCTS[key]
+    scores = _SCORES[key]
     width = 64 if q.shape[2] <= 64 and q.element_size() == 2 else 128
     sizes = {"BLOCK": scores.blocks["BLOCK"], "BLOCK_D": width}
-    with_step = sizes | {"STEP": min(scores.blocks["STEP"], width)}
-    return Tile(with_step, scores.num_warps, scores.num_stages), Tile(sizes, products.num_warps, products.num_stages)
+    queries, products = (replace(table[key], blocks=sizes) for table in (_QUERIES, _PRODUCTS))
+    return replace(scores, blocks=sizes | {"STEP": min(scores.blocks["STEP"], width)}), queries, products
 
 
 backward_op = register(_block_attention_backward)
