@@ -26,8 +26,9 @@ DECODE_ROWS = 16  # rows of the decode kernel's tile: the fewest that tensor cor
 # Programs of a decode kernel per multiprocessor: a batch with up to _FEW shares a sequence's pieces between programs, until there are FILL.
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 _FEW = 2
-# Up to this many pieces, one program reads them all: it takes about as long as launching the merge kernel.
-_UNSHARED_PIECES = 2
+# Up to this many pieces, one program reads them all: it takes about as long as launching the merge kernel. In a prefill, whose decode
+# kernel has few sequences or none, up to twice as many.
+_UNSHARED_PIECES, _UNSHARED_IN_PREFILL = 2, 4
 
 
 def _decode_tile(block_n: int, num_warps: int, num_stages: int, piece: int) -> Tile:
@@ -333,7 +334,8 @@ def _paged_attention(
     for name, cache in (("k", k_cache), ("v", v_cache)):
         given |= {f"stride_{name}{dim}": cache.stride(index) for index, dim in enumerate("psh")}
     pieces = triton.cdiv(capacity, piece)
-    slots = _slots(fill * _MULTIPROCESSORS[chip], programs, pieces)
+    unshared = _UNSHARED_PIECES if max_query_len <= few else _UNSHARED_IN_PREFILL
+    slots = _slots(fill * _MULTIPROCESSORS[chip], programs, pieces) if pieces > unshared else 1
     rows = min(max_query_len, few) * group_size
     num_states = programs * pieces * rows if slots > 1 else 0
     ml = torch.empty(2 * num_states, dtype=torch.float32, device=q.device)
@@ -363,7 +365,7 @@ def _batch(chip: int, programs: int) -> str:
 
 def _slots(fill: int, programs: int, pieces: int) -> int:
     """The number of programs that share the pieces of one sequence and group of heads. Any number gives the same bits."""
-    return 1 if pieces <= _UNSHARED_PIECES else max(1, min(pieces, fill // max(1, programs)))
+    return max(1, min(pieces, fill // max(1, programs)))
 
 
 paged_attention_triton = register(_paged_attention)

@@ -155,7 +155,9 @@ def launches(sequences, **options):
 def test_shapes_and_max_query_len_decide_which_kernels_are_launched():
     assert launches(((1, 90), (8, 90))) == ["decode"]
     assert launches(((1, 90), (9, 90))) == ["decode", "prefill"]
-    assert launches(((1, 2000),)) == ["decode", "merge"]
+    assert launches(((1, 112),)) == ["decode"]
+    assert launches(((1, 120),)) == ["decode", "merge"]
+    assert launches(((9, 240),)) == ["decode", "prefill"]
     assert launches(((9, 2000),)) == ["decode", "merge", "prefill"]
     assert launches(((1, 20),) * 300 + ((1, 2000),)) == ["decode"]
     assert launches(()) == []
