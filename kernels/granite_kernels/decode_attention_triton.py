@@ -15,19 +15,35 @@ import torch
 import triton
 import triton.language as tl
 
-from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.paged_attention_triton import DECODE_ROWS, _group_size, _merge_states, _normalised
 from granite_kernels.primitives import await_inputs, dot, rounded
 from granite_kernels.rotary_write_triton import exchanged, partner_of, projection_arguments, projection_blocks, rotation
+from granite_kernels.tiles import TileTable, predicted
 
 # Keys per piece and tile. A row's bits depend on this alone.
-PIECE = 64
-# Programs that run at once, two per multiprocessor. With fewer rows, several programs share a row's pieces.
-_FILL = {80: 216, 90: 264, 100: 296}
-# Warps by bytes per element: a thread holds keys and values of two pieces. In other models, whose heads are not a power of two or
-# whose pages do not hold whole pieces, their addresses and masks need more registers. Chosen 2026-11-27 from the compiled code, not
-# by measurement.
-_WARPS, _WARPS_OTHERS = {2: 4, 4: 8}, 8
+_PIECE = 64
+
+
+def _tile(num_warps: int, fill: int = 2) -> Tile:
+    """FILL is the launcher's: the programs per multiprocessor up to which several programs share a row's pieces."""
+    return Tile({"PIECE": _PIECE, "FILL": fill}, num_warps)
+
+
+# By bytes per element and model: a thread holds keys and values of two pieces. In other models, whose heads are not a power of two or
+# whose pages do not hold whole pieces, their addresses and masks need more registers. Chosen from the compiled code.
+_TILES = TileTable(
+    "decode_attention",
+    "forward",
+    {
+        (chip, width, model): predicted(_tile(warps), "2026-11-27")
+        for chip in ARCHITECTURES
+        for (width, model), warps in {(2, "usual"): 4, (4, "usual"): 8, (2, "other"): 8, (4, "other"): 8}.items()
+    },
+    candidates=lambda key: [_tile(warps, fill) for warps in ((4, 8) if key[1:] == (2, "usual") else (8,)) for fill in (1, 2, 4)],
+    bits=("PIECE",),
+)
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # Arguments that Triton does not specialise on.
 _SIZES = ["num_groups", "sharing", "page_size", "capacity", "max_pieces", "stride_bt", "qk_scale", "scaling_q", "scaling_k", "scaling_v"]
 
@@ -280,15 +296,16 @@ def _decode_attention(
     group_size = _group_size(num_heads // num_kv_heads)
     num_groups = num_heads // group_size
     capacity = block_table.shape[1] * page_size
-    pieces = triton.cdiv(capacity, PIECE)
-    slots = _slots(architecture(qkv.device), rows * num_groups, pieces)
+    usual = page_size % _PIECE == 0 and head_dim == blocks["BLOCK_D"]
+    chip = architecture(qkv.device)
+    tile = _TILES[chip, qkv.element_size(), "usual" if usual else "other"]
+    pieces = triton.cdiv(capacity, _PIECE)
+    slots = _slots(tile.blocks["FILL"] * _MULTIPROCESSORS[chip], rows * num_groups, pieces)
     num_states = rows * num_groups * pieces * group_size if slots > 1 else 0
     blocks |= {"GROUP": group_size, "BLOCK_G": triton.next_power_of_2(group_size), "BLOCK_M": DECODE_ROWS}
-    blocks |= {"PIECE": PIECE, "WHOLE": int(page_size % PIECE == 0)}
-    usual = blocks["WHOLE"] and head_dim == blocks["BLOCK_D"]
-    num_warps = _WARPS[qkv.element_size()] if usual else _WARPS_OTHERS
+    blocks |= {"PIECE": _PIECE, "WHOLE": int(page_size % _PIECE == 0)}
     launch(
-        _decode_attention_kernel, (rows * num_groups, slots), Tile(blocks, num_warps),
+        _decode_attention_kernel, (rows * num_groups, slots), Tile(blocks, tile.num_warps),
         **projection_arguments(qkv, cos, sin, k_cache, v_cache, low, lora_q, lora_k, lora_v, adapter_index),
         block_table_ptr=block_table, kv_lens_ptr=kv_lens, counters_ptr=counters, out_ptr=out,
         ml_ptr=torch.empty(2 * num_states, dtype=torch.float32, device=qkv.device),
@@ -300,9 +317,9 @@ def _decode_attention(
     return out
 
 
-def _slots(chip: int, programs: int, pieces: int) -> int:
+def _slots(fill: int, programs: int, pieces: int) -> int:
     """The number of programs that share the pieces of one row and group of heads. Any number gives the same bits."""
-    return max(1, min(pieces, _FILL[chip] // programs))
+    return max(1, min(pieces, fill // programs))
 
 
 decode_attention_triton = register(_decode_attention, mutates=("k_cache", "v_cache", "counters"))

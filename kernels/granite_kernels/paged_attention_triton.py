@@ -8,38 +8,77 @@ same device functions on the same float32 states.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from granite_kernels.errors import KernelError
-from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.op import CHOICE
 from granite_kernels.primitives import dot, locate, rounded
+from granite_kernels.tiles import TileTable, predicted
 
 MAX_HEAD_DIM = 128
 DECODE_ROWS = 16  # rows of the decode kernel's tile: the fewest that tensor cores support
 
-# By architecture and bytes per element: (BLOCK_N, num_warps, num_stages) of the decode kernel, and (BLOCK_M, BLOCK_N, num_warps,
-# num_stages) of the prefill kernel. Chosen 2026-11-22 from bytes in flight and from what compiles without spills, not by
-# measurement. The pipeline loads a tile's page numbers before its keys, so only two of five stages hold keys and values.
-_DECODE = {
-    80: {2: (64, 4, 5), 4: (32, 4, 3)},
-    90: {2: (64, 4, 5), 4: (32, 4, 3)},
-    100: {2: (64, 4, 5), 4: (32, 4, 3)},
+# Programs of a decode kernel per multiprocessor: a batch with up to _FEW shares a sequence's pieces between programs, until there are FILL.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+_FEW = 2
+# Up to this many pieces, one program reads them all: it takes about as long as launching the merge kernel. In a prefill, whose decode
+# kernel has few sequences or none, up to twice as many.
+_UNSHARED_PIECES, _UNSHARED_IN_PREFILL = 2, 4
+
+
+def _decode_tile(block_n: int, num_warps: int, num_stages: int, piece: int) -> Tile:
+    blocks = {"BLOCK_M": DECODE_ROWS, "BLOCK_N": block_n, "PIECE": piece, "FILL": 4}
+    return Tile(blocks, num_warps, num_stages)
+
+
+def _prefill_tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
+
+
+# One BLOCK_N and one PIECE serve all batches. On an H200 on 2026-11-26, with pages of 16 and the pieces of a sequence in separate loops,
+# pieces of 128 keys took 10.5 µs for one sequence of 300 keys and 26.0 µs for 128 of 200 (4.1-2b, BLOCK_N 32, the best warps and stages
+# for each), pieces of 256 took 16.8 and 24.3 µs. The pipeline loads a tile's page numbers before its keys, so only two of five stages
+# hold keys and values.
+_DECODE = TileTable(
+    "paged_attention",
+    "decode",
+    {
+        (chip, width, batch): predicted(_decode_tile(32, *warps_and_stages, 128), "2026-11-27")
+        for chip in ARCHITECTURES
+        for (width, batch), warps_and_stages in {(2, "few"): (4, 5), (2, "many"): (2, 5), (4, "few"): (4, 3), (4, "many"): (4, 3)}.items()
+    },
+    candidates=lambda key: [_decode_tile(*one, piece) for one in _DECODE_CANDIDATES[key[1]] for piece in (128, 256)],
+    bits=("BLOCK_M", "BLOCK_N", "PIECE"),
+)
+# BLOCK_N, warps and stages, by bytes per element.
+_DECODE_CANDIDATES = {
+    2: ((32, 2, 2), (32, 2, 5), (32, 4, 5), (64, 2, 2), (64, 4, 2)),
+    4: ((32, 2, 3), (32, 4, 2), (32, 4, 3)),
 }
-_PREFILL = {
-    80: {2: (64, 64, 8, 3), 4: (32, 32, 8, 3)},
-    90: {2: (128, 64, 8, 5), 4: (64, 32, 8, 3)},
-    100: {2: (128, 64, 8, 5), 4: (32, 32, 8, 3)},
+_PREFILL = TileTable(
+    "paged_attention",
+    "prefill",
+    {
+        (80, 2): predicted(_prefill_tile(64, 64, 8, 3), "2026-11-22"),
+        (80, 4): predicted(_prefill_tile(32, 32, 8, 3), "2026-11-22"),
+        (90, 2): predicted(_prefill_tile(128, 64, 8, 5), "2026-11-22"),
+        (90, 4): predicted(_prefill_tile(64, 32, 8, 3), "2026-11-22"),
+        (100, 2): predicted(_prefill_tile(128, 64, 8, 5), "2026-11-22"),
+        (100, 4): predicted(_prefill_tile(32, 32, 8, 3), "2026-11-22"),
+    },
+    candidates=lambda key: [_prefill_tile(*one) for one in _PREFILL_CANDIDATES[key[1]] if key[0] > 80 or one[3] <= 3],
+    bits=("BLOCK_M", "BLOCK_N"),
+)
+# BLOCK_M, BLOCK_N, warps and stages, by bytes per element.
+_PREFILL_CANDIDATES = {
+    2: ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 5)),
+    4: ((32, 32, 4, 3), (32, 32, 8, 3), (64, 32, 4, 3), (64, 32, 8, 3)),
 }
-# Keys per piece. A sequence's bits depend on this, BLOCK_N and BLOCK_M alone.
-PIECE = 256
-# Programs that fill the chip, four per multiprocessor. With fewer, several programs share a sequence's pieces.
-_FILL = {80: 432, 90: 528, 100: 592}
-# Up to this many pieces, one program reads them all: it takes about as long as launching the merge kernel.
-_UNSHARED_PIECES = 2
 # Arguments that Triton does not specialise on: sizes that change from call to call, such as the block table's width, and those
 # that few instructions depend on.
 _SIZES = ["num_sequences", "num_rows", "num_groups", "group_size", "sharing", "page_size", "capacity", "stride_bt", "pieces", "rows"]
@@ -78,38 +117,38 @@ def _normalised(l_i, acc):
 
 @triton.jit
 def _attend(
-    q, seen, first, end, pages_ptr, k_ptr, v_ptr, page_size, head_dim, stride_kp, stride_ks, stride_vp, stride_vs, qk_scale,
+    q, seen, start, end, m_i, l_i, acc, pages_ptr, k_ptr, v_ptr, page_size, head_dim, stride_kp, stride_ks, stride_vp, stride_vs, qk_scale,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The softmax state of the rows of q over keys `first` to `end`. Row m sees only the keys below seen[m].
+    """The softmax state of the rows of q with BLOCK_N more keys, from `start` on, of those before `end`. Row m sees those below seen[m].
 
     q (BLOCK_M, BLOCK_D), zero past head_dim. pages_ptr is at the sequence's row of block_table, k_ptr and v_ptr at the KV head.
     """
-    BLOCK_M: tl.constexpr = q.shape[0]
-    BLOCK_D: tl.constexpr = q.shape[1]
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, q.shape[1])
+    keys = start + tl.arange(0, BLOCK_N)
+    exists = keys < end
+    here = exists[:, None] & (d < head_dim)[None, :]
+    page = tl.load(pages_ptr + keys // page_size, mask=exists, other=0).to(tl.int64)
+    slot = (keys % page_size).to(tl.int64)
+    # Load zeros past a sequence's keys: the memory there may hold NaN, and 0 · NaN is NaN.
+    k = tl.load(k_ptr + (page * stride_kp + slot * stride_ks)[:, None] + d[None, :], mask=here, other=0.0)
+    scores = dot(q, tl.trans(k), None) * qk_scale
+    scores = tl.where(keys[None, :] < seen[:, None], scores, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    weights = tl.exp2(scores - m_finite[:, None])
+    alpha = tl.exp2(m_i - m_finite)
+    l_i = l_i * alpha + tl.sum(weights, axis=1)
+    v = tl.load(v_ptr + (page * stride_vp + slot * stride_vs)[:, None] + d[None, :], mask=here, other=0.0)
+    acc = dot(rounded(weights, v.dtype), v, acc * alpha[:, None])
+    return m_new, l_i, acc
+
+
+@triton.jit
+def _no_keys(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The softmax state of no keys."""
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in tl.range(first, end, BLOCK_N, disable_licm=True):
-        keys = start + tl.arange(0, BLOCK_N)
-        exists = keys < end
-        here = exists[:, None] & (d < head_dim)[None, :]
-        page = tl.load(pages_ptr + keys // page_size, mask=exists, other=0).to(tl.int64)
-        slot = (keys % page_size).to(tl.int64)
-        # Load zeros past a sequence's keys: the memory there may hold NaN, and 0 · NaN is NaN.
-        k = tl.load(k_ptr + (page * stride_kp + slot * stride_ks)[:, None] + d[None, :], mask=here, other=0.0)
-        scores = dot(q, tl.trans(k), None) * qk_scale
-        scores = tl.where(keys[None, :] < seen[:, None], scores, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(scores, axis=1))
-        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weights = tl.exp2(scores - m_finite[:, None])
-        alpha = tl.exp2(m_i - m_finite)
-        l_i = l_i * alpha + tl.sum(weights, axis=1)
-        v = tl.load(v_ptr + (page * stride_vp + slot * stride_vs)[:, None] + d[None, :], mask=here, other=0.0)
-        acc = dot(rounded(weights, v.dtype), v, acc * alpha[:, None])
-        m_i = m_new
-    return m_i, l_i, acc
+    return m_i, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -155,22 +194,27 @@ def _paged_attention_decode_kernel(
     kv_head = (group // sharing).to(tl.int64)
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for piece in range(slot, tl.cdiv(kv_len, PIECE), slots):
-        first = piece * PIECE
-        end = tl.minimum(first + PIECE, kv_len)
+    m_i, l_i, acc = _no_keys(BLOCK_M, BLOCK_D)
+    m_j, l_j, acc_j = _no_keys(BLOCK_M, BLOCK_D)
+    # All pieces in one loop, so that the pipeline stays full from one piece to the next. Only the last piece may be short of tiles.
+    per_piece: tl.constexpr = PIECE // BLOCK_N
+    own = tl.cdiv(tl.cdiv(kv_len, PIECE) - slot, slots)
+    tiles = own * per_piece - tl.maximum((slot + (own - 1) * slots + 1) * PIECE - kv_len, 0) // BLOCK_N
+    for tile in tl.range(0, tiles, disable_licm=True):
+        piece = slot + tile // per_piece * slots
         m_j, l_j, acc_j = _attend(
-            q, seen, first, end, pages_ptr, k_ptr, v_ptr, page_size, head_dim, stride_kp, stride_ks, stride_vp, stride_vs, qk_scale, BLOCK_N
-        )
-        if slots == 1:
-            m_i, l_i, acc = _merge_states(m_i, l_i, acc, m_j, l_j, acc_j)
-        else:
-            state = program.to(tl.int64) * pieces + piece
-            tl.store(ml_ptr + state * 2 * rows + m, m_j, mask=exists)
-            tl.store(ml_ptr + (state * 2 + 1) * rows + m, l_j, mask=exists)
-            tl.store(acc_ptr + (state * rows + m)[:, None] * head_dim + d[None, :], acc_j, mask=here)
+            q, seen, piece * PIECE + tile % per_piece * BLOCK_N, kv_len, m_j, l_j, acc_j, pages_ptr, k_ptr, v_ptr, page_size, head_dim,
+            stride_kp, stride_ks, stride_vp, stride_vs, qk_scale, BLOCK_N,
+        )  # fmt: skip
+        if (tile % per_piece == per_piece - 1) | (tile == tiles - 1):
+            if slots == 1:
+                m_i, l_i, acc = _merge_states(m_i, l_i, acc, m_j, l_j, acc_j)
+            else:
+                state = program.to(tl.int64) * pieces + piece
+                tl.store(ml_ptr + state * 2 * rows + m, m_j, mask=exists)
+                tl.store(ml_ptr + (state * 2 + 1) * rows + m, l_j, mask=exists)
+                tl.store(acc_ptr + (state * rows + m)[:, None] * head_dim + d[None, :], acc_j, mask=here)
+            m_j, l_j, acc_j = _no_keys(BLOCK_M, BLOCK_D)
     if slots == 1:
         out = out_ptr + (row.to(tl.int64) * num_heads + head)[:, None] * head_dim + d[None, :]
         tl.store(out, rounded(_normalised(l_i, acc), out_ptr.dtype.element_ty), mask=here)
@@ -239,9 +283,12 @@ def _paged_attention_prefill_kernel(
     kv_head = (group // sharing).to(tl.int64)
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
-    _, l_i, acc = _attend(
-        q, seen, 0, end, pages_ptr, k_ptr, v_ptr, page_size, head_dim, stride_kp, stride_ks, stride_vp, stride_vs, qk_scale, BLOCK_N
-    )
+    m_i, l_i, acc = _no_keys(BLOCK_M, BLOCK_D)
+    for start in tl.range(0, end, BLOCK_N, disable_licm=True):
+        m_i, l_i, acc = _attend(
+            q, seen, start, end, m_i, l_i, acc, pages_ptr, k_ptr, v_ptr, page_size, head_dim, stride_kp, stride_ks, stride_vp, stride_vs,
+            qk_scale, BLOCK_N,
+        )  # fmt: skip
     out = out_ptr + (row.to(tl.int64) * num_groups * group_size + head)[:, None] * head_dim + d[None, :]
     tl.store(out, rounded(_normalised(l_i, acc), out_ptr.dtype.element_ty), mask=here)
 
@@ -271,10 +318,12 @@ def _paged_attention(
     if not launching(q) or out.numel() == 0:
         return out
     chip = architecture(q.device)
-    decode, prefill = _tiles(chip, q.element_size(), head_dim)
     group_size = _group_size(num_heads // num_kv_heads)
     num_groups = num_heads // group_size
-    few = DECODE_ROWS // group_size
+    programs, few = num_sequences * num_groups, DECODE_ROWS // group_size
+    decode = _DECODE[chip, q.element_size(), _batch(chip, programs)]
+    blocks = {**decode.blocks, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+    fill, block_d, piece = blocks.pop("FILL"), blocks["BLOCK_D"], blocks["PIECE"]
     capacity = block_table.shape[1] * page_size
     shared = {"out_ptr": out, "kv_lens_ptr": kv_lens, "cu_seqlens_ptr": cu_seqlens_q, "capacity": capacity, "head_dim": head_dim}
     shared |= {"num_groups": num_groups, "group_size": group_size}
@@ -284,19 +333,21 @@ def _paged_attention(
     given |= {"stride_qt": q.stride(0), "stride_qh": q.stride(1), "stride_bt": block_table.stride(0)}
     for name, cache in (("k", k_cache), ("v", v_cache)):
         given |= {f"stride_{name}{dim}": cache.stride(index) for index, dim in enumerate("psh")}
-    pieces = triton.cdiv(capacity, PIECE)
-    programs = num_sequences * num_groups
-    slots = _slots(chip, programs, pieces)
+    pieces = triton.cdiv(capacity, piece)
+    unshared = _UNSHARED_PIECES if max_query_len <= few else _UNSHARED_IN_PREFILL
+    slots = _slots(fill * _MULTIPROCESSORS[chip], programs, pieces) if pieces > unshared else 1
     rows = min(max_query_len, few) * group_size
     num_states = programs * pieces * rows if slots > 1 else 0
     ml = torch.empty(2 * num_states, dtype=torch.float32, device=q.device)
     acc = torch.empty(num_states * head_dim, dtype=torch.float32, device=q.device)
     states = {"ml_ptr": ml, "acc_ptr": acc, "pieces": pieces, "rows": rows}
-    launch(_paged_attention_decode_kernel, (programs + num_groups, slots), decode, **shared, **given, **states)
+    launch(_paged_attention_decode_kernel, (programs + num_groups, slots), replace(decode, blocks=blocks), **shared, **given, **states)
     if slots > 1:
-        merge = Tile({"BLOCK_D": decode.blocks["BLOCK_D"], "PIECE": PIECE}, num_warps=1)
+        merge = Tile({"BLOCK_D": block_d, "PIECE": piece}, num_warps=1)
         launch(_paged_attention_merge_kernel, (programs, rows), merge, **shared, **states, few=few)
     if max_query_len > few:
+        prefill = _PREFILL[chip, q.element_size()]
+        prefill = replace(prefill, blocks={**prefill.blocks, "BLOCK_D": block_d})
         tiles = num_rows // (prefill.blocks["BLOCK_M"] // group_size) + num_sequences + 1
         launch(_paged_attention_prefill_kernel, (tiles * num_groups,), prefill, **shared, **given, few=few)
     return out
@@ -307,18 +358,14 @@ def _group_size(sharing: int) -> int:
     return next(size for size in range(min(sharing, DECODE_ROWS), 0, -1) if sharing % size == 0)
 
 
-def _tiles(chip: int, width: int, head_dim: int) -> tuple[Tile, Tile]:
-    """The tiles of the decode and the prefill kernel."""
-    BLOCK_D = max(16, triton.next_power_of_2(head_dim))
-    BLOCK_N, *decode = _DECODE[chip][width]
-    blocks = {"BLOCK_M": DECODE_ROWS, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "PIECE": PIECE}
-    BLOCK_M, BLOCK_N, *prefill = _PREFILL[chip][width]
-    return Tile(blocks, *decode), Tile({"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D}, *prefill)
+def _batch(chip: int, programs: int) -> str:
+    """The class of a batch with this many programs, before any share the pieces of a sequence."""
+    return "few" if programs <= _FEW * _MULTIPROCESSORS[chip] else "many"
 
 
-def _slots(chip: int, programs: int, pieces: int) -> int:
+def _slots(fill: int, programs: int, pieces: int) -> int:
     """The number of programs that share the pieces of one sequence and group of heads. Any number gives the same bits."""
-    return 1 if pieces <= _UNSHARED_PIECES else max(1, min(pieces, _FILL[chip] // max(1, programs)))
+    return max(1, min(pieces, fill // max(1, programs)))
 
 
 paged_attention_triton = register(_paged_attention)

