@@ -1,7 +1,7 @@
 """The program that tests/training/test_processes.py starts in two processes. Each prints its results as one line of JSON.
 
-Arguments: "caller" to initialize a process group first, or "finetune" to let `finetune` do so; the manifest and model to tune; a folder
-for `make_trainer`; and an empty folder for outputs.
+First `finetune` makes its own process group, then the caller does. Arguments: the manifest and model to tune; a folder for `make_trainer`;
+and an empty folder for outputs.
 """
 
 import contextlib
@@ -84,11 +84,12 @@ def train(folder: Path, output: Path, seconds: float | None = None) -> list[dict
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
-def run(group: str, manifest: str, model: str, folder: Path, output: Path) -> dict:
-    command = [manifest, "--model", model, "--batch-seconds", "0.8", "--steps", "2", "--output"]
-    if group == "finetune":
-        results = {"joined": join_repeatedly(), "tuned": tune(manifest, model, output / "tuned")}
-        return results | {"command": run_command(*command, str(output / "command"), "--accumulate", "2")}
+def in_group_of_finetune(manifest: str, model: str, command: list[str], output: Path) -> dict:
+    results = {"joined": join_repeatedly(), "tuned": tune(manifest, model, output / "tuned")}
+    return results | {"command": run_command(*command, str(output / "command"), "--accumulate", "2")}
+
+
+def in_callers_group(manifest: str, model: str, command: list[str], folder: Path, output: Path) -> dict:
     results = {"tuned": tune(manifest, model, output / "tuned")}
     results["failures"] = {place: tune_with_failure(place, manifest, model, output / place) for place in FAILURES}
     results["taken"] = run_command(*command, str(output / "tuned"), "--accumulate", "2")
@@ -98,13 +99,17 @@ def run(group: str, manifest: str, model: str, folder: Path, output: Path) -> di
     return results
 
 
+def main_of_each_process(manifest: str, model: str, folder: Path, output: Path) -> dict:
+    command = [manifest, "--model", model, "--batch-seconds", "0.8", "--steps", "2", "--output"]
+    results = {"finetune": in_group_of_finetune(manifest, model, command, output / "finetune")}
+    dist.init_process_group("gloo")
+    results["caller"] = in_callers_group(manifest, model, command, folder, output / "caller")
+    dist.barrier()
+    dist.destroy_process_group()
+    return results
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    group, manifest, model, folder, output = sys.argv[1:]
-    if group == "caller":
-        dist.init_process_group("gloo")
-    results = run(group, manifest, model, Path(folder), Path(output))
-    print(json.dumps(results), flush=True)
-    if group == "caller":
-        dist.barrier()
-        dist.destroy_process_group()
+    manifest, model, folder, output = sys.argv[1:]
+    print(json.dumps(main_of_each_process(manifest, model, Path(folder), Path(output))), flush=True)

@@ -1,6 +1,6 @@
 """Training in two processes, which torchrun starts: the steps of one process, one report, and no process left waiting.
 
-Starting takes much longer than training here, so each start runs several checks, and each test looks at one of their results.
+Starting takes much longer than training here, so one start runs all checks, and each test looks at one of their results.
 """
 
 import json
@@ -55,21 +55,23 @@ def torchrun(folder, *command):
     return done.returncode, out, "".join(err)
 
 
-def run_program(group, manifest, base, folder, output):
+@pytest.fixture(scope="module")
+def results(manifest, base, folder, tmp_path_factory):
     """(results of each process, output folder) of tests/support/two_processes.py."""
-    status, out, err = torchrun(output, "-m", "tests.support.two_processes", group, manifest, base, folder, output)
+    output = tmp_path_factory.mktemp("processes")
+    status, out, err = torchrun(output, "-m", "tests.support.two_processes", manifest, base, folder, output)
     assert status == 0, err
     return [json.loads(one.splitlines()[-1]) for one in out], output
 
 
 @pytest.fixture(scope="module")
-def in_callers_group(manifest, base, folder, tmp_path_factory):
-    return run_program("caller", manifest, base, folder, tmp_path_factory.mktemp("caller"))
+def in_callers_group(results):
+    return [one["caller"] for one in results[0]], results[1] / "caller"
 
 
 @pytest.fixture(scope="module")
-def in_group_of_finetune(manifest, base, folder, tmp_path_factory):
-    return run_program("finetune", manifest, base, folder, tmp_path_factory.mktemp("finetune"))
+def in_group_of_finetune(results):
+    return [one["finetune"] for one in results[0]], results[1] / "finetune"
 
 
 @pytest.fixture(scope="module")
