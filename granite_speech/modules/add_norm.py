@@ -5,6 +5,7 @@ from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
 from granite_speech.modules.autocast import autocast_dtype
+from granite_speech.modules.side_by_side import is_plain
 
 __all__ = ["add_norm"]
 
@@ -24,7 +25,8 @@ def add_norm(
     """
     norms = [norm] if next_norm is None else [norm, next_norm]
     operation = OPERATIONS["add_layer_norm"]
-    if operation.resolve(None, x.device, x.dtype) == "triton" and x.dtype == delta.dtype and all(_is_usual(one, x) for one in norms):
+    is_readable = x.dtype == delta.dtype and x.stride(1) == delta.stride(1) == 1
+    if is_readable and operation.resolve(None, x.device, x.dtype) == "triton" and all(_is_usual(one, x) for one in norms):
         options = {"eps": norm.eps, "multiplier": multiplier} | ({} if next_norm is None else {"next_eps": next_norm.eps})
         return operation.run(x, delta, *(part for one in norms for part in (one.weight, one.bias)), **options)
     x = torch.add(x, delta, alpha=multiplier)
@@ -36,4 +38,5 @@ def _is_usual(norm: nn.Module, x: Tensor) -> bool:
     """Whether a module is LayerNorm and no more, computed in the dtype of x, which it is not under autocast."""
     if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or norm.normalized_shape != x.shape[1:]:
         return False
-    return norm.weight.dtype == norm.bias.dtype == x.dtype and autocast_dtype(x.device) is None
+    can_be_read = (is_plain(one) and one.is_contiguous() and one.dtype == x.dtype for one in (norm.weight, norm.bias))
+    return all(can_be_read) and autocast_dtype(x.device) is None

@@ -18,7 +18,7 @@ from granite_speech.modules.add_norm import add_norm
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.packing import Segments
-from granite_speech.modules.side_by_side import side_by_side
+from granite_speech.modules.side_by_side import is_plain, side_by_side
 from granite_speech.modules.transfers import on_device
 from granite_speech.modules.wrapped_weights import weight_of
 
@@ -60,7 +60,9 @@ class GraniteSpeechConformerFeedForward(nn.Module):
     def _has_kernel(self, x: Tensor) -> bool:
         """Whether `silu_linear`, which has no backward, computes what the modules do."""
         up = self.up_proj
-        if torch.is_grad_enabled() or type(up) is not LoraLinear or up.has_adapter or not up.weight.dtype == x.dtype == up.bias.dtype:
+        if torch.is_grad_enabled() or type(up) is not LoraLinear or up.has_adapter:
+            return False
+        if not all(is_plain(one) and one.dtype == x.dtype for one in (up.weight, up.bias)):
             return False
         return OPERATIONS["silu_linear"].resolve(None, x.device, x.dtype) == "triton" and autocast_dtype(x.device) is None
 

@@ -58,16 +58,17 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
             one.unflatten(2, (self.num_attention_heads, -1)) for one in (self.query(hidden_states), self.key(source), self.value(source))
         )
         dropout = self.attention_dropout if self.training else 0.0
-        if mask is None and not dropout and _have_kernel(q, k):
+        if mask is None and not dropout and _have_kernel(q, k, v):
             return OPERATIONS["window_attention"].run(q, k, v).flatten(2), None
         q, k, v = (one.transpose(1, 2) for one in (q.expand(k.shape[0], -1, -1, -1), k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2), None
 
 
-def _have_kernel(q: Tensor, k: Tensor) -> bool:
-    """Whether `window_attention` runs as a kernel on these queries and keys, `(windows, queries or keys, heads, dim)`."""
-    few = all(size <= most for size, most in zip((q.shape[1], k.shape[1], q.shape[3]), _MOST, strict=True))
-    return few and OPERATIONS["window_attention"].resolve(None, q.device, q.dtype) == "triton"
+def _have_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `window_attention` runs as a kernel on these queries, keys and values, `(windows, queries or keys, heads, dim)`."""
+    few = all(0 < size <= most for size, most in zip((q.shape[1], k.shape[1], q.shape[3]), _MOST, strict=True))
+    readable = q.stride(3) == k.stride(3) == v.stride(3) == 1 and q.dtype == k.dtype == v.dtype  # a hook may give any
+    return few and readable and OPERATIONS["window_attention"].resolve(None, q.device, q.dtype) == "triton"
 
 
 class Blip2QFormerOutput(nn.Module):

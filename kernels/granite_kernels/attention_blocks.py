@@ -50,7 +50,7 @@ def _check(inputs: AttentionBlocksInputs) -> None:
         arguments.refuse("cu_seqlens is empty", "clips + 1 offsets", "Pass [0] for a batch without clips")
     for name, least in (("total_frames", 0), ("context_size", 1)):
         value = getattr(inputs, name)
-        if not isinstance(value, int):
+        if not isinstance(value, int | torch.SymInt):
             arguments.refuse(f"{name} is of type {type(value).__name__}", "an integer", f"Pass {name} as a number that the host knows")
         if value < least:
             arguments.refuse(f"{name}={value}", f"{least} or more", "Pass the rows of q and the encoder's context_size")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from granite_kernels import KernelError, attention_blocks
 from granite_kernels.attention_blocks import OPERATION, attention_blocks_cost
+from torch.fx.experimental.proxy_tensor import make_fx
 
 SMALL = [case for case in OPERATION.cases if not case.released]
 
@@ -34,6 +35,17 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
     right = {"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32), "total_frames": 4, "context_size": 8}
     with pytest.raises(KernelError, match=f"^attention_blocks: {message}"):
         attention_blocks(**{**right, **change})
+
+
+def test_the_number_of_frames_may_be_a_symbol():
+    """As when a graph for batches of any length is traced."""
+    cu_seqlens = torch.tensor([0, 5, 7], dtype=torch.int32)
+
+    def table(cu_seqlens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return attention_blocks(cu_seqlens, total_frames=x.shape[0], context_size=4, impl="triton")
+
+    traced = make_fx(table, tracing_mode="symbolic")(cu_seqlens, torch.zeros(9))
+    assert torch.equal(traced(cu_seqlens, torch.zeros(12)), table(cu_seqlens, torch.zeros(12)))
 
 
 def test_cost_matches_a_count_by_hand():

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from granite_kernels.op import CHOICE
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -168,6 +169,28 @@ def test_a_wrapped_block_or_part_of_one_is_called(name: str):
     checkpoint.assert_called_once()
 
 
+class Halved(Tensor):
+    """As tensors that are quantized or distributed: only PyTorch's own functions find the values, which here are twice those in memory."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+        if function in (F.linear, F.layer_norm):
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*(2 * one if isinstance(one, cls) else one for one in arguments), **options or {})
+        return super().__torch_function__(function, types, arguments, options)
+
+
+@torch.no_grad()
+def test_weights_that_are_more_than_memory_are_left_to_pytorch(backend: str):
+    model = encoder()
+    x = frames(model)
+    expected = chained(model, x)[-1]
+    block = model.layers[1]
+    for module in (block.ff1.up_proj, block.attn.to_q, block.attn.pre_norm, block.post_norm):
+        module.weight = nn.Parameter((module.weight / 2).as_subclass(Halved))
+    torch.testing.assert_close(chained(model, x)[-1], expected, rtol=0, atol=2e-5)
+
+
 @torch.no_grad()
 def test_norms_of_another_kind_are_called(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(CHOICE, "triton")
@@ -237,3 +260,17 @@ def test_the_projector_gives_the_same_with_kernels_and_its_hooks_fire(monkeypatc
     norm.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape))
     projector.project(windows, None)
     assert len(seen) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["query", "key", "value", "dense"])
+def test_a_hook_in_the_projector_may_return_columns(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A kernel reads rows."""
+    projector: GraniteSpeechEncoderProjector = small_model().projector
+    windows = torch.randn(projector.window_size, 32, generator=torch.Generator().manual_seed(5))
+    expected = projector.project(windows, None)
+    for path, module in projector.named_modules():
+        if path.endswith(f".{name}"):
+            module.register_forward_hook(lambda module, arguments, output: output.mT.contiguous().mT)
+    monkeypatch.setenv(CHOICE, "triton")
+    torch.testing.assert_close(projector.project(windows, None), expected, rtol=0, atol=2e-5)
