@@ -176,7 +176,8 @@ class Halved(Tensor):
     def __torch_function__(cls, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
         if function in (F.linear, F.layer_norm):
             with torch._C.DisableTorchFunctionSubclass():
-                return function(*(2 * one if isinstance(one, cls) else one for one in arguments), **options or {})
+                arguments = [2 * one if isinstance(one, cls) else one for one in arguments]
+                return function(*arguments, **{name: 2 * one if isinstance(one, cls) else one for name, one in (options or {}).items()})
         return super().__torch_function__(function, types, arguments, options)
 
 
