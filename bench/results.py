@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "describe_run", "newest", "replace_section", "time_text", "write"]
+__all__ = ["FOLDER", "describe_run", "file_of", "newest", "replace_section", "time_text", "write"]
 
 FOLDER = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "torchaudio", "triton", "transformers", "numpy")
@@ -48,11 +48,15 @@ def _processor() -> str:
 def write(folder: Path, kind: str, result: dict[str, Any]) -> Path:
     """Write one run to a file named by kind, machine, date and commit; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = result["run"]
-    machine = "-".join(run["machine"].lower().split()).replace("/", "-")
-    file = folder / f"{kind}-{machine}-{run['date'][:10]}-{run['commit'][:8] or 'uncommitted'}.json"
+    file = file_of(folder, kind, result["run"])
     file.write_text(json.dumps(result, indent=2) + "\n")
     return file
+
+
+def file_of(folder: Path, kind: str, run: dict[str, Any]) -> Path:
+    """The file that `write` writes for a run, of `describe_run`."""
+    machine = "-".join(run["machine"].lower().split()).replace("/", "-")
+    return folder / f"{kind}-{machine}-{run['date'][:10]}-{run['commit'][:8] or 'uncommitted'}.json"
 
 
 def newest() -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ Without a GPU everything happens as with one, except that the times are made up 
 """
 
 import functools
+import itertools
 import os
 import time
 import zlib
@@ -69,13 +70,17 @@ def run(*, operations: list[str] | None, dtype: torch.dtype, seconds: float, out
     """Tune the tables of these operations, write the result file after each key, and return what to paste, as Markdown.
 
     Raises:
-        SystemExit: Triton interprets kernels in this process, or there is no operation of such a name.
+        SystemExit: Triton interprets kernels in this process, there is no operation of such a name, or `out` cannot be a folder.
     """
     end = time.monotonic() + seconds
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled. Run the tuner without it.")
     if unknown := set(operations or []) - OPERATIONS.keys():
         raise SystemExit(f"there is no operation {', '.join(sorted(unknown))}. Choose from {', '.join(OPERATIONS)}.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{out} is to be a folder for the result file: {error.strerror}. Choose another.") from error
     on_gpu = torch.cuda.is_available()
     chip = architecture(torch.device("cuda")) if on_gpu else WITHOUT_GPU
     choices, jobs, without = tune_plan.plan(operations or list(OPERATIONS), dtype, chip, on_gpu)
@@ -92,10 +97,17 @@ def run(*, operations: list[str] | None, dtype: torch.dtype, seconds: float, out
         "without_choice": [{"operation": table.operation, "part": table.part, "key": key, "reason": why} for table, key, why in without],
         "keys": [],
     }
+    write = functools.partial(results.write, out, _unused_kind(out, result["run"]))
     with tune_plan.Compilations(jobs, _processes(), end) as compilations, Worker() as worker:
         measure = functools.partial(_in_worker, worker) if on_gpu else stand_in
-        file = tune(result, choices, compilations.found, measure, dtype, end, functools.partial(results.write, out, "tune"))
+        file = tune(result, choices, compilations.found, measure, dtype, end, write)
     return f"{result['rows']}\n\n{file}"
+
+
+def _unused_kind(out: Path, run: dict[str, Any]) -> str:
+    """ "tune", or "tune-2" and so on if there is such a file: a run for another dtype or operation must not replace it."""
+    kinds = itertools.chain(["tune"], (f"tune-{number}" for number in itertools.count(2)))
+    return next(kind for kind in kinds if not results.file_of(out, kind, run).exists())
 
 
 def _processes() -> int:

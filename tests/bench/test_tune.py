@@ -256,6 +256,9 @@ def test_interpreted_kernels_are_refused(tmp_path):
 
 
 PROGRAM = """
+import sys
+from pathlib import Path
+
 import torch
 from granite_kernels.launch import Tile
 from bench import tune, tune_plan
@@ -275,22 +278,31 @@ try:
     tune.run(operations=["no_such"], dtype=torch.bfloat16, seconds=1, out=None)
 except SystemExit as error:
     print(error)
+out = Path(sys.argv[1])
+for _ in range(2):  # without a table
+    print(tune.run(operations=["begin_step"], dtype=torch.bfloat16, seconds=1, out=out).splitlines()[-1])
+try:
+    tune.run(operations=["begin_step"], dtype=torch.bfloat16, seconds=1, out=next(out.iterdir()))
+except SystemExit as error:
+    print(error)
 """
 
 
-def test_a_spilling_candidate_is_found_by_compiling_it_and_keys_by_looking_them_up():
+def test_a_spilling_candidate_is_found_keys_are_looked_up_and_no_file_is_replaced(tmp_path):
     """In a new process, because in this one kernels are interpreted."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    parts, error = done.stdout.splitlines()
+    parts, error, *files, no_folder = (line for line in done.stdout.splitlines() if not line.startswith("0 keys"))
     assert eval(parts) == {
         *(("few rows", "forward"), ("rows", "forward"), ("x·Aᵀ", "forward"), ("many rows", "forward")),
         *(("x·Aᵀ", "backward"), ("many rows", "backward")),
     }
     assert error.startswith("there is no operation no_such. Choose from ")
+    assert len(set(files)) == 2 and {str(one) for one in tmp_path.iterdir()} == set(files)
+    assert no_folder.endswith("is to be a folder for the result file: File exists. Choose another.")
 
 
 @pytest.mark.gpu
