@@ -31,6 +31,8 @@ ORDER = (
     *("fused_linear", "add_rms_norm", "silu_product", "rotary_write", "split_linear", "lora_linear", "head_argmax"),
 )
 NO_TIME = "no time left"
+# The most seconds of one compilation, which takes 2 to 8: whatever waits for it gets no other time.
+LONGEST = 60
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Compilations:
 
     def _compile(self, job: Job) -> Finding | str:
         left = self._end - time.monotonic()
-        outcome = self._own.worker.call(compile_job, job, seconds=left) if left > 0 else Outcome()
+        outcome = self._own.worker.call(compile_job, job, seconds=min(left, LONGEST)) if left > 0 else Outcome()
         return NO_TIME if time.monotonic() >= self._end else outcome.values.get("finding") or outcome.not_timed
 
 

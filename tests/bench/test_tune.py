@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
 import pytest
@@ -250,6 +251,24 @@ def test_a_graph_that_is_too_quick_is_no_fault_of_the_tile(on_cpu, monkeypatch):
     assert time_tile(on_cpu, NARROW).values["no_times"].startswith("HostBoundError")
 
 
+class WorkerThatMaySleep:
+    """In the place of `Worker`: a job is the seconds that it takes."""
+
+    def call(self, function: object, job: float, *, seconds: float) -> Outcome:
+        time.sleep(min(job, seconds))
+        return Outcome(not_timed=f"stopped after {seconds:.1f} s") if job > seconds else Outcome({"finding": "done"})
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_a_compilation_that_hangs_is_stopped_and_the_others_are_not_late(monkeypatch):
+    monkeypatch.setattr(tune_plan, "Worker", WorkerThatMaySleep)
+    monkeypatch.setattr(tune_plan, "LONGEST", 0.1)
+    with tune_plan.Compilations({"hangs": 9, "quick": 0}, 1, time.monotonic() + 2) as compilations:
+        assert compilations.found(["hangs", "quick"]) == {"hangs": "stopped after 0.1 s", "quick": "done"}
+
+
 def test_interpreted_kernels_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="Run the tuner without it"):
         tune.run(operations=None, dtype=torch.bfloat16, seconds=1, out=tmp_path)
@@ -257,6 +276,7 @@ def test_interpreted_kernels_are_refused(tmp_path):
 
 PROGRAM = """
 import sys
+import time
 from pathlib import Path
 
 import torch
