@@ -268,15 +268,16 @@ class GraniteSpeechConformerBlock(nn.Module):
         return self.post_norm(x)
 
     def is_usual(self) -> bool:
-        """Whether `run` computes what calls of the block and its parts do. Not if one is wrapped in a module of PyTorch's (sharded,
-        checkpointed or compiled), which has work to do at each call, and passes its other methods on."""
-        usual = {
-            "ff1": GraniteSpeechConformerFeedForward,
-            "attn": GraniteSpeechConformerAttention,
-            "conv": GraniteSpeechConformerConvModule,
-            "ff2": GraniteSpeechConformerFeedForward,
-        }
-        return type(self) is GraniteSpeechConformerBlock and all(type(getattr(self, name)) is kind for name, kind in usual.items())
+        """Whether `run` computes what calls of the block and its parts do. Not if one is compiled, or wrapped in a module of PyTorch's
+        (sharded, checkpointed), which has work to do at each call and passes its other methods on."""
+        modules = (
+            (self, GraniteSpeechConformerBlock),
+            (self.ff1, GraniteSpeechConformerFeedForward),
+            (self.attn, GraniteSpeechConformerAttention),
+            (self.conv, GraniteSpeechConformerConvModule),
+            (self.ff2, GraniteSpeechConformerFeedForward),
+        )
+        return all(type(one) is usual and one._compiled_call_impl is None for one, usual in modules)
 
     def run(
         self,

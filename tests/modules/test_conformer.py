@@ -167,6 +167,11 @@ def test_a_wrapped_block_or_part_of_one_is_called(name: str):
     with patch.object(wrapped, "checkpoint_fn", side_effect=wrapped.checkpoint_fn) as checkpoint:
         torch.testing.assert_close(chained(model, x)[-1], expected)
     checkpoint.assert_called_once()
+    module = wrapped._checkpoint_wrapped_module
+    setattr(model.get_submodule(parent), last, module)
+    with patch.object(module, "_compiled_call_impl", side_effect=module._call_impl) as compiled:  # as `module.compile()` sets it
+        torch.testing.assert_close(chained(model, x)[-1], expected)
+    compiled.assert_called_once()
 
 
 class Halved(Tensor):
