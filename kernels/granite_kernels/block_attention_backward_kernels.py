@@ -17,7 +17,18 @@ scratch traffic and 1.7 GB of other tensors; at 680 TFLOP/s and 4.24 TB/s that i
 import triton
 import triton.language as tl
 
-from granite_kernels.block_attention_kernels import LOG2_E, _band, _in_upper_band, _load_rows, _mirror, _origin
+from granite_kernels.block_attention_kernels import (
+    LOG2_E,
+    _band,
+    _bias,
+    _distances,
+    _in_upper_band,
+    _load_existing,
+    _load_rows,
+    _mirror,
+    _origin,
+    _product,
+)
 from granite_kernels.primitives import dot, rounded
 
 # Sizes that depend on the batch and not on the model, and arguments that no address depends on.
@@ -59,22 +70,6 @@ def _store_tile(ptr, rows, frames, first_column, bound, columns, values):
 
 
 @triton.jit
-def _rows_product(
-    a, a_ptr, a_rows, a_stride, a_exists, b_ptr, b_rows, b_stride, b_exists, dim_head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
-):  # fmt: skip
-    """a · bᵀ of two tiles of rows. `a` is loaded; if the registers cannot hold that many features, STEP of both are read at a time."""
-    if STEP == BLOCK_D:
-        product = dot(a, tl.trans(_load_rows(b_ptr, b_rows, b_stride, b_exists, dim_head, BLOCK_D)), None)
-    else:
-        product = tl.zeros((BLOCK, BLOCK), tl.float32)
-        for start in range(0, dim_head, STEP):
-            piece = _load_rows(a_ptr + start, a_rows, a_stride, a_exists, dim_head - start, STEP)
-            product = dot(piece, tl.trans(_load_rows(b_ptr + start, b_rows, b_stride, b_exists, dim_head - start, STEP)), product)
-    return product
-
-
-@triton.jit
 def _store_gradient(ptr, head, num_heads, first, rows, to_write, dim_head, gradient, BLOCK_D: tl.constexpr):
     """Rows of a contiguous gradient (total_frames, num_heads, dim_head)."""
     d = tl.arange(0, BLOCK_D)
@@ -88,62 +83,61 @@ def _block_attention_bwd_scores_kernel(
     q_ptr, k_ptr, v_ptr, e_ptr, blocks_ptr, out_ptr, rest_ptr, grad_out_ptr, lse_ptr, weights_ptr, grads_ptr,
     total_frames, first_slot, num_heads, dim_head, context_size, max_pos_emb, scale,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_e,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """P and S of BLOCK queries of one block and head; 0 for pairs that do not exist.
 
-    Grid: slots · num_heads · query tiles of a block, query tiles fastest, so that programs with the same keys run together.
+    Grid: (query tiles of a block, num_heads, slots), so that programs with the same keys run together.
     q, k, v, e and blocks as in the forward kernel; out, rest (None in float32) and grad_out (total_frames, num_heads, dim_head),
     contiguous; lse (num_heads, total_frames) float32, in base 2; scale without log2(e). weights and grads (slots, num_heads,
     context_size, BLOCK · tiles): scratch for the slots from first_slot on. Key tiles that a short block lacks are not written.
     """
     tiles = tl.cdiv(context_size, BLOCK)
-    m = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % num_heads
-    slot = first_slot + tl.program_id(0) // tiles // num_heads
+    m, head, slot = tl.program_id(0), tl.program_id(1), first_slot + tl.program_id(2)
     first, _to_write, frames = _block_of(slot, blocks_ptr)
     if m * BLOCK < frames:
         place = tl.arange(0, BLOCK)
         i = m * BLOCK + place
-        queries = i < frames
+        # What does not exist is read as the last frame or distance that does: its weights are 0.
+        query = tl.minimum(i, frames - 1)
         row = num_heads * dim_head
+        q_ptr = _origin(q_ptr, head, stride_qh, first, stride_q)
         k_ptr = _origin(k_ptr, head, stride_kh, first, stride_k)
         v_ptr = _origin(v_ptr, head, stride_vh, first, stride_v)
+        e_ptr += max_pos_emb * stride_e
+        grad_out_ptr = _origin(grad_out_ptr, head, dim_head, first, row)
         weights_ptr = _scratch(weights_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
         grads_ptr = _scratch(grads_ptr, slot, first_slot, head, num_heads, context_size, tiles * BLOCK)
-        grad_out_ptr = _origin(grad_out_ptr, head, dim_head, first, row)
-        grad_out = _load_rows(grad_out_ptr, i, row, queries, dim_head, BLOCK_D)
-        exact = _load_rows(_origin(out_ptr, head, dim_head, first, row), i, row, queries, dim_head, BLOCK_D).to(tl.float32)
+        grad_out = _load_existing(grad_out_ptr, query, row, dim_head, BLOCK_D)
+        exact = _load_existing(_origin(out_ptr, head, dim_head, first, row), query, row, dim_head, BLOCK_D).to(tl.float32)
         if rest_ptr is not None:  # delta is subtracted from gradients, where the rounding error of out would show
-            exact += _load_rows(_origin(rest_ptr, head, dim_head, first, row), i, row, queries, dim_head, BLOCK_D).to(tl.float32)
+            exact += _load_existing(_origin(rest_ptr, head, dim_head, first, row), query, row, dim_head, BLOCK_D).to(tl.float32)
         delta = tl.sum(grad_out.to(tl.float32) * exact, 1)
-        q_ptr = _origin(q_ptr, head, stride_qh, first, stride_q)
-        q = _load_rows(q_ptr, i, stride_q, queries, dim_head, BLOCK_D)
-        lse = tl.load(lse_ptr + head.to(tl.int64) * total_frames + first + i, mask=queries, other=0.0)
-        e, has_e = _band(m, max_pos_emb, frames, BLOCK)
-        upper = _rows_product(q, q_ptr, i, stride_q, queries, e_ptr, e, stride_e, has_e, dim_head, BLOCK, BLOCK_D, STEP)
+        q = _load_existing(q_ptr, query, stride_q, dim_head, BLOCK_D)
+        lse = tl.load(lse_ptr + head.to(tl.int64) * total_frames + first + query)
+        distances = _distances(m * BLOCK, frames, BLOCK, FORM)
+        upper = _product(q, q_ptr, query, stride_q, e_ptr, distances, stride_e, dim_head, BLOCK_D, STEP)
         for n in range(0, tl.cdiv(frames, BLOCK)):
             j = n * BLOCK + place
-            e, has_e = _band(m - n - 1, max_pos_emb, frames, BLOCK)
+            key = tl.minimum(j, frames - 1)
+            distances = _distances((m - n - 1) * BLOCK, frames, BLOCK, FORM)
             if STEP == BLOCK_D:  # all loads first, so that they are on their way together
-                band = _load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D)
-                k = _load_rows(k_ptr, j, stride_k, j < frames, dim_head, BLOCK_D)
-                v = _load_rows(v_ptr, j, stride_v, j < frames, dim_head, BLOCK_D)
+                band = _load_existing(e_ptr, distances, stride_e, dim_head, BLOCK_D)
+                k = _load_existing(k_ptr, key, stride_k, dim_head, BLOCK_D)
+                v = _load_existing(v_ptr, key, stride_v, dim_head, BLOCK_D)
                 lower = dot(q, tl.trans(band), None)
                 scores = dot(q, tl.trans(k), None)
                 grads = dot(grad_out, tl.trans(v), None)
             else:
-                lower = _rows_product(q, q_ptr, i, stride_q, queries, e_ptr, e, stride_e, has_e, dim_head, BLOCK, BLOCK_D, STEP)
-                scores = _rows_product(q, q_ptr, i, stride_q, queries, k_ptr, j, stride_k, j < frames, dim_head, BLOCK, BLOCK_D, STEP)
-                grads = _rows_product(
-                    grad_out, grad_out_ptr, i, row, queries, v_ptr, j, stride_v, j < frames, dim_head, BLOCK, BLOCK_D, STEP
-                )
-            bias = _mirror(tl.where(_in_upper_band(BLOCK), upper, lower))
+                lower = _product(q, q_ptr, query, stride_q, e_ptr, distances, stride_e, dim_head, BLOCK_D, STEP)
+                scores = _product(q, q_ptr, query, stride_q, k_ptr, key, stride_k, dim_head, BLOCK_D, STEP)
+                grads = _product(grad_out, grad_out_ptr, query, row, v_ptr, key, stride_v, dim_head, BLOCK_D, STEP)
+            scores += _bias(upper, lower, FORM)
             upper = lower
-            weights = tl.exp2((scores + bias) * (scale * LOG2_E) - lse[:, None])
-            weights = tl.where(queries[:, None] & (j < frames)[None, :], weights, 0.0)
-            _store_tile(weights_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, rounded(weights, q.dtype))
+            weights = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
+            weights = tl.where((i < frames)[:, None] & (j < frames)[None, :], weights, 0.0)
             grads = weights * (grads - delta[:, None])
+            _store_tile(weights_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, rounded(weights, q.dtype))
             _store_tile(grads_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, rounded(grads, q.dtype))
 
 
@@ -160,9 +154,7 @@ def _block_attention_bwd_q_kernel(
     short block lacks are not written.
     """
     tiles = tl.cdiv(context_size, BLOCK)
-    m = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % num_heads
-    slot = first_slot + tl.program_id(0) // tiles // num_heads
+    m, head, slot = tl.program_id(0), tl.program_id(1), first_slot + tl.program_id(2)
     first, to_write, frames = _block_of(slot, blocks_ptr)
     if m * BLOCK < to_write:
         place = tl.arange(0, BLOCK)
@@ -202,16 +194,14 @@ def _block_attention_bwd_kv_kernel(
 ):  # fmt: skip
     """The gradient of BLOCK keys, scale · Sᵀ·q, or of BLOCK values, Pᵀ·grad_out, of one block and head.
 
-    Grid: (slots · num_heads · key tiles of a block, 2), key tiles fastest; keys, then values. Inputs as in the first kernel; grad_k
-    and grad_v (total_frames, num_heads, dim_head), contiguous.
+    Grid: (2 · key tiles of a block, num_heads, slots), where even programs have keys. Inputs as in the first kernel; grad_k and grad_v
+    (total_frames, num_heads, dim_head), contiguous.
     """
     tiles = tl.cdiv(context_size, BLOCK)
-    n = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % num_heads
-    slot = first_slot + tl.program_id(0) // tiles // num_heads
+    n, head, slot = tl.program_id(0) // 2, tl.program_id(1), first_slot + tl.program_id(2)
     first, to_write, frames = _block_of(slot, blocks_ptr)
     if n * BLOCK < to_write:
-        of_values = tl.program_id(1) == 1
+        of_values = tl.program_id(0) % 2 == 1
         row = num_heads * dim_head
         stride = tl.where(of_values, row, stride_q)
         x_ptr = tl.where(of_values, _origin(grad_out_ptr, head, dim_head, first, row), _origin(q_ptr, head, stride_qh, first, stride_q))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from granite_kernels.block_attention_backward_kernels import (
@@ -12,18 +13,24 @@ from granite_kernels.block_attention_backward_kernels import (
     _block_attention_bwd_q_kernel,
     _block_attention_bwd_scores_kernel,
 )
+from granite_kernels.block_attention_kernels import MIRROR, SLIDE
 from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.tiles import TileTable, predicted
 
 _DATE = "2026-11-27"
 
 
+def _scores(form: tl.constexpr, block: int, step: int, warps: int, stages: int = 1) -> Tile:
+    return Tile({"FORM": form.value, "BLOCK": block, "STEP": step}, warps, stages)
+
+
 def _scores_candidates(key: tuple[int, int]) -> list[Tile]:
     chip, width = key
     if width == 4:
-        return [Tile({"BLOCK": block, "STEP": 32}, warps) for block, warps in ((16, 4), (32, 4), (32, 8))]
+        return [_scores(SLIDE, 32, 32, 4), _scores(SLIDE, 32, 32, 8), _scores(MIRROR, 16, 32, 4)]
+    form = SLIDE if chip == 90 else MIRROR
     shapes = [(32, 4, 2), (64, 4, 2), (64, 8, 2), *([(32, 4, 1)] if chip == 80 else [(64, 4, 1), (64, 8, 1)])]
-    return [Tile({"BLOCK": block, "STEP": 128}, warps, stages) for block, warps, stages in shapes]
+    return [_scores(form, block, 128, warps, stages) for block, warps, stages in shapes]
 
 
 def _queries_candidates(key: tuple[int, int]) -> list[Tile]:
@@ -37,19 +44,21 @@ def _products_candidates(key: tuple[int, int]) -> list[Tile]:
     return [Tile({}, 8, 1), Tile({}, 8, 2)] + [Tile({}, 4, stages) for stages in ((1, 2) if key[1] == 4 else (1, 2, 3, 4))]
 
 
-# P and S. On 90, two programs of 4 warps share a multiprocessor: 255 registers and 80 KiB. All loads of an iteration are on their way
-# together, which needs no second buffers; with them a program would take 136 KiB. In float32, three TF32 products need three times
-# the registers, so operands are read STEP features at a time.
+# P and S. On 90, two programs of 4 warps share a multiprocessor: 228 registers and 80 KiB. All loads of an iteration are on their way
+# together, which needs no second buffers; with them a program would take 136 KiB. Sliding takes fewer registers than the mirror (255)
+# there, and more on 80 and 100. In float32, three TF32 products need three times the registers, so operands are read STEP features
+# at a time.
 _SCORES = TileTable(
     "block_attention",
     "backward scores",
     {
-        (80, 2): predicted(Tile({"BLOCK": 32, "STEP": 128}, 4, 2), _DATE),
-        **{(chip, 2): predicted(Tile({"BLOCK": 64, "STEP": 128}, 4), _DATE) for chip in (90, 100)},
-        **{(chip, 4): predicted(Tile({"BLOCK": 32, "STEP": 32}, 4), _DATE) for chip in ARCHITECTURES},
+        (80, 2): predicted(_scores(MIRROR, 32, 128, 4, 2), _DATE),
+        (90, 2): predicted(_scores(SLIDE, 64, 128, 4), _DATE),
+        (100, 2): predicted(_scores(MIRROR, 64, 128, 4), _DATE),
+        **{(chip, 4): predicted(_scores(SLIDE, 32, 32, 4), _DATE) for chip in ARCHITECTURES},
     },
     candidates=_scores_candidates,
-    bits=("BLOCK", "STEP"),
+    bits=("FORM", "BLOCK", "STEP"),
 )
 # The other kernels take BLOCK from the scores. On 90, two programs of grad_q share a multiprocessor: 244 registers and 80 KiB. On 100
 # its second buffers spill, as do 4 warps in float32.
@@ -110,21 +119,22 @@ def _block_attention_backward(
         given |= {"num_heads": heads, "dim_head": dim, "context_size": context_size, "slots_per_chunk": triton.cdiv(at_once, chunks)}
         for first_slot in range(0, slots, at_once):
             here = min(at_once, slots - first_slot)
-            _launch_round(here * heads * tiles, partial.shape[:3], given | scratch | {"first_slot": first_slot, "slots": here}, _tiles(q))
+            grids = (tiles, heads, here), (2 * tiles, heads, here), (chunks, heads, 2 * tiles)
+            _launch_round(grids, _tiles(q), given | scratch | {"first_slot": first_slot, "slots": here})
     bands = partial.sum((0, 1)).flatten(0, 1) * scale  # from distance -tiles · block on
     beyond = rel_pos_emb.shape[0] // 2 - reach
     grad_e = torch.nn.functional.pad(bands[tiles * block - reach : tiles * block + reach + 1], (0, 0, beyond, beyond))
     return grad_q, grad_k, grad_v, grad_e.to(rel_pos_emb.dtype)
 
 
-def _launch_round(programs: int, bands: tuple[int, ...], given: dict[str, object], tiles: tuple[Tile, Tile, Tile]) -> None:
+def _launch_round(grids: tuple[tuple[int, ...], ...], tiles: tuple[Tile, ...], given: dict[str, object]) -> None:
     """The kernels for a range of slots, each with its own of the `given` arguments."""
-    scores, queries, products = tiles
+    (of_queries, of_keys, of_bands), (scores, queries, products) = grids, tiles
     for kernel, grid, tile in (
-        (_block_attention_bwd_scores_kernel, (programs,), scores),
-        (_block_attention_bwd_q_kernel, (programs,), queries),
-        (_block_attention_bwd_kv_kernel, (programs, 2), products),
-        (_block_attention_bwd_e_kernel, bands, products),
+        (_block_attention_bwd_scores_kernel, of_queries, scores),
+        (_block_attention_bwd_q_kernel, of_queries, queries),
+        (_block_attention_bwd_kv_kernel, of_keys, products),
+        (_block_attention_bwd_e_kernel, of_bands, products),
     ):
         launch(kernel, grid, tile, **{name: given[name] for name in kernel.arg_names if name in given})
 
@@ -136,7 +146,7 @@ def _tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
     width = 64 if q.shape[2] <= 64 and q.element_size() == 2 else 128
     sizes = {"BLOCK": scores.blocks["BLOCK"], "BLOCK_D": width}
     queries, products = (replace(table[key], blocks=sizes) for table in (_QUERIES, _PRODUCTS))
-    return replace(scores, blocks=sizes | {"STEP": min(scores.blocks["STEP"], width)}), queries, products
+    return replace(scores, blocks={**scores.blocks, **sizes, "STEP": min(scores.blocks["STEP"], width)}), queries, products
 
 
 backward_op = register(_block_attention_backward)
