@@ -10,8 +10,8 @@ before it. There are two ways from distances to keys, both in registers, one bit
   one of the two bands is selected for each (a, r), and `_mirror` along the rows moves it from place r to place b. `_mirror` is its own
   inverse, so the gradient goes back the same way.
 - Slide. Bands are in descending order of distance, so that row a of the kept band and the new one, side by side, has the biases of
-  all keys in order, N − 1 − a columns from the left. `_slide` moves each row by that much. It selects by bits of the row alone, which
-  takes two thirds of the mirror's instructions. It works for tiles of 2N queries too: the lower half of the queries is N distances
+  all keys in order, N − 1 − a columns from the left. `_slide` moves each row by that much, selecting by bits of the row alone, in
+  fewer instructions and registers than the mirror. It works for tiles of 2N queries too: the lower half of the queries is N distances
   further, so its new band is the one that the upper half had a step ago.
 """
 

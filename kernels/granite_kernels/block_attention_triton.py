@@ -30,19 +30,19 @@ _CANDIDATES = {
     (100, 2): [_form(MIRROR, 64, 64, 128, 4), _form(SLIDE, 64, 64, 128, 4), _SLIDE_32],
     **{(chip, 4): _SMALL for chip in (80, 90, 100)},
 }
-# By architecture and bytes per element. The kernel waits: an H200 issued an instruction every 2.3 cycles with the mirror, two programs
-# of 4 warps to a multiprocessor. So what counts is how many programs fit, and their instructions. In bfloat16 on 90, for the 64 · 32
-# pairs of the released shape, compiled on 2026-11-27 (loops in instructions for 64 keys):
+# By architecture and bytes per element. The kernel is slowed by waiting: the mirror's loop took 854 µs with one program on a
+# multiprocessor of an H200, and 538 with two (bench/results/experiments-nvidia-h200-2026-11-26-cdd1619a.json). So the row for 90 is the
+# form of which most programs fit, then the one with the fewest instructions and waits. Compiled for 90 in bfloat16, 4 warps, 2 stages:
 #
-#     | form | keys | registers | shared, KiB | programs | loop | waits for products |
+#     | form | keys a step | registers | shared, KiB | programs | instructions in the loop, for 64 keys | waits for products in a step |
 #     | mirror | 64 | 255 | 112 | 2 | 886 | 2 |
 #     | slide | 64 | 202 | 112 | 2 | 817 | 2 |
 #     | joint | 64 | 238 | 112 | 2 | 830 | 1 |
 #     | slide | 32 | 156 | 64 | 3 | 1012 | 2 |
 #     | joint | 32 | 168 | 64 | 3 | 1002 | 1 |
 #
-# A block of 200 frames takes 4 steps of 64 keys, or 7 of 32. On 80 the results of products have columns in several warps, and on 100 a
-# row is in one thread, where sliding saves less. float32 takes three products for each, hence small tiles there.
+# A block of 200 frames has 7 tiles of 32 keys, or 4 of 64. On 80 and 100 the results of products are laid out in another way, in which
+# sliding goes through shared memory. float32 needs three products for each, so its tiles are small.
 _TILES = TileTable(
     "block_attention",
     "forward",
