@@ -257,13 +257,24 @@ class GraniteSpeechConformerBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_dists: Tensor | None = None, *, clips: Segments | None = None) -> Tensor:
         """Arguments as for `GraniteSpeechConformerAttention`; the same layout out."""
-        if hidden_states.dim() == 2 and clips is not None and attention_dists is None:
+        if hidden_states.dim() == 2 and clips is not None and attention_dists is None and self.is_usual():
             return self.run(hidden_states, self.ff1.pre_norm(hidden_states), clips)[0]
         x = torch.add(hidden_states, self.ff1(hidden_states), alpha=0.5)
         x = x + self.attn(x, attention_dists=attention_dists, clips=clips)
         x = x + self.conv(x, clips=clips)
         x = torch.add(x, self.ff2(x), alpha=0.5)
         return self.post_norm(x)
+
+    def is_usual(self) -> bool:
+        """Whether `run` computes what calls of the block and its parts do. Not if one is wrapped in a module of PyTorch's (sharded,
+        checkpointed or compiled), which has work to do at each call, and passes its other methods on."""
+        usual = {
+            "ff1": GraniteSpeechConformerFeedForward,
+            "attn": GraniteSpeechConformerAttention,
+            "conv": GraniteSpeechConformerConvModule,
+            "ff2": GraniteSpeechConformerFeedForward,
+        }
+        return type(self) is GraniteSpeechConformerBlock and all(type(getattr(self, name)) is kind for name, kind in usual.items())
 
     def run(
         self,
@@ -297,10 +308,11 @@ class GraniteSpeechConformerBlock(nn.Module):
 
 def fold_batch_norms(norms: Sequence[nn.BatchNorm1d]) -> list[tuple[Tensor, Tensor]]:
     """Running BatchNorm of each as `scale * x + shift`, both `(channels,)`, at least float32; folded together, in few launches."""
+    if len({one.eps for one in norms}) > 1:  # as a tensor they would have to be copied from the host, which a capture cannot
+        return [pair for one in norms for pair in fold_batch_norms([one])]
     weight, bias, mean, var = (
         torch.stack([getattr(one, name) for one in norms]) for name in ("weight", "bias", "running_mean", "running_var")
     )
     wide = accumulator(weight.dtype)
-    eps = norms[0].eps if len({one.eps for one in norms}) == 1 else weight.new_tensor([one.eps for one in norms], dtype=wide)[:, None]
-    scale = weight.to(wide) * torch.rsqrt(var.to(wide) + eps)
+    scale = weight.to(wide) * torch.rsqrt(var.to(wide) + norms[0].eps)
     return list(zip(scale, bias.to(wide) - mean.to(wide) * scale, strict=True))

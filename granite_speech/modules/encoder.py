@@ -116,7 +116,7 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         """`encode`, one block at a time, so that other work can run between the blocks of a long clip. The last value is the result."""
         wanted = set(self.config.cat_hidden_layers or ())
         exported = []
-        run = self._one_by_one if x.dim() == 3 or (self.training and self.recomputation is not None) else self._chained
+        run = self._chained if x.dim() == 2 and self._is_chain() else self._one_by_one
         # Each state is after the CTC feedback is added: transformers adds it in place, so the exported state includes it.
         for number, state in enumerate(run(self.input_linear(x), clips)):
             if number in wanted:
@@ -127,8 +127,14 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
                 yield state
         yield torch.cat([*exported, state], dim=-1) if exported else state
 
+    def _is_chain(self) -> bool:
+        """Whether no block has to be called."""
+        if self.training and self.recomputation is not None:
+            return False
+        return all(isinstance(one, GraniteSpeechConformerBlock) and one.is_usual() for one in self.layers)
+
     def _one_by_one(self, x: Tensor, clips: Segments) -> Iterator[Tensor]:
-        """The input and every block's output, from calls of the blocks: for hooks, and for blocks that run again in the backward."""
+        """The input and every block's output, from calls of the blocks: for hooks, for wrappers, and for gradient checkpointing."""
         recomputation = self.recomputation if self.training else None
         yield x
         for number, layer in enumerate(self.layers, 1):

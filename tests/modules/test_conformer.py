@@ -4,11 +4,13 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from granite_kernels.op import CHOICE
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from granite_speech.config import GraniteSpeechEncoderConfig
@@ -150,6 +152,20 @@ def test_weights_side_by_side_give_the_same_result_and_an_adapter_on_them_is_not
     with Calls() as calls:
         torch.testing.assert_close(chained(model, x)[-1], expected, rtol=0, atol=2e-5)
     assert calls.names["mm"] + calls.names["addmm"] > separate, "q and k|v of that block are computed apart"
+
+
+@pytest.mark.parametrize("name", ["1", "1.ff1", "0.attn", "0.conv", "1.ff2"])
+def test_a_wrapped_block_or_part_of_one_is_called(name: str):
+    """As FSDP, activation checkpointing and torch.compile wrap modules: a method of what is inside would find parameters in shards."""
+    model = encoder()
+    x = frames(model)
+    expected = chained(model, x)[-1]
+    parent, _, last = f"layers.{name}".rpartition(".")
+    wrapped = checkpoint_wrapper(model.get_submodule(f"layers.{name}"))
+    setattr(model.get_submodule(parent), last, wrapped)
+    with patch.object(wrapped, "checkpoint_fn", side_effect=wrapped.checkpoint_fn) as checkpoint:
+        torch.testing.assert_close(chained(model, x)[-1], expected)
+    checkpoint.assert_called_once()
 
 
 @torch.no_grad()
