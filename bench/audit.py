@@ -12,7 +12,6 @@ import ast
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -21,7 +20,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -39,17 +38,16 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import results
+from bench.audit_table import Finding, line, markdown, read_table, write_table
 
 __all__ = [
     "Configuration",
-    "Finding",
     "compile_all",
     "compile_without_gpu",
     "configuration",
     "configurations",
     "faults",
     "launches",
-    "markdown",
     "read",
     "run",
     "specialization",
@@ -98,37 +96,6 @@ class Configuration:
         """A hash of everything that determines the machine code: source, constants, types, tile, architecture, compiler."""
         parts = (_source(self.kernel), self.constants, self.signature, self.aligned, self.num_warps, self.num_stages)
         return hashlib.sha256(repr((*parts, self.architecture, triton.__version__)).encode()).hexdigest()[:20]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Properties of one compiled configuration.
-
-    Attributes:
-        registers: per thread.
-        spilled: bytes per thread of local memory, to which registers spill.
-        shared: bytes per program.
-        products: number of tensor-core instructions by name.
-        plain_products: number of `tl.dot`s that were compiled without tensor cores.
-        loads: number of global loads by width in bits; "bulk" are those of the copy engine.
-        early_loads: those before the kernel waits for the launches before it, if it begins early (PDL=1 in the tile).
-        early_stores: number of stores and atomics before that; None if the kernel does not wait.
-    """
-
-    operation: str
-    kernel: str
-    dtype: str
-    architecture: int
-    tile: str
-    released: bool
-    registers: int
-    spilled: int
-    shared: int
-    products: dict[str, int]
-    plain_products: int
-    loads: dict[str, int]
-    early_loads: dict[str, int] = dataclasses.field(default_factory=dict)
-    early_stores: int | None = None
 
 
 def configurations(operations: Iterable[Operation] | None = None) -> list[Configuration]:
@@ -331,17 +298,6 @@ def faults(finding: Finding) -> list[str]:
     return wrong
 
 
-def read_table(file: Path) -> dict[str, Finding]:
-    """The committed findings, by key."""
-    return {key: Finding(**entry) for key, entry in json.loads(file.read_text()).items()} if file.exists() else {}
-
-
-def write_table(file: Path, table: dict[str, Finding]) -> None:
-    ordered = sorted(table.items(), key=lambda item: (item[1].operation, item[1].kernel, item[1].dtype, item[1].architecture, item[1].tile))
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(asdict(finding))}" for key, finding in ordered)
-    file.write_text(f"{{\n{lines}\n}}\n")
-
-
 def run(*, check: bool, everything: bool, operations: list[str] | None, sample: int = 6) -> int:
     """Run the audit, print the findings, and return the exit status.
 
@@ -359,11 +315,11 @@ def run(*, check: bool, everything: bool, operations: list[str] | None, sample: 
     table = {key: known[key] for key in wanted if key in known}
     wrong = []
     for one, finding in compile_all(missing + again):
-        print(_line(finding), flush=True)
+        print(line(finding), flush=True)
         if one.key in table and table[one.key] != dataclasses.replace(finding, released=table[one.key].released):
-            wrong.append(f"{_line(table[one.key])} is committed, but the kernel now compiles to {_line(finding)}")
+            wrong.append(f"{line(table[one.key])} is committed, but the kernel now compiles to {line(finding)}")
         table[one.key] = finding
-    wrong += [f"{_line(finding)}: {fault}" for finding in table.values() for fault in faults(finding)]
+    wrong += [f"{line(finding)}: {fault}" for finding in table.values() for fault in faults(finding)]
     if check and missing:
         wrong.append(f"{len(missing)} configurations are not in {TABLE.name}: run python -m bench audit and commit what it writes")
     if not check and operations is None:
@@ -371,33 +327,3 @@ def run(*, check: bool, everything: bool, operations: list[str] | None, sample: 
         results.replace_section(PAGE, "audit", markdown(table))
     print(f"{len(wanted)} configurations, {len(missing) + len(again)} compiled now, {len(wrong)} faults", *wrong, sep="\n")
     return 1 if wrong else 0
-
-
-def _line(finding: Finding) -> str:
-    products = " ".join(f"{count} {name}" for name, count in finding.products.items())
-    loads = " ".join(f"{count}x{width}" for width, count in finding.loads.items())
-    return (
-        f"sm_{finding.architecture} {finding.kernel} {finding.dtype} [{finding.tile}] {finding.registers} registers, "
-        f"{finding.spilled} spilled, {finding.shared} shared; {products or 'no tensor cores'}; loads {loads}"
-    )
-
-
-def markdown(table: dict[str, Finding]) -> str:
-    """A table of the released shapes' configurations: one row per kernel, dtype, tile and architecture."""
-    rows = [
-        "| kernel | dtype | sm | tile | registers | spilled, B | shared, KiB | tensor cores | loads by width in bits |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    released = [finding for finding in table.values() if finding.released]
-    for one in sorted(released, key=lambda one: (one.operation, one.kernel, one.dtype, one.tile, one.architecture)):
-        products = ", ".join(f"{count} {name}" for name, count in one.products.items()) or "–"
-        loads, early = (", ".join(f"{count} × {width}" for width, count in some.items()) for some in (one.loads, one.early_loads))
-        loads += f"; {early or 'none'} before it waits" if one.early_stores is not None else ""
-        figures = f"{one.registers} | {one.spilled} | {one.shared / 1024:.1f} | {products} | {loads}"
-        rows.append(f"| `{one.kernel.strip('_')}` | {one.dtype} | {one.architecture} | {one.tile} | {figures} |")
-    spilled = sum(finding.spilled > 0 for finding in table.values())
-    head = (
-        f"{len(table)} configurations compiled with Triton {triton.__version__}, {spilled} of them spill. "
-        f"Released checkpoints use these {len(released)} (registers per thread, shared memory per program):"
-    )
-    return "\n".join([head, "", *rows])

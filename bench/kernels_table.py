@@ -11,6 +11,7 @@ COLUMNS = {"triton": "Triton", "torch": "reference", "compiled": "compiled refer
 SHORTEST, CLEARLY = 250e-6, 2
 # The nearest library call of each operation does only part of the kernel's work.
 LIBRARY = {
+    "add_layer_norm": "the first LayerNorm alone",
     "add_rms_norm": "RMSNorm alone",
     "begin_step": "the embedding alone",
     "block_attention": "SDPA on padded blocks, position bias already in memory",
@@ -26,6 +27,7 @@ LIBRARY = {
     "silu_linear": "the product with its bias, without SiLU",
     "silu_product": "SiLU alone",
     "split_linear": "the matrix product, summed and in the dtype of x",
+    "window_attention": "SDPA on q, k and v copied with the heads first",
 }
 # The operations' names in `sweep.json`.
 SWEEPS = {

@@ -27,7 +27,7 @@ from granite_kernels.testing import assert_as_expected, expectations
 from granite_kernels.tiles import Key
 
 from bench import graphs, kernels, results, tune_plan, tune_table
-from bench.audit import Finding
+from bench.audit_table import Finding
 from bench.graphs import HostBoundError, HostWaitError
 from bench.tune_choice import geometric_mean
 from bench.tune_plan import Choice, Target, case_named, find

@@ -20,7 +20,8 @@ from granite_kernels.testing import working_dtype
 from granite_kernels.tiles import TABLES, Key, TileTable
 
 from bench import audit
-from bench.audit import Configuration, Finding
+from bench.audit import Configuration
+from bench.audit_table import Finding
 from bench.worker import Outcome, Worker
 
 __all__ = ["NO_TIME", "Choice", "Compilations", "Job", "Target", "case_named", "compile_job", "faults", "find", "ordered", "plan"]

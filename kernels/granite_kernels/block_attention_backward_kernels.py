@@ -1,17 +1,17 @@
-"""The backward of block attention: five kernels without atomics. `block_attention_kernels` says how bands become biases.
+"""The backward of block attention: four kernels without atomics. `block_attention_kernels` says how bands become biases.
 
-Two kernels compute the softmax weights P and the gradients S of the scaled scores, each once, and write them to scratch. The
-gradients are then plain products over the frames of a block:
+The first kernel computes the softmax weights P and the gradients S of the scaled scores, once, and writes them to scratch. The
+gradients are then products over the frames of a block:
 
     grad_q = scale · (S·k + S'·E)     grad_k = scale · Sᵀ·q     grad_v = Pᵀ·grad_out     grad_E = scale · S'ᵀ·q, summed over all blocks
 
 S' is S by distance instead of key: for a tile of queries its columns are the distances that occur, in order, so that they match
-consecutive rows of E. A tile of S becomes two bands of S' in registers, by `_mirror`.
+consecutive rows of E. The kernel of grad_q moves a tile of S there in registers, by `_mirror`, and also writes it to scratch.
 
-With T tiles in a block that is 8 + 3/T products of tiles for each pair of tiles. Three kernels that each computed what they need,
-scores included, took 22. The scratch has up to (3 · context_size + 4 · BLOCK) elements for each frame and head, and each of P, S and
-S' is written once and read twice. For 128 clips of 10 s in bfloat16 (8 heads of 128 features, blocks of 200): 0.37 TFLOP, 2.1 GB of
-scratch traffic and 1.7 GB of other tensors; at 680 TFLOP/s and 4.24 TB/s that is 0.5 and 0.9 ms.
+With T tiles in a block, that is 8 + 4/T products of tiles for each pair of tiles. If each kernel computed the scores that it needs, it
+would be 22. The scratch costs up to 3 · context_size + 4 · BLOCK elements for each frame and head; P and S' are read once, and S twice.
+For 128 clips of 10 s in bfloat16 (8 heads of 128 features, blocks of 200 frames) that is 0.35 TFLOP, 1.6 GB of scratch traffic and
+1.7 GB of other tensors: at least 0.8 ms at 4.24 TB/s, and 0.5 ms at 680 TFLOP/s.
 """
 
 import triton
@@ -166,8 +166,8 @@ def _block_attention_bwd_q_kernel(
         grad_q = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         # Gradients in the band that two key tiles share, by place in the band, from the earlier of the two.
         pending = tl.zeros((BLOCK, BLOCK), grads_ptr.dtype.element_ty)
-        existing = tl.cdiv(frames, BLOCK)
-        for n in range(0, existing):
+        # One step more than tiles of keys: the last band has gradients from the last tile alone.
+        for n in range(0, tl.cdiv(frames, BLOCK) + 1):
             j = n * BLOCK + place
             e, has_e = _band(m - n, max_pos_emb, frames, BLOCK)
             grads = _load_tile(grads_ptr, i, frames, n * BLOCK, _keys(frames), tiles * BLOCK, BLOCK)
@@ -179,10 +179,6 @@ def _block_attention_bwd_q_kernel(
             pending = by_place
             _store_tile(skewed_ptr, i, frames, (tiles - n) * BLOCK, columns, columns, grads)
             grad_q = dot(grads, band, grad_q)
-        grads = tl.where(_in_upper_band(BLOCK), 0.0, pending)
-        _store_tile(skewed_ptr, i, frames, (tiles - existing) * BLOCK, columns, columns, grads)
-        e, has_e = _band(m - existing, max_pos_emb, frames, BLOCK)
-        grad_q = dot(grads, _load_rows(e_ptr, e, stride_e, has_e, dim_head, BLOCK_D), grad_q)
         _store_gradient(grad_q_ptr, head, num_heads, first, i, to_write, dim_head, grad_q * scale, BLOCK_D)
 
 

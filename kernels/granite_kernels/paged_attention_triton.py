@@ -23,7 +23,7 @@ from granite_kernels.tiles import TileTable, predicted
 MAX_HEAD_DIM = 128
 DECODE_ROWS = 16  # rows of the decode kernel's tile: the fewest that tensor cores support
 
-# Programs of a decode kernel per multiprocessor: a batch with up to _FEW shares a sequence's pieces between programs, until there are FILL.
+# Programs of the decode kernel per multiprocessor. With up to _FEW, several share the pieces of a sequence, until there are FILL.
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 _FEW = 2
 # Up to this many pieces, one program reads them all: it takes about as long as launching the merge kernel. In a prefill, whose decode
@@ -31,9 +31,15 @@ _FEW = 2
 _UNSHARED_PIECES, _UNSHARED_IN_PREFILL = 2, 4
 
 
-def _decode_tile(block_n: int, num_warps: int, num_stages: int, piece: int) -> Tile:
-    blocks = {"BLOCK_M": DECODE_ROWS, "BLOCK_N": block_n, "PIECE": piece, "FILL": 4}
-    return Tile(blocks, num_warps, num_stages)
+def _decode_tile(block_n: int, num_warps: int, num_stages: int, piece: int, fill: int = 4) -> Tile:
+    """FILL is the launcher's, and no constant of the kernel."""
+    return Tile({"BLOCK_M": DECODE_ROWS, "BLOCK_N": block_n, "PIECE": piece, "FILL": fill}, num_warps, num_stages)
+
+
+def _decode_candidates(key: tuple[int, int, str]) -> list[Tile]:
+    _, width, batch = key
+    tiles = [_decode_tile(*one, piece) for one in _DECODE_CANDIDATES[width] for piece in (128, 256)]
+    return tiles + [_decode_tile(32, 4, 3 if width == 4 else 5, 128, fill) for fill in (2, 8) if batch == "few"]
 
 
 def _prefill_tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
@@ -52,7 +58,7 @@ _DECODE = TileTable(
         for chip in ARCHITECTURES
         for (width, batch), warps_and_stages in {(2, "few"): (4, 5), (2, "many"): (2, 5), (4, "few"): (4, 3), (4, "many"): (4, 3)}.items()
     },
-    candidates=lambda key: [_decode_tile(*one, piece) for one in _DECODE_CANDIDATES[key[1]] for piece in (128, 256)],
+    candidates=_decode_candidates,
     bits=("BLOCK_M", "BLOCK_N", "PIECE"),
 )
 # BLOCK_N, warps and stages, by bytes per element.

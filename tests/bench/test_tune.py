@@ -16,7 +16,7 @@ from granite_kernels.launch import Tile
 from granite_kernels.tiles import TABLES, TileTable, measured, predicted
 
 from bench import graphs, kernels, tune, tune_plan, tune_table
-from bench.audit import Finding
+from bench.audit_table import Finding
 from bench.tune_choice import choose, row
 from bench.tune_plan import Choice, Target
 from bench.worker import Outcome

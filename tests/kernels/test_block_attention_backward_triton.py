@@ -15,7 +15,8 @@ from tests.kernels.test_block_attention_triton import draw, run
 def test_rounds_of_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
     inputs = draw(21, 8, 13, heads=2, context=20, padding=5, dtype=torch.bfloat16)
     once = run(inputs)
-    monkeypatch.setattr(block_attention_backward_triton, "_SCRATCH", 30_000)  # for 2 of the 6 slots
+    monkeypatch.setattr(block_attention_backward_triton, "_SCRATCH", 30_000)  # for 2 of the 6 slots, each a chunk of its own
+    monkeypatch.setattr(block_attention_backward_triton, "_MIN_SLOTS", 1)
     with poisoned_allocations():
         several = run(inputs)
         for name in ("grad q", "grad k", "grad v"):

@@ -100,7 +100,7 @@ def test_a_backward_follows_every_form(form: str):
         assert_operation_accurate(OPERATION, draw(21, 3, dtype=torch.float16), impl="triton")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["mirror", "slide, two halves", "joint, two halves"])
 def test_a_clip_gets_the_same_bits_in_every_batch_with_every_form(form: str):
     with using(form):
         assert_same_bits(OPERATION, draw(23, 0, 5, dtype=torch.bfloat16), impl="triton")

@@ -1,9 +1,11 @@
 """The quicker operators of the tests' interpreter give Triton's own results bit by bit, also for values that were not planned with."""
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.language.semantic import TritonSemantic
 from triton.runtime.interpreter import interpreter_semantic
 
@@ -52,7 +54,7 @@ def kernel(x_ptr, y_ptr, out_ptr):
     row, column = tl.arange(0, 4)[:, None], tl.arange(0, 2)
     x = tl.load(x_ptr + program * 4 + row)
     y = tl.load(y_ptr + program * 2 + column, mask=column < 2, other=0)
-    place = program * 640
+    place = program * 648
     put_all(out_ptr, place, x, y)
     put_all(out_ptr, place + 104, x, tl.load(y_ptr + program * 2))
     put_all(out_ptr, place + 208, tl.load(x_ptr + program * 4 + 1), y)
@@ -61,6 +63,7 @@ def kernel(x_ptr, y_ptr, out_ptr):
     put_all(out_ptr, place + 520, 2 - y.to(tl.int32), 5 * x.to(tl.int64) + program)
     put(out_ptr, place + 624, tl.load(y_ptr + program * 2 + row * 0 + column, mask=row < 2, other=1))
     put(out_ptr, place + 632, tl.sum(x * tl.arange(0, 4)[None, :], 1)[:, None])
+    put(out_ptr, place + 640, x.to(tl.float32).to(tl.bfloat16).to(tl.float64))
 
 
 @pytest.fixture
@@ -90,7 +93,7 @@ def test_results_are_those_of_triton(monkeypatch, as_triton, left, right):
     x, y = (torch.randint(0, 100, (2, size), generator=torch.Generator().manual_seed(size)) for size in (4, 2))
     x, y = (one * torch.tensor([[0], [1]]) / (1 if "int" in name else 7) for one, name in ((x, left), (y, right)))
     x, y = x.to(getattr(torch, left)), y.to(getattr(torch, right))
-    results = torch.zeros(2, 1280, dtype=torch.float64)
+    results = torch.zeros(2, 1296, dtype=torch.float64)
     kernel[(2,)](x, y, results[0])
     assert all(getattr(quick_operators, name) for name in PLANS)
     as_triton()
@@ -98,4 +101,20 @@ def test_results_are_those_of_triton(monkeypatch, as_triton, left, right):
     kernel[(2,)](x, y, results[1])
     assert not any(getattr(quick_operators, name) for name in PLANS)
     assert torch.equal(*results.view(torch.int64))
-    assert results[:, 640:].any()
+    assert results[:, 648:].any()
+
+
+@pytest.mark.parametrize("pair", [("bf16", "fp32"), ("fp32", "bf16")], ids=str)
+def test_bfloat16_has_the_bits_of_triton(pair):
+    """Zeros, the least and greatest numbers, infinities, NaN and any others; subnormal numbers too, which Triton gets wrong."""
+    given, made = (next(one for one in (tl.bfloat16, tl.float32) if one.name == name) for name in pair)
+    size = given.primitive_bitwidth // 8
+    bits = np.random.default_rng(0).integers(0, 1 << 8 * size, 500, dtype=f"u{size}")
+    special = np.array([0, 0x8000, 0x0080, 0x7F7F, 0x7F80, 0xFF80, 0x7FC0, 0x3F80], f"u{size}") << 8 * (size - 2)
+    normal = np.concatenate((special, bits[(bits >> 8 * size - 9 & 0xFF) != 0][:400])).reshape(-1, 2)
+    for values in (normal, normal[8:, :1], np.concatenate((normal, np.array([[1, 2]], f"u{size}")))):
+        values = values.view(np.float32) if size == 4 else values
+        for rounding in (None, ir.ROUNDING_MODE.RTNE):
+            expected = quick_operators._convert(values, given, made, rounding)
+            found = quick_operators._converted(values, given, made, rounding)
+            assert found.dtype == expected.dtype and np.array_equal(found, expected)

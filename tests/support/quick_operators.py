@@ -19,17 +19,20 @@ Operator = Callable[[Any, Any], Any]
 _semantic = interpreter.interpreter_semantic
 _check_operands, _broadcast = _semantic.binary_op_type_checking_impl, _semantic.broadcast_impl_value
 _cast, _to_tensor, _arange = _semantic.cast, _semantic.to_tensor, _semantic.arange
+_convert = interpreter._convert_float
 
 _operand_plans: dict[tuple, tuple["_Plan | None", "_Plan | None"]] = {}  # by the types of operands
 _operation_plans: dict[tuple, "_Operation | None"] = {}  # by the operator and the types
 _shape_plans: dict[tuple, tuple[tl.dtype | None, tl.dtype | None]] = {}  # by the types: those with the common shape
-_cast_plans: dict[tuple, tuple[tl.dtype, Any] | None] = {}  # by both types: that of the result, and the dtype of NumPy
+_cast_plans: dict[tuple, tl.dtype | None] = {}  # by both types
 _index_plans: dict[tuple, tl.dtype] = {}  # by the type and the new axes
 _constants: dict[tuple, tl.tensor] = {}
 _ranges: dict[tuple, tl.tensor] = {}
 
 _FULL = slice(None)
-_NUMBERS = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp32", "fp64"}  # what NumPy casts like Triton
+# Types between which a cast is one step.
+_NUMBERS = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp32", "fp64"}
+_HALVES = {("fp16", "fp32"), ("fp32", "fp16"), ("bf16", "fp32"), ("fp32", "bf16")}
 # NumPy's function, what `binary_op_type_checking_impl` is told, and whether a number becomes a tensor before it is looked at.
 _OPERATORS = {
     "__add__": (np.add, (True, True), False),
@@ -59,6 +62,7 @@ def make_operators_quick() -> dict[str, Operator]:
     _semantic.cast = _quick_cast
     _semantic.to_tensor = _as_tensor
     _semantic.arange = _known_range
+    interpreter._convert_float = _converted
     operators = {name: _operator(_own[name], *given) for name, given in _OPERATORS.items()}
     reflected = {name: _swapped(operators[other]) for name, other in _REFLECTED.items()}
     return {"__getitem__": _new_axes, **operators, **reflected}
@@ -180,13 +184,24 @@ def _quick_cast(input: tl.tensor, dst_ty: tl.dtype, fp_downcast_rounding: str | 
     key = input.type.name, dst_ty.name
     if key not in _cast_plans:
         result = _cast(input, dst_ty, fp_downcast_rounding)
-        numbers = input.dtype.name in _NUMBERS and result.dtype.name in _NUMBERS
-        _cast_plans[key] = (result.type, interpreter._get_np_dtype(result.dtype)) if numbers else None
+        pair = input.dtype.name, result.dtype.name
+        _cast_plans[key] = result.type if set(pair) <= _NUMBERS or pair in _HALVES else None
         return result
-    plan = _cast_plans[key]
-    if plan is None or fp_downcast_rounding is not None:
+    kind = _cast_plans[key]
+    if kind is None or fp_downcast_rounding is not None:
         return _cast(input, dst_ty, fp_downcast_rounding)
-    return tl.tensor(interpreter.TensorHandle(input.handle.data.astype(plan[1]), plan[0].scalar), plan[0])
+    return tl.tensor(_semantic.builder.cast_impl(input.handle, kind), kind)
+
+
+def _converted(input: np.ndarray, input_dtype: tl.dtype, output_dtype: tl.dtype, rounding_mode: Any) -> np.ndarray:
+    """Bits of other floating-point numbers. As Triton's own, which goes wrong with subnormal numbers and is left to it then."""
+    pair = input_dtype.name, output_dtype.name
+    if rounding_mode is None and pair in (("bf16", "fp32"), ("fp32", "bf16")):
+        bits = input.view(f"u{input.itemsize}")
+        wide = bits if pair[0] == "fp32" else bits.astype(np.uint32) << 16
+        if not ((wide & 0x7FFFFFFF) - np.uint32(1) < 0x7FFFFF).any():
+            return (wide >> 16).astype(np.uint16) if pair[0] == "fp32" else wide
+    return _convert(input, input_dtype, output_dtype, rounding_mode)
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------------------
