@@ -13,6 +13,7 @@ SHORTEST, CLEARLY = 250e-6, 2
 LIBRARY = {
     "add_layer_norm": "the first LayerNorm alone",
     "add_rms_norm": "RMSNorm alone",
+    "attention_blocks": "searchsorted alone",
     "begin_step": "the embedding alone",
     "block_attention": "SDPA on padded blocks, position bias already in memory",
     "decode_attention": "SDPA on keys and values already gathered",

@@ -1,5 +1,7 @@
 """The blocks of a packed batch that block attention works on, as a table: made once per batch, read in every layer."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,9 +74,16 @@ def attention_blocks_reference(inputs: AttentionBlocksInputs) -> torch.Tensor:
 
 @called_with(AttentionBlocksInputs)
 def attention_blocks_cost(inputs: AttentionBlocksInputs) -> Cost:
-    """FLOPs: none, since all arithmetic is on integers. Bytes: cu_seqlens and the result."""
+    """FLOPs: a product and two sums for each slot, on integers. Bytes: cu_seqlens and the result."""
     slots = inputs.total_frames // inputs.context_size + inputs.cu_seqlens.shape[0]
-    return Cost(flops=0, bytes=12 * slots + nbytes(inputs.cu_seqlens))
+    return Cost(flops=3 * slots, bytes=12 * slots + nbytes(inputs.cu_seqlens))
+
+
+@called_with(AttentionBlocksInputs)
+def attention_blocks_library(inputs: AttentionBlocksInputs) -> Callable[[], torch.Tensor]:
+    """The search for the clip of each slot's first frame alone."""
+    frames = torch.arange(0, inputs.total_frames + 1, inputs.context_size, dtype=torch.int32, device=inputs.cu_seqlens.device)
+    return partial(torch.searchsorted, inputs.cu_seqlens, frames, right=True)
 
 
 def _make(draw: Draw, *, clips: tuple[int, ...], context_size: int, after: int = 0) -> dict[str, Any]:
@@ -108,5 +117,6 @@ OPERATION = Operation(
     reference=attention_blocks_reference,
     cost=attention_blocks_cost,
     cases=CASES,
+    library=attention_blocks_library,
     triton=triton_backend("attention_blocks"),
 )

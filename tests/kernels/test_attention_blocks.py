@@ -50,4 +50,4 @@ def test_the_number_of_frames_may_be_a_symbol():
 
 def test_cost_matches_a_count_by_hand():
     cost = attention_blocks_cost(torch.tensor([0, 5, 7], dtype=torch.int32), 9, 4)
-    assert (cost.flops, cost.bytes) == (0, 5 * 3 * 4 + 3 * 4)  # 2 + 2 + 1 slots
+    assert (cost.flops, cost.bytes) == (15, 5 * 3 * 4 + 3 * 4)  # 2 + 2 + 1 slots
