@@ -7,7 +7,12 @@ from torch import Tensor, nn
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.side_by_side import is_plain
 
-__all__ = ["add_norm"]
+__all__ = ["add_norm", "has_kernels"]
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether `add_layer_norm` runs as a kernel on this tensor. Then so do the other operations of the encoder."""
+    return OPERATIONS["add_layer_norm"].resolve(None, x.device, x.dtype) == "triton"
 
 
 def add_norm(
@@ -24,11 +29,10 @@ def add_norm(
         The sum and its norm; with `next_norm`, the norm of the sum and `next_norm` of it.
     """
     norms = [norm] if next_norm is None else [norm, next_norm]
-    operation = OPERATIONS["add_layer_norm"]
     is_readable = x.dtype == delta.dtype and x.stride(1) == delta.stride(1) == 1
-    if is_readable and operation.resolve(None, x.device, x.dtype) == "triton" and all(_is_usual(one, x) for one in norms):
+    if is_readable and has_kernels(x) and all(_is_usual(one, x) for one in norms):
         options = {"eps": norm.eps, "multiplier": multiplier} | ({} if next_norm is None else {"next_eps": next_norm.eps})
-        return operation.run(x, delta, *(part for one in norms for part in (one.weight, one.bias)), **options)
+        return OPERATIONS["add_layer_norm"].run(x, delta, *(part for one in norms for part in (one.weight, one.bias)), **options)
     x = torch.add(x, delta, alpha=multiplier)
     normed = norm(x)
     return (x, normed) if next_norm is None else (normed, next_norm(normed))

@@ -1,6 +1,7 @@
 """A block of the conformer encoder: half a feed-forward, attention, convolution, half a feed-forward, norm.
 
-Packed, a residual sum and the norm after it are one launch on a GPU (`add_norm`), also from one block to the next.
+`forward` calls one module after another. With kernels, the encoder runs packed blocks in few launches instead
+(`GraniteSpeechConformerBlock.run`): a residual sum and the norm after it are one, also from one block to the next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter import LoraLinear
-from granite_speech.modules.add_norm import add_norm
+from granite_speech.modules.add_norm import add_norm, has_kernels
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.packing import Segments
@@ -47,11 +48,15 @@ class GraniteSpeechConformerFeedForward(nn.Module):
         """`(..., width)` in and out."""
         return self.after_norm(self.pre_norm(hidden_states))
 
+    def run(self, x: Tensor) -> Tensor:
+        """All but the norm, packed, with kernels."""
+        if not self._has_kernel(x):
+            return self.after_norm(x)
+        hidden = OPERATIONS["silu_linear"].run(x, self.up_proj.weight, self.up_proj.bias)
+        return self.dropout(self.down_proj(self.dropout(hidden)))
+
     def after_norm(self, x: Tensor) -> Tensor:
         """All but the norm."""
-        if x.dim() == 2 and self._has_kernel(x):
-            hidden = OPERATIONS["silu_linear"].run(x, self.up_proj.weight, self.up_proj.bias)
-            return self.dropout(self.down_proj(self.dropout(hidden)))
         hidden = self.up_proj(x)
         # Packed in place if no gradient needs the input, so that the encoder's widest tensor is not allocated twice.
         hidden = self.silu(hidden) if hidden.dim() == 3 else F.silu(hidden, inplace=not hidden.requires_grad)
@@ -62,9 +67,8 @@ class GraniteSpeechConformerFeedForward(nn.Module):
         up = self.up_proj
         if torch.is_grad_enabled() or type(up) is not LoraLinear or up.has_adapter:
             return False
-        if not all(is_plain(one) and one.dtype == x.dtype for one in (up.weight, up.bias)):
-            return False
-        return OPERATIONS["silu_linear"].resolve(None, x.device, x.dtype) == "triton" and autocast_dtype(x.device) is None
+        can_be_read = all(is_plain(one) and one.dtype == x.dtype for one in (up.weight, up.bias))
+        return can_be_read and autocast_dtype(x.device) is None
 
 
 class GraniteSpeechConformerAttention(nn.Module):
@@ -94,21 +98,24 @@ class GraniteSpeechConformerAttention(nn.Module):
         clips = Segments.of_batch(hidden_states) if clips is None else clips
         x = self.pre_norm(hidden_states)
         if x.dim() == 2:
-            return self.after_norm(x, clips)
+            return self._attend_packed(x, clips, None, None)
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.context_size))  # whole blocks, which is what hooks see in transformers
         q, k, v = map(clips.pack, self._heads(self.to_q(x), *self.to_kv(x).chunk(2, dim=-1)))
         distances = self._distances_after_hooks() if have_hooks(self.rel_pos_emb) else weight_of(self.rel_pos_emb)
         return self.dropout(self.to_out(clips.pad(self._attend(q, k, v, distances, clips), hidden_states.shape[1])))
 
-    def after_norm(self, x: Tensor, clips: Segments, blocks: Tensor | None = None) -> Tensor:
-        """All but the norm, packed.
+    def run(self, x: Tensor, clips: Segments, blocks: Tensor | None) -> Tensor:
+        """All but the norm, packed, with kernels.
 
         Args:
             x: `(total_frames, width)`.
             clips: where each clip lies.
             blocks: the table of `attention_blocks` for them; None: the kernel makes its own.
         """
-        weight = self._joined_weight()
+        return self._attend_packed(x, clips, blocks, self._joined_weight())
+
+    def _attend_packed(self, x: Tensor, clips: Segments, blocks: Tensor | None, weight: Tensor | None) -> Tensor:
+        """The same; `weight` is that of q, k and v together, if they are one product."""
         parts = (self.to_q(x), *self.to_kv(x).chunk(2, dim=1)) if weight is None else F.linear(x, weight).chunk(3, dim=1)
         return self.dropout(self.to_out(self._attend(*self._heads(*parts), weight_of(self.rel_pos_emb), clips, blocks)))
 
@@ -125,7 +132,7 @@ class GraniteSpeechConformerAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, distances: Tensor, clips: Segments, blocks: Tensor | None = None) -> Tensor:
         """`(total_frames, inner)`, of packed q, k and v."""
         distances = distances.to(q.dtype)  # another dtype only under autocast, as in the convolution module
-        options = {"context_size": self.context_size} | ({} if blocks is None else {"blocks": blocks})
+        options = {"context_size": self.context_size, "blocks": blocks}
         return OPERATIONS["block_attention"].run(q, k, v, distances, clips.cu_seqlens, **options).flatten(1)
 
     def _distances_after_hooks(self) -> Tensor:
@@ -259,7 +266,7 @@ class GraniteSpeechConformerBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_dists: Tensor | None = None, *, clips: Segments | None = None) -> Tensor:
         """Arguments as for `GraniteSpeechConformerAttention`; the same layout out."""
-        if hidden_states.dim() == 2 and clips is not None and attention_dists is None and self.is_usual():
+        if hidden_states.dim() == 2 and clips is not None and attention_dists is None and has_kernels(hidden_states) and self.is_usual():
             return self.run(hidden_states, self.ff1.pre_norm(hidden_states), clips)[0]
         x = torch.add(hidden_states, self.ff1(hidden_states), alpha=0.5)
         x = x + self.attn(x, attention_dists=attention_dists, clips=clips)
@@ -289,7 +296,7 @@ class GraniteSpeechConformerBlock(nn.Module):
         folded: tuple[Tensor, Tensor] | None = None,
         next_norm: nn.LayerNorm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The block from its first norm to the next block's, packed.
+        """The block from its first norm to the next block's, packed, with kernels.
 
         Args:
             x: `(total_frames, width)`.
@@ -302,20 +309,23 @@ class GraniteSpeechConformerBlock(nn.Module):
         Returns:
             The block's result, and `next_norm` of it; None without `next_norm`.
         """
-        x, normed = add_norm(x, self.ff1.after_norm(normed), self.attn.pre_norm, multiplier=0.5)
-        x, normed = add_norm(x, self.attn.after_norm(normed, clips, blocks), self.conv.norm)
+        x, normed = add_norm(x, self.ff1.run(normed), self.attn.pre_norm, multiplier=0.5)
+        x, normed = add_norm(x, self.attn.run(normed, clips, blocks), self.conv.norm)
         x, normed = add_norm(x, self.conv.after_norm(normed, clips, folded), self.ff2.pre_norm)
-        added = add_norm(x, self.ff2.after_norm(normed), self.post_norm, next_norm, multiplier=0.5)
+        added = add_norm(x, self.ff2.run(normed), self.post_norm, next_norm, multiplier=0.5)
         return (added[1], None) if next_norm is None else added
 
 
 def fold_batch_norms(norms: Sequence[nn.BatchNorm1d]) -> list[tuple[Tensor, Tensor]]:
     """Running BatchNorm of each as `scale * x + shift`, both `(channels,)`, at least float32; folded together, in few launches."""
-    if len({one.eps for one in norms}) > 1:  # as a tensor they would have to be copied from the host, which a capture cannot
-        return [pair for one in norms for pair in fold_batch_norms([one])]
-    weight, bias, mean, var = (
-        torch.stack([getattr(one, name) for one in norms]) for name in ("weight", "bias", "running_mean", "running_var")
-    )
+    if len(norms) == 1 or len({one.eps for one in norms}) > 1:  # several eps would have to be copied from the host
+        return [_folded(one.weight, one.bias, one.running_mean, one.running_var, one.eps) for one in norms]
+    names = ("weight", "bias", "running_mean", "running_var")
+    stacked = (torch.stack([getattr(one, name) for one in norms]) for name in names)
+    return list(zip(*_folded(*stacked, norms[0].eps), strict=True))
+
+
+def _folded(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = accumulator(weight.dtype)
-    scale = weight.to(wide) * torch.rsqrt(var.to(wide) + norms[0].eps)
-    return list(zip(scale, bias.to(wide) - mean.to(wide) * scale, strict=True))
+    scale = weight.to(wide) * torch.rsqrt(var.to(wide) + eps)
+    return scale, bias.to(wide) - mean.to(wide) * scale

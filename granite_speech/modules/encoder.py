@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter import LoraLinear
-from granite_speech.modules.add_norm import add_norm
+from granite_speech.modules.add_norm import add_norm, has_kernels
 from granite_speech.modules.checkpointing import GradientCheckpointing, Recomputation
 from granite_speech.modules.conformer import GraniteSpeechConformerBlock, block_distances, fold_batch_norms
 from granite_speech.modules.encoder_files import EncoderFiles
@@ -116,7 +116,7 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         """`encode`, one block at a time, so that other work can run between the blocks of a long clip. The last value is the result."""
         wanted = set(self.config.cat_hidden_layers or ())
         exported = []
-        run = self._chained if x.dim() == 2 and self._is_chain() else self._one_by_one
+        run = self._chained if x.dim() == 2 and has_kernels(x) and self._is_chain() else self._one_by_one
         # Each state is after the CTC feedback is added: transformers adds it in place, so the exported state includes it.
         for number, state in enumerate(run(self.input_linear(x), clips)):
             if number in wanted:
@@ -134,7 +134,7 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         return all(isinstance(one, GraniteSpeechConformerBlock) and one.is_usual() for one in self.layers)
 
     def _one_by_one(self, x: Tensor, clips: Segments) -> Iterator[Tensor]:
-        """The input and every block's output, from calls of the blocks: for hooks, for wrappers, and for gradient checkpointing."""
+        """The input and every block's output, from calls of the blocks: for hooks, wrappers, gradient checkpointing, and on a CPU."""
         recomputation = self.recomputation if self.training else None
         yield x
         for number, layer in enumerate(self.layers, 1):
@@ -144,25 +144,20 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
             yield x
 
     def _chained(self, x: Tensor, clips: Segments) -> Iterator[Tensor]:
-        """The same, packed, where a block ends with the first norm of the next."""
+        """The same, packed, with kernels: a block ends with the first norm of the next."""
         yield x
         folds = not any(one.conv.batch_norm.training for one in self.layers)
         folded = fold_batch_norms([one.conv.batch_norm for one in self.layers]) if folds else [None] * self.num_layers
-        given = {"blocks": self._attention_blocks(x, clips)}
+        table = {"total_frames": x.shape[0], "context_size": self.config.context_size}
+        blocks = OPERATIONS["attention_blocks"].run(clips.cu_seqlens, **table)  # read in every layer
         following = [*(one.ff1.pre_norm for one in self.layers[1:]), None]
         normed = self.layers[0].ff1.pre_norm(x)
         for number, (layer, norm) in enumerate(zip(self.layers, following, strict=True), 1):
             has_feedback = number == self.num_layers // 2
-            x, normed = layer.run(x, normed, clips, **given, folded=folded[number - 1], next_norm=None if has_feedback else norm)
+            x, normed = layer.run(x, normed, clips, blocks=blocks, folded=folded[number - 1], next_norm=None if has_feedback else norm)
             if has_feedback:
                 x, normed = add_norm(x, self.out_mid(self.ctc_probabilities(x)), norm)
             yield x
-
-    def _attention_blocks(self, x: Tensor, clips: Segments) -> Tensor | None:
-        """The table of blocks that the attention of every layer reads; None if its reference runs, which needs none."""
-        if OPERATIONS["block_attention"].resolve(None, x.device, x.dtype) == "torch":
-            return None
-        return OPERATIONS["attention_blocks"].run(clips.cu_seqlens, total_frames=x.shape[0], context_size=self.config.context_size)
 
     def _with_feedback(self, x: Tensor) -> Tensor:
         """The middle block's output and, projected back, what the CTC head makes of it."""

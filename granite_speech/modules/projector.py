@@ -19,7 +19,7 @@ from granite_speech.config import Blip2QFormerConfig, GraniteSpeechConfig
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import LoraLinear
-from granite_speech.modules.add_norm import add_norm
+from granite_speech.modules.add_norm import add_norm, has_kernels
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import BaseModelOutputWithPooling
 from granite_speech.modules.packing import Segments
@@ -66,9 +66,10 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
 
 def _have_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `window_attention` runs as a kernel on these queries, keys and values, `(windows, queries or keys, heads, dim)`."""
+    if OPERATIONS["window_attention"].resolve(None, q.device, q.dtype) == "torch":
+        return False
     few = all(0 < size <= most for size, most in zip((q.shape[1], k.shape[1], q.shape[3]), _MOST, strict=True))
-    readable = q.stride(3) == k.stride(3) == v.stride(3) == 1 and q.dtype == k.dtype == v.dtype  # a hook may give any
-    return few and readable and OPERATIONS["window_attention"].resolve(None, q.device, q.dtype) == "triton"
+    return few and q.stride(3) == k.stride(3) == v.stride(3) == 1 and q.dtype == k.dtype == v.dtype  # a hook may give any
 
 
 class Blip2QFormerOutput(nn.Module):
@@ -82,7 +83,7 @@ class Blip2QFormerOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         delta = self.dropout(self.dense(hidden_states))
-        if delta.shape != input_tensor.shape or have_hooks(self.LayerNorm):
+        if not has_kernels(delta) or delta.shape != input_tensor.shape or have_hooks(self.LayerNorm):
             return self.LayerNorm(delta + input_tensor)
         return add_norm(input_tensor.flatten(0, -2), delta.flatten(0, -2), self.LayerNorm)[1].view_as(delta)
 
