@@ -173,8 +173,7 @@ class Pretrained(Saving):
         for module in projections(model.decoder) if quantize is not None else ():
             if module.weight_scale is None:  # its values are not from a file
                 module.store_int8(module.weight.detach())
-        for layered, head in _layered(model):
-            arrange(layered, head)  # what was not read into its place
+        arrange(model.decoder, model.get_output_embeddings())  # what was not read into its place
         model._record_dtype()
         model.name_or_path = pretrained_model_name_or_path or ""
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(mismatched or ()), "error_msgs": []}
@@ -323,20 +322,11 @@ def _int8_store(module: nn.Module, dtype: torch.dtype | None) -> Callable[[torch
 
 
 def _places(model: nn.Module, device: torch.device, int8: Collection[str], dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Memory for weights that lie side by side, by their names among `dtypes`; those of `int8` become int8."""
+    """Memory for weights of the language model that lie side by side, by their names among `dtypes`; those of `int8` become int8."""
     dtypes = dtypes | {name: torch.int8 for name in dtypes if name in int8}
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in dtypes}
-    return {
-        names[id(parameter)]: place
-        for layered, head in _layered(model)
-        for parameter, place in destinations(layered, head, lambda one: dtypes.get(names.get(id(one))), device)
-    }
-
-
-def _layered(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
-    """The parts of a model whose layers have weights to put side by side; the language model with its head."""
-    encoder = getattr(model, "encoder", None)
-    return [(model.decoder, model.get_output_embeddings()), *([] if encoder is None else [(encoder, None)])]
+    found = destinations(model.decoder, model.get_output_embeddings(), lambda one: dtypes.get(names.get(id(one))), device)
+    return {names[id(parameter)]: place for parameter, place in found}
 
 
 def _check_tied(wanted: bool | None, config: GraniteSpeechConfig) -> None:

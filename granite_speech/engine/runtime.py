@@ -18,6 +18,7 @@ from granite_speech.engine.graphs import CudaCapture, Graphs
 from granite_speech.engine.prefill import PromptBucket
 from granite_speech.engine.state import DecodeState, StateSize
 from granite_speech.modules import transfers
+from granite_speech.modules.add_norm import has_kernels
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import PagePool
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
@@ -111,8 +112,9 @@ class Runtime:
         """Make pages and graphs fit the model as it is now, after moving its weights side by side if they are not."""
         if not model.training and type(model.decoder) is GraniteModel:
             arrange(model.decoder, model.language_model.lm_head)
-            if isinstance(getattr(model, "encoder", None), GraniteSpeechCTCEncoder):
-                arrange(model.encoder)
+            encoder = getattr(model, "encoder", None)
+            if isinstance(encoder, GraniteSpeechCTCEncoder) and has_kernels(encoder.out.weight):  # others do not read it as one matrix
+                arrange(encoder)
         if self.pool is None or (self.pool.keys[0].dtype, self.pool.keys[0].device) != (model.dtype, model.device):
             self.clear()
             self.pool = PagePool(model.text_config, dtype=model.dtype, device=model.device, page_size=self.page_size)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from granite_kernels.op import CHOICE
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +31,6 @@ Model = GraniteSpeechForConditionalGeneration
 
 def arranged(model: Model) -> Model:
     arrange(model.decoder, model.lm_head)
-    arrange(model.encoder)
     return model
 
 
@@ -42,7 +42,6 @@ def groups(model: Model) -> list[list[Tensor]]:
             matrices = [one.lora_A.weight for one in modules if one.lora_A is not None]
             found.append([one.weight for one in modules] + matrices)
             found.append([one.bias for one in modules if one.bias is not None])
-    found += [[block.attn.to_q.weight, block.attn.to_kv.weight] for block in model.encoder.layers]
     return [one for one in found if one]
 
 
@@ -105,6 +104,20 @@ def test_the_same_parameters_lie_side_by_side_with_the_same_values(make: Callabl
     assert (whole[-layer.v_proj.out_features :] == 7).all()
     assert not whole.requires_grad
     assert not whole.is_inference()
+
+
+def test_q_k_and_v_of_the_encoder_lie_side_by_side_where_kernels_read_them(monkeypatch: pytest.MonkeyPatch):
+    model = small_model()
+    before, inputs = values(model), batch(model)
+    pairs = [(block.attn.to_q.weight, block.attn.to_kv.weight) for block in model.encoder.layers]
+    model.generate(**inputs, max_new_tokens=1)
+    assert not any(side_by_side(*pair) is not None for pair in pairs)
+    monkeypatch.setenv(CHOICE, "triton")
+    model.generate(**inputs, max_new_tokens=1)
+    assert all(side_by_side(*pair) is not None for pair in pairs)
+    assert_equal(values(model), before)
+    assert_equal(values(copy.deepcopy(model)), before)
+    assert len(pickle.dumps(model.encoder)) <= len(pickle.dumps(small_model().encoder))
 
 
 def test_a_second_call_changes_nothing():
