@@ -37,12 +37,12 @@ class Row:
 
 
 def measured(tile: Tile, chip: str, date: str) -> Row:
-    """The fastest tile of those timed on this chip; a file of that date in bench/results has the times."""
+    """The fastest tile of those with which this kernel was timed on this chip; a file of that date in bench/results has the times."""
     return Row(tile, f"measured, {chip}, {date}")
 
 
 def predicted(tile: Tile, date: str) -> Row:
-    """A tile chosen from compiled code and from what the chip can hold. Nothing was timed."""
+    """A tile chosen from compiled code, from what the chip can hold, or from times of another kernel. This one was not timed with it."""
     return Row(tile, f"predicted, {date}")
 
 
