@@ -21,8 +21,9 @@ MAX_WIDTH = 8192
 # Keys: architecture, bytes per element, class of width, which is a power of two.
 _KEYS = [(chip, size, width) for chip in ARCHITECTURES for size in (2, 4) for width in (1024, 2048, 4096, 8192)]
 # A thread holds 32 elements of a row. The order of a row's sum depends on the number of warps, which is therefore the same for many
-# rows and for few. On an H200 a prototype in bfloat16, 1024 wide, was fastest with 1 row and 1 warp for 64,000 rows (97 % of bandwidth), and
-# with 2 rows and 1 warp for 500 (bench/results/prototypes-nvidia-h200-2026-11-27-9291861c.json). This kernel has not been timed.
+# rows and for few. On an H200 a prototype in bfloat16, 1024 wide, was fastest with 1 row and 1 warp for 64,000 rows (97 % of the
+# bandwidth), and with 2 rows and 1 warp for 500 (bench/results/prototypes-nvidia-h200-2026-11-27-9291861c.json). This kernel has not been
+# timed.
 _TILES = TileTable(
     "add_layer_norm",
     "forward",
