@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, MULTIPROCESSORS, Tile, architecture, launch, launching, register
 from granite_kernels.paged_attention_triton import DECODE_ROWS, _group_size, _merge_states, _normalised
 from granite_kernels.primitives import await_inputs, dot, rounded
 from granite_kernels.rotary_write_triton import exchanged, partner_of, projection_arguments, projection_blocks, rotation
@@ -43,7 +43,6 @@ _TILES = TileTable(
     candidates=lambda key: [_tile(warps, fill) for warps in ((4, 8) if key[1:] == (2, "usual") else (8,)) for fill in (1, 2, 4)],
     bits=("PIECE",),
 )
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # Arguments that Triton does not specialise on.
 _SIZES = ["num_groups", "sharing", "page_size", "capacity", "max_pieces", "stride_bt", "qk_scale", "scaling_q", "scaling_k", "scaling_v"]
 
@@ -300,7 +299,7 @@ def _decode_attention(
     chip = architecture(qkv.device)
     tile = _TILES[chip, qkv.element_size(), "usual" if usual else "other"]
     pieces = triton.cdiv(capacity, _PIECE)
-    slots = _slots(tile.blocks["FILL"] * _MULTIPROCESSORS[chip], rows * num_groups, pieces)
+    slots = _slots(tile.blocks["FILL"] * MULTIPROCESSORS[chip], rows * num_groups, pieces)
     num_states = rows * num_groups * pieces * group_size if slots > 1 else 0
     blocks |= {"GROUP": group_size, "BLOCK_G": triton.next_power_of_2(group_size), "BLOCK_M": DECODE_ROWS}
     blocks |= {"PIECE": _PIECE, "WHOLE": int(page_size % _PIECE == 0)}

@@ -8,7 +8,7 @@ import triton
 
 from granite_kernels.depthwise_conv_kernels import _depthwise_conv_bwd_kernel, _depthwise_conv_fwd_kernel
 from granite_kernels.errors import KernelError
-from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, MULTIPROCESSORS, Tile, architecture, launch, launching, register
 from granite_kernels.op import CHOICE
 from granite_kernels.tiles import TileTable, predicted
 
@@ -58,7 +58,6 @@ _TILES = TileTable(
 # The most frames times channels, for each multiprocessor, of a short and a middle batch: with 2048 channels on an H200, 900 and 3,350
 # frames. From there on, the next batch's tiles give every multiprocessor six programs.
 _SHORT, _MIDDLE = 14_000, 52_000
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # The backward's second walk also keeps a sum per tap: (channels per thread, frames per step). A batch is cut into about
 # _GRADIENT_PARTS tiles, each of which writes kernel_size + 1 sums per channel.
 _GRADIENT_TILES = TileTable(
@@ -88,7 +87,7 @@ def _window(kernel_size: int) -> int:
 
 def _batch(chip: int, size: int) -> str:
     """The class of a batch of `size` frames times channels. A frame's sum is the same in every class."""
-    share = size // _MULTIPROCESSORS[chip]
+    share = size // MULTIPROCESSORS[chip]
     return "short" if share <= _SHORT else "middle" if share <= _MIDDLE else "long"
 
 

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 # The architectures that have their own tiles. Every other chip gets the tiles of 80, which therefore fit in 99 KiB of shared
 # memory, the least that a block can have from compute capability 8.0 on.
 ARCHITECTURES = (80, 90, 100)
+# Multiprocessors of an A100, of an H100 or H200, and of a B200.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors of a device. While launches are recorded, that of the largest chip of the architecture; 4 for a CPU,
     so that each of few interpreted programs computes several tiles."""
     if _recording.architecture is not None:
-        return {80: 108, 90: 132, 100: 148}[_recording.architecture]
+        return MULTIPROCESSORS[_recording.architecture]
     if device.type != "cuda":
         return 4
     return _multiprocessors_of(device.index if device.index is not None else torch.cuda.current_device())

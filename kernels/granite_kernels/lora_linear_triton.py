@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from granite_kernels.errors import KernelError
-from granite_kernels.launch import Tile, architecture, launch, launching, register
+from granite_kernels.launch import MULTIPROCESSORS, Tile, architecture, launch, launching, register
 from granite_kernels.lora_linear_tiles import TILES
 from granite_kernels.op import CHOICE
 from granite_kernels.primitives import dot, rounded
@@ -31,8 +31,6 @@ MAX_RANK = 128
 FEW_ROWS, SPLIT_ROWS = 16, 256
 # The combine kernel reads all slices, _ADDED at a time, so that it waits for memory once or twice.
 MAX_SLICES, _ADDED = 8, tl.constexpr(4)
-# Programs of the split kernel that run at once, one per multiprocessor: A100, H100 and H200, B200.
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 _COMBINE = Tile({"BLOCK_M": 16, "BLOCK_N": 64}, 4)
 
 
@@ -299,7 +297,8 @@ def _split_plan(x: Tensor, outputs: int, rank: int) -> tuple[Tile, int, int]:
     tile = _tile("few" if x.shape[0] <= FEW_ROWS else "split", x)
     tiles = triton.cdiv(outputs, tile.blocks["BLOCK_N"]) + triton.cdiv(rank, tile.blocks["BLOCK_N"])
     steps = triton.cdiv(x.shape[1], tile.blocks["BLOCK_K"])
-    slices = min(max(_MULTIPROCESSORS[architecture(x.device)] // max(tiles, 1), 1), MAX_SLICES)
+    # One program of a multiprocessor runs at once.
+    slices = min(max(MULTIPROCESSORS[architecture(x.device)] // max(tiles, 1), 1), MAX_SLICES)
     slice_steps = max(triton.cdiv(steps, slices), 1)
     return tile, triton.cdiv(steps, slice_steps), slice_steps * tile.blocks["BLOCK_K"]
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from granite_kernels.errors import KernelError
-from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
+from granite_kernels.launch import ARCHITECTURES, MULTIPROCESSORS, Tile, architecture, launch, launching, register
 from granite_kernels.op import CHOICE
 from granite_kernels.primitives import dot, locate, rounded
 from granite_kernels.tiles import TileTable, predicted
@@ -24,7 +24,6 @@ MAX_HEAD_DIM = 128
 DECODE_ROWS = 16  # rows of the decode kernel's tile: the fewest that tensor cores support
 
 # Programs of the decode kernel per multiprocessor. With up to _FEW, several share the pieces of a sequence, until there are FILL.
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 _FEW = 2
 # Up to this many pieces, one program reads them all: it takes about as long as launching the merge kernel. In a prefill, whose decode
 # kernel has few sequences or none, up to twice as many.
@@ -341,7 +340,7 @@ def _paged_attention(
         given |= {f"stride_{name}{dim}": cache.stride(index) for index, dim in enumerate("psh")}
     pieces = triton.cdiv(capacity, piece)
     unshared = _UNSHARED_PIECES if max_query_len <= few else _UNSHARED_IN_PREFILL
-    slots = _slots(fill * _MULTIPROCESSORS[chip], programs, pieces) if pieces > unshared else 1
+    slots = _slots(fill * MULTIPROCESSORS[chip], programs, pieces) if pieces > unshared else 1
     rows = min(max_query_len, few) * group_size
     num_states = programs * pieces * rows if slots > 1 else 0
     ml = torch.empty(2 * num_states, dtype=torch.float32, device=q.device)
@@ -366,7 +365,7 @@ def _group_size(sharing: int) -> int:
 
 def _batch(chip: int, programs: int) -> str:
     """The class of a batch with this many programs, before any share the pieces of a sequence."""
-    return "few" if programs <= _FEW * _MULTIPROCESSORS[chip] else "many"
+    return "few" if programs <= _FEW * MULTIPROCESSORS[chip] else "many"
 
 
 def _slots(fill: int, programs: int, pieces: int) -> int:
