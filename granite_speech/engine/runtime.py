@@ -113,7 +113,8 @@ class Runtime:
         if not model.training and type(model.decoder) is GraniteModel:
             arrange(model.decoder, model.language_model.lm_head)
             encoder = getattr(model, "encoder", None)
-            if isinstance(encoder, GraniteSpeechCTCEncoder) and has_kernels(encoder.out.weight):  # others do not read it as one matrix
+            # Without kernels the encoder calls its modules one by one, and does not read their weights as one matrix.
+            if isinstance(encoder, GraniteSpeechCTCEncoder) and has_kernels(encoder.out.weight):
                 arrange(encoder)
         if self.pool is None or (self.pool.keys[0].dtype, self.pool.keys[0].device) != (model.dtype, model.device):
             self.clear()

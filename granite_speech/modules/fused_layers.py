@@ -9,7 +9,7 @@ same states are one product, on weights that lie side by side (`side_by_side.py`
 | 2 | the adapter's B, rotary, cache write, attention | the same, or without attention in a prompt, which then is a launch of its own |
 | 3 | o and residual | o, by the library |
 | 4 | norm, gate, up and their SiLU product | residual and norm |
-| 5 | down and residual | gate and up, by the library; their SiLU product; down, by the library; residual and norm |
+| 5 | down and residual | gate, up and their SiLU product, in one launch or after the library's; down, by the library; residual and norm |
 
 `granite_kernels.paths` says which column a product uses. On a CPU, and in any dtype that the kernels do not have, the second column runs
 on the operations' references.
