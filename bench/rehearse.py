@@ -7,6 +7,7 @@ The counts are those of `bench/counting_gpu.py` and `bench/launches.py`. Everyth
 in one. Nothing is timed.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ def measurements() -> Iterator[dict[str, Any]]:
                 yield entry | {"operations": dict(counts.launches.most_common())}
 
 
+@functools.cache  # a prefill asks for the encoder's again
 def of_a_layer(work: str, name: str, clips: int) -> dict[str, Any]:
     """Launches, bytes moved and predicted time of one layer: the difference between two models that differ by one."""
     two, three = (count(work, name, clips, layers=number) for number in (2, 3))
@@ -243,9 +245,10 @@ def _layers_table(result: dict[str, Any]) -> list[str]:
 
 
 def _rounded(one: dict[str, Any]) -> dict[str, Any]:
-    rounded = {name: round(one[name]) for name in ("predicted_us_per_layer",) if name in one}
-    rounded |= {"moved_per_layer": round(one["moved_per_layer"] / 1e6)} if one else {}
-    return one | rounded | ({"predicted_ms": round(one["predicted_ms"], 1)} if one else {})
+    if not one:
+        return {}
+    figures = {"moved_per_layer": round(one["moved_per_layer"] / 1e6), "predicted_us_per_layer": round(one["predicted_us_per_layer"])}
+    return one | figures | {"predicted_ms": round(one["predicted_ms"], 1)}
 
 
 def _steps_table(measurements: list[dict[str, Any]]) -> list[str]:

@@ -26,7 +26,7 @@ CONTEXT = 300
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> Any:
-    """A model with random weights as `from_pretrained` would leave it: its weights lie side by side.
+    """A model with random weights as its first request on a GPU would leave it: its weights lie side by side.
 
     Args:
         name: a key of MODELS, with INT8 after it for int8 weights.

@@ -31,19 +31,19 @@ def choose(table: TileTable, ratios: Ratios, unfinished: Iterable[Key] = ()) -> 
         if timed := [key for key in group if key in ratios]:
             constants = _constants(table, group, timed, ratios, set(unfinished))
             chosen |= {key: _best(table, key, ratios[key], constants) for key in timed}
-            if constants != _bits(table, table.rows[timed[0]].tile):
+            if constants != table.bits_of(table.rows[timed[0]].tile):
                 chosen |= {key: _with_constants(table, key, constants) for key in group if key not in ratios}
     return chosen
 
 
 def _constants(table: TileTable, group: list[Key], timed: list[Key], ratios: Ratios, unfinished: set[Key]) -> tuple[int, ...]:
     """The constants that the group's keys must agree in with the best total; the present ones unless others gain enough."""
-    present = _bits(table, table.rows[timed[0]].tile)
+    present = table.bits_of(table.rows[timed[0]].tile)
     if unfinished & set(group):
         return present
     totals = {}
-    for constants in dict.fromkeys(_bits(table, tile) for tile, _ in ratios[timed[0]]):
-        least = [min((ratio for tile, ratio in ratios[key] if _bits(table, tile) == constants), default=math.inf) for key in timed]
+    for constants in dict.fromkeys(table.bits_of(tile) for tile, _ in ratios[timed[0]]):
+        least = [min((ratio for tile, ratio in ratios[key] if table.bits_of(tile) == constants), default=math.inf) for key in timed]
         others = [key for key in group if key not in ratios]
         if math.inf not in least and all(_with_constants(table, key, constants) for key in others):
             totals[constants] = geometric_mean(least)
@@ -54,7 +54,7 @@ def _constants(table: TileTable, group: list[Key], timed: list[Key], ratios: Rat
 def _best(table: TileTable, key: Key, ratios: list[tuple[Tile, float]], constants: tuple[int, ...]) -> Tile:
     """The fastest tile with these constants; the present one if it is no slower than that within the noise."""
     present = table.rows[key].tile
-    fitting = [(tile, ratio) for tile, ratio in ratios if _bits(table, tile) == constants]
+    fitting = [(tile, ratio) for tile, ratio in ratios if table.bits_of(tile) == constants]
     best, least = min(fitting, key=lambda one: one[1], default=(present, 1.0))
     now = next((ratio for tile, ratio in fitting if tile == present), None)
     return best if now is None or least <= (1 - LEAST_GAIN) * now else present
@@ -63,17 +63,13 @@ def _best(table: TileTable, key: Key, ratios: list[tuple[Tile, float]], constant
 def _with_constants(table: TileTable, key: Key, constants: tuple[int, ...]) -> Tile | None:
     """The candidate with these constants that is most like the present tile; None if there is none."""
     present = table.rows[key].tile
-    fitting = [tile for tile in table.candidates(key) if _bits(table, tile) == constants]
+    fitting = [tile for tile in table.candidates(key) if table.bits_of(tile) == constants]
     return min(fitting, key=lambda tile: _differences(tile, present), default=None)
 
 
 def _differences(tile: Tile, other: Tile) -> int:
     blocks = sum(tile.blocks[name] != value for name, value in other.blocks.items())
     return blocks + (tile.num_warps != other.num_warps) + (tile.num_stages != other.num_stages)
-
-
-def _bits(table: TileTable, tile: Tile) -> tuple[int, ...]:
-    return tuple(tile.blocks[name] for name in table.bits)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

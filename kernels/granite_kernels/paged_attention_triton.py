@@ -38,27 +38,28 @@ def _decode_tile(block_n: int, num_warps: int, num_stages: int, piece: int, fill
 def _decode_candidates(key: tuple[int, int, str]) -> list[Tile]:
     _, width, batch = key
     tiles = [_decode_tile(*one, piece) for one in _DECODE_CANDIDATES[width] for piece in (128, 256)]
-    return tiles + [_decode_tile(32, 4, 3 if width == 4 else 5, 128, fill) for fill in (2, 8) if batch == "few"]
+    return tiles + [_decode_tile(32, *((4, 3) if width == 4 else (2, 2)), 128, fill) for fill in (2, 8) if batch == "few"]
 
 
 def _prefill_tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
     return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
 
 
-# One BLOCK_N and one PIECE serve all batches. On an H200 on 2026-11-26, with pages of 16 and the pieces of a sequence in separate loops,
-# pieces of 128 keys took 10.5 µs for one sequence of 300 keys and 26.0 µs for 128 of 200 (4.1-2b, BLOCK_N 32, the best warps and stages
-# for each), pieces of 256 took 16.8 and 24.3 µs. The pipeline loads a tile's page numbers before its keys, so only two of five stages
-# hold keys and values.
+# One BLOCK_N, PIECE and number of warps serve all batches: warps share the sum of a row's weights, whose order therefore depends on their
+# number. On an H200 on 2026-11-26, with pages of 16 and the pieces of a sequence in separate loops, 32 keys, 2 warps and 2 stages took
+# 13.3 µs for one sequence of 300 keys and 26.0 µs for 128 of 200 (4.1-2b) in pieces of 128, and 23.7 and 25.0 µs in pieces of 256. 4 warps
+# took 10.9 and 34.6 µs in pieces of 128 (bench/results/experiments-nvidia-h200-2026-11-26-cdd1619a.json).
 _DECODE = TileTable(
     "paged_attention",
     "decode",
     {
         (chip, width, batch): predicted(_decode_tile(32, *warps_and_stages, 128), "2026-11-27")
         for chip in ARCHITECTURES
-        for (width, batch), warps_and_stages in {(2, "few"): (4, 5), (2, "many"): (2, 5), (4, "few"): (4, 3), (4, "many"): (4, 3)}.items()
+        for width, warps_and_stages in {2: (2, 2), 4: (4, 3)}.items()
+        for batch in ("few", "many")
     },
     candidates=_decode_candidates,
-    bits=("BLOCK_M", "BLOCK_N", "PIECE"),
+    bits=("BLOCK_M", "BLOCK_N", "PIECE", "num_warps"),
 )
 # BLOCK_N, warps and stages, by bytes per element.
 _DECODE_CANDIDATES = {

@@ -63,8 +63,8 @@ class TileTable:
         candidates: `candidates(key)` lists the tiles worth timing for a key. All have the constants of the key's own tile.
         alternatives: by key, candidates of other forms than the row's. The audit compiles them as it does the rows, so that a tuner may
             choose them on any chip.
-        bits: names of constants that the bits of a result depend on. Rows whose keys begin with the same two entries, architecture and
-            bytes per element, agree in them, so that a sequence has the same bits in every batch.
+        bits: names of constants that the bits of a result depend on, with "num_warps" for sums that warps share. Rows whose keys begin with
+            the same two entries, architecture and bytes per element, agree in them, so that a sequence has the same bits in every batch.
         architectures: those on which the kernel runs.
     """
 
@@ -90,6 +90,10 @@ class TileTable:
         if self._seen.keys is not None:
             self._seen.keys.add(key)
         return self._changed[key] if key in self._changed else self.rows[key].tile
+
+    def bits_of(self, tile: Tile) -> tuple[int, ...]:
+        """The values of `bits`."""
+        return tuple(tile.num_warps if name == "num_warps" else tile.blocks[name] for name in self.bits)
 
     @contextmanager
     def using(self, changed: Mapping[Key, Tile]) -> Iterator[None]:

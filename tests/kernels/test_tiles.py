@@ -50,7 +50,7 @@ def test_rows_agree_in_what_bits_depend_on(name):
     table = EVERY[name]
     constants = {}
     for key, row in table.rows.items():
-        found = [row.tile.blocks[one] for one in table.bits]
+        found = table.bits_of(row.tile)
         assert constants.setdefault(key[:2], found) == found, key
 
 
