@@ -20,7 +20,7 @@ def output_names(inputs: Sequence[str], folder: str, suffixes: Sequence[str]) ->
 
     It is the input's name without its suffix ("speech"), unless two inputs share it; then the whole name ("speech.wav"), then the
     path from the inputs' common folder ("a/speech.wav"), then this with a number. Names that differ only in case count as the same,
-    because they are on many file systems. An input given twice has one name.
+    because they are on many file systems. An input given twice has one name. A name too long for its suffixes is cut.
 
     Args:
         inputs: paths; "-" is called "stdin".
@@ -32,7 +32,7 @@ def output_names(inputs: Sequence[str], folder: str, suffixes: Sequence[str]) ->
     different = list(dict.fromkeys(places))
     files = [one for one in different if one != STANDARD_INPUT]
     reserved = {_key(one) for one in files} | {_key(real(one)) for one in files}
-    names = _Names(different, _common_folder(files))
+    names = _Names(different, _common_folder(files), _LONGEST - max(map(len, suffixes)))
 
     def is_reserved(name: str) -> bool:
         parent, last = os.path.split(os.path.join(folder, name))
@@ -54,10 +54,16 @@ def partial_name(name: str) -> str:
 
 
 class _Names:
-    """The present name of each input, and how many times it was lengthened."""
+    """The present name of each input, and how many times it was lengthened.
 
-    def __init__(self, places: Sequence[str], common: str | None):
-        self._places, self._common = places, common
+    Args:
+        places: of the inputs, all different.
+        common: the folder that contains them.
+        room: bytes that the last part of a name may have.
+    """
+
+    def __init__(self, places: Sequence[str], common: str | None, room: int):
+        self._places, self._common, self._room = places, common, room
         self._levels = [0] * len(places)
         self.current = [self._name(index) for index in range(len(places))]
 
@@ -82,7 +88,10 @@ class _Names:
             name = PurePath(place).name or "audio"
         else:
             name = os.path.relpath(place, self._common)
-        return name + f"-{index + 1}" * max(level - 2, 0)
+        number = f"-{index + 1}" * max(level - 2, 0)
+        while len(os.fsencode(os.path.basename(name) + number)) > self._room:
+            name = name[:-1]
+        return name + number
 
 
 def _place(name: str, real: Callable[[str], str]) -> str:

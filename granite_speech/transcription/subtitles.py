@@ -162,17 +162,21 @@ def _characters(word: str, not_first: set[str], not_last: set[str]) -> list[str]
 
 
 def _without_overlaps(found: list[Cue]) -> list[Cue]:
-    """The same cues with times that never go back: a cue ends where the next one begins, or before."""
+    """The same cues with times that never go back: each is shown for at least a millisecond, and ends before the next one begins.
+
+    Cues with one start share the time that the longest of them has.
+    """
     starts = accumulate((one.start for one in found), max)
-    groups = [list(group) for _, group in groupby(zip(starts, found, strict=True), key=lambda pair: pair[0])]
-    result = []
-    for group, following in zip(groups, [*groups[1:], None], strict=True):
-        start, members = group[0][0], [cue for _, cue in group]
+    groups = [(start, [cue for _, cue in pairs]) for start, pairs in groupby(zip(starts, found, strict=True), key=lambda pair: pair[0])]
+    result, earliest = [], 0
+    for index, (start, members) in enumerate(groups):
+        start = max(start, earliest)
+        following = groups[index + 1][0] if index + 1 < len(groups) else math.inf
         length = max(cue.end for cue in members) - start
         if length < len(members):
             length = len(members) * _SHORTEST
-        if following is not None:
-            length = min(length, following[0][0] - start)
+        length = max(min(length, following - start), len(members))
         edges = [start + length * n // len(members) for n in range(len(members) + 1)]
         result += [replace(cue, start=begin, end=end) for cue, (begin, end) in zip(members, pairwise(edges), strict=True)]
+        earliest = edges[-1]
     return result
