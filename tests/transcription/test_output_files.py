@@ -205,14 +205,14 @@ def test_silence_is_complete():
 
 
 def test_names_of_the_greatest_length():
-    inputs = made("é" * 125 + "a.mp3", "é" * 125 + "b.mp3", "é" * 100 + ".mp3", "é" * 122 + ".mp3")
+    inputs = made("é" * 125 + "a.mp3", "é" * 125 + "b.mp3", "x" + "é" * 122 + ".mp3", "y" + "é" * 122 + ".mp3")
     outputs = files(inputs, *FORMATS)
     for index in range(4):
         outputs.write(index, CUT)
         outputs.write(index, WHOLE)
         assert outputs.is_complete(index)
     found = tree("out")
-    assert len(found) == 4 * len(FORMATS) and "é" * 100 + ".txt" in found and "é" * 122 + ".txt" in found
+    assert len(found) == 4 * len(FORMATS) and {"x" + "é" * 122 + ".txt", "y" + "é" * 122 + ".txt"} <= found.keys()
     partials = {partial_name(name) for name in found}
     assert len(partials) == len(found) and max(len(os.fsencode(name)) for name in partials) <= 255
 
@@ -336,7 +336,10 @@ class Killed(BaseException):
 @pytest.mark.parametrize("before", [None, OLD, HALF], ids=["first run", "after a complete run", "after an incomplete run"])
 def test_a_run_may_die_at_any_step(monkeypatch, before, dying):
     formats = ("txt", "json")
-    old, new = ({f"speech.{one}": write_text(it, one, SubtitleOptions()).encode() for one in formats} for it in (OLD, WHOLE))
+    old, new, *others = (
+        {f"speech.{one}": write_text(it, one, SubtitleOptions()).encode() for one in formats} for it in (OLD, WHOLE, CUT, HALF)
+    )
+    whole = {content for contents in (old, new, *others) for content in contents.values()}
     steps = 0
     while True:
         shutil.rmtree("out", ignore_errors=True)
@@ -346,7 +349,7 @@ def test_a_run_may_die_at_any_step(monkeypatch, before, dying):
         if not dies(monkeypatch, outputs, dying, steps):
             break
         for path, content in tree("out").items():
-            assert path.endswith((".partial", ".failed")) or content in (*old.values(), *new.values(), b"open\n") or b'"open"' in content
+            assert path.endswith((".partial", ".failed")) or content in whole
         if not outputs.is_complete(0):
             outputs.write(0, WHOLE)
         assert outputs.is_complete(0) and tree("out") in ([new, old] if before is OLD else [new]), "of one run"
