@@ -14,7 +14,7 @@ import pysubs2
 import pytest
 import srt
 import webvtt
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from granite_speech.errors import AudioError, InputError
@@ -101,6 +101,8 @@ def by_pysubs2(content, format):
 @given(transcripts(), LAYOUTS | st.just(PLAIN))
 @example(Transcript(segments=[Segment(0, 0, 1, "a -"), Segment(1, 1, 2, "-> b --"), Segment(2, 2, 3, "-->")]), SubtitleOptions(1))
 def test_srt_is_read_back(transcript, options):
+    # The parser takes a line with a number and a line that begins like a time, in the text, for the next cue.
+    assume(not any(re.search(r"\d\.?\s+\d+[^\w\s]\d+[^\w\s]\d", one_line(one.text)) for one in transcript.segments))
     content = write_text(transcript, "srt", options)
     found = list(srt.parse(content.encode().decode()))
     assert [one.index for one in found] == list(range(1, len(found) + 1))
