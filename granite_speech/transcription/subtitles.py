@@ -125,6 +125,8 @@ def _blocks(text: str, options: SubtitleOptions) -> list[list[str]]:
 
 def _lines(text: str, width: int | None, words: int | None) -> list[str]:
     """Fill each line with as many units of the text as it may have, at least one."""
+    if width is None and words is None:
+        return [text]
     lines, line, count = [], "", 0
     for space, unit in _units(text, width):
         longer = line + space + unit if line else unit
