@@ -46,6 +46,7 @@ _HOMES = {
         "InputError",
         "KernelError",
         "MissingDependencyError",
+        "OutputError",
         "UnsupportedError",
     ),
     "generation.config": ("GenerationConfig",),
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from granite_speech.errors import InputError as InputError
     from granite_speech.errors import KernelError as KernelError
     from granite_speech.errors import MissingDependencyError as MissingDependencyError
+    from granite_speech.errors import OutputError as OutputError
     from granite_speech.errors import UnsupportedError as UnsupportedError
     from granite_speech.generation.config import GenerationConfig as GenerationConfig
     from granite_speech.inputs.audio import AudioWarning as AudioWarning
