@@ -33,7 +33,7 @@ from granite_speech.engine.generate import launches_of_generate
 from granite_speech.errors import CheckpointError, GraniteSpeechError, InputError, MissingDependencyError, UnsupportedError
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 
 __all__ = ["Comparison", "Stage", "report", "verify"]

@@ -25,7 +25,8 @@ from granite_speech.engine.worker import Worker
 from granite_speech.errors import EngineError, InputError
 from granite_speech.generation.stop_strings import StopStrings
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import samples_of, transcript_request
+from granite_speech.inputs.recordings import samples_of
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.modules.transfers import record_event
 
 __all__ = ["Engine"]

@@ -5,7 +5,7 @@ from functools import cache
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.errors import ConfigError, InputError
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 
 __all__ = ["Dialogue"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from granite_speech.errors import MissingDependencyError
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.modules.packing import Segments
 from granite_speech.training.losses import ctc_logits

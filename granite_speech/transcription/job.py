@@ -13,7 +13,8 @@ from granite_speech.engine.cpu_threads import without_team
 from granite_speech.engine.handle import Answer, Handle
 from granite_speech.errors import AudioError, EngineError, GraniteSpeechError
 from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
-from granite_speech.inputs.recordings import read_recording, transcript_request
+from granite_speech.inputs.recordings import read_recording
+from granite_speech.inputs.requests import transcript_request
 
 __all__ = ["Job", "Transcript", "is_numbers"]
 

@@ -18,7 +18,8 @@ from torch.utils.data import default_collate
 from granite_speech.errors import AudioError, InputError, UnsupportedError
 from granite_speech.inputs.batch import BatchFeature
 from granite_speech.inputs.placeholders import moved, tokens_for
-from granite_speech.inputs.recordings import samples_of, transcript_request
+from granite_speech.inputs.recordings import samples_of
+from granite_speech.inputs.requests import transcript_request
 from tests.calls.test_tokenizing import MARKED
 from tests.support.paths import ROOT
 from tests.support.two_libraries import PROMPT, WORDS, Call, comparison, library

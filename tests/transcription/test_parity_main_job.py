@@ -9,7 +9,7 @@ import transformers
 import granite_speech
 from granite_speech.errors import AudioError
 from granite_speech.inputs.audio import load_audio
-from granite_speech.inputs.recordings import PROMPT_4, transcript_request
+from granite_speech.inputs.requests import PROMPT_4, transcript_request
 from granite_speech.transcription.transcriber import Transcriber
 from tests.support.random_checkpoint import write_checkpoint
 
