@@ -180,7 +180,8 @@ def verify(
     stored = choose_dtype(None, load_json(folder / "config.json")) or weights.entries[EMBEDDING].dtype
     load_theirs = _their_loader(folder, config, has_adapter=weights.adapter_config is not None)
     processor = GraniteSpeechProcessor.from_pretrained(folder)
-    samples, prompt = load_audio(RECORDING, processor.audio_processor.sampling_rate), transcript_request(processor)
+    samples = load_audio(RECORDING, processor.audio_processor.sampling_rate)
+    prompt = transcript_request(processor, model_type=config.model_type)
     task = _Task(folder, target, config, weights, processor, samples, prompt, max_new_tokens)
 
     comparisons, truth = [], None

@@ -202,7 +202,7 @@ class Engine:
         """The checkpoint's own request, rendered once a day: templates may name the date, and rendering takes half of a submit's time."""
         made_of = str(self.processor.chat_template), date.today()
         if self._request_text is None or self._request_text[0] != made_of:
-            self._request_text = made_of, transcript_request(self.processor)
+            self._request_text = made_of, transcript_request(self.processor, model_type=self.model.config.model_type)
         return self._request_text[1]
 
 

@@ -56,6 +56,6 @@ def language_name(language: Any, option: str) -> str:
             expected=f"the English name of a language, or one of the codes {', '.join(sorted(_NAMES))}",
             remedy="Pass the name for any other language",
         )
-    if not 0 < len(text) <= _LONGEST_NAME or not text.replace(" ", "").replace("-", "").replace("'", "").isalpha():
+    if key == "auto" or not 0 < len(text) <= _LONGEST_NAME or not text.replace(" ", "").replace("-", "").replace("'", "").isalpha():
         raise InputError(got=f"{option}={language!r:.40}", expected="the code or English name of a language", remedy=f"Correct {option}")
     return text.title() if text == key else text

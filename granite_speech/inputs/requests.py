@@ -96,11 +96,11 @@ def request_for(
 
     Raises:
         InputError: another task; an unknown code; a target without translation, or the same as the language; keywords that are not text,
-            or for a prompt that is complete; more than one placeholder.
+            or come with a prompt that is complete; more than one placeholder.
     """
     check_choice("task", task, TASKS)
     spoken, target = _languages(task, language, target_language)
-    terms = _keywords(keywords)
+    terms = _keywords(keywords, processor.audio_token)
     family = _family(processor, model_type)
     _check_prompt(prompt)
     if terms and prompt and _is_complete(processor, prompt):
@@ -115,7 +115,7 @@ def request_for(
         raise InputError(
             got=f"a prompt in which {processor.audio_token} occurs {text.count(processor.audio_token)} times",
             expected="once: the place of the recording",
-            remedy="Correct the prompt, the keywords or the chat template",
+            remedy="Correct the prompt or the chat template",
         )
     return text
 
@@ -175,7 +175,7 @@ def _languages(task: str, language: Any, target_language: Any) -> tuple[str | No
     return spoken, target
 
 
-def _keywords(keywords: Any) -> list[str]:
+def _keywords(keywords: Any, audio_token: str) -> list[str]:
     """Keywords without surrounding space, each once, in order."""
     parts = [keywords] if isinstance(keywords, str) else keywords
     if parts is None:
@@ -186,6 +186,8 @@ def _keywords(keywords: Any) -> list[str]:
     for part in parts:
         if not isinstance(part, str):
             raise _wrong_keywords(f"a {type(part).__name__} among the keywords")
+        if audio_token in part:
+            raise _wrong_keywords(f"the keyword {part!r:.40}, which has the place of the recording")
         found |= dict.fromkeys(" ".join(one.split()) for one in part.split(","))
     return [one for one in found if one]
 
