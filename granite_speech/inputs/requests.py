@@ -1,8 +1,9 @@
 """Requests for a transcript or a translation, in the words that each family of checkpoints was trained on; and how long a recording each
 checkpoint can answer at once.
 
-The words are IBM's: those of the 3.x releases from the README of ibm-granite/granite-speech-models and, for translation, from vLLM's
-`granite_speech`; those of 4.x and of plus from `prompts.py` of IBM's package and its examples/model_card_examples.md.
+The words are IBM's. Those of 3.x are from the README of ibm-granite/granite-speech-models, whose system text also has two dates, and for
+translation from vLLM's `granite_speech`. Those of 4.x and of plus are from `prompts.py` of ibm-granite/granite-speech and its
+examples/model_card_examples.md; 3.x has no words of its own for keywords and a given language, and gets those of plus.
 """
 
 from collections.abc import Iterable

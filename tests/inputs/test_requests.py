@@ -107,6 +107,8 @@ def test_a_prompt_with_a_place_for_the_recording(third, fourth):
     for processor in (third, fourth):
         complete = request_for(processor)
         assert request_for(processor, prompt=complete) == transcript_request(processor, complete) == complete
+        grown = complete.replace("<|audio|>", "<|audio|>" * 8)  # as many as its audio tokens
+        assert transcript_request(processor, grown) == grown
         assert request_for(processor, prompt="<|audio|>what?", keywords="a") == request_for(processor, prompt="what?", keywords="a")
         assert "What is <|audio|> about?" in request_for(processor, prompt="What is <|audio|> about?")
         assert transcript_request(processor, "<|audio|><|audio|>").count("<|audio|>") == 2  # for the processor to judge
