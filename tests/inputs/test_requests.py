@@ -13,7 +13,7 @@ from granite_speech.errors import ConfigError, InputError
 from granite_speech.inputs.languages import language_name
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.requests import PROMPT_3, PROMPT_4, SYSTEM_3, request_for, transcript_request, window_limit
-from granite_speech.training.bundled_checkpoint.small_model import WINDOW_SECONDS
+from granite_speech.training.bundled_checkpoint.small_model import WINDOW_SECONDS, make_model, make_tokenizer
 
 EMBEDDED = Path(granite_speech.__file__).parent / "assets" / "embedded"
 ROLES = (
@@ -192,6 +192,7 @@ def test_wrong_window_limits(value):
 def test_the_limit_of_the_bundled_checkpoint(tmp_path):
     model = granite_speech.GraniteSpeechForConditionalGeneration.from_pretrained("embedded")
     assert window_limit(model.config, "transcribe") == window_limit(model.config, "translate") == WINDOW_SECONDS
+    assert make_model(make_tokenizer(), 0).config.window_seconds == WINDOW_SECONDS  # for the next one that is trained
     model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["window_seconds"] == WINDOW_SECONDS
     shutil.copytree(EMBEDDED, tmp_path / "wrong")
