@@ -1,4 +1,4 @@
-"""What people pass for a recording and its request, as the processor needs it."""
+"""What people pass for a recording, as the processor needs it."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping
@@ -16,42 +16,9 @@ from granite_speech.inputs.clips import MOST_CHANNELS, check_clips, clips_of_pro
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.sources import arrays_and_rates, file_of
 
-__all__ = ["PROMPT_3", "Recording", "read_recording", "recording_blocks", "samples_of", "transcript_request"]
+__all__ = ["Recording", "read_recording", "recording_blocks", "samples_of"]
 
 Recording = str | PathLike | BinaryIO | bytes | np.ndarray | Tensor
-
-# The requests that the releases were trained on: 3.x with this system text, 4.x without one.
-PROMPT_3 = "can you transcribe the speech into a written format?"
-SYSTEM_3 = "You are Granite, developed by IBM. You are a helpful AI assistant"
-PROMPT_4 = "transcribe the speech with proper punctuation and capitalization."
-
-
-def transcript_request(processor: GraniteSpeechProcessor, prompt: str | None = None) -> str:
-    """The full prompt for one recording, in the checkpoint's chat template if it has one.
-
-    Args:
-        processor: of the model.
-        prompt: the request; None asks for a transcript. One that has the placeholder gets no other. One that also ends as the chat
-            template ends a prompt is complete, and is returned as it is.
-    """
-    template, audio_token = processor.chat_template, processor.audio_token
-    place = "" if audio_token in (prompt or "") else audio_token
-    if not template:
-        return f"{place}{prompt or PROMPT_4}"
-    if not place and _is_complete(processor, prompt):
-        return prompt
-    third_generation = "<|start_of_role|>" in str(template)
-    conversation = [{"role": "system", "content": SYSTEM_3}] if third_generation else []
-    conversation.append({"role": "user", "content": f"{place}{prompt or (PROMPT_3 if third_generation else PROMPT_4)}"})
-    return processor.apply_chat_template(conversation, add_generation_prompt=True)
-
-
-def _is_complete(processor: GraniteSpeechProcessor, prompt: str) -> bool:
-    """Whether the prompt ends with what the chat template writes after the user's words."""
-    words = "what?"
-    rendered = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
-    _, found, end = rendered.rpartition(words)
-    return bool(found and end.strip()) and prompt.rstrip().endswith(end.strip())
 
 
 def samples_of(recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None) -> tuple[Any, int | None]:

@@ -71,8 +71,7 @@ def _one(item: Any, sampling_rate: int | None, target: int) -> tuple[Array, int 
     if isinstance(item, Mapping):
         return _entry(item, sampling_rate)
     if hasattr(item, "get_all_samples"):
-        samples = item.get_all_samples()
-        return samples.data, _rate(samples.sample_rate)
+        return _decoded(item)
     if isinstance(item, Sequence):
         return _numbers(item), sampling_rate
     raise InputError(
@@ -97,6 +96,16 @@ def file_of(item: Any) -> Any:
     if isinstance(item, str):
         return _address(item)
     return item if isinstance(item, PathLike) or hasattr(item, "read") else None
+
+
+def _decoded(decoder: Any) -> tuple[Array, int | None]:
+    try:
+        samples = decoder.get_all_samples()
+    except (RuntimeError, ValueError, OSError) as error:  # the decoder's own: of a damaged file, or one that is gone
+        raise AudioError(
+            got=f"a {type(decoder).__name__} that failed ({error!s:.300})", expected="sound that it decodes", remedy="Pass the file's path"
+        ) from error
+    return samples.data, _rate(samples.sample_rate)
 
 
 def _numbers(values: Any) -> np.ndarray:

@@ -265,6 +265,7 @@ class Transcriber:
             target_language=options.target_language,
             keywords=options.keywords or (),
             prompt=options.prompt,
+            model_type=self.model.config.model_type,
         )
         limit = window_limit(self.model.config, options.task)
         limit = limit if options.chunk_length is None else min(limit, options.chunk_length)

@@ -96,6 +96,13 @@ def test_samples_are_resampled(processor):
     assert torch.equal(read(sound.tolist(), processor, 44100)[0], expected)
 
 
+class Broken:
+    """A decoder of a damaged file."""
+
+    def get_all_samples(self):
+        raise RuntimeError("no packets")
+
+
 SOUND = np.zeros(RATE, dtype=np.float32)
 REFUSED = {
     "none": (None, InputError, "NoneType"),
@@ -120,6 +127,7 @@ REFUSED = {
     "NaN in a list": ([0.1, float("nan")], AudioError, "NaN"),
     "huge samples": (SOUND + 1e20, AudioError, "size"),
     "complex samples": (SOUND + 1j, AudioError, "complex"),
+    "a decoder that fails": (Broken(), AudioError, r"a Broken that failed \(no packets\)"),
     "no rate": ({"array": SOUND, "sampling_rate": "high"}, AudioError, "sampling rate"),
 }
 

@@ -17,7 +17,7 @@ import torch
 
 from granite_speech import AudioError, AudioWarning, Engine, InputError, Transcriber, Transcript, TruncatedAnswerWarning, load_audio
 from granite_speech.engine.requests import Repetition
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.transcription import read_ahead
 from granite_speech.transcription import transcriber as module
 from granite_speech.transcription.job import Job
