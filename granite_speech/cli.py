@@ -1,14 +1,13 @@
 """The command `granite-speech`. Text goes to standard output, and everything else to standard error."""
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
 from granite_speech.command_line.options import parse_download, parse_transcription
-from granite_speech.command_line.output import OutputClosedError, message, open_missing_streams, write_line
+from granite_speech.command_line.output import OutputClosedError, flush_streams, message, open_missing_streams, write_line
 from granite_speech.errors import GraniteSpeechError
 from granite_speech.training.options import FinetuneOptions
 
@@ -16,6 +15,7 @@ __all__ = ["command", "main"]
 
 # The exit status of a program that SIGINT ends, as shells show it.
 _INTERRUPTED = 130
+_OUTPUT_CLOSED = 1
 
 
 def _parse_verify(arguments: Sequence[str]) -> argparse.Namespace:
@@ -60,39 +60,43 @@ def _parse_finetune(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = given.pop(0) if given and given[0] in _COMMANDS else "transcribe"
-    parse, run = _COMMANDS[name]
-    options = parse(given)
     try:
-        return run(options)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except OutputClosedError as error:
-        if error.__cause__.errno not in (errno.EPIPE, errno.EINVAL):  # Windows gives EINVAL if the reader has gone
-            message(f"standard output cannot be written: {error.__cause__.strerror}")
-        return 1
-    except GraniteSpeechError as error:
-        if name != "finetune" or _is_first_process():
-            message(error)
-        return 2
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except OutputClosedError:
+        return _OUTPUT_CLOSED
 
 
 def command() -> None:
     """Run the command line and end the process."""
     open_missing_streams()
     try:
-        status = main()
+        status = _run(sys.argv[1:])
+        ends_at_once = status == _INTERRUPTED
+    except OutputClosedError:
+        status, ends_at_once = _OUTPUT_CLOSED, True
     except SystemExit as usage:
-        status = usage.code
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os._exit(status or 1)  # Python would try again, and complain
-    if status == _INTERRUPTED:
-        # At once: Python would first wait for threads that read a file or run the model, and fail if one of them has standard input.
+        status, ends_at_once = usage.code, False
+    out_is_open, err_is_open = flush_streams()
+    status = status or (0 if out_is_open else _OUTPUT_CLOSED)
+    if ends_at_once or not out_is_open or not err_is_open:
+        # Python would first wait for threads that read a file or run the model, and fail if one of them has standard input; and it
+        # would try again to write what is buffered, and complain.
         os._exit(status)
     sys.exit(status)
+
+
+def _run(given: list[str]) -> int:
+    name, rest = (given[0], given[1:]) if given and given[0] in _COMMANDS else ("transcribe", given)
+    parse, run = _COMMANDS[name]
+    options = parse(rest)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except GraniteSpeechError as error:
+        if name != "finetune" or _is_first_process():
+            message(error)
+        return 2
 
 
 def _is_first_process() -> bool:

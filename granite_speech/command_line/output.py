@@ -1,10 +1,13 @@
 """Lines to standard output and messages to standard error, either of which may be closed or stop taking them."""
 
+import errno
 import os
 import sys
 from contextlib import suppress
 
 __all__ = ["OutputClosedError", "message", "open_missing_streams", "write_line"]
+
+_READER_HAS_GONE = (errno.EPIPE, errno.EINVAL)  # the latter on Windows
 
 
 class OutputClosedError(Exception):
@@ -15,7 +18,7 @@ def write_line(text: str) -> None:
     """Print a line at once. Characters that the terminal's encoding lacks become escapes.
 
     Raises:
-        OutputClosedError: it cannot be written. The cause is an OSError.
+        OutputClosedError: it cannot be written. Why has been printed, unless the reader has just gone.
     """
     try:
         try:
@@ -24,6 +27,8 @@ def write_line(text: str) -> None:
             encoding = sys.stdout.encoding
             print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError as error:
+        if error.errno not in _READER_HAS_GONE:
+            message(f"standard output cannot be written: {error.strerror}")
         raise OutputClosedError from error
 
 
@@ -44,3 +49,16 @@ def open_missing_streams() -> None:
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def flush_streams() -> tuple[bool, bool]:
+    """Write what is buffered. Returns whether standard output and standard error took it."""
+    taken = []
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            taken.append(False)
+        else:
+            taken.append(True)
+    return tuple(taken)

@@ -1,10 +1,11 @@
 """The progress bar of the command line: seconds of audio that are done, and how many of them in a second (RTFx)."""
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Self
 
@@ -37,7 +38,7 @@ class Progress:
             from tqdm import tqdm
 
             self._began = time.monotonic()
-            self._bar = tqdm(bar_format=_FORMAT, dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(bar_format=_FORMAT, file=sys.stderr, **_size())
             threading.Thread(target=self._measure, daemon=True).start()
         return self
 
@@ -52,11 +53,9 @@ class Progress:
             return
         self._all_done += seconds - self._done.get(index, 0.0)
         self._done[index] = seconds
-        while True:
-            try:
+        with suppress(Empty):
+            while True:
                 self._set_length(*self._measured.get_nowait(), known=False)
-            except Empty:
-                break
         if len(self._lengths) == len(self._recordings):
             self._bar.total = max(1, round(self._all_lengths))
         self._bar.set_postfix_str(f"RTFx {self._all_done / (time.monotonic() - self._began + 1e-9):.0f}", refresh=False)
@@ -86,3 +85,11 @@ class Progress:
             seconds = estimate_seconds(recording)
             if seconds is not None:
                 self._measured.put((index, seconds))
+
+
+def _size() -> dict[str, Any]:
+    """The terminal's size for tqdm, which shows nothing on one that does not say how large it is."""
+    with suppress(OSError):
+        if all(os.get_terminal_size(sys.stderr.fileno())):
+            return {"dynamic_ncols": True}
+    return {"ncols": 80, "nrows": 24}
