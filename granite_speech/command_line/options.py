@@ -146,7 +146,7 @@ def _transcription_parser() -> CommandParser:
     parser = CommandParser(
         prog="granite-speech",
         usage=_USAGE,
-        description="Transcribe recordings of any length with IBM's Granite Speech. Text goes to standard output.",
+        description="Recordings of any length to text, with IBM's Granite Speech.",
         epilog=_COMMANDS,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
