@@ -57,7 +57,7 @@ def flush_streams() -> tuple[bool, bool]:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: it was closed
             taken.append(False)
         else:
             taken.append(True)

@@ -59,7 +59,7 @@ class Progress:
         if len(self._lengths) == len(self._recordings):
             self._bar.total = max(1, round(self._all_lengths))
         self._bar.set_postfix_str(f"RTFx {self._all_done / (time.monotonic() - self._began + 1e-9):.0f}", refresh=False)
-        self._bar.update(int(self._all_done) - self._bar.n)
+        self._bar.update(round(self._all_done) - self._bar.n)
 
     def finish(self, index: int, seconds: float) -> None:
         """A recording is done, and this is its length."""

@@ -196,12 +196,12 @@ def estimate_seconds(path: str | os.PathLike) -> float | None:
     try:
         recording = _Recording(path, 16000, None, None, "raise")
         try:
-            seconds = recording.seconds_from_headers()
-            return container_seconds(Source(recording.file, recording.begin)) if seconds is None else seconds
+            seconds = recording.seconds_from_headers() or container_seconds(Source(recording.file, recording.begin))
         finally:
             recording.close()
     except (GraniteSpeechError, OSError):
         return None
+    return seconds if seconds is not None and 0 < seconds <= LONGEST_SECONDS_FROM_HEADER else None
 
 
 def _reported(recording: "_Recording", length: int) -> Iterator["torch.Tensor"]:

@@ -9,12 +9,8 @@ import time
 import pytest
 
 from granite_speech.command_line.progress import Progress
-from granite_speech.inputs.audio import estimate_seconds, measure_seconds
 from tests.command_line.test_transcribe import LINES, start
-from tests.support.paths import ROOT
 from tests.support.sound_headers import wav_header
-
-AUDIO_FILES = ROOT / "tests/audio_files"
 
 
 def on_terminal(*arguments, stdout=None, **options) -> tuple[str, str]:
@@ -94,20 +90,3 @@ def test_the_total_is_known_when_all_lengths_are_and_is_corrected_at_the_end(mon
         assert (bar.n, bar.total) == (35, None)
         progress.finish(2, 5.0)
         assert (bar.n, bar.total) == (37, 37)
-
-
-@pytest.mark.parametrize(
-    "name, exact", [("opposite_polarity.wav", True), ("phone.m4a", False), ("voice.wma", False), ("leading_zeros.mp3", False)]
-)
-def test_lengths_are_estimated_from_headers(name, exact):
-    estimate, length = estimate_seconds(AUDIO_FILES / name), measure_seconds(AUDIO_FILES / name)
-    assert estimate == length if exact else abs(estimate - length) < 0.1
-
-
-def test_what_has_no_length_is_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "text.wav").write_text("this is no sound")
-    (tmp_path / "empty.wav").touch()
-    for name in ("pipe", "text.wav", "empty.wav", "absent.wav", "."):
-        assert estimate_seconds(tmp_path / name) is None
-    assert estimate_seconds("-") is None
