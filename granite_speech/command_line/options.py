@@ -108,6 +108,8 @@ def parse_transcription(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--resume skips files whose output is complete, so it needs --output-format or --output-dir")
     options.quiet = bool(options.quiet) or options.verbose is not True
     options.call = {name: getattr(options, name) for name in _CALL if hasattr(options, name)}
+    if not options.call.keys() & {"prompt", "initial_prompt"}:
+        options.call.pop("carry_initial_prompt", None)  # there is nothing to carry
     return options
 
 

@@ -77,7 +77,7 @@ WHISPER_DEFAULTS = (
     "--suppress_tokens -1 --fp16 True --temperature_increment_on_fallback 0.2 --compression_ratio_threshold 2.4 --logprob_threshold -1.0 "
     "--no_speech_threshold 0.6 --word_timestamps False --prepend_punctuations ( --append_punctuations ) --highlight_words False "
     "--max_line_width None --max_line_count None --max_words_per_line None --threads 0 --clip_timestamps 0 "
-    "--hallucination_silence_threshold None --beam_size 1 --condition_on_previous_text False --carry_initial_prompt True"
+    "--hallucination_silence_threshold None --beam_size 1 --condition_on_previous_text False --carry_initial_prompt False"
 )
 IBM_DEFAULTS = (
     "--num-beams 1 --prompt-mode default --chunk-length 30 --chunk-overlap 0 --segmentation vad --vad-threshold 0.2 "
@@ -102,6 +102,7 @@ def test_values_that_change_nothing_are_accepted(transcriber, capfd, line, dash)
         ("--best_of 3", "best_of"),
         ("--condition_on_previous_text True", "on its own"),
         ("--condition-on-previous-text", "on its own"),
+        ("--initial_prompt x --carry_initial_prompt False", "carry_initial_prompt"),
         ("--no_speech_threshold 0.9", "silence"),
         ("--logprob_threshold -2", "logprob_threshold"),
         ("--word_timestamps True", "words have no times"),
