@@ -120,6 +120,8 @@ def _whole(recording: Any, target: int, sampling_rate: int | None) -> Tensor:
     """The samples `(samples,)` of a recording that is not a file, checked and at the rate `target`."""
     if _is_list(recording):
         recording = _numbers(recording)
+    elif not isinstance(recording, (np.ndarray, Tensor, Mapping)) and not hasattr(recording, "get_all_samples"):
+        raise _not_one(f"a {type(recording).__name__}")
     arrays, rates = arrays_and_rates(recording, sampling_rate, target)
     clips = clips_of_prompt(arrays, 1, 1)
     if clips is None:
