@@ -61,7 +61,8 @@ class Answers:
             for one in self._texts(piece):
                 if held is not None:
                     if one.overlap:
-                        before, after = join(held.text, one.text, one.overlap)
+                        lengths = {"before_seconds": held.end - held.start, "after_seconds": one.end - one.start}
+                        before, after = join(held.text, one.text, overlap=one.overlap, **lengths)
                         held, one = replace(held, text=before), replace(one, text=after)
                     yield from self._segment(held)
                 held = one

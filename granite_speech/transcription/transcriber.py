@@ -300,7 +300,7 @@ class Transcriber:
 def _warn_of(transcript: Transcript, name: str, stacklevel: int) -> None:
     categories = {"audio": AudioWarning, "truncated": TruncatedAnswerWarning}
     for note in transcript.warnings:
-        is_part = note.start is not None and (note.start > 0 or note.end < transcript.duration)
+        is_part = note.start is not None and (note.start > 0 or note.end < transcript.duration - 0.01)
         message = str(note) if is_part else note.message
         warn((f"{name}: " if name else "") + message, categories.get(note.type, TranscriptWarning), stacklevel=stacklevel)
 

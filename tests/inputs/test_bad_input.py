@@ -419,7 +419,7 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "a recording too short for a token": (transcribe(torch.zeros(159)), AudioError, "159 samples"),
     "a file too short for a token": (transcribe(io.BytesIO(wav_header(data=b"\1\2" * 159))), AudioError, "159 samples"),
     "bytes without sound": (transcribe(b"RIFF"), AudioError, "does not decode"),
-    "a prompt with two placeholders": (transcribe(SOUND, prompt=PROMPT * 2), InputError, "2 placeholder"),
+    "a prompt with two placeholders": (transcribe(SOUND, prompt=PROMPT * 2), InputError, "occurs 2 times"),
     "a negative max_new_tokens": (transcribe(SOUND, max_new_tokens=-1), InputError, "-1"),
 }
 

@@ -226,11 +226,11 @@ def test_words_of_an_overlap_are_joined_before_a_segment_is_final(transcriber, m
     given(monkeypatch, Window(0.0, 2.0, CLIPS[0]), Window(1.5, 3.0, CLIPS[1], overlap=0.5), Window(4.0, 5.0, CLIPS[2]))
     calls = []
 
-    def join(before: str, after: str, overlap: float) -> tuple[str, str]:
-        calls.append((before, after, overlap))
+    def join(before: str, after: str, **seconds: float) -> tuple[str, str]:
+        calls.append((before, after, seconds))
         return before + " <", "> " + after
 
     monkeypatch.setattr(answers, "join", join)
     got = list(transcriber.transcribe(CLIPS[0], stream=True))
-    assert calls == [(TEXTS[0], TEXTS[1], 0.5)]
+    assert calls == [(TEXTS[0], TEXTS[1], {"overlap": 0.5, "before_seconds": 2.0, "after_seconds": 1.5})]
     assert [one.text for one in got] == [TEXTS[0] + " <", "> " + TEXTS[1], TEXTS[2]]
