@@ -32,6 +32,8 @@ _PAUSE, _FAINTER = 30, 15.0  # frames, dB: and for this long, if it is this much
 _QUIETEST, _INAUDIBLE = -110.0, -125.0
 # Gaussian noise in a band of n bins is on average 7.4 / √n dB above its floor, with a standard deviation of 3.05 / √n (measured).
 _MEAN, _DEVIATION = 7.4, 3.05
+_TOO_SHORT = 25  # frames: a word is longer, and changes
+_FAINTEST_VOICE = 1e-9  # mean square
 _BATCH = 10 * FRAMES_PER_SECOND  # frames that are detected at once
 # The excess over noise's mean, in standard deviations and summed over the bands. White noise exceeds 6 in one frame of a thousand and 12
 # in one of an hour; the faintest word in noise 5 dB below it exceeds 38.
@@ -94,7 +96,11 @@ class EnergyDetector:
         # A frame that has no spectrum of its own repeats the last one. Zeros after the end would look like a change.
         self._smooth(self._powers[-1:].repeat(_SPAN // HOP + _SMOOTHING // 2, 0))
         self._decibels = self._decibels[: -(-self._count // HOP) - self._first]
-        return self._detect(self._first + len(self._decibels) - self._returned)
+        decibels, found = self._decibels, self._detect(self._first + len(self._decibels) - self._returned)
+        if self._returned <= _TOO_SHORT and found.strong.mean() < 0.5 and _is_voice(decibels):
+            surely = np.ones(len(found), bool)
+            return Activity(found.level, surely, surely)
+        return found
 
     def _transform(self, samples: np.ndarray) -> None:
         self._samples = np.concatenate([self._samples, samples])
@@ -141,6 +147,19 @@ def _pauses(decibels: np.ndarray) -> np.ndarray:
 def _score(excess: np.ndarray) -> np.ndarray:
     """How unlikely it is that noise exceeds its floor by `(frames, bands)` dB; `(frames,)`."""
     return np.clip((excess * np.sqrt(_WIDTHS) - _MEAN) / _DEVIATION - 1.5, 0, 10).sum(1)
+
+
+def _is_voice(decibels: np.ndarray) -> bool:
+    """Whether a recording may be speech although it is too short to change: a part of a vowel. Noise has a spectrum without peaks, a tone
+    nothing but a peak, and hum does not change at all."""
+    power = np.power(10, decibels / 10)
+    mean = power.mean(0)
+    if mean.sum() < _FAINTEST_VOICE or np.sort(mean)[-2:].sum() > 0.95 * mean.sum():
+        return False
+    density, octave = 10 * np.log10(mean / _WIDTHS), np.log2(_BINS + _WIDTHS / 2)
+    straight = np.polyval(np.polyfit(octave, density, 1), octave)
+    loud = decibels[:, mean > mean.max() / 100]
+    return np.std(density - straight) > 3 and np.ptp(loud, axis=0).max() > 3
 
 
 def _band_powers(samples: np.ndarray, spectra: int) -> np.ndarray:
