@@ -26,7 +26,7 @@ _WIDTHS = np.diff(np.append(_BINS, _FFT // 2)).astype(np.float32)
 _HANN = np.hanning(_SPAN + 1)[:-1].astype(np.float32)
 _SMOOTHING = 5  # frames
 _STEADY = 200  # frames: a level that lasts this long is noise
-_PAUSE, _FAINTER = 30, 15.0  # frames, dB: and for this long, if it is this much fainter than the speech around it
+_PAUSE, _FAINTER, _CHANGING = 25, 15.0, 20.0  # frames, dB, score: and a shorter one that hardly changes, next to something louder
 # dB of full scale, per band. Dither of 16 bits is -110 dB, and speech that peaks at -60 dB is 30 dB above it. Fainter sounds may be the end
 # of a word, but are not a word.
 _QUIETEST, _INAUDIBLE = -110.0, -125.0
@@ -140,8 +140,11 @@ def _pauses(decibels: np.ndarray) -> np.ndarray:
     total = 10 * np.log10(np.power(10, decibels / 10).sum(1, keepdims=True))
     near = np.pad(total, ((FRAMES_PER_SECOND, FRAMES_PER_SECOND), (0, 0)), constant_values=-np.inf)
     loudest = -_sliding_minimum(-near, 2 * FRAMES_PER_SECOND + 1)
-    steady = _score(decibels - np.maximum(_floors(decibels, _PAUSE), _INAUDIBLE)) <= _WEAK
-    return steady & (total < loudest - _FAINTER)[:, 0]
+    length = min(_PAUSE, len(decibels))
+    lowest, highest = _sliding_minimum(decibels, length), -_sliding_minimum(-decibels, length)
+    steady = _score(highest - np.maximum(lowest, _INAUDIBLE)) < _CHANGING
+    steady = np.pad(steady.astype(np.float32)[:, None], ((length - 1, length - 1), (0, 0)))
+    return (-_sliding_minimum(-steady, length) > 0)[:, 0] & (total < loudest - _FAINTER)[:, 0]
 
 
 def _score(excess: np.ndarray) -> np.ndarray:

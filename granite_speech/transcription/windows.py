@@ -110,6 +110,8 @@ class Windows:
         for begin, end in self._spans:
             view = _View(self._reader.read(begin, end), self._detector(), begin)
             yield from self._of_span(view)
+            if self._reader.failure is not None:
+                raise self._reader.failure
 
     def _of_span(self, view: "_View") -> Iterator[Window]:
         view.read_to(self._limit // HOP + 1)
@@ -292,15 +294,19 @@ class _Reader:
     def __init__(self, blocks: Iterable[Tensor]):
         self._blocks, self._rest = iter(blocks), torch.zeros(0)
         self.position = 0  # samples
+        self.failure: Exception | None = None
 
     def read(self, begin: int, end: int | None) -> Iterator[Tensor]:
         """The samples from `begin` to `end`, in pieces that are not longer than a detector should take."""
         while end is None or self.position < end:
             if not len(self._rest):
-                block = next(self._blocks, None)
-                if block is None:
+                try:
+                    self._rest = next(self._blocks)
+                except StopIteration:
                     return
-                self._rest = block
+                except Exception as error:  # for later: what was read before it is intact
+                    self.failure = error
+                    return
             most = _PIECE if end is None else min(_PIECE, end - self.position)
             if self.position < begin:
                 most = min(most, begin - self.position)
