@@ -6,7 +6,25 @@ import pytest
 
 from granite_speech.transcription.overlaps import join
 
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "left", "right", "stop", "go", "yes", "no", "bird", "house", "menu", "print"]
+WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "left",
+    "right",
+    "stop",
+    "go",
+    "yes",
+    "no",
+    "print",
+]
 
 
 def joined(before: str, after: str, overlap: float = 1.0, seconds: float = 4.0) -> str:

@@ -1,5 +1,6 @@
 """Windows: every word is in one, none is longer than the limit, and memory does not grow."""
 
+import jiwer
 import numpy as np
 import pytest
 import torch
@@ -96,7 +97,8 @@ def test_sentences_belong_together_where_the_limit_is_long():
 def test_a_cut_without_a_pause_is_in_a_dip_or_in_both_windows():
     """A steady voice with one dip of 60 ms, then one without any."""
     time = np.arange(7 * RATE) / RATE
-    voice = np.sin(2 * np.pi * 150 * time + 4 * np.sin(2 * np.pi * 4 * time)) * (0.2 + 0.05 * np.sin(2 * np.pi * 5 * time))
+    phase = 2 * np.pi * 150 * time + 8 * np.sin(2 * np.pi * 3 * time)
+    voice = sum(np.sin(number * phase) / number for number in range(1, 25)) * (0.2 + 0.1 * np.sin(2 * np.pi * 5 * time))
     dip = voice.copy()
     dip[int(3.1 * RATE) : int(3.17 * RATE)] *= 0.0001
     edge = silence(3)
@@ -135,8 +137,7 @@ def test_memory_does_not_grow():
     part = [part for number in range(12) for part in (spoken(number), silence(0.4))]
     block = recording(*part, silence(25), *part)
     reader = Windows((block for _ in range(12)), limit=4)
-    for window in reader:
-        assert reader.duration - window.end < 40 + len(block) / RATE * 0
+    assert max(reader.duration - window.end for window in reader) < 25
     assert reader.duration == 12 * len(block) / RATE
 
 
@@ -195,9 +196,9 @@ def test_the_words_of_a_long_recording_are_those_of_its_utterances():
     samples = recording(*parts)
     noisy = samples + 1e-3 * torch.randn(len(samples), generator=torch.Generator().manual_seed(0))
     expected = [one.text for one in sentences()]
-    expected = " ".join([*expected, *expected[::-1]]).split()
+    expected = " ".join([*expected, *expected[::-1]])
     with Engine(*load()) as engine:
-        for sound in (samples, noisy):
+        for sound, most in ((samples, 0), (noisy, 0.03)):
             found = windows(sound)
             handles = [engine.submit(audio=window.samples) for window in found]
             texts = [handle.result().text.strip() for handle in handles]
@@ -206,4 +207,4 @@ def test_the_words_of_a_long_recording_are_those_of_its_utterances():
                     pair = found[number - 1], window
                     lengths = {f"{name}_seconds": one.end - one.start for name, one in zip(("before", "after"), pair, strict=True)}
                     texts[number - 1 : number + 1] = join(*texts[number - 1 : number + 1], overlap=window.overlap, **lengths)
-            assert " ".join(filter(None, texts)).split() == expected
+            assert jiwer.wer(expected, " ".join(texts)) <= most
