@@ -81,7 +81,7 @@ class Answers:
             error = self._errors[0] if error is None else error
             if not isinstance(error, GraniteSpeechError):
                 raise error
-        notes = [] if job.audio_warning is None else [TranscriptNote("audio", job.audio_warning)]
+        notes = [*self._setup.notes, *([] if job.audio_warning is None else [TranscriptNote("audio", job.audio_warning)])]
         return Transcript(
             " ".join(one.text for one in self._segments if one.text),
             segments=self._segments,

@@ -1,7 +1,7 @@
 """One recording, read window by window."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -62,7 +62,7 @@ class Job:
         with setup.alone():
             blocks, warning = recording_blocks(recording, setup.processor, setup.sampling_rate, options.errors)
         windows = Windows(
-            self._intact(blocks),
+            blocks,
             limit=setup.limit,
             segmentation=options.segmentation,
             overlap=options.chunk_overlap,
@@ -81,19 +81,10 @@ class Job:
                     return
         finally:
             self.duration = windows.duration
-        if self.error is not None:
-            return
         self.audio_warning = warning()
         if not count:
             # Silence has no text. What is too short for the model is an error even so.
             setup.inputs(torch.zeros(min(round(windows.duration * setup.rate), setup.rate)))
-
-    def _intact(self, blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The blocks before a fault, so that what was said before it is transcribed to its last word."""
-        try:
-            yield from blocks
-        except GraniteSpeechError as error:
-            self.error = error
 
 
 def is_numbers(recording: Any) -> bool:

@@ -10,9 +10,10 @@ from typing import Any, Self
 from granite_speech.errors import InputError
 from granite_speech.inputs.languages import requested_languages
 
-__all__ = ["SEGMENTATIONS", "TranscribeOptions"]
+__all__ = ["SEGMENTATIONS", "SHORTEST_WINDOW", "TranscribeOptions"]
 
 SEGMENTATIONS = ("energy", "vad", "silero", "fixed")
+SHORTEST_WINDOW = 0.5  # seconds
 # Names that IBM's package and whisper have for the same option.
 _ALIASES = {"keyword_biases": "keywords", "initial_prompt": "prompt", "chunk_length_s": "chunk_length"}
 # Options of theirs, with the values that mean what happens here anyway, and what to use for others.
@@ -49,8 +50,9 @@ class TranscribeOptions:
         max_new_tokens: longest answer for a window, in tokens.
         temperature: 0 for greedy decoding, otherwise of sampling. Of a tuple, as whisper takes it, the first is used.
         segmentation: where windows are cut: "energy" at pauses, and elsewhere where the sound is weakest; "vad" is IBM's name for the
-            same; "silero" finds speech with the package silero-vad; "fixed" cuts every `chunk_length` seconds.
-        chunk_length: longest window, in seconds; None or more than the checkpoint's limit: that limit.
+            same; "silero" finds speech with the package silero-vad; "fixed" cuts every `chunk_length` seconds. None: "energy", or "fixed"
+            if there is an overlap.
+        chunk_length: longest window, in seconds, at least 0.5; None or more than the checkpoint's limit: that limit.
         chunk_overlap: seconds that windows of "fixed" have in common.
         clip_timestamps: start, end, start, end, … in seconds: transcribe only these ranges. Without the last end, until the recording's
             end. A text with commas, numbers, or pairs.
@@ -69,7 +71,7 @@ class TranscribeOptions:
     keywords: str | Iterable[str] | None = None
     max_new_tokens: int = 400
     temperature: float = 0.0
-    segmentation: str = "energy"
+    segmentation: str | None = None
     chunk_length: float | None = None
     chunk_overlap: float = 0.0
     clip_timestamps: Any = None
@@ -96,15 +98,18 @@ class TranscribeOptions:
 
     def __post_init__(self) -> None:
         self._check_choice("task", ("transcribe", "translate"))
+        if self.segmentation is None:
+            object.__setattr__(self, "segmentation", "fixed" if self.chunk_overlap else "energy")
         self._check_choice("segmentation", SEGMENTATIONS)
         self._check_choice("errors", ("raise", "warn"))
         requested_languages(self.task, self.language, self.target_language)
         if isinstance(self.temperature, (list, tuple)) and self.temperature:
             object.__setattr__(self, "temperature", self.temperature[0])
         object.__setattr__(self, "temperature", float(self._number("temperature", 0.0)))
-        for name in ("chunk_length", "compression_ratio_threshold"):
-            if getattr(self, name) is not None:
-                self._number(name, 0.0, above=True)
+        if self.chunk_length is not None:
+            self._number("chunk_length", SHORTEST_WINDOW)
+        if self.compression_ratio_threshold is not None:
+            self._number("compression_ratio_threshold", 0.0, above=True)
         self._number("chunk_overlap", 0.0)
         tokens = self.max_new_tokens
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
@@ -114,12 +119,6 @@ class TranscribeOptions:
                 got=f"chunk_overlap={self.chunk_overlap} with segmentation={self.segmentation!r}",
                 expected="segmentation='fixed': other windows overlap only where they cut a word",
                 remedy="Omit chunk_overlap, or pass segmentation='fixed'",
-            )
-        if self.chunk_overlap and self.chunk_length is not None and self.chunk_overlap > self.chunk_length / 2:
-            raise InputError(
-                got=f"chunk_overlap={self.chunk_overlap} with chunk_length={self.chunk_length}",
-                expected="at most half of chunk_length",
-                remedy="Pass less overlap or longer windows",
             )
         object.__setattr__(self, "clip_timestamps", _spans(self.clip_timestamps))
 

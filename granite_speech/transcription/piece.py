@@ -12,6 +12,7 @@ from granite_speech.engine.handle import Answer, Handle
 from granite_speech.errors import AudioError, EngineError, GraniteSpeechError
 from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
 from granite_speech.transcription.options import TranscribeOptions
+from granite_speech.transcription.transcript import TranscriptNote
 from granite_speech.transcription.windows import Window
 
 __all__ = ["Piece", "Setup"]
@@ -27,6 +28,7 @@ class Setup:
         options: of the call.
         request: the full prompt of a window.
         limit: longest window, in seconds.
+        notes: what to say of each transcript.
         sampling_rate: of arrays, in Hz; None: the processor's.
     """
 
@@ -36,6 +38,7 @@ class Setup:
     options: TranscribeOptions
     request: str
     limit: float
+    notes: tuple[TranscriptNote, ...]
     sampling_rate: int | None
 
     @property

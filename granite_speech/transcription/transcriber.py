@@ -15,7 +15,7 @@ from granite_kernels import OPERATIONS
 
 from granite_speech.engine.engine import Engine
 from granite_speech.engine.handle import Handle
-from granite_speech.errors import EngineError
+from granite_speech.errors import EngineError, InputError
 from granite_speech.inputs.audio import AudioWarning
 from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
 from granite_speech.inputs.recordings import Recording
@@ -26,7 +26,7 @@ from granite_speech.transcription.job import Job, is_numbers
 from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.piece import Setup
 from granite_speech.transcription.read_ahead import ReadAhead
-from granite_speech.transcription.transcript import Segment, Transcript
+from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote
 
 __all__ = ["Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"]
 
@@ -267,9 +267,21 @@ class Transcriber:
             prompt=options.prompt,
             model_type=self.model.config.model_type,
         )
-        limit = window_limit(self.model.config, options.task)
-        limit = limit if options.chunk_length is None else min(limit, options.chunk_length)
-        return Setup(self.model, self.processor, self._submit, options, request, limit, sampling_rate)
+        limit, notes = window_limit(self.model.config, options.task), ()
+        if options.chunk_length is not None and options.chunk_length > limit:
+            message = (
+                f"windows are at most {limit:g} s long, which is the checkpoint's limit to {options.task}, not {options.chunk_length:g}"
+            )
+            notes = (TranscriptNote("chunk_clamp", message),)
+        elif options.chunk_length is not None:
+            limit = options.chunk_length
+        if options.chunk_overlap > limit / 2:
+            raise InputError(
+                got=f"chunk_overlap={options.chunk_overlap:g} for windows of {limit:g} s",
+                expected="at most half of them",
+                remedy="Pass a smaller chunk_overlap",
+            )
+        return Setup(self.model, self.processor, self._submit, options, request, limit, notes, sampling_rate)
 
     def _submit(self, inputs: BatchFeature, **options: Any) -> Handle:
         engine = self._running_engine()

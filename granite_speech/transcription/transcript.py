@@ -48,7 +48,8 @@ class TranscriptNote(_Named):
 
     Attributes:
         type: "window_error": a window has no text. "truncated": an answer reached a limit before its end. "repetition": a text repeats
-            itself, and still did in smaller windows. "audio": something is wrong with the sound file.
+            itself, and still did in smaller windows. "audio": something is wrong with the sound file. "chunk_clamp": windows are shorter
+            than the call said.
         message: in a sentence.
         start, end: of the window, in seconds; None: of the whole recording.
     """

@@ -9,22 +9,19 @@ Positions are counted in the detector's frames of 10 ms, from the beginning of t
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from granite_speech.errors import InputError
+from granite_speech.transcription.options import SHORTEST_WINDOW
 from granite_speech.transcription.silero import SileroDetector
 from granite_speech.transcription.speech import FRAMES_PER_SECOND, HOP, RATE, Activity, EnergyDetector
 
-__all__ = ["SEGMENTATIONS", "SHORTEST_LIMIT", "Window", "Windows", "halves"]
+__all__ = ["Window", "Windows", "halves"]
 
 _DETECTORS = {"energy": EnergyDetector, "vad": EnergyDetector, "silero": SileroDetector, "fixed": EnergyDetector}
-SEGMENTATIONS = tuple(_DETECTORS)
-SHORTEST_LIMIT = 0.5  # seconds
 
 # In frames.
 _CLOSURE = 20  # the silence inside a word before p, t or k is shorter
@@ -39,7 +36,7 @@ _CLEAR = 0.4  # a dip to this part of the usual level, in dB above the floor, is
 _DEEP = 10  # and at least this much fainter: a voice without pauses is its own floor
 _SHARED = 100  # of two windows that are cut apart in speech; a quarter of a short limit
 _LONGEST_SILENCE = 200  # in a recording that is passed whole
-_PIECE = 10 * RATE  # samples that go through a detector at once
+_PIECE = 2 * RATE  # samples that go through a detector at once
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Windows:
 
     Args:
         blocks: the recording's consecutive samples, each `(samples,)` float32 at 16 kHz on the CPU, of any length.
-        limit: the longest window, in seconds, from 0.5.
+        limit: the longest window, in seconds.
         segmentation: "energy" and "vad" cut where `EnergyDetector` finds no speech; "silero" where silero-vad finds none; "fixed" every
             `limit` seconds, and omits windows without speech.
         overlap: seconds that consecutive windows share if segmentation is "fixed".
@@ -74,8 +71,9 @@ class Windows:
     Attributes:
         duration: seconds read so far. What follows the last span is not read.
 
+    Options are those of `TranscribeOptions`, which checks them.
+
     Raises:
-        InputError: an option that is not as described.
         MissingDependencyError: silero-vad is not installed.
         Whatever reading the blocks raises; the windows before that have been returned.
     """
@@ -89,11 +87,10 @@ class Windows:
         overlap: float = 0.0,
         spans: Sequence[tuple[float, float | None]] | None = None,
     ):
-        _check(limit, segmentation, overlap)
         self._detector = _DETECTORS[segmentation]
-        self._limit, self._overlap = round(limit * RATE), round(overlap * RATE)
+        self._limit, self._overlap = _samples(limit), _samples(overlap)
         self._fixed = segmentation == "fixed"
-        self._spans = [(0, None)] if spans is None else _samples_of(spans)
+        self._spans = [(0, None)] if spans is None else [(_samples(begin), None if end is None else _samples(end)) for begin, end in spans]
         self._reader = _Reader(blocks)
         self._windows = self._all()
 
@@ -286,8 +283,9 @@ class _View:
 
     def window(self, begin: int, end: int, overlap: int = 0) -> Window:
         """Of these samples of the span."""
+        begin, end = int(begin), int(end)  # of NumPy's types, which seconds would have too
         samples = self._samples[begin - self.first * HOP : end - self.first * HOP].clone()
-        return Window((self._offset + begin) / RATE, (self._offset + end) / RATE, samples, overlap / RATE)
+        return Window((self._offset + begin) / RATE, (self._offset + end) / RATE, samples, float(overlap / RATE))
 
 
 class _Reader:
@@ -320,7 +318,7 @@ class _Reader:
 
 def halves(window: Window) -> tuple[Window, Window] | None:
     """A window in two, cut where it is faintest near its middle. None: it is too short to cut, less than half a second."""
-    if len(window.samples) < SHORTEST_LIMIT * RATE:
+    if len(window.samples) < SHORTEST_WINDOW * RATE:
         return None
     detector = EnergyDetector()
     level = (detector.push(window.samples) + detector.finish()).level
@@ -332,34 +330,5 @@ def halves(window: Window) -> tuple[Window, Window] | None:
     return first, Window(middle, window.end, window.samples[at:].clone())
 
 
-def _samples_of(spans: Sequence[tuple[float, float | None]]) -> list[tuple[int, int | None]]:
-    """In samples, checked."""
-    found, before = [], 0.0
-    for begin, end in spans:
-        numbers = [begin] if end is None else [begin, end]
-        right = all(isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one) for one in numbers)
-        if not right or not before <= begin or (end is not None and end <= begin):
-            raise InputError(
-                got=f"a span from {begin!r:.40} to {end!r:.40} s" + (f" after one that ends at {before} s" if found else ""),
-                expected="spans of a recording in order, which do not overlap, each with an end after its beginning",
-                remedy="Sort and join them",
-            )
-        found.append((round(begin * RATE), None if end is None else round(end * RATE)))
-        before = math.inf if end is None else end
-    return found
-
-
-def _check(limit: float, segmentation: str, overlap: float) -> None:
-    if segmentation not in SEGMENTATIONS:
-        raise InputError(got=f"segmentation={segmentation!r:.40}", expected=f"one of {', '.join(SEGMENTATIONS)}", remedy="Pass one of them")
-    for name, value, lowest in (("limit", limit, SHORTEST_LIMIT), ("overlap", overlap, 0)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not lowest <= value < math.inf:
-            raise InputError(got=f"{name}={value!r:.40}", expected=f"seconds, at least {lowest}", remedy="Correct it")
-    if overlap and segmentation != "fixed":
-        raise InputError(
-            got=f"overlap={overlap} with segmentation={segmentation!r}",
-            expected="an overlap only with segmentation='fixed'",
-            remedy="Omit it: other windows end in pauses, and overlap where there is none",
-        )
-    if overlap >= limit:
-        raise InputError(got=f"overlap={overlap} with limit={limit}", expected="an overlap shorter than the limit", remedy="Reduce it")
+def _samples(seconds: float) -> int:
+    return round(seconds * RATE)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import granite_speech
-from granite_speech import AudioError, Segment, Transcriber, Transcript, TranscriptWarning, TruncatedAnswerWarning, load_audio
+from granite_speech import AudioError, InputError, Segment, Transcriber, Transcript, TranscriptWarning, TruncatedAnswerWarning, load_audio
 from granite_speech.engine.handle import Answer, Handle
 from granite_speech.transcription import answers, job
 from granite_speech.transcription.piece import Piece
@@ -162,6 +162,16 @@ def test_each_window_that_was_cut_off_is_named(transcriber):
         transcript = transcriber.transcribe(samples, max_new_tokens=1)
     assert len(caught) == 5 and {one.filename for one in caught} == {__file__}
     assert [abs(one.start - start) < 0.3 for one, (start, _) in zip(transcript.warnings, places, strict=True)] == [True] * 5
+
+
+def test_a_chunk_length_beyond_the_checkpoints_limit_is_named(transcriber):
+    samples, _ = joined()
+    with pytest.warns(TranscriptWarning, match="windows are at most 4 s long, which is the checkpoint's limit to transcribe, not 30"):
+        transcript = transcriber.transcribe(samples, chunk_length=30.0)
+    assert transcript == " ".join(TEXTS) and transcript.warnings[0].type == "chunk_clamp" and transcript.is_complete
+    assert transcriber.transcribe(samples, chunk_length=3.5).warnings == ()
+    with pytest.raises(InputError, match=r"chunk_overlap=2.5 for windows of 4 s; expected at most half of them"):
+        transcriber.transcribe(samples, chunk_overlap=2.5)
 
 
 # --- texts that repeat themselves ---------------------------------------------------------------------------------------------------

@@ -45,10 +45,11 @@ def test_clip_timestamps_that_are_no_ranges(given):
         {"max_new_tokens": -1},
         {"max_new_tokens": 1.5},
         {"max_new_tokens": True},
-        {"chunk_length": 0},
+        {"chunk_length": 0.4},
+        {"segmentation": ["fixed"]},
         {"chunk_length": "30"},
-        {"chunk_overlap": 1.0},
-        {"chunk_overlap": 3.0, "chunk_length": 5.0, "segmentation": "fixed"},
+        {"chunk_overlap": 1.0, "segmentation": "energy"},
+        {"chunk_overlap": -1.0, "segmentation": "fixed"},
         {"compression_ratio_threshold": 0},
     ],
     ids=str,
@@ -56,6 +57,11 @@ def test_clip_timestamps_that_are_no_ranges(given):
 def test_values_that_cannot_be_used_are_named(call):
     with pytest.raises(InputError, match=f"{next(iter(call))}="):
         TranscribeOptions.of(call)
+
+
+def test_an_overlap_means_fixed_windows():
+    assert TranscribeOptions().segmentation == "energy"
+    assert TranscribeOptions(chunk_overlap=1.0).segmentation == "fixed"
 
 
 def test_names_of_other_packages():

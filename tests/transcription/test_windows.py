@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from granite_speech import Engine
-from granite_speech.errors import InputError
 from granite_speech.transcription.overlaps import join
 from granite_speech.transcription.windows import Window, Windows, halves
 from tests.support.spoken import load, sentences
@@ -163,29 +162,6 @@ def test_a_window_in_two():
     assert (first.start, first.end, second.end, first.overlap, second.overlap) == (10.0, second.start, window.end, 0.25, 0.0)
     assert 10 + len(spoken(3)) / RATE < first.end < 10.3 + len(spoken(3)) / RATE
     assert halves(Window(0.0, 0.4, torch.zeros(6400))) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"limit": 0.1}, "limit=0.1"),
-        ({"limit": float("nan")}, "limit=nan"),
-        ({"limit": True}, "limit=True"),
-        ({"segmentation": "words"}, "segmentation='words'"),
-        ({"segmentation": ["fixed"]}, "segmentation="),
-        ({"overlap": 0.5}, "segmentation='fixed'"),
-        ({"overlap": 4.0, "segmentation": "fixed"}, "overlap=4.0"),
-        ({"overlap": -1, "segmentation": "fixed"}, "overlap=-1"),
-        ({"spans": [(2.0, 1.0)]}, "from 2.0 to 1.0"),
-        ({"spans": [(0.0, 2.0), (1.0, 3.0)]}, "from 1.0 to 3.0 s after one that ends at 2.0"),
-        ({"spans": [(0.0, None), (1.0, 3.0)]}, "from 1.0 to 3.0"),
-        ({"spans": [("0", 1.0)]}, "from '0'"),
-    ],
-)
-def test_options_that_cannot_be_used(options, message):
-    with pytest.raises(InputError) as caught:
-        Windows([], **{"limit": 4.0} | options)
-    assert message in str(caught.value)
 
 
 def test_the_words_of_a_long_recording_are_those_of_its_utterances():
