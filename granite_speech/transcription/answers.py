@@ -61,9 +61,7 @@ class Answers:
             for one in self._texts(piece):
                 if held is not None:
                     if one.overlap:
-                        lengths = {"before_seconds": held.end - held.start, "after_seconds": one.end - one.start}
-                        before, after = join(held.text, one.text, overlap=one.overlap, **lengths)
-                        held, one = replace(held, text=before), replace(one, text=after)
+                        held, one = _joined(held, one)
                     yield from self._segment(held)
                 held = one
             self._on_progress(piece.window.end)
@@ -142,3 +140,11 @@ class Answers:
 
     def _note(self, kind: str, one: _Text, message: str) -> None:
         self._notes.append(TranscriptNote(kind, message, round(one.start, 3), round(one.end, 3)))
+
+
+def _joined(before: _Text, after: _Text) -> tuple[_Text, _Text]:
+    """Two windows that overlap, without the words that both have. They meet in the middle of the overlap."""
+    lengths = {"before_seconds": before.end - before.start, "after_seconds": after.end - after.start}
+    texts = join(before.text, after.text, overlap=after.overlap, **lengths)
+    middle = after.start + after.overlap / 2
+    return replace(before, text=texts[0], end=middle), replace(after, text=texts[1], start=middle)

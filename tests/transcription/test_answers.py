@@ -244,3 +244,4 @@ def test_words_of_an_overlap_are_joined_before_a_segment_is_final(transcriber, m
     got = list(transcriber.transcribe(CLIPS[0], stream=True))
     assert calls == [(TEXTS[0], TEXTS[1], {"overlap": 0.5, "before_seconds": 2.0, "after_seconds": 1.5})]
     assert [one.text for one in got] == [TEXTS[0] + " <", "> " + TEXTS[1], TEXTS[2]]
+    assert [(one.start, one.end) for one in got] == [(0.0, 1.75), (1.75, 3.0), (4.0, 5.0)]
