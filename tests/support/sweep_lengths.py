@@ -1,0 +1,232 @@
+"""Recordings of many lengths: never empty where there is speech, never a word for silence, and silence around speech changes no word.
+
+    python -m tests.support.sweep_lengths 600
+
+Lengths are spaced evenly on a logarithmic scale from 0.1 to 60 s. Everything else is drawn from the number of the length, which is
+printed with each failure; `python -m tests.support.sweep_lengths 600 NUMBER` repeats that one.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from granite_speech import GraniteSpeechError, Transcriber
+from granite_speech.training import read_manifest
+from tests.support.spoken import SPEECH
+
+__all__ = ["SILENCES", "failures", "lengths", "voices"]
+
+RATE = 16_000
+SHORTEST, LONGEST = 0.1, 60.0
+
+Utterance = tuple[np.ndarray, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recording, `(samples,)` float32 at 16 kHz.
+
+    Attributes:
+        words: what must come out: "some", "none", "the same" (as from the last reference, if that gave the right text), or
+            "reference".
+        text: the right one of a reference.
+    """
+
+    what: str
+    samples: np.ndarray
+    words: str
+    text: str = ""
+
+
+def lengths(count: int) -> list[float]:
+    return np.geomspace(SHORTEST, LONGEST, count).tolist()
+
+
+def voices(manifest: Path = SPEECH / "manifest.jsonl") -> list[Utterance]:
+    """Waveforms and texts of a manifest."""
+    return [(soundfile.read(one.audio, dtype="float32")[0], one.text) for one in read_manifest(manifest)]
+
+
+def failures(transcriber: Transcriber, utterances: Sequence[Utterance], count: int, only: int | None = None) -> list[str]:
+    """What went wrong at `count` lengths, each with silence, with speech, and with speech among silence; a sentence for each failure."""
+    cases: deque[Case] = deque()
+
+    def recordings() -> Iterator[torch.Tensor]:
+        for number, length in enumerate(lengths(count)):
+            if only in (None, number):
+                for case in cases_of(number, length, utterances):
+                    cases.append(case)
+                    yield torch.from_numpy(case.samples)
+
+    found, reference = [], None
+    for transcript in transcriber.stream(recordings()):
+        case, text = cases.popleft(), str(transcript)
+        if case.words == "reference":
+            reference = text if text == case.text else None
+        fault = _fault(case, transcript, reference)
+        if fault:
+            found.append(f"{case.what}, {case.samples.size / RATE:.3f} s: {fault}")
+    return found
+
+
+def _fault(case: Case, transcript: str, reference: str | None) -> str:
+    text, words = str(transcript), [one.text for one in transcript.segments if one.text]
+    if transcript.error is not None:
+        return f"failed: {transcript.error}"
+    if case.words == "some" and not text:
+        return "no word for speech"
+    if case.words == "none" and (text or words):
+        return f"words for silence: {text or words!r}"
+    if case.words == "the same" and reference is not None and text != reference:
+        return f"{text!r}; alone it is {reference!r}"
+    return ""
+
+
+def cases_of(number: int, length: float, utterances: Sequence[Utterance]) -> list[Case]:
+    """The recordings of one length, in seconds."""
+    rng, size = np.random.default_rng(number), max(1, round(length * RATE))
+    silence, speech = (list(kinds)[number % len(kinds)] for kinds in (SILENCES, SPEECHES))
+    samples, text = utterances[rng.integers(len(utterances))]
+    around = list(QUIET)[number % len(QUIET)]
+    quiet = QUIET[around](rng, size)
+    place = ("before", "after", "around")[rng.integers(3)]
+    front, back = (quiet if place in (side, "around") else quiet[:0] for side in ("before", "after"))
+    return [
+        Case(f"number {number}: {silence}", SILENCES[silence](rng, size), "none"),
+        Case(f"number {number}: {speech}", _at_level(SPEECHES[speech](rng, size, utterances), rng), "some"),
+        Case(f"number {number}: {text!r} alone", samples, "reference", text),
+        Case(f"number {number}: {text!r}, {length:.2f} s of {around} {place} it", np.concatenate([front, samples, back]), "the same"),
+    ]
+
+
+# --- silence ---------------------------------------------------------------------------------------------------------------------
+
+
+def _zeros(rng: np.random.Generator, size: int) -> np.ndarray:
+    return np.zeros(size, np.float32)
+
+
+def _dither(rng: np.random.Generator, size: int) -> np.ndarray:
+    """At most one step of 16 bits."""
+    return (np.rint(rng.random(size) - rng.random(size)) / 32768).astype(np.float32)
+
+
+def _noise(dbfs: float) -> Callable[[np.random.Generator, int], np.ndarray]:
+    """White noise of an RMS level."""
+    return lambda rng, size: (10 ** (dbfs / 20) * rng.standard_normal(size)).astype(np.float32)
+
+
+def _room(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Noise at -50 dBFS that is louder at low frequencies, as of a fan."""
+    spectrum = np.fft.rfft(rng.standard_normal(size)) / np.sqrt(1 + np.arange(size // 2 + 1) * RATE / size / 50)
+    noise = np.fft.irfft(spectrum, size) if size > 1 else np.zeros(1)
+    return (10 ** (-50 / 20) * noise / (noise.std() + 1e-9)).astype(np.float32)
+
+
+def _hum(rng: np.random.Generator, size: int) -> np.ndarray:
+    """50 or 60 Hz with overtones, at about -30 dBFS, and a little noise."""
+    base, seconds = rng.choice([50, 60]), np.arange(size) / RATE
+    tones = sum(np.sin(2 * np.pi * base * harmonic * seconds + rng.uniform(0, 6)) / harmonic for harmonic in (1, 2, 3, 5))
+    return (0.04 * tones).astype(np.float32) + _noise(-75)(rng, size)
+
+
+def _offset(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Dither around a constant that is not zero."""
+    return _dither(rng, size) + np.float32(rng.uniform(-0.3, 0.3))
+
+
+SILENCES = {
+    "zeros": _zeros,
+    "dither": _dither,
+    "noise at -60 dBFS": _noise(-60),
+    "noise at -30 dBFS": _noise(-30),
+    "a fan": _room,
+    "hum": _hum,
+    "DC offset": _offset,
+}
+# What is put around speech: not so loud that it could hide any of it.
+QUIET = {"zeros": _zeros, "dither": _dither, "noise at -70 dBFS": _noise(-70)}
+
+
+# --- speech ----------------------------------------------------------------------------------------------------------------------
+
+
+def _cut(rng: np.random.Generator, size: int, utterances: Sequence[Utterance]) -> np.ndarray:
+    """Utterances without pauses, and of those the loudest stretch of the length."""
+    whole = np.concatenate([np.zeros(0, np.float32), *_drawn(rng, size, utterances)])
+    energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
+    begin = int(np.argmax(energy[size:] - energy[:-size])) if whole.size > size else 0
+    return whole[begin : begin + size]
+
+
+def _padded(rng: np.random.Generator, size: int, utterances: Sequence[Utterance]) -> np.ndarray:
+    """One utterance somewhere in silence; if the length is less than the utterance's, the loudest stretch of it."""
+    speech, _ = utterances[rng.integers(len(utterances))]
+    if speech.size >= size:
+        return _cut(rng, size, utterances)
+    padded, begin = np.zeros(size, np.float32), rng.integers(size - speech.size + 1)
+    padded[begin : begin + speech.size] = speech
+    return padded
+
+
+def _repeated(rng: np.random.Generator, size: int, utterances: Sequence[Utterance]) -> np.ndarray:
+    """Utterances with pauses of 0.1 to 3 s, cut at the length, with noise 50 dB below them."""
+    pieces, count = [], 0
+    while count < size:
+        speech, _ = utterances[rng.integers(len(utterances))]
+        pieces += [speech, np.zeros(round(rng.uniform(0.1, 3) * RATE), np.float32)]
+        count += sum(one.size for one in pieces[-2:])
+    whole = np.concatenate(pieces)
+    whole += whole.std() * 10 ** (-50 / 20) * rng.standard_normal(whole.size).astype(np.float32)
+    return whole[:size] if size > RATE else _cut(rng, size, [(whole, "")])
+
+
+def _drawn(rng: np.random.Generator, size: int, utterances: Sequence[Utterance]) -> Iterator[np.ndarray]:
+    """Utterances that together have at least `size` samples."""
+    while size > 0:
+        speech, _ = utterances[rng.integers(len(utterances))]
+        yield speech
+        size -= speech.size
+
+
+SPEECHES = {"speech without pauses": _cut, "an utterance in silence": _padded, "utterances with pauses": _repeated}
+
+
+def _at_level(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """With its peak at -40 to 0 dBFS."""
+    return (samples * (10 ** (rng.uniform(-40, 0) / 20) / np.abs(samples).max())).astype(np.float32)
+
+
+def main(arguments: Sequence[str]) -> int:
+    count, only = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None
+    begin, utterances = time.perf_counter(), _all_voices()
+    with Transcriber.from_pretrained("embedded") as transcriber:
+        found = failures(transcriber, utterances, count, only)
+    print(*found, sep="\n")
+    print(f"{count} lengths, {len(utterances)} utterances, {len(found)} failures, {time.perf_counter() - begin:.0f} s")
+    return int(bool(found))
+
+
+def _all_voices() -> list[Utterance]:
+    """Those of tests/speech, and 60 new ones of other voices if synthesizers are installed."""
+    from granite_speech.training.bundled_checkpoint.synthesis import synthesize
+
+    manifest = Path("build/sweep/manifest.jsonl")
+    try:
+        manifest = manifest if manifest.is_file() else synthesize(manifest.parent, 60, 3, held_out=True)
+    except GraniteSpeechError as error:
+        print(f"only the voices of tests/speech: {error}")
+        return voices()
+    return [*voices(), *voices(manifest)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))
