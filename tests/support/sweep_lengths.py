@@ -76,7 +76,7 @@ def failures(transcriber: Transcriber, utterances: Sequence[Utterance], count: i
 def _known(transcriber: Transcriber, utterances: Sequence[Utterance]) -> list[Utterance]:
     """Utterances that the model recognizes as they are, and with a little silence around them: its answer must not hang by a thread."""
     known = list(utterances)
-    for before, after in ((0, 0), (0.04, 0.04), (0.1, 0.25), (0.25, 0.1)):
+    for before, after in ((0, 0), (0.02, 0.1), (0.05, 0.02), (0.06, 0.2), (0.1, 0.05), (0.15, 0.2), (0.25, 0.1)):
         margins = round(before * RATE), round(after * RATE)
         answers = transcriber.stream([torch.from_numpy(np.pad(samples, margins)) for samples, _ in known])
         known = [one for one, answer in zip(known, answers, strict=True) if str(answer) == one[1]]
@@ -120,10 +120,10 @@ def cases_of(number: int, length: float, utterances: Sequence[Utterance], known:
     ]
     if known:
         samples, text = known[rng.integers(len(known))]
-        quiet, place = QUIET[around](rng, size), ("before", "after", "around")[rng.integers(3)]
-        front, back = (quiet if place in (side, "around") else quiet[:0] for side in ("before", "after"))
-        what = f"number {number}: {text!r}, {length:.2f} s of {around} {place} it"
-        cases.append(Case(what, "among silence", np.concatenate([front, samples, back]), text))
+        before, after = ((size, 0), (0, size), (size, size))[rng.integers(3)]
+        samples = np.pad(samples, (before, after))
+        what = f"number {number}: {text!r}, {before / RATE:.2f} s of {around} before it and {after / RATE:.2f} s after it"
+        cases.append(Case(what, "among silence", samples + QUIET[around](rng, samples.size), text))
     return cases
 
 
@@ -172,7 +172,7 @@ SILENCES = {
     "hum": _hum,
     "DC offset": _offset,
 }
-# What is put around speech: not so loud that it could hide any of it.
+# What is around speech, and under it: not so loud that it could hide any of it.
 QUIET = {"zeros": _zeros, "dither": _dither, "noise at -70 dBFS": _noise(-70)}
 
 
