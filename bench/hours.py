@@ -32,6 +32,9 @@ ROOT = Path(__file__).parents[1]
 UTTERANCES, HOUR, PART, CONTINUOUS = 200, 3600.0, 600.0, 720.0
 NOISE_DB = -40.0
 ROUNDS = 3
+KINDS = ("lost", "doubled", "added", "changed")
+# Of a passage with more utterances, only the number of words that differ is in the result file.
+LISTED = 5
 
 Utterance = tuple[np.ndarray, str]
 
@@ -130,21 +133,25 @@ def compare(truth: Sequence[Spoken], alone: Sequence[str], segments: Sequence[Se
         alone: what each gives as a file of its own.
         segments: of the recording's transcript.
     """
-    texts, found, kinds = dict(zip(truth, alone, strict=True)), [], Counter()
+    texts, found = dict(zip(truth, alone, strict=True)), []
+    counts, at_cuts = Counter(), Counter()
     heard = passages(truth, segments)
     for one in heard:
         separate = " ".join(" ".join(texts[spoken] for spoken in one.spoken).split())
         differing = differences(separate, one.text)
         for difference in differing:
-            kinds[difference.kind] += max(len(difference.expected), len(difference.heard))
-        if differing:
+            count = max(len(difference.expected), len(difference.heard))
+            counts[difference.kind] += count
+            at_cuts[difference.kind] += count * (len(one.segments) > 1)
+        if differing and len(one.spoken) <= LISTED:
             place = {"start": (one.spoken or one.segments)[0].start, "cuts": [cut.end for cut in one.segments[:-1]]}
             words = {"spoken": one.expected, "alone": separate, "here": one.text}
             found.append(place | words | {"differences": [asdict(difference) for difference in differing]})
     return {
         "wer_alone": word_error_rate([one.text for one in truth], list(alone)),
         "wer": word_error_rate([" ".join(one.expected for one in heard)], [" ".join(one.text for one in heard)]),
-        "words": {kind: kinds[kind] for kind in ("lost", "doubled", "added", "changed")},
+        "words": {kind: counts[kind] for kind in KINDS},
+        "words in cut passages": {kind: at_cuts[kind] for kind in KINDS},
         "passages": len(heard),
         "differing": found,
     }
@@ -152,6 +159,10 @@ def compare(truth: Sequence[Spoken], alone: Sequence[str], segments: Sequence[Se
 
 def _above(measurement: dict[str, Any]) -> int:
     return measurement["memory"]["peak above import"]
+
+
+def _listed(words: dict[str, int]) -> str:
+    return ", ".join(str(words[kind]) for kind in KINDS)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -163,18 +174,19 @@ def table(result: dict[str, Any]) -> str:
         f"{threads} thread{'s' * (threads > 1)}, torch {run['versions']['torch']}, commit {run['commit'][:8]}, median of "
         f"{result['shape']['rounds']}; pauses of {result['pauses']['shortest']:.1f} to {result['pauses']['longest']:.0f} s:",
         "",
-        "| recording | utterances | WER of each alone | WER in it | words lost, doubled, added, changed | time | times real time | "
-        "peak memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| recording | utterances | WER of each alone | WER in it | words lost, doubled, added, changed | where it was cut | time | "
+        "times real time | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in measurements:
         lines.append(
             f"| {one['what']} | {one['utterances']} | {one['wer_alone']:.2%} | {one['wer']:.2%} | "
-            f"{', '.join(map(str, one['words'].values()))} | {results.time_text(statistics.median(one['seconds']))} | "
+            f"{_listed(one['words'])} | {_listed(one['words in cut passages'])} | {results.time_text(statistics.median(one['seconds']))} | "
             f"{one['rtfx']:,.0f} | {_above(one) / 2**20:.0f} MiB |"
         )
     notes = [
-        "- Words lost, doubled, added and changed: between the utterances as files of their own and the recording.",
+        "- Words lost, doubled, added and changed: between the utterances as files of their own and the recording; then those of them in "
+        "speech that no pause divides and that was cut into several windows.",
         "- The time includes reading the file, but not loading the model.",
         "- Peak memory is the process's peak of resident memory (VmHWM) less its resident memory after the imports, before the model is "
         f"loaded. The hour's is {result['memory_ratio']:.2f} times that of its first ten minutes.",

@@ -37,7 +37,14 @@ def test_a_segment_with_two_utterances_is_compared_with_both():
     found = hours.compare(TRUTH, ALONE, [Segment(0, 0.0, 3.1, "one tree"), Segment(1, 5.0, 5.5, "four"), Segment(2, 5.5, 6.0, "five")])
     (one,) = found["differing"]
     assert (one["spoken"], one["alone"], one["here"], one["cuts"]) == ("one two three", "one two tree", "one tree", [])
-    assert found["words"]["lost"] == 1 and found["passages"] == 2
+    assert found["words"]["lost"] == 1 and found["passages"] == 2 and not any(found["words in cut passages"].values())
+
+
+def test_words_that_a_cut_costs_are_counted_apart():
+    cut = [Segment(0, 0.0, 1.0, "one two"), Segment(1, 2.0, 3.0, "tree"), Segment(2, 5.0, 5.5, "four"), Segment(3, 5.4, 6.0, "four five")]
+    found = hours.compare(TRUTH, ALONE, cut)
+    assert found["words"] == found["words in cut passages"] == {"lost": 0, "doubled": 1, "added": 0, "changed": 0}
+    assert found["differing"][0]["cuts"] == [5.5]
 
 
 def test_the_pauses_and_utterances_are_an_hour():
@@ -65,5 +72,5 @@ def test_the_table_shows_every_recording():
     pauses = {"shortest": 0.31, "longest": 29.8}
     text = hours.table({"run": run, "shape": shape, "pauses": pauses, "measurements": [entry], "memory_ratio": 1.0})
     assert "a CPU, 2 threads, torch 2, commit 01234567" in text and "pauses of 0.3 to 30 s" in text
-    assert "| six seconds | 3 | 20.00% | 40.00% | 1, 1, 0, 1 | 200 ms | 30 | 3 MiB |" in text
+    assert "| six seconds | 3 | 20.00% | 40.00% | 1, 1, 0, 1 | 0, 0, 0, 0 | 200 ms | 30 | 3 MiB |" in text
     assert "1.00 times that of its first ten minutes" in text
