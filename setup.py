@@ -46,8 +46,11 @@ setup(
             "hypothesis>=6",
             "jiwer>=4",
             "matplotlib>=3.9",
+            "pysubs2==1.8.1",  # it, srt and webvtt-py read subtitles back
             "ruff>=0.15",
             "soundfile>=0.12",  # writes clips: the recipe of the bundled checkpoint, bench words, and tests
+            "srt==3.5.3",
+            "webvtt-py==0.6.0",
             "wheel>=0.40",
         ],
     },

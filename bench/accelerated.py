@@ -23,7 +23,7 @@ from bench.embedded import NEW_TOKENS, RATE, recorded_clips
 from bench.encoder import seconds_of
 from granite_speech import AccelerationWarning, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor, accelerate
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 
 __all__ = ["check_close", "run", "runs_here", "table", "time_in_turns", "without_their_loop"]
 

@@ -19,7 +19,7 @@ from bench import results
 from bench.products import Products
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 
 __all__ = ["in_transformers", "profile_of", "recorded_clips", "run", "table"]
 

@@ -46,6 +46,7 @@ _HOMES = {
         "InputError",
         "KernelError",
         "MissingDependencyError",
+        "OutputError",
         "UnsupportedError",
     ),
     "generation.config": ("GenerationConfig",),
@@ -55,8 +56,10 @@ _HOMES = {
     "interop.accelerate": ("AccelerationWarning", "accelerate", "restore"),
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
     "modules.encoder": ("GraniteSpeechCTCEncoder",),
-    "transcription.job": ("Transcript",),
-    "transcription.transcriber": ("Transcriber", "TruncatedAnswerWarning"),
+    "transcription.options": ("TranscribeOptions",),
+    "transcription.transcribe": ("transcribe",),
+    "transcription.transcriber": ("Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"),
+    "transcription.transcript": ("Segment", "Transcript", "TranscriptNote"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -92,6 +95,7 @@ if TYPE_CHECKING:
     from granite_speech.errors import InputError as InputError
     from granite_speech.errors import KernelError as KernelError
     from granite_speech.errors import MissingDependencyError as MissingDependencyError
+    from granite_speech.errors import OutputError as OutputError
     from granite_speech.errors import UnsupportedError as UnsupportedError
     from granite_speech.generation.config import GenerationConfig as GenerationConfig
     from granite_speech.inputs.audio import AudioWarning as AudioWarning
@@ -106,9 +110,14 @@ if TYPE_CHECKING:
     from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
     from granite_speech.modules.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
-    from granite_speech.transcription.job import Transcript as Transcript
+    from granite_speech.transcription.options import TranscribeOptions as TranscribeOptions
+    from granite_speech.transcription.transcribe import transcribe as transcribe
     from granite_speech.transcription.transcriber import Transcriber as Transcriber
+    from granite_speech.transcription.transcriber import TranscriptWarning as TranscriptWarning
     from granite_speech.transcription.transcriber import TruncatedAnswerWarning as TruncatedAnswerWarning
+    from granite_speech.transcription.transcript import Segment as Segment
+    from granite_speech.transcription.transcript import Transcript as Transcript
+    from granite_speech.transcription.transcript import TranscriptNote as TranscriptNote
 
 
 def _warn_of_ibms_package() -> None:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from granite_speech import __version__
+from granite_speech.command_line.options import parse_download, parse_transcription
+from granite_speech.command_line.output import OutputClosedError, flush_streams, message, open_missing_streams, write_line
 from granite_speech.errors import GraniteSpeechError
 from granite_speech.training.options import FinetuneOptions
 
@@ -14,65 +15,30 @@ __all__ = ["command", "main"]
 
 # The exit status of a program that SIGINT ends, as shells show it.
 _INTERRUPTED = 130
+_OUTPUT_CLOSED = 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="granite-speech", description="IBM's Granite Speech: speech in, text out.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.set_defaults(quiet=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_transcribe(commands)
-    _add_verify(commands)
-    _add_finetune(commands)
-    return parser
-
-
-def _add_transcribe(commands: argparse._SubParsersAction) -> None:
-    transcribe = commands.add_parser(
-        "transcribe",
-        help="transcribe sound files",
-        description="Transcribe sound files together, one line each, in their order.",
-        epilog="Exit status: 0 all files were transcribed, 1 some failed or were cut off, 2 nothing could be done (usage, model), "
-        "130 interrupted.",
-    )
-    transcribe.set_defaults(run=_transcribe)
-    transcribe.add_argument("audio", nargs="+", metavar="AUDIO", help="a sound file in any common format, or - for standard input")
-    transcribe.add_argument(
-        "--model",
-        metavar="FOLDER_OR_ID",
-        help="a checkpoint's folder or hub id (default: the small model inside the package, which knows 70 words)",
-    )
-    transcribe.add_argument("--prompt", help="the request (default: the checkpoint's own transcription request)")
-    transcribe.add_argument("--max-new-tokens", type=_positive, default=400, metavar="N", help="most tokens in an answer (default: 400)")
-    transcribe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
-    transcribe.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: the checkpoint's)")
-
-
-def _add_verify(commands: argparse._SubParsersAction) -> None:
-    verify = commands.add_parser(
-        "verify",
-        help="compare a checkpoint with transformers, stage by stage",
+def _parse_verify(arguments: Sequence[str]) -> argparse.Namespace:
+    verify = argparse.ArgumentParser(
+        prog="granite-speech verify",
         description="Run the bundled recording through this package and through transformers, in float32 and in the checkpoint's "
         "dtype, and compare every stage. Only one model is in memory at a time. Needs transformers, peft and torchaudio.",
         epilog="Exit status: 0 all stages agree, 1 at least one does not (the first is named), 2 the comparison failed.",
     )
-    verify.set_defaults(run=_verify)
     verify.add_argument("model", metavar="FOLDER_OR_ID", help="a checkpoint's folder or hub id")
     verify.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
+    return verify.parse_args(arguments)
 
 
-def _add_finetune(commands: argparse._SubParsersAction) -> None:
+def _parse_finetune(arguments: Sequence[str]) -> argparse.Namespace:
     """Options of the loop, their checks and their help come from `FinetuneOptions`."""
-    finetune = commands.add_parser(
-        "finetune",
-        help="tune a checkpoint on your own recordings",
+    finetune = argparse.ArgumentParser(
+        prog="granite-speech finetune",
         description="Tune a checkpoint on a manifest: JSON lines with audio (a path, relative to the manifest), text and an "
         'optional prompt, such as {"audio": "one.wav", "text": "turn left"}.',
         epilog="On several GPUs: torchrun --nproc-per-node 4 -m granite_speech.cli finetune … --accumulate 4. "
         "Exit status: 0 the folder was written, 2 it was not (usage, manifest, model), 130 interrupted.",
     )
-    # torchrun's processes all end the same way, so only the first reports.
-    finetune.set_defaults(run=_finetune, quiet=os.environ.get("RANK", "0") != "0")
     finetune.add_argument("manifest", metavar="MANIFEST", help="the recordings to train on")
     finetune.add_argument("--model", required=True, metavar="FOLDER_OR_ID", help="a checkpoint's folder or hub id")
     finetune.add_argument("--output", required=True, metavar="DIR", help="the checkpoint folder to write")
@@ -89,74 +55,79 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
             metavar="NAMES" if several else one.metadata["kind"].__name__.upper(),
             help=one.metadata["help"] + ("" if shown is None else f" (default: {shown})"),
         )
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return value
+    return finetune.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
-    options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except GraniteSpeechError as error:
-        if not options.quiet:
-            _print_error(error)
-        return 2
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except OutputClosedError:
+        return _OUTPUT_CLOSED
 
 
 def command() -> None:
     """Run the command line and end the process."""
-    status = main()
-    if status == _INTERRUPTED:
-        # At once: Python would first wait for threads that read a file or run the model, and fail if one of them has standard input.
-        sys.stdout.flush()
+    open_missing_streams()
+    try:
+        status = _run(sys.argv[1:])
+        ends_at_once = status == _INTERRUPTED
+    except OutputClosedError:
+        status, ends_at_once = _OUTPUT_CLOSED, True
+    except SystemExit as usage:
+        status, ends_at_once = usage.code, False
+    out_is_open, err_is_open = flush_streams()
+    status = status or (0 if out_is_open else _OUTPUT_CLOSED)
+    if ends_at_once or not out_is_open or not err_is_open:
+        # Python would first wait for threads that read a file or run the model, and fail if one of them has standard input; and it
+        # would try again to write what is buffered, and complain.
         os._exit(status)
     sys.exit(status)
 
 
-def _print_error(message: object) -> None:
-    print(f"granite-speech: {message}", file=sys.stderr)
+def _run(given: list[str]) -> int:
+    name, rest = (given[0], given[1:]) if given and given[0] in _COMMANDS else ("transcribe", given)
+    parse, run = _COMMANDS[name]
+    options = parse(rest)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except GraniteSpeechError as error:
+        if name != "finetune" or _is_first_process():
+            message(error)
+        return 2
+
+
+def _is_first_process() -> bool:
+    """torchrun's processes all end the same way, so only the first reports."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 # Each command has its own imports, because torch takes seconds to import, and --help and usage errors need not wait for it.
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
-    from granite_speech.transcription.transcriber import Transcriber
+    from granite_speech.command_line.transcribe import transcribe
 
-    if options.model is None:
-        _print_error(
-            "no --model given: using the small model inside the package, which knows only 70 English words: digits, numbers, commands. "
-            "For any speech, use --model ibm-granite/granite-speech-3.3-2b"
-        )
-    transcriber = Transcriber.from_pretrained(options.model or EMBEDDED_FOLDER, device=options.device, dtype=options.dtype)
-    failed = False
-    for audio, one in zip(options.audio, transcriber.stream(options.audio, options.prompt, options.max_new_tokens), strict=True):
-        if one.error is None:
-            print(one.text, flush=True)
-        for message in (one.error, one.audio_warning, one.truncated):
-            if message is not None:
-                _print_error(f"{audio}: {message}")
-        failed |= one.error is not None or one.truncated is not None
-    return 1 if failed else 0
+    return transcribe(options)
+
+
+def _download(options: argparse.Namespace) -> int:
+    from granite_speech.checkpoints.hub import resolve
+
+    if options.ignored:
+        message(f"{', '.join(options.ignored)} ignored: llama.cpp is not used")
+    settings = {name: getattr(options, name) for name in ("cache_dir", "revision", "local_files_only")}
+    write_line(str(resolve(options.model, **settings)))
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     from granite_speech.verify import report, verify
 
     comparisons = verify(options.model, device=options.device)
-    print(report(comparisons))
+    write_line(report(comparisons))
     return 1 if any(one.first_miss for one in comparisons) else 0
 
 
@@ -168,12 +139,20 @@ def _finetune(options: argparse.Namespace) -> int:
     try:
         report = finetune(options.manifest, options.model, options.output, chosen, **others)
     except KeyboardInterrupt:
-        if not options.quiet:
-            _print_error("interrupted; the same command with --resume continues from the last checkpoint")
+        if _is_first_process():
+            message("interrupted; the same command with --resume continues from the last checkpoint")
         return _INTERRUPTED
-    if not options.quiet:
-        print(report)
+    if _is_first_process():
+        write_line(str(report))
     return 0
+
+
+_COMMANDS = {
+    "transcribe": (parse_transcription, _transcribe),
+    "verify": (_parse_verify, _verify),
+    "finetune": (_parse_finetune, _finetune),
+    "download": (parse_download, _download),
+}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from granite_speech.config_values import activation_name, boolean, checked, inte
 from granite_speech.errors import ConfigError, UnsupportedError
 
 __all__ = [
+    "TASKS",
     "Blip2QFormerConfig",
     "GraniteConfig",
     "GraniteSpeechConfig",
@@ -20,6 +21,9 @@ __all__ = [
     "GraniteSpeechPlusConfig",
     "GraniteSpeechPlusEncoderConfig",
 ]
+
+# What a checkpoint with audio is asked for.
+TASKS = ("transcribe", "translate")
 
 # Generous limits: several times those of any released or announced model, and far too small to exhaust a machine by accident.
 _WIDTH, _LAYERS, _HEADS = integer(1, 1 << 17), integer(1, 1024), integer(1, 1024)
@@ -269,6 +273,13 @@ class GraniteConfig(Config):
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
 
+def _window_seconds(value: Any) -> str | None:
+    """The check of `window_seconds`."""
+    values = value if isinstance(value, dict) else dict.fromkeys(TASKS, value)
+    wrong = not values.keys() <= set(TASKS) or any(optional(_POSITIVE)(one) for one in values.values())
+    return f"a number of seconds above 0, or one for each of {' and '.join(TASKS)}" if wrong else None
+
+
 @configuration
 class GraniteSpeechConfig(Config):
     """The whole model.
@@ -284,6 +295,8 @@ class GraniteSpeechConfig(Config):
             the rate must divide the size.
         tie_word_embeddings: the head's weight is the embedding's. 4.x files have this in `text_config`; when a checkpoint is
             loaded, its weights decide.
+        window_seconds: the longest recording that the checkpoint answers well at once, in seconds: a number, or
+            {"transcribe": …, "translate": …}. The releases do not have it; see `granite_speech.inputs.requests.window_limit`.
     """
 
     model_type: ClassVar[str] = "granite_speech"
@@ -316,6 +329,9 @@ class GraniteSpeechConfig(Config):
             if not isinstance(part, kind) or part.model_type != kind.model_type:
                 self.refuse(name, f"a {kind.__name__}, its dictionary, or None")
             part.validate()
+        expected = _window_seconds(self._extra.get("window_seconds"))
+        if expected:
+            self.refuse("window_seconds", expected)
         if self.window_size % self.downsample_rate:
             self.refuse("downsample_rate", f"a divisor of window_size = {self.window_size}")
         width, given = self.encoder_config.output_width, self.projector_config.encoder_hidden_size

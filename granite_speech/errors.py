@@ -12,6 +12,7 @@ three by name.
     ├── KernelError               a call that a kernel cannot serve, or a backend that cannot run here (from granite_kernels)
     ├── UnsupportedError          valid elsewhere, deliberately not supported here
     ├── EngineError               an engine that takes no more requests
+    ├── OutputError               a file with results that cannot be written
     └── MissingDependencyError    a package that this call needs is not installed
 
 Each class is also a built-in exception that callers may already catch (ValueError, FileNotFoundError, …).
@@ -29,6 +30,7 @@ __all__ = [
     "InputError",
     "KernelError",
     "MissingDependencyError",
+    "OutputError",
     "UnsupportedError",
 ]
 
@@ -59,6 +61,10 @@ class UnsupportedError(GraniteSpeechError, NotImplementedError):
 
 class EngineError(GraniteSpeechError, RuntimeError):
     """An engine that takes no more requests: it is closed, its worker has failed, or it belongs to another process."""
+
+
+class OutputError(GraniteSpeechError, OSError):
+    """A file with results that cannot be written."""
 
 
 class MissingDependencyError(GraniteSpeechError, ImportError):

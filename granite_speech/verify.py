@@ -33,7 +33,7 @@ from granite_speech.engine.generate import launches_of_generate
 from granite_speech.errors import CheckpointError, GraniteSpeechError, InputError, MissingDependencyError, UnsupportedError
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 
 __all__ = ["Comparison", "Stage", "report", "verify"]
@@ -180,7 +180,8 @@ def verify(
     stored = choose_dtype(None, load_json(folder / "config.json")) or weights.entries[EMBEDDING].dtype
     load_theirs = _their_loader(folder, config, has_adapter=weights.adapter_config is not None)
     processor = GraniteSpeechProcessor.from_pretrained(folder)
-    samples, prompt = load_audio(RECORDING, processor.audio_processor.sampling_rate), transcript_request(processor)
+    samples = load_audio(RECORDING, processor.audio_processor.sampling_rate)
+    prompt = transcript_request(processor, model_type=config.model_type)
     task = _Task(folder, target, config, weights, processor, samples, prompt, max_new_tokens)
 
     comparisons, truth = [], None

@@ -1,4 +1,4 @@
-"""The command line: only text on standard output, everything else on standard error, and exit codes for scripts."""
+"""The command line on real models: text on standard output, messages on standard error, and exit codes for scripts."""
 
 import io
 import json
@@ -14,9 +14,10 @@ import wave
 
 import pytest
 
-from granite_speech import Engine, Transcriber, Transcript, __version__, load_audio
+from granite_speech import Engine, Transcriber, __version__, load_audio
 from granite_speech.cli import main
 from granite_speech.transcription import transcriber
+from granite_speech.transcription.transcript import Segment
 from tests.support.paths import ROOT
 from tests.support.random_checkpoint import write_checkpoint
 from tests.support.sound_headers import wav_header
@@ -73,7 +74,9 @@ def test_options_reach_the_model(checkpoint, capfd, spoken):
 def test_an_answer_that_is_cut_off_is_printed_with_a_warning(checkpoint, capfd, spoken):
     _, whole, _ = run(capfd, checkpoint, spoken)
     status, out, err = run(capfd, checkpoint, spoken, JFK, spoken, "--max-new-tokens", "2")
-    first, _, last = out.splitlines()
+    entries = [entry.splitlines() for entry in out.split("\n\n")]
+    assert [name for name, _ in entries] == [f"{spoken}:", f"{JFK}:", f"{spoken}:"]
+    first, _, last = (text for _, text in entries)
     assert status == 1 and first == last and whole.startswith(first)
     lines = err.splitlines()
     assert [line.split(": ")[1] for line in lines] == [str(spoken), str(JFK), str(spoken)], "each file has its own warning"
@@ -107,7 +110,10 @@ def test_bad_files_do_not_stop_the_others(checkpoint, capfd, spoken, tmp_path):
     _, alone, _ = run(capfd, checkpoint, spoken)
     status, out, err = run(capfd, checkpoint, spoken, tmp_path / "text.wav", tmp_path / "absent.wav", tmp_path, spoken)
     assert status == 1
-    assert out == alone * 2
+    first, *failed, last = out.split("\n\n")
+    assert f"{first}\n" == last == f"{spoken}:\n{alone}"
+    assert [entry.split("\n", 1)[0] for entry in failed] == [f"{tmp_path}/text.wav:", f"{tmp_path}/absent.wav:", f"{tmp_path}:"]
+    assert all(entry.split("\n", 1)[1].startswith("[failed: ") for entry in failed)
     lines = err.splitlines()
     assert len(lines) == 3 and all(line.startswith(f"granite-speech: {tmp_path}") for line in lines)
     assert "text.wav" in lines[0] and "which does not exist" in lines[1] and "which is a folder" in lines[2]
@@ -136,7 +142,7 @@ def test_files_are_transcribed_together_and_printed_in_order(monkeypatch, capfd)
 
     monkeypatch.setattr(transcriber, "Engine", make)
     assert main(["transcribe", "--model", "embedded", *map(str, FILES)]) == 0
-    assert capfd.readouterr() == ("".join(f"{text}\n" for text in TEXTS), "")
+    assert capfd.readouterr() == ("\n".join(f"{file}:\n{text}\n" for file, text in zip(FILES, TEXTS, strict=True)), "")
     [engine] = made
     assert engine.counters().submitted == len(FILES)
     assert engine.counters().rows > 2 * engine.counters().steps, "more than two answers went on at once"
@@ -149,11 +155,11 @@ def test_messages_come_in_order_with_the_lines(tmp_path):
     (tmp_path / "unfinished.wav").write_bytes(unfinished)
     names = [FILES[0], "nowhere.wav", FILES[1], tmp_path / "unfinished.wav", tmp_path, FILES[3]]
     process = start(*names, stderr=subprocess.STDOUT)
-    lines = process.communicate(timeout=120)[0].splitlines()
-    assert [lines[place] for place in (0, 2, 3, 6)] == TEXTS[:4]
-    for line, name in ((lines[1], "nowhere.wav"), (lines[4], tmp_path / "unfinished.wav"), (lines[5], tmp_path)):
-        assert line.startswith(f"granite-speech: {name}: ")
-    assert "which does not exist" in lines[1] and "never filled in" in lines[4] and "which is a folder" in lines[5]
+    entries = [entry.splitlines() for entry in process.communicate(timeout=120)[0].split("\n\n")]
+    assert [entry[0] for entry in entries] == [f"{name}:" for name in names]
+    assert [entries[place][1] for place in (0, 2, 3, 5)] == TEXTS[:4]
+    for place, reason in ((1, "which does not exist"), (3, "never filled in"), (4, "which is a folder")):
+        assert entries[place][-1].startswith(f"granite-speech: {names[place]}: ") and reason in entries[place][-1]
     assert process.returncode == 1
 
 
@@ -167,10 +173,10 @@ def test_a_header_that_was_never_filled_in_is_no_failure(tmp_path, capfd):
 
 def test_a_line_does_not_wait_for_the_files_after_it():
     with start(FILES[0], "-", FILES[2], stdin=subprocess.PIPE) as process:
-        assert process.stdout.readline() == f"{TEXTS[0]}\n"  # nothing has been written to its standard input
+        assert [process.stdout.readline() for _ in range(2)] == [f"{FILES[0]}:\n", f"{TEXTS[0]}\n"]  # its standard input is still empty
         process.stdin.buffer.write(FILES[1].read_bytes())
         process.stdin.close()
-        assert process.stdout.read().splitlines() == TEXTS[1:3]
+        assert process.stdout.read() == f"\n-:\n{TEXTS[1]}\n\n{FILES[2]}:\n{TEXTS[2]}\n"
     assert process.returncode == 0
 
 
@@ -184,7 +190,7 @@ def interrupt(process: subprocess.Popen) -> tuple[str, str]:
 
 def test_an_interrupt_ends_a_process_that_waits_for_a_file():
     process = start(FILES[0], "-", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == f"{TEXTS[0]}\n"
+    assert [process.stdout.readline() for _ in range(2)] == [f"{FILES[0]}:\n", f"{TEXTS[0]}\n"]
     assert interrupt(process) == ("", "")
 
 
@@ -207,12 +213,12 @@ def test_an_interrupt_does_not_wait_for_the_model():
 
 
 def test_lines_before_an_interrupt_are_printed(monkeypatch, capfd):
-    def stream(*_):
-        yield Transcript("ready")
+    def stream_segments(*_, **__):
+        yield 0, Segment(0, 0.0, 1.0, "ready")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Transcriber, "stream", stream)
-    assert main(["transcribe", "--model", "embedded", "one.wav", "two.wav"]) == 130
+    monkeypatch.setattr(Transcriber, "stream_segments", stream_segments)
+    assert main(["transcribe", "--model", "embedded", "one.wav"]) == 130
     assert capfd.readouterr() == ("ready\n", "")
 
 
@@ -246,9 +252,10 @@ def test_an_unknown_device_gives_a_one_line_error(checkpoint, capfd):
         (["transcribe", "a.wav", "--model", "m", "--max-new-tokens", "many"], "'many' is not a positive integer"),
         (["transcribe", "a.wav", "--model", "m", "--max-new-tokens", "1.5"], "'1.5' is not a positive integer"),
         (["transcribe", "a.wav", "--model", "m", "--dtype", "int8"], "int8"),
-        (["transcribe", "--model", "m"], "AUDIO"),
-        (["sing"], "sing"),
-        ([], "command"),
+        (["transcribe", "--model", "m"], "FILE"),
+        (["verify"], "FOLDER_OR_ID"),
+        (["download"], "FOLDER_OR_ID"),
+        ([], "FILE"),
     ],
 )
 def test_usage_errors(capfd, arguments, message):
@@ -257,6 +264,16 @@ def test_usage_errors(capfd, arguments, message):
     out, err = capfd.readouterr()
     assert caught.value.code == 2 and out == ""
     assert message in err.splitlines()[-1]
+
+
+def test_the_help_shows_the_options_of_transcription_and_names_the_other_commands(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capfd.readouterr().out
+    for part in ("what to write:", "--output-format", "--resume", "--keywords", "the model:", "windows:", "verify", "finetune", "download"):
+        assert part in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_the_version(capfd):
@@ -278,7 +295,14 @@ except SystemExit as exit:
 
 
 @pytest.mark.parametrize(
-    "arguments, status", [(["--help"], 0), (["transcribe", "--help"], 0), (["transcribe", "--max-new-tokens", "x"], 2)]
+    "arguments, status",
+    [
+        (["--help"], 0),
+        (["transcribe", "--help"], 0),
+        (["finetune", "--help"], 0),
+        (["download", "--help"], 0),
+        (["--max-new-tokens", "x"], 2),
+    ],
 )
 def test_help_and_usage_errors_do_not_import_torch(arguments, status):
     command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]

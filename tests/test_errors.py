@@ -21,6 +21,7 @@ BASES = {
     "InputError": (ValueError,),
     "KernelError": (ValueError,),
     "MissingDependencyError": (ImportError,),
+    "OutputError": (OSError,),
     "UnsupportedError": (NotImplementedError,),
 }
 

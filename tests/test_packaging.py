@@ -221,6 +221,7 @@ ORDER = (
     ("audio", "auto", "transcription"),
     ("training", "interop"),
     ("verify",),
+    ("command_line",),
     ("cli", "server"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -8,7 +8,7 @@ import soundfile
 import transformers
 
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
-from granite_speech.inputs.recordings import PROMPT_3, PROMPT_4
+from granite_speech.inputs.requests import PROMPT_3, PROMPT_4
 from granite_speech.interop.accelerate import acceleration_of
 from tests.support.paths import ROOT
 from tests.support.small_models import small_model

@@ -12,6 +12,8 @@ EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A release by its name alone, as IBM's own package takes it.
+_RELEASE = re.compile(r"granite-speech-\d[\w.-]*")
 # Weights, configurations, tokenizer and chat template. Pickles are never opened, and subfolders hold other formats of the weights.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 _UNWANTED = ["*/*"]
@@ -31,7 +33,8 @@ def resolve(
     """The local folder of a checkpoint, which is downloaded into the hub's cache if needed.
 
     Args:
-        name_or_path: a folder, "embedded", or a hub id "owner/name". A folder takes precedence over a hub id of the same name.
+        name_or_path: a folder, "embedded", or a hub id "owner/name"; of IBM's releases also the name alone, "granite-speech-3.3-2b".
+            A folder takes precedence over a hub id of the same name.
             "embedded" is the checkpoint bundled with the package, unless the working directory has a folder of that name with a
             config.json in it. A `Path`, or a string such as "./embedded", is always a folder.
         revision: branch, tag or commit on the hub; None is the default branch. Ignored for local folders.
@@ -69,6 +72,8 @@ def resolve(
             expected="the folder of a checkpoint",
             remedy=f"Pass its folder, {str(path.parent)!r}",
         )
+    if isinstance(name_or_path, str) and _RELEASE.fullmatch(name_or_path):
+        name_or_path = f"ibm-granite/{name_or_path}"
     if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name_or_path):
         raise CheckpointNotFoundError(
             got=f"{str(name_or_path)!r}, which is not an existing folder",

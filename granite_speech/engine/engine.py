@@ -25,7 +25,8 @@ from granite_speech.engine.worker import Worker
 from granite_speech.errors import EngineError, InputError
 from granite_speech.generation.stop_strings import StopStrings
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import samples_of, transcript_request
+from granite_speech.inputs.recordings import samples_of
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.modules.transfers import record_event
 
 __all__ = ["Engine"]
@@ -201,7 +202,7 @@ class Engine:
         """The checkpoint's own request, rendered once a day: templates may name the date, and rendering takes half of a submit's time."""
         made_of = str(self.processor.chat_template), date.today()
         if self._request_text is None or self._request_text[0] != made_of:
-            self._request_text = made_of, transcript_request(self.processor)
+            self._request_text = made_of, transcript_request(self.processor, model_type=self.model.config.model_type)
         return self._request_text[1]
 
 

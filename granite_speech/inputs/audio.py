@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import TYPE_CHECKING, BinaryIO
 
-from granite_speech.errors import AudioError, InputError
-from granite_speech.inputs.audio_decoding import REMEDY_CONVERT, Piece, check_claims, decode
+from granite_speech.errors import AudioError, GraniteSpeechError, InputError
+from granite_speech.inputs.audio_decoding import REMEDY_CONVERT, Piece, check_claims, container_seconds, decode
 from granite_speech.inputs.audio_headers import Source, read_header
 from granite_speech.inputs.audio_opening import find_start, open_seekable
 from granite_speech.inputs.resampling import BlockResampler, check_rate, resample
@@ -21,9 +21,19 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["AudioWarning", "load_audio", "load_with_warning", "measure_seconds", "read_blocks", "resample"]
+__all__ = [
+    "AudioWarning",
+    "blocks_with_warning",
+    "estimate_seconds",
+    "load_audio",
+    "load_with_warning",
+    "measure_seconds",
+    "read_blocks",
+    "resample",
+]
 
 MAX_BYTES = 2 << 30
+BLOCK_SECONDS = 30.0
 BYTES_PER_SAMPLE = 4
 # A longer recording than this is measured by decoding: such a length in a header is more likely damage.
 LONGEST_SECONDS_FROM_HEADER = 24 * 3600
@@ -106,7 +116,7 @@ def read_blocks(
     file: str | os.PathLike | BinaryIO,
     sampling_rate: int = 16000,
     *,
-    block_seconds: float = 30.0,
+    block_seconds: float = BLOCK_SECONDS,
     max_seconds: float | None = None,
     errors: str = "raise",
 ) -> Iterator["torch.Tensor"]:
@@ -128,7 +138,20 @@ def read_blocks(
     """
     _check_positive(block_seconds=block_seconds)
     recording = _Recording(file, sampling_rate, max_seconds, None, errors)
-    return _regroup(recording, max(1, round(block_seconds * sampling_rate)))
+    return _reported(recording, max(1, round(block_seconds * sampling_rate)))
+
+
+def blocks_with_warning(
+    file: str | os.PathLike | BinaryIO, sampling_rate: int = 16000, *, errors: str = "raise"
+) -> tuple[Iterator["torch.Tensor"], Callable[[], str | None]]:
+    """As `read_blocks`, but instead of the warning a function returns its text, or None, once the blocks have ended."""
+    recording, found = _Recording(file, sampling_rate, None, None, errors), []
+
+    def blocks() -> Iterator["torch.Tensor"]:
+        yield from _regroup(recording, round(BLOCK_SECONDS * sampling_rate))
+        found.append(recording.warning())
+
+    return blocks(), lambda: found[0] if found else None
 
 
 def measure_seconds(file: str | os.PathLike | BinaryIO) -> float:
@@ -162,6 +185,30 @@ def measure_seconds(file: str | os.PathLike | BinaryIO) -> float:
     return recording.seconds
 
 
+def estimate_seconds(path: str | os.PathLike) -> float | None:
+    """What a file says about its length, in milliseconds of work and without decoding: for a progress bar.
+
+    Returns:
+        Seconds; None if the file does not say, cannot be read, or is not a regular file.
+    """
+    if not os.path.isfile(path):  # opening a pipe would take what is in it
+        return None
+    try:
+        recording = _Recording(path, 16000, None, None, "raise")
+        try:
+            seconds = recording.seconds_from_headers() or container_seconds(Source(recording.file, recording.begin))
+        finally:
+            recording.close()
+    except (GraniteSpeechError, OSError):
+        return None
+    return seconds if seconds is not None and 0 < seconds <= LONGEST_SECONDS_FROM_HEADER else None
+
+
+def _reported(recording: "_Recording", length: int) -> Iterator["torch.Tensor"]:
+    yield from _regroup(recording, length)
+    recording.report()
+
+
 def _regroup(recording: "_Recording", length: int) -> Iterator["torch.Tensor"]:
     """Joins and splits the decoded pieces into blocks of `length` samples."""
     import torch
@@ -193,7 +240,6 @@ def _regroup(recording: "_Recording", length: int) -> Iterator["torch.Tensor"]:
             yield torch.cat(waiting)
     finally:
         recording.close()
-    recording.report()
 
 
 class _Recording:

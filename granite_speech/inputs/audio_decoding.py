@@ -15,7 +15,7 @@ from granite_speech.inputs.audio_mpeg import StreamLength, find_stream_length, w
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["HIGHEST_RATE", "LOWEST_RATE", "REMEDY_CONVERT", "Piece", "check_claims", "decode"]
+__all__ = ["HIGHEST_RATE", "LOWEST_RATE", "REMEDY_CONVERT", "Piece", "check_claims", "container_seconds", "decode"]
 
 REMEDY_CONVERT = "Check that it plays, or convert it: ffmpeg -i IN -ac 1 -ar 16000 OUT.wav"
 # A rate in Hz outside of this range is damage in a header.
@@ -98,6 +98,16 @@ def decode(source: Source, header: Header, name: str) -> Generator[Piece, None, 
     if not seen and packets.failed_since_good:
         raise _undecodable(name, packets.last_error, header)
     return header.missing or _samples_short(header, max(seen, packets.end)) or packets.shortfall()
+
+
+def container_seconds(source: Source) -> float | None:
+    """The length that the container gives, in seconds; None if it gives none or cannot be opened."""
+    av = _import_av()
+    try:
+        with av.open(source, options=OPTIONS, metadata_errors="ignore") as container:
+            return container.duration / av.time_base if container.duration else None
+    except (av.error.FFmpegError, OSError, ValueError):
+        return None
 
 
 def _import_av():

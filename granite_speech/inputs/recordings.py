@@ -1,7 +1,8 @@
-"""What people pass for a recording and its request, as the processor needs it."""
+"""What people pass for a recording, as the processor needs it."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from os import PathLike
 from typing import Any, BinaryIO
 from warnings import warn
@@ -9,45 +10,15 @@ from warnings import warn
 import numpy as np
 from torch import Tensor
 
-from granite_speech.inputs.audio import AudioWarning, load_with_warning
+from granite_speech.errors import AudioError
+from granite_speech.inputs.audio import AudioWarning, blocks_with_warning, load_with_warning, resample
+from granite_speech.inputs.clips import MOST_CHANNELS, check_clips, clips_of_prompt
 from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.inputs.sources import arrays_and_rates, file_of
 
-__all__ = ["PROMPT_3", "Recording", "read_recording", "samples_of", "transcript_request"]
+__all__ = ["Recording", "read_recording", "recording_blocks", "samples_of"]
 
 Recording = str | PathLike | BinaryIO | bytes | np.ndarray | Tensor
-
-# The requests that the releases were trained on: 3.x with this system text, 4.x without one.
-PROMPT_3 = "can you transcribe the speech into a written format?"
-SYSTEM_3 = "You are Granite, developed by IBM. You are a helpful AI assistant"
-PROMPT_4 = "transcribe the speech with proper punctuation and capitalization."
-
-
-def transcript_request(processor: GraniteSpeechProcessor, prompt: str | None = None) -> str:
-    """The full prompt for one recording, in the checkpoint's chat template if it has one.
-
-    Args:
-        processor: of the model.
-        prompt: the request; None asks for a transcript. One that has the placeholder gets no other. One that also ends as the chat
-            template ends a prompt is complete, and is returned as it is.
-    """
-    template, audio_token = processor.chat_template, processor.audio_token
-    place = "" if audio_token in (prompt or "") else audio_token
-    if not template:
-        return f"{place}{prompt or PROMPT_4}"
-    if not place and _is_complete(processor, prompt):
-        return prompt
-    third_generation = "<|start_of_role|>" in str(template)
-    conversation = [{"role": "system", "content": SYSTEM_3}] if third_generation else []
-    conversation.append({"role": "user", "content": f"{place}{prompt or (PROMPT_3 if third_generation else PROMPT_4)}"})
-    return processor.apply_chat_template(conversation, add_generation_prompt=True)
-
-
-def _is_complete(processor: GraniteSpeechProcessor, prompt: str) -> bool:
-    """Whether the prompt ends with what the chat template writes after the user's words."""
-    words = "what?"
-    rendered = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
-    _, found, end = rendered.rpartition(words)
-    return bool(found and end.strip()) and prompt.rstrip().endswith(end.strip())
 
 
 def samples_of(recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None) -> tuple[Any, int | None]:
@@ -75,3 +46,72 @@ def read_recording(recording: Any, processor: GraniteSpeechProcessor, sampling_r
     file = io.BytesIO(recording) if isinstance(recording, (bytes, bytearray, memoryview)) else recording
     samples, warning = load_with_warning(file, processor.audio_processor.sampling_rate)
     return samples, None, warning
+
+
+def recording_blocks(
+    recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None = None, errors: str = "raise"
+) -> tuple[Iterator[Tensor], Callable[[], str | None]]:
+    """One recording, block by block: for files, in memory that does not grow with their length.
+
+    Args:
+        recording: a path, "-" for standard input, a `data:` address, the bytes of a file, or an open binary file; an array, tensor or
+            list of numbers `(samples,)`, `(samples, channels)` or `(channels, samples)`; an entry or a decoder of `datasets`. A list with
+            one of these is the same.
+        processor: of the model.
+        sampling_rate: of arrays that do not say theirs, in Hz; None for the processor's.
+        errors: "raise", or "warn" to take the intact part of a file whose end is damaged or missing for the whole.
+
+    Returns:
+        An iterator of `(samples,)` float32 on the CPU, mono, at the processor's rate: blocks of 30 s of a file, or anything else in one
+        block. And a function that returns the text of the file's `AudioWarning`, or None, once the iterator has ended.
+
+    Raises:
+        AudioError: a recording that cannot be used: at once, or by the iterator when it reaches the fault in a file. If the end of a file
+            is damaged, its intact blocks come first.
+        InputError: another type, a network address, or an invalid option.
+        MissingDependencyError: as `granite_speech.load_audio`.
+    """
+    if _is_list(recording) and len(recording) == 1 and not isinstance(recording[0], Real):
+        recording = recording[0]
+    file = file_of(recording)
+    if file is not None:
+        return blocks_with_warning(file, processor.audio_processor.sampling_rate, errors=errors)
+    return iter([_whole(recording, processor.audio_processor.sampling_rate, sampling_rate)]), lambda: None
+
+
+def _is_list(recording: Any) -> bool:
+    return isinstance(recording, (list, tuple))
+
+
+def _whole(recording: Any, target: int, sampling_rate: int | None) -> Tensor:
+    """The samples `(samples,)` of a recording that is not a file, checked and at the rate `target`."""
+    if _is_list(recording):
+        recording = _numbers(recording)
+    elif not isinstance(recording, (np.ndarray, Tensor, Mapping)) and not hasattr(recording, "get_all_samples"):
+        raise _not_one(f"a {type(recording).__name__}")
+    arrays, rates = arrays_and_rates(recording, sampling_rate, target)
+    clips = clips_of_prompt(arrays, 1, 1)
+    if clips is None:
+        shape = tuple((arrays if isinstance(arrays, (np.ndarray, Tensor)) else arrays[0]).shape)
+        raise _not_one(f"samples of shape {shape}")
+    check_clips(clips)
+    clip, rate = clips[0].cpu(), rates[0]
+    return clip if rate is None else resample(clip, rate, target)
+
+
+def _numbers(recording: list | tuple) -> np.ndarray:
+    if not recording or not isinstance(recording[0], Real):
+        raise _not_one(f"a list of {len(recording)} recordings")
+    try:
+        return np.asarray(recording)
+    except ValueError as error:  # some are lists
+        raise _not_one(f"a list with more than numbers ({error})") from error
+
+
+def _not_one(got: str) -> AudioError:
+    return AudioError(
+        got=got,
+        expected=f"one recording: a file, or samples (samples,), or with at most {MOST_CHANNELS} channels (samples, channels) or "
+        "(channels, samples)",
+        remedy="Pass the recordings one by one",
+    )

@@ -15,7 +15,7 @@ import torch
 from granite_speech.errors import AudioError, InputError
 from granite_speech.inputs.audio import load_audio
 
-__all__ = ["arrays_and_rates"]
+__all__ = ["arrays_and_rates", "file_of"]
 
 Array = np.ndarray | torch.Tensor
 
@@ -65,17 +65,13 @@ def _is_several(value: Any) -> bool:
 def _one(item: Any, sampling_rate: int | None, target: int) -> tuple[Array, int | None]:
     if isinstance(item, np.ndarray | torch.Tensor):
         return item, sampling_rate
+    file = file_of(item)
+    if file is not None:
+        return load_audio(file, target), None
     if isinstance(item, Mapping):
-        return _entry(item, sampling_rate, target)
+        return _entry(item, sampling_rate)
     if hasattr(item, "get_all_samples"):
-        samples = item.get_all_samples()
-        return samples.data, _rate(samples.sample_rate)
-    if isinstance(item, bytes | bytearray | memoryview):
-        return load_audio(io.BytesIO(item), target), None
-    if isinstance(item, str):
-        item = _address(item)
-    if isinstance(item, str | PathLike) or hasattr(item, "read"):
-        return load_audio(item, target), None
+        return _decoded(item)
     if isinstance(item, Sequence):
         return _numbers(item), sampling_rate
     raise InputError(
@@ -83,6 +79,33 @@ def _one(item: Any, sampling_rate: int | None, target: int) -> tuple[Array, int 
         expected="an array, a tensor, a list of numbers, a sound file, an entry of datasets, or a list of them",
         remedy="Pass one of these",
     )
+
+
+def file_of(item: Any) -> Any:
+    """The path or open binary file that `load_audio` reads, if a clip is one: a path, a `data:` address, bytes, an open file, or an
+    entry of `datasets` that is not decoded. None: it is something else.
+
+    Raises:
+        InputError: a network address.
+        AudioError: a `data:` address that is not base64.
+    """
+    if isinstance(item, Mapping) and item.get("array") is None:
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
+    if isinstance(item, bytes | bytearray | memoryview):
+        return io.BytesIO(item)
+    if isinstance(item, str):
+        return _address(item)
+    return item if isinstance(item, PathLike) or hasattr(item, "read") else None
+
+
+def _decoded(decoder: Any) -> tuple[Array, int | None]:
+    try:
+        samples = decoder.get_all_samples()
+    except (RuntimeError, ValueError, OSError) as error:  # the decoder's own: of a damaged file, or one that is gone
+        raise AudioError(
+            got=f"a {type(decoder).__name__} that failed ({error!s:.300})", expected="sound that it decodes", remedy="Pass the file's path"
+        ) from error
+    return samples.data, _rate(samples.sample_rate)
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -94,15 +117,12 @@ def _numbers(values: Any) -> np.ndarray:
         ) from error
 
 
-def _entry(item: Mapping[str, Any], sampling_rate: int | None, target: int) -> tuple[Array, int | None]:
-    """An entry of `datasets`."""
+def _entry(item: Mapping[str, Any], sampling_rate: int | None) -> tuple[Array, int | None]:
+    """An entry of `datasets` that is decoded."""
     if item.get("array") is not None:
         array = item["array"]
         rate = item.get("sampling_rate")
         return _numbers(array) if isinstance(array, list | tuple) else array, sampling_rate if rate is None else _rate(rate)
-    for name in ("bytes", "path"):
-        if item.get(name) is not None:
-            return _one(item[name], None, target)
     raise InputError(
         got=f"audio as a dictionary of {sorted(map(str, item))}",
         expected='{"array": …, "sampling_rate": …}, {"path": …} or {"bytes": …}',

@@ -5,7 +5,7 @@ from functools import cache
 from granite_speech.config import GraniteSpeechConfig
 from granite_speech.errors import ConfigError, InputError
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 
 __all__ = ["Dialogue"]
 
@@ -18,7 +18,7 @@ class Dialogue:
 
     Args:
         processor: supplies the tokenizer, the chat template and the audio token.
-        config: supplies the audio token's id, the tokens that end an answer and the size of the CTC vocabulary.
+        config: supplies the model's type, the audio token's id, the tokens that end an answer and the size of the CTC vocabulary.
 
     Raises:
         ConfigError: processor and config do not match, or no token ends an answer.
@@ -26,7 +26,7 @@ class Dialogue:
 
     def __init__(self, processor: GraniteSpeechProcessor, config: GraniteSpeechConfig):
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.audio_token = config.audio_token_index
+        self.audio_token, self.model_type = config.audio_token_index, config.model_type
         self.ctc_size = config.encoder_config.output_dim
         self.window, self.queries = config.window_size, config.window_size // config.downsample_rate
         ends = config.text_config.eos_token_id
@@ -71,7 +71,7 @@ class Dialogue:
                 remedy="Remove it",
             )
         if audio:
-            return self.tokenizer.encode(transcript_request(self.processor, prompt))
+            return self.tokenizer.encode(transcript_request(self.processor, prompt, self.model_type))
         if not self.processor.chat_template:
             return self.tokenizer.encode(prompt)
         return self.tokenizer.encode(self.processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from granite_speech.errors import MissingDependencyError
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.modules.packing import Segments
 from granite_speech.training.losses import ctc_logits
@@ -65,7 +65,7 @@ def transcripts(
     answers: dict[int, str] = {}
     for indices, waveforms in _by_length(processor, utterances, batch_seconds, change):
         chosen = [utterances[index] for index in indices]
-        requests = [transcript_request(processor, one.prompt) for one in chosen]
+        requests = [transcript_request(processor, one.prompt, model.config.model_type) for one in chosen]
         inputs = processor(requests, waveforms, device=model.device).to(model.device)
         longest = max(len(processor.tokenizer.encode(one.text)) for one in chosen)
         ids = model.generate(**inputs, max_new_tokens=2 * longest + 10, do_sample=False, num_beams=1)

@@ -1,149 +1,100 @@
-"""One recording on its way to its text: read and prepared in a caller's thread, then answered by an engine."""
+"""One recording, read window by window."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 
-from granite_speech.engine.cpu_threads import without_team
-from granite_speech.engine.handle import Answer, Handle
-from granite_speech.errors import AudioError, EngineError, GraniteSpeechError
-from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
-from granite_speech.inputs.recordings import read_recording, transcript_request
+from granite_speech.errors import GraniteSpeechError
+from granite_speech.inputs.recordings import recording_blocks
+from granite_speech.transcription.piece import Piece, Setup
+from granite_speech.transcription.windows import Windows
 
-__all__ = ["Job", "Transcript", "is_numbers"]
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What became of one recording.
-
-    Attributes:
-        text: what was said; empty if there is an error.
-        truncated: why the text is incomplete, in the words of `TruncatedAnswerWarning`; None: it is complete.
-        error: why there is no text; None: there is one.
-        audio_warning: what is wrong with the sound file, although it was read, in the words of `AudioWarning`; None: nothing.
-    """
-
-    text: str
-    truncated: str | None = None
-    error: GraniteSpeechError | None = None
-    audio_warning: str | None = None
+__all__ = ["Job", "is_numbers"]
 
 
 class Job:
-    """One recording. Call `read`, `submit` and `transcript` in this order.
+    """One recording. A reader's thread calls `read`; another one takes `pieces`.
 
     Args:
-        model, processor: of the same checkpoint.
-        submit: asks an engine for the answer to the processor's inputs, of at most some number of tokens.
+        setup: of the call.
         recording: as `Transcriber.transcribe` takes one.
-        prompt: the request; None: the checkpoint's own.
-        max_new_tokens: the longest answer.
-        sampling_rate: of an array, in Hz; None: the processor's.
 
     Attributes:
-        frames: of its features, which are in memory until it ends.
+        pieces: those that were read and whose answers nobody has taken yet.
+        ended: whether there will be no more.
+        duration: seconds that were read, once it has ended.
+        audio_warning: what is wrong with the sound file, although it was read; None: nothing.
+        error: why it could not be read to its end; None: it was.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: GraniteSpeechProcessor,
-        submit: Callable[[BatchFeature, int], Handle],
-        recording: Any,
-        prompt: str | None,
-        max_new_tokens: int,
-        sampling_rate: int | None,
-    ):
-        self._model, self._processor, self._submit = model, processor, submit
-        self._recording, self._sampling_rate = recording, sampling_rate
-        self._prompt, self._max_new_tokens = prompt, max_new_tokens
-        self._inputs: BatchFeature | None = None
-        self._audio_warning: str | None = None
-        self._error: GraniteSpeechError | None = None
-        self._handle: Handle | None = None
-        self.frames = 0
-
-    def read(self) -> None:
-        """Decode the file and compute its features. `transcript` raises the error, if there is one."""
-        try:
-            self._inputs = self._read()
-            self.frames = int(self._inputs["input_features_lengths"].sum())
-        except GraniteSpeechError as error:
-            self._error = error
-        self._recording = None
-
-    def submit(self) -> None:
-        """Ask for the answer. `transcript` raises the error, if there is one."""
-        if self._error is not None:
-            return
-        try:
-            self._handle = self._submit(self._inputs, self._limit)
-        except GraniteSpeechError as error:
-            self._error = error
-        self._inputs = None
-
-    def cancel(self) -> None:
-        """Nobody waits for the transcript any more."""
-        if self._handle is not None:
-            self._handle.cancel()
-
-    def transcript(self) -> Transcript:
-        """Wait for the answer.
-
-        Raises:
-            EngineError: the transcriber was closed before the answer was complete.
-            Any error of reading, of submitting, or of the request.
-        """
-        if self._error is not None:
-            raise self._error
-        answer = self._handle.result()
-        if answer.finish_reason == "cancelled":
-            raise EngineError(
-                got=f"a request cancelled after {len(answer.token_ids)} tokens, because its transcriber was closed",
-                expected="a whole answer",
-                remedy="Transcribe the recording again; that makes a new engine",
-            )
-        truncated = self._truncation(answer) if answer.finish_reason == "length" else None
-        return Transcript(answer.text.strip(), truncated, audio_warning=self._audio_warning)
+    def __init__(self, setup: Setup, recording: Any):
+        self._setup, self._recording = setup, recording
+        self.pieces: deque[Piece] = deque()
+        self.ended = False
+        self.duration = 0.0
+        self.audio_warning: str | None = None
+        self.error: GraniteSpeechError | None = None
 
     @property
-    def _context(self) -> int:
-        return self._model.config.text_config.max_position_embeddings
+    def seconds(self) -> float:
+        """Seconds of audio in `pieces`."""
+        return sum(one.window.end - one.window.start for one in self.pieces)
 
-    def _read(self) -> BatchFeature:
-        """The processor's inputs; sets the answer's limit."""
-        processor, device = self._processor, self._model.device
+    def read(self, add: Callable[[Piece], bool]) -> None:
+        """Read the recording, and add its windows.
+
+        Args:
+            add: takes a piece, and returns when another one may be read; False: nobody wants another one.
+        """
+        try:
+            self._read(add)
+        except GraniteSpeechError as error:
+            self.error = error
+        self._recording = None
+
+    def _read(self, add: Callable[[Piece], bool]) -> None:
+        setup, options = self._setup, self._setup.options
         recording = np.asarray(self._recording) if is_numbers(self._recording) else self._recording
-        with torch.no_grad(), without_team() if device.type == "cpu" else nullcontext():
-            samples, rate, self._audio_warning = read_recording(recording, processor, self._sampling_rate)
-            request = transcript_request(processor, self._prompt)
-            inputs = processor(request, samples, device=device, sampling_rate=rate)
-        columns = inputs["input_ids"].shape[1]
-        if columns >= self._context:
-            raise AudioError(
-                got=f"a recording whose prompt has {columns} tokens",
-                expected=f"fewer than the {self._context} tokens of the model's context",
-                remedy="Transcribe it in shorter pieces",
-            )
-        self._limit = min(self._max_new_tokens, self._context - columns)
-        return inputs
+        with setup.alone():
+            blocks, warning = recording_blocks(recording, setup.processor, setup.sampling_rate, options.errors)
+        windows = Windows(
+            self._intact(blocks),
+            limit=setup.limit,
+            segmentation=options.segmentation,
+            overlap=options.chunk_overlap,
+            spans=options.clip_timestamps,
+        )
+        count = 0
+        try:
+            while True:
+                with setup.alone():
+                    window = next(windows, None)
+                    piece = None if window is None else Piece(setup, window)
+                if piece is None:
+                    break
+                count += 1
+                if not add(piece):
+                    return
+        finally:
+            self.duration = windows.duration
+        if self.error is not None:
+            return
+        self.audio_warning = warning()
+        if not count:
+            # Silence has no text. What is too short for the model is an error even so.
+            setup.inputs(torch.zeros(min(round(windows.duration * setup.rate), setup.rate)))
 
-    def _truncation(self, answer: Answer) -> str:
-        """Which limit ended the answer."""
-        count, remedy = len(answer.token_ids), "Transcribe the recording in shorter pieces"
-        if count < self._limit:
-            where = "where the engine's memory for keys and values is full"
-        elif count < self._max_new_tokens:
-            where = f"where the model's context of {self._context} tokens ends"
-        else:
-            where, remedy = "which is max_new_tokens", "Raise max_new_tokens"
-        return f"the answer was cut off after {count} tokens, {where}. {remedy}."
+
+    def _intact(self, blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The blocks before a fault, so that what was said before it is transcribed to its last word."""
+        try:
+            yield from blocks
+        except GraniteSpeechError as error:
+            self.error = error
 
 
 def is_numbers(recording: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A thread that reads recordings and submits them while the answers to earlier ones are still awaited."""
+"""A thread that reads recordings and submits their windows while the answers to earlier ones are still awaited."""
 
 import atexit
 import os
@@ -7,28 +7,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from granite_speech.engine.warmup import FRAMES_A_SECOND
-from granite_speech.errors import GraniteSpeechError
-from granite_speech.transcription.job import Job, Transcript
+from granite_speech.transcription.job import Job
+from granite_speech.transcription.piece import Piece
 
 __all__ = ["ReadAhead"]
 
-# Features of this much audio are in memory at once, about 350 MB in float32, or those of one recording that is longer.
-_SECONDS_AHEAD = 3 * 3600
-# How long the interpreter waits, at its end, for a recording that is being read. A thread that it ends in the middle may crash.
+# Windows of this much audio are in memory at once, up to 700 MB with their features.
+_SECONDS_AHEAD = 2 * 3600
+# How long the interpreter waits, at its end, for a window that is being read. A thread that it ends in the middle may crash.
 _PATIENCE_AT_EXIT = 5.0
 
 
 class ReadAhead:
-    """Transcripts of recordings, in order. Iterate over it once.
+    """Recordings, in order, each as a `Job` that is still being read. Iterate over it once, and over `pieces` of each job.
 
-    A thread of its own takes the recordings from the iterable, because the iterable may wait, and a transcript that is ready must
-    not wait with it.
+    A thread of its own takes the recordings from the iterable, because the iterable may wait, and a text that is ready must not wait
+    with it.
 
     Args:
         recordings: only the thread uses it, one recording at a time.
         job: makes the job of a recording.
-        most: recordings read and not yet answered.
+        most: windows read and not yet answered; a recording without any counts as one.
     """
 
     def __init__(self, recordings: Iterable[Any], job: Callable[[Any], Job], most: int):
@@ -41,24 +40,38 @@ class ReadAhead:
         atexit.register(self._leave)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[Transcript]:
-        """Yields each transcript once it is complete; raises what the iterable raised after those of the recordings before that."""
+    def __iter__(self) -> Iterator[Job]:
+        """Yields each job once it is begun; raises what the iterable raised after those of the recordings before that."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._ended)
                 if not self._jobs:
                     break
                 job = self._jobs[0]
-            try:
-                transcript = job.transcript()
-            except GraniteSpeechError as error:
-                transcript = Transcript("", error=error)
-            with self._changed:
-                self._jobs.popleft()
-                self._changed.notify_all()
-            yield transcript
+            yield job
         if self._error is not None:
             raise self._error
+
+    def pieces(self, job: Job) -> Iterator[Piece]:
+        """The windows of the first job, each once it is submitted. At the end there is room for another job.
+
+        Raises:
+            Whatever ended the thread in the middle of the job.
+        """
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: job.pieces or job.ended or self._ended)
+                if not job.pieces:
+                    if not job.ended and self._error is not None:
+                        raise self._error
+                    self._jobs.popleft()
+                    self._changed.notify_all()
+                    return
+                piece = job.pieces[0]
+            yield piece
+            with self._changed:
+                job.pieces.popleft()
+                self._changed.notify_all()
 
     def stop(self) -> None:
         """Cancel what is left. Does not wait for the thread, which may be waiting for the iterable."""
@@ -68,7 +81,8 @@ class ReadAhead:
             self._stopped = True
             self._changed.notify_all()
             for job in self._jobs:
-                job.cancel()
+                for piece in job.pieces:
+                    piece.cancel()
 
     def _leave(self) -> None:
         self.stop()
@@ -77,9 +91,7 @@ class ReadAhead:
     def _run(self, recordings: Iterable[Any]) -> None:
         try:
             for recording in recordings:
-                job = self._job(recording)
-                job.read()
-                if not self._start(job):
+                if not self._read(self._job(recording)):
                     break
         except BaseException as error:  # for the thread that waits for transcripts
             self._error = error
@@ -89,15 +101,31 @@ class ReadAhead:
                 self._changed.notify_all()
             atexit.unregister(self._leave)
 
-    def _start(self, job: Job) -> bool:
-        """Submit a job, and wait until another one may be read. False: stopped."""
+    def _read(self, job: Job) -> bool:
+        """Read a recording, and wait until another one may be read. False: stopped."""
+        with self._changed:
+            if self._stopped:
+                return False
+            self._jobs.append(job)
+            self._changed.notify_all()
+        job.read(lambda piece: self._add(job, piece))
+        with self._changed:
+            job.ended = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stopped or self._has_room())
+            return not self._stopped
+
+    def _add(self, job: Job, piece: Piece) -> bool:
+        """Submit a window, and wait until another one may be read. False: stopped."""
         with self._changed:
             if not self._stopped:
-                job.submit()  # under the lock, so that nothing is submitted after `stop`
-                self._jobs.append(job)
+                piece.submit()  # under the lock, so that nothing is submitted after `stop`
+                job.pieces.append(piece)
                 self._changed.notify_all()
+            # The last window of a recording need not wait here: its job does, once it has ended.
             self._changed.wait_for(lambda: self._stopped or self._has_room())
             return not self._stopped
 
     def _has_room(self) -> bool:
-        return len(self._jobs) < self._most and sum(job.frames for job in self._jobs) < _SECONDS_AHEAD * FRAMES_A_SECOND
+        windows = sum(max(1, len(job.pieces)) for job in self._jobs)
+        return windows < self._most and sum(job.seconds for job in self._jobs) < _SECONDS_AHEAD

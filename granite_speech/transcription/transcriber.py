@@ -1,13 +1,13 @@
-"""From recordings to their texts, with a model and its processor in one object."""
+"""From recordings of any length to their texts, with a model and its processor in one object."""
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 from warnings import warn
 
 import torch
@@ -15,26 +15,38 @@ from granite_kernels import OPERATIONS
 
 from granite_speech.engine.engine import Engine
 from granite_speech.engine.handle import Handle
-from granite_speech.errors import EngineError, GraniteSpeechError
+from granite_speech.errors import EngineError
 from granite_speech.inputs.audio import AudioWarning
 from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
 from granite_speech.inputs.recordings import Recording
+from granite_speech.inputs.requests import request_for, window_limit
 from granite_speech.model import GraniteSpeechForConditionalGeneration
-from granite_speech.transcription.job import Job, Transcript, is_numbers
+from granite_speech.transcription.answers import Answers
+from granite_speech.transcription.job import Job, is_numbers
+from granite_speech.transcription.options import TranscribeOptions
+from granite_speech.transcription.piece import Setup
 from granite_speech.transcription.read_ahead import ReadAhead
+from granite_speech.transcription.transcript import Segment, Transcript
 
-__all__ = ["Transcriber", "TruncatedAnswerWarning"]
+__all__ = ["Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"]
 
-# Recordings that are read ahead, for each answer that the engine can work on: some to work on, and some ready to follow.
+# Windows that are read ahead, for each answer that the engine can work on: some to work on, and some ready to follow.
 _AHEAD = 2
 
 
-class TruncatedAnswerWarning(UserWarning):
+class TranscriptWarning(UserWarning):
+    """A part of a transcript is missing or doubtful."""
+
+
+class TruncatedAnswerWarning(TranscriptWarning):
     """An answer reached a limit before the model finished it, so the text is incomplete."""
 
 
 class Transcriber:
     """A model and its processor, with an `Engine` that answers many requests at once.
+
+    A recording may have any length: it is cut at pauses into windows that the model can transcribe, silence is left out, and the
+    windows of all recordings are answered together.
 
     The engine is made when the first recording comes, and again if it was closed or has failed, if the process was forked, or if the
     model has moved. Its thread and memory are freed by `close`, at the end of `with Transcriber(…) as transcriber:`, or when nobody
@@ -62,6 +74,7 @@ class Transcriber:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         quantize: str | None = None,
+        **download: Any,
     ) -> Self:
         """Loads both from a folder or hub id.
 
@@ -70,89 +83,149 @@ class Transcriber:
             device: of the model; None for CUDA if available, else the CPU.
             dtype: of the weights; None for the checkpoint's.
             quantize: "int8" rounds the weights of the language model's layers to 8 bits.
+            download: revision, cache_dir, local_files_only and token, as for the model's `from_pretrained`.
 
         Raises:
             CheckpointError, ConfigError, InputError: a checkpoint, device or dtype that cannot be used.
             KernelError: GRANITE_SPEECH_KERNELS asks for kernels that cannot run on the device.
         """
         chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-        processor = GraniteSpeechProcessor.from_pretrained(name_or_path)
-        model = GraniteSpeechForConditionalGeneration.from_pretrained(name_or_path, device=chosen, dtype=dtype, quantize=quantize)
+        processor = GraniteSpeechProcessor.from_pretrained(name_or_path, **download)
+        load = GraniteSpeechForConditionalGeneration.from_pretrained
+        model = load(name_or_path, device=chosen, dtype=dtype, quantize=quantize, **download)
         for operation in OPERATIONS.values():
             operation.resolve(None, model.device, model.dtype)  # fails here rather than at the first recording
         return cls(model, processor)
 
     @overload
     def transcribe(
-        self, audio: Recording, prompt: str | None = None, max_new_tokens: int = 400, *, sampling_rate: int | None = None
-    ) -> str: ...
+        self,
+        audio: Sequence[Recording],
+        prompt: str | None = None,
+        max_new_tokens: int = 400,
+        *,
+        sampling_rate: int | None = None,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> list[Transcript]: ...
 
     @overload
     def transcribe(
-        self, audio: Sequence[Recording], prompt: str | None = None, max_new_tokens: int = 400, *, sampling_rate: int | None = None
-    ) -> list[str]: ...
+        self,
+        audio: Recording,
+        prompt: str | None = None,
+        max_new_tokens: int = 400,
+        *,
+        sampling_rate: int | None = None,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> Transcript: ...
 
-    def transcribe(self, audio, prompt=None, max_new_tokens=400, *, sampling_rate=None):
-        """The text of one recording, or of each in a list.
+    @overload
+    def transcribe(
+        self, audio: Any, prompt: str | None = None, max_new_tokens: int = 400, *, stream: Literal[True], **options: Any
+    ) -> Iterator[Segment] | Iterator[Transcript]: ...
+
+    def transcribe(self, audio, prompt=None, max_new_tokens=400, *, sampling_rate=None, stream=False, **options):
+        """The text of one recording, or of each in a list, of any length.
 
         Args:
             audio: a file that `granite_speech.load_audio` reads: a path, "-" for standard input, an open binary file, or its
                 content as bytes; or an array or tensor `(samples,)`, `(samples, channels)` or `(channels, samples)`. A list or
                 tuple has any number of these, and they are transcribed together; one of numbers is a recording `(samples,)`.
-            prompt: the request; the release's own request for a transcript if omitted.
-            max_new_tokens: the longest answer.
+            prompt: the request; the checkpoint's own for a transcript or a translation if omitted.
+            max_new_tokens: the longest answer for a window.
             sampling_rate: of arrays, in Hz; None for the processor's. Not used for files.
+            stream: return an iterator: over the segments of one recording, each as soon as it is final; over the transcripts of a list.
+            options: the fields of `TranscribeOptions`: task, language, target_language, keywords, temperature, segmentation,
+                chunk_length, chunk_overlap, clip_timestamps, compression_ratio_threshold and errors.
 
         Returns:
-            The text; for a list, a list of texts in the same order.
+            A `Transcript`, which is the text, a `str`, with its segments and warnings; for a list, a list in the same order.
 
         Warns:
-            TruncatedAnswerWarning: the answer reached max_new_tokens, or the end of the model's context, before it ended.
+            TruncatedAnswerWarning: an answer reached max_new_tokens, or the end of the model's context, before it ended.
+            TranscriptWarning: a window failed, or its text repeats itself.
             AudioWarning: as `granite_speech.load_audio`.
 
         Raises:
-            AudioError: a recording that cannot be used, or one too long for the model's context. For a list, the message begins with
-                the recording's index, and what is left of the list is cancelled; `stream` goes on after an error.
+            InputError: an option that cannot be used, or a model in training mode.
+            AudioError: a recording that cannot be used. For a list, the message begins with the recording's index, and what is left
+                of the list is cancelled; `stream` goes on after an error.
             EngineError: the transcriber was closed meanwhile.
         """
-        if isinstance(audio, (list, tuple)) and not is_numbers(audio):
-            return self._transcribe_all(audio, prompt, max_new_tokens, sampling_rate)
-        job = Job(self.model, self.processor, self._submit, audio, prompt, max_new_tokens, sampling_rate)
-        job.read()
-        job.submit()
-        try:
-            transcript = job.transcript()
-        except BaseException:
-            job.cancel()  # an interrupted caller no longer needs the answer
-            raise
-        _warn_of(transcript, "", stacklevel=3)
-        return transcript.text
+        options |= {"prompt": prompt, "max_new_tokens": max_new_tokens, "sampling_rate": sampling_rate}
+        several = isinstance(audio, (list, tuple)) and not is_numbers(audio)
+        if stream:
+            return self.stream(audio, **options) if several else self._segments(audio, options)
+        transcripts = []
+        with closing(self.stream(audio if several else [audio], **options)) as done:
+            for index, one in enumerate(done):
+                name = _name(index, audio[index]) if several else ""
+                _raise_error(one, name)
+                _warn_of(one, name, stacklevel=3)
+                transcripts.append(one)
+        return transcripts if several else transcripts[0]
 
     def stream(
-        self, recordings: Iterable[Recording], prompt: str | None = None, max_new_tokens: int = 400, *, sampling_rate: int | None = None
+        self,
+        recordings: Iterable[Recording],
+        prompt: str | None = None,
+        max_new_tokens: int = 400,
+        *,
+        sampling_rate: int | None = None,
+        **options: Any,
     ) -> Iterator[Transcript]:
         """Transcripts of any number of recordings, in order, each as soon as it and those before it are complete.
 
-        A thread takes the recordings from the iterable and reads them ahead: at most two for each answer that the engine can work on,
-        and about three hours of audio. Closing the iterator, as a `break` in a loop over it does, cancels what is left.
+        A thread takes the recordings from the iterable and reads them ahead: at most two windows for each answer that the engine can
+        work on, and about two hours of audio. Closing the iterator, as a `break` in a loop over it does, cancels what is left.
 
         Args:
             recordings: each as `transcribe` takes one; also an iterator that waits, or that never ends.
-            prompt, max_new_tokens, sampling_rate: of all of them, as for `transcribe`.
+            prompt, max_new_tokens, sampling_rate, options: of all of them, as for `transcribe`.
 
         Yields:
             A `Transcript` for each recording. Warnings and errors of a recording are in it, and do not end the iterator.
 
         Raises:
-            InputError: the model is in training mode.
+            InputError: an option that cannot be used, or a model in training mode.
             What the iterable raises, after the transcripts of the recordings before that; and errors that are not of this package,
-            such as a lack of memory.
+            such as a lack of memory, if a recording has no text because of one.
         """
-        options = {"prompt": prompt, "max_new_tokens": max_new_tokens, "sampling_rate": sampling_rate}
-        job = partial(Job, self.model, self.processor, self._submit, **options)
-        ahead = ReadAhead(recordings, job, _AHEAD * self._running_engine().max_rows)
+        options |= {"prompt": prompt, "max_new_tokens": max_new_tokens, "sampling_rate": sampling_rate}
+        with closing(self.stream_segments(recordings, **options)) as events:
+            for _, one in events:
+                if isinstance(one, Transcript):
+                    yield one
+
+    def stream_segments(
+        self,
+        recordings: Iterable[Recording],
+        *,
+        on_progress: Callable[[int, float], None] | None = None,
+        sampling_rate: int | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Segment | Transcript]]:
+        """As `stream`, with each segment as soon as it is final.
+
+        Args:
+            recordings, sampling_rate, options: as for `stream`.
+            on_progress: called in this thread with the index of a recording and the seconds of it that are done.
+
+        Yields:
+            The index of a recording with each of its segments, and then with its transcript.
+        """
+        setup = self._setup(TranscribeOptions.of(options), sampling_rate)
+        ahead = ReadAhead(recordings, partial(Job, setup), _AHEAD * self._running_engine().max_rows)
         try:
-            yield from ahead
+            for index, job in enumerate(ahead):
+                report = partial(on_progress, index) if on_progress is not None else lambda seconds: None
+                answers = Answers(setup, report)
+                for segment in answers.segments(ahead.pieces(job)):
+                    yield index, segment
+                report(job.duration)
+                yield index, answers.transcript(job)
         finally:
             ahead.stop()
 
@@ -174,28 +247,39 @@ class Transcriber:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(cancel=kind is not None)
 
-    def _transcribe_all(self, audio: Sequence[Recording], *options: Any) -> list[str]:
-        """The texts of a list; the first error ends it."""
-        prompt, max_new_tokens, sampling_rate = options
-        texts = []
-        with closing(self.stream(audio, prompt, max_new_tokens, sampling_rate=sampling_rate)) as transcripts:
-            for index, one in enumerate(transcripts):
-                name = f"recording {index}" + (f" ({os.fspath(audio[index])!r})" if isinstance(audio[index], (str, PathLike)) else "")
-                if one.error is not None:
-                    raise _named(one.error, name) from one.error
-                _warn_of(one, f"{name}: ", stacklevel=4)
-                texts.append(one.text)
-        return texts
+    def _segments(self, audio: Recording, options: dict[str, Any]) -> Iterator[Segment]:
+        """The segments of one recording, then its warnings and its error."""
+        with closing(self.stream_segments([audio], **options)) as events:
+            for _, one in events:
+                if isinstance(one, Segment):
+                    yield one
+                else:
+                    _raise_error(one, "")
+                    _warn_of(one, "", stacklevel=3)
 
-    def _submit(self, inputs: BatchFeature, max_new_tokens: int) -> Handle:
+    def _setup(self, options: TranscribeOptions, sampling_rate: int | None) -> Setup:
+        request = request_for(
+            self.processor,
+            task=options.task,
+            language=options.language,
+            target_language=options.target_language,
+            keywords=options.keywords or (),
+            prompt=options.prompt,
+            model_type=self.model.config.model_type,
+        )
+        limit = window_limit(self.model.config, options.task)
+        limit = limit if options.chunk_length is None else min(limit, options.chunk_length)
+        return Setup(self.model, self.processor, self._submit, options, request, limit, sampling_rate)
+
+    def _submit(self, inputs: BatchFeature, **options: Any) -> Handle:
         engine = self._running_engine()
         try:
-            return engine.submit(inputs=inputs, max_new_tokens=max_new_tokens)
+            return engine.submit(inputs=inputs, **options)
         except EngineError:  # it was closed, or its worker has failed
             with self._lock:
                 if self._engine is engine:
                     self._engine = None
-            return self._running_engine().submit(inputs=inputs, max_new_tokens=max_new_tokens)
+            return self._running_engine().submit(inputs=inputs, **options)
 
     def _running_engine(self) -> Engine:
         """The engine, made again if it does not fit the model as it is now."""
@@ -214,11 +298,20 @@ class Transcriber:
 
 
 def _warn_of(transcript: Transcript, name: str, stacklevel: int) -> None:
-    for category, message in ((AudioWarning, transcript.audio_warning), (TruncatedAnswerWarning, transcript.truncated)):
-        if message is not None:
-            warn(name + message, category, stacklevel=stacklevel)
+    categories = {"audio": AudioWarning, "truncated": TruncatedAnswerWarning}
+    for note in transcript.warnings:
+        is_part = note.start is not None and (note.start > 0 or note.end < transcript.duration - 0.01)
+        message = str(note) if is_part else note.message
+        warn((f"{name}: " if name else "") + message, categories.get(note.type, TranscriptWarning), stacklevel=stacklevel)
 
 
-def _named(error: GraniteSpeechError, name: str) -> GraniteSpeechError:
-    """The same error, about this recording."""
-    return type(error)(got=f"{name}: {error.got}", expected=error.expected, remedy=error.remedy)
+def _raise_error(transcript: Transcript, name: str) -> None:
+    error = transcript.error
+    if error is not None and name:
+        raise type(error)(got=f"{name}: {error.got}", expected=error.expected, remedy=error.remedy) from error
+    if error is not None:
+        raise error
+
+
+def _name(index: int, recording: Recording) -> str:
+    return f"recording {index}" + (f" ({os.fspath(recording)!r})" if isinstance(recording, (str, PathLike)) else "")

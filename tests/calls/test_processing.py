@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from granite_speech.errors import AudioError, InputError, UnsupportedError
 from granite_speech.inputs.batch import BatchFeature
 from granite_speech.inputs.placeholders import moved, tokens_for
-from granite_speech.inputs.recordings import samples_of, transcript_request
+from granite_speech.inputs.recordings import samples_of
 from tests.calls.test_tokenizing import MARKED
 from tests.support.paths import ROOT
 from tests.support.two_libraries import PROMPT, WORDS, Call, comparison, library
@@ -390,14 +390,6 @@ def test_masks_after_a_clip_mark_the_answer(ours):
     batch = ours.processor.apply_chat_template(conversation, **options)
     chosen = [one for one, inside in zip(batch["input_ids"][0], batch["assistant_masks"][0], strict=True) if inside]
     assert ours.processor.decode(chosen) == "nine five"
-
-
-def test_a_full_prompt_is_used_as_it_is(ours):
-    request = transcript_request(ours.processor)
-    assert transcript_request(ours.processor, request) == request
-    assert transcript_request(ours.processor, "<|audio|>what?") == transcript_request(ours.processor, "what?")
-    grown = request.replace("<|audio|>", "<|audio|>" * 8)
-    assert transcript_request(ours.processor, grown) == grown
 
 
 # --- files, uploads and refusals ----------------------------------------------------------------------------------------------------------

@@ -288,6 +288,32 @@ def test_a_subfolder_of_a_folder_and_of_a_repository(hub, tmp_path):
                 resolve(name, subfolder=bad)
 
 
+def test_a_release_is_found_by_its_name_alone(hub, tmp_path, monkeypatch):
+    monkeypatch.setitem(REPOS, "ibm-granite/granite-speech-9.9-2b", {MAIN: SINGLE})
+    monkeypatch.chdir(tmp_path)
+    folder = resolve("granite-speech-9.9-2b", cache_dir=tmp_path)
+    assert folder == resolve("ibm-granite/granite-speech-9.9-2b", cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(CheckpointNotFoundError, match=r"'ibm-granite/granite-speech-9\.8'"):
+        resolve("granite-speech-9.8", cache_dir=tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="not an existing folder"):
+        resolve("./granite-speech-9.9-2b", cache_dir=tmp_path)
+    (tmp_path / "granite-speech-9.9-2b").mkdir()
+    assert resolve("granite-speech-9.9-2b", cache_dir=tmp_path) == Path("granite-speech-9.9-2b")
+
+
+def test_the_command_downloads_a_checkpoint_ahead(hub, tmp_path, capfd):
+    assert main(["download", "ibm/single", "--model_dir", str(tmp_path), "--revision", "v1"]) == 0
+    folder = Path(capfd.readouterr().out.removesuffix("\n"))
+    assert folder.is_relative_to(tmp_path) and json.loads((folder / "config.json").read_text()) == {"old": 1}
+    hub.paths.clear()
+    offline = ["--download-root", str(tmp_path), "--revision", "v1", "--local_files_only"]
+    assert main(["download", "ibm/single", *offline]) == 0 and hub.paths == []
+    assert capfd.readouterr().out == f"{folder}\n"
+    assert main(["download", "ibm/nothing", *offline]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("granite-speech: 'ibm/nothing'") and err.count("\n") == 1
+
+
 def test_files_can_be_downloaded_again(hub, tmp_path):
     resolve("ibm/single", cache_dir=tmp_path)
     hub.paths.clear()

@@ -8,7 +8,7 @@ import torch
 from bench.embedded import recorded_clips
 from granite_speech import Engine, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.engine.worker import Worker
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from tests.support.random_requests import RandomRequest, assert_as_generate, paused, random_request
 from tests.support.small_models import attentive, small_model
 

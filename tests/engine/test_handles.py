@@ -13,7 +13,7 @@ from granite_speech import Engine, GraniteSpeechForConditionalGeneration, Granit
 from granite_speech.engine import prompt_queue, worker
 from granite_speech.engine.decode_rows import DecodeRows
 from granite_speech.engine.encoder_queue import EncoderQueue
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from tests.support.engine_requests import MODEL, TIMEOUT, Gate, answer, in_thread, is_at_rest, length, prompt, spoken_prompt
 
 

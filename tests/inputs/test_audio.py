@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from granite_speech.errors import AudioError, MissingDependencyError
 from granite_speech.inputs import audio
-from granite_speech.inputs.audio import load_audio, measure_seconds, read_blocks, resample
+from granite_speech.inputs.audio import estimate_seconds, load_audio, measure_seconds, read_blocks, resample
+from tests.support.paths import ROOT
 
 SAMPLES = 24000
 
@@ -317,6 +318,24 @@ def test_the_measured_file_is_left_open_only_if_it_was_open(tmp_path):
     path.write_bytes(WAV)
     with open(path, "rb") as file:
         assert measure_seconds(file) == measure_seconds(path) == 1.5 and not file.closed
+
+
+@pytest.mark.parametrize("name", ["opposite_polarity.wav", "phone.m4a", "voice.wma", "leading_zeros.mp3", "gsm.wav"])
+def test_lengths_are_estimated_without_decoding(monkeypatch, name):
+    path = ROOT / "tests/audio_files" / name
+    length = len(load_audio(path, errors="warn")) / 16000
+    monkeypatch.setattr(audio, "decode", lambda *_: pytest.fail("the file was decoded"))
+    assert estimate_seconds(path) == pytest.approx(length, abs=0.1)
+
+
+def test_what_does_not_say_how_long_it_is_has_no_estimate(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer, or take what it wrote
+    far_too_long = patched(patched(FLAC, 21, "B", FLAC[21] | 0x0F), 22, ">I", 0xFFFFFFFF)
+    for name, content in (("text.wav", b"this is no sound"), ("empty.wav", b""), ("long.flac", far_too_long)):
+        (tmp_path / name).write_bytes(content)
+    for name in ("pipe", "text.wav", "empty.wav", "long.flac", "absent.wav", "."):
+        assert estimate_seconds(tmp_path / name) is None, name
+    assert estimate_seconds("-") is None
 
 
 # --- damage at random --------------------------------------------------------------------------------------------------------------

@@ -415,11 +415,11 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "two recordings, one of them missing": (transcribe([SOUND, "nowhere.wav"]), AudioError, r"recording 1 \('nowhere.wav'\)"),
     "numbers and a file": (transcribe([0.1, "nowhere.wav"]), AudioError, "recording 0: a float"),
     "whole numbers": (transcribe([1, 2]), AudioError, "int64"),
-    "two recordings in a list of recordings": (transcribe([[SOUND, SOUND]]), AudioError, "recording 0: 1 placeholder"),
+    "two recordings in a list of recordings": (transcribe([[SOUND, SOUND]]), AudioError, "recording 0: a list of 2 recordings"),
     "a recording too short for a token": (transcribe(torch.zeros(159)), AudioError, "159 samples"),
     "a file too short for a token": (transcribe(io.BytesIO(wav_header(data=b"\1\2" * 159))), AudioError, "159 samples"),
     "bytes without sound": (transcribe(b"RIFF"), AudioError, "does not decode"),
-    "a prompt with two placeholders": (transcribe(SOUND, prompt=PROMPT * 2), InputError, "2 placeholder"),
+    "a prompt with two placeholders": (transcribe(SOUND, prompt=PROMPT * 2), InputError, "occurs 2 times"),
     "a negative max_new_tokens": (transcribe(SOUND, max_new_tokens=-1), InputError, "-1"),
 }
 

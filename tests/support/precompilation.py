@@ -30,7 +30,7 @@ from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGener
 from granite_speech.checkpoints.folder import Checkpoint, load_json
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.inputs.audio import load_audio
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.verify import RECORDING, _launches
 
 TOKENS, STEPS = 100, 24  # within so many steps the number of keys becomes a multiple of 16, and a page is full

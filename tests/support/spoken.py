@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.training import Utterance, ctc_transcripts, read_manifest, transcripts
 
 __all__ = ["SPEECH", "assert_understood", "load", "scores", "sentences"]

@@ -10,7 +10,7 @@ from granite_speech.config import GraniteSpeechConfig
 from granite_speech.errors import AudioError, ConfigError, InputError
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.training import Dialogue, SpeechData, TextData, Utterance, plan_batches, read_manifest
 from tests.support.tiny_speech import TEXTS, write_manifest, write_model
 

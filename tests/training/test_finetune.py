@@ -15,7 +15,7 @@ from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechP
 from granite_speech.cli import main
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
 from granite_speech.inputs.audio import load_audio
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.training import (
     FinetuneOptions,
     Trainer,

@@ -16,7 +16,8 @@ import soundfile
 import torch
 
 from granite_speech import AudioError, AudioWarning, Engine, InputError, Transcriber, Transcript, TruncatedAnswerWarning, load_audio
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.engine.requests import Repetition
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.transcription import read_ahead
 from granite_speech.transcription import transcriber as module
 from granite_speech.transcription.job import Job
@@ -114,7 +115,7 @@ def test_options_reach_every_recording(transcriber):
     assert transcriber.transcribe(slow) != transcriber.transcribe(slow, sampling_rate=8_000)
     request = "transcribe the speech to text."
     assert transcriber.transcribe(FILES[:1], f"<|audio|>{request}") == transcriber.transcribe(FILES[:1], request)
-    with pytest.raises(InputError, match="recording 0: 2 placeholder"):
+    with pytest.raises(InputError, match="occurs 2 times"):
         transcriber.transcribe(slow, "a prompt with <|audio|> and <|audio|>")
     [cut] = transcriber.stream(FILES[:1], max_new_tokens=2)
     assert TEXTS[0].startswith(cut.text) and "cut off after 2 tokens, which is max_new_tokens" in cut.truncated
@@ -133,9 +134,12 @@ def test_a_recording_that_fails_does_not_end_a_stream(transcriber):
     assert all(one.error is None for one in got[::2])
 
 
-def test_a_request_that_is_refused_is_the_recordings_own_error(transcriber):
-    for one in transcriber.stream(FILES[:2], max_new_tokens=-1):
-        assert one.text == "" and "-1" in str(one.error)
+def test_an_option_that_is_refused_ends_the_call_before_it_begins(transcriber):
+    for call in (transcriber.stream, partial(transcriber.transcribe, stream=True)):
+        recordings = Counted()
+        with pytest.raises(InputError, match="max_new_tokens=-1"):
+            next(iter(call(recordings if call is transcriber.stream else [FILES[0]], max_new_tokens=-1)))
+        assert recordings.taken == 0
 
 
 def test_an_error_in_a_list_names_the_recording_and_cancels_the_rest(narrow):
@@ -165,10 +169,10 @@ def test_what_the_iterable_raises_comes_after_the_recordings_before_it(transcrib
 def test_an_error_that_is_not_the_recordings_ends_the_stream(narrow, monkeypatch):
     read = Job.read
 
-    def fails(job: Job) -> None:
+    def fails(job: Job, add: Callable) -> None:
         if job._recording == FILES[1]:
             raise MemoryError("too little")
-        read(job)
+        read(job, add)
 
     monkeypatch.setattr(Job, "read", fails)
     stream = narrow.stream(FILES)
@@ -211,7 +215,7 @@ def test_an_answer_cut_off_by_the_engines_memory_says_so(transcriber, monkeypatc
     monkeypatch.setattr(transcriber.model, "generation_config", {"eos_token_id": []})
     with Transcriber(transcriber.model, transcriber.processor) as small:
         tokens = 16 * pages - prompt + 1
-        with pytest.warns(TruncatedAnswerWarning, match=f"after {tokens} tokens, where the engine's memory .* is full. Transcribe the rec"):
+        with pytest.warns(TruncatedAnswerWarning, match=f"after {tokens} tokens, where the engine's memory .* is full. Pass a small"):
             small.transcribe(FILES[3])
         with pytest.raises(InputError, match=f"at most {16 * pages}, which max_pages={pages} holds"):
             small.transcribe(FILES[9])
@@ -273,6 +277,7 @@ def test_later_recordings_are_answered_while_the_first_transcript_is_looked_at(n
 
 def test_closing_a_stream_cancels_what_is_left(narrow, monkeypatch):
     monkeypatch.setattr(narrow.model, "generation_config", {"eos_token_id": []})  # answers that would take long
+    monkeypatch.setattr(Repetition, "add", lambda repetition, token: False)
     recordings = Counted("nowhere.wav")
     stream = narrow.stream(recordings, max_new_tokens=1000)
     assert next(stream).error is not None
@@ -319,8 +324,8 @@ import itertools, sys, time
 from granite_speech import Transcriber
 from granite_speech.transcription.job import Job
 read = Job.read
-def slowly(job):
-    read(job)
+def slowly(job, add):
+    read(job, add)
     time.sleep(0.3)
     print("read", flush=True)
 Job.read = slowly

@@ -9,7 +9,7 @@ import transformers
 import granite_speech
 from granite_speech.errors import AudioError
 from granite_speech.inputs.audio import load_audio
-from granite_speech.inputs.recordings import PROMPT_4, transcript_request
+from granite_speech.inputs.requests import PROMPT_4
 from granite_speech.transcription.transcriber import Transcriber
 from tests.support.random_checkpoint import write_checkpoint
 
@@ -82,12 +82,3 @@ def test_a_clip_too_short_for_an_audio_token_is_refused(ours):
     with pytest.raises(AudioError, match="clip 1 has 159 samples"):
         ours.processor(["<|audio|>what?", "<|audio|>what?"], [clip, short])
     assert ours.processor("<|audio|>what?", torch.zeros(160))["input_features_lengths"].tolist() == [1]
-
-
-def test_the_third_generations_template_gets_its_own_request(ours, monkeypatch):
-    template = "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n{% endfor %}"
-    monkeypatch.setattr(ours.processor, "chat_template", template)
-    request = transcript_request(ours.processor)
-    assert request.startswith("<|start_of_role|>system<|end_of_role|>") and "can you transcribe the speech" in request
-    monkeypatch.setattr(ours.processor, "chat_template", None)
-    assert transcript_request(ours.processor, "what?") == "<|audio|>what?"

@@ -7,7 +7,7 @@ import torch
 
 from granite_speech.errors import AudioError
 from granite_speech.inputs.audio import load_audio
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.transcription.transcriber import Transcriber, TruncatedAnswerWarning
 from tests.support.spoken import SPEECH, load, sentences
 

@@ -3,7 +3,7 @@
 import torch
 
 from granite_speech.config import GraniteSpeechConfig
-from granite_speech.inputs.recordings import PROMPT_3
+from granite_speech.inputs.requests import PROMPT_3
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.training.seeds import seeded
@@ -38,6 +38,8 @@ PROMPTS = (
 )
 # Those, and as often the request of the 3.x model cards, which is in most code that people copy.
 PROMPTS_OF_CARDS = (*PROMPTS, *[PROMPT_3] * len(PROMPTS))
+# Nearly all of the sentences that it is trained on are shorter. In longer recordings it loses words.
+WINDOW_SECONDS = 4.0
 # Requests of `make_text_task`.
 TASKS = ("write the digits as words:", "write the words as digits:", "repeat the words:", "clear up the stutter:")
 
@@ -119,6 +121,7 @@ def make_model(tokenizer: GraniteSpeechTokenizer, seed: int) -> GraniteSpeechFor
         audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
         tie_word_embeddings=True,
         initializer_range=0.05,
+        window_seconds=WINDOW_SECONDS,
     )
     with seeded(torch.device("cpu"), "weights", seed):
         model = GraniteSpeechForConditionalGeneration(config)

@@ -1,0 +1,279 @@
+"""The options of transcription on the command line: our own, and those of whisper's and of IBM's command."""
+
+import argparse
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from granite_speech import __version__
+from granite_speech.command_line.parser import CommandParser, or_none, positive, truth_value
+from granite_speech.transcription.options import SEGMENTATIONS
+from granite_speech.transcription.writers import FORMATS
+
+__all__ = ["parse_download", "parse_transcription"]
+
+_USAGE = """granite-speech FILE [FILE ...] [options]
+       granite-speech {transcribe,verify,finetune,download} ..."""
+
+_COMMANDS = """commands:
+  transcribe            the same as no command
+  verify                compare a checkpoint with transformers
+  finetune              tune a checkpoint on your own recordings
+  download              fetch a checkpoint ahead of its use
+
+granite-speech COMMAND --help shows the options of a command. A file that is
+named like one is given as ./verify.
+
+Exit status: 0 all files were transcribed, 1 something failed or was cut off
+(each is named), 2 nothing could be done (usage, model), 130 interrupted."""
+
+_integer, _number, _text = or_none(int), or_none(float), or_none(str)
+
+# Options of other command lines whose value is part of the call: `TranscribeOptions` accepts the values that change nothing.
+_CHECKED_IN_THE_CALL: dict[str, Callable[[str], Any]] = {
+    "beam-size": _integer,
+    "num-beams": _integer,
+    "best-of": _integer,
+    "patience": _number,
+    "length-penalty": _number,
+    "suppress-tokens": _text,
+    "carry-initial-prompt": truth_value,
+    "condition-on-previous-text": truth_value,
+    "logprob-threshold": _number,
+    "no-speech-threshold": _number,
+    "hallucination-silence-threshold": _number,
+    "word-timestamps": truth_value,
+    "prompt-mode": _text,
+    "prefix-text": _text,
+}
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """An option of another command line, without a counterpart in a call.
+
+    Attributes:
+        kind: converts its value.
+        accepted: the values that change nothing here; None: any.
+        instead: why others are refused, and what to use.
+    """
+
+    kind: Callable[[str], Any]
+    accepted: tuple[Any, ...] | None = None
+    instead: str = ""
+
+
+_NO_VAD = "--segmentation silero uses silero-vad with its own settings"
+_ELSEWHERE = {
+    "temperature-increment-on-fallback": _Elsewhere(
+        _number, (None, 0.0, 0.2), "A window whose text repeats itself is cut smaller, not tried at another temperature: use --temperature"
+    ),
+    "prepend-punctuations": _Elsewhere(str),
+    "append-punctuations": _Elsewhere(str),
+    "highlight-words": _Elsewhere(truth_value, (None, False), "Words have no times yet: subtitles have those of segments"),
+    "vad-threshold": _Elsewhere(_number, (None, 0.2), _NO_VAD),
+    "vad-min-speech-duration": _Elsewhere(_number, (None, 0.2), _NO_VAD),
+    "vad-min-silence-duration": _Elsewhere(_number, (None, 0.5), _NO_VAD),
+    "vad-speech-pad": _Elsewhere(_number, (None, 0.2), _NO_VAD),
+}
+_LLAMA_CPP = ("llama-cpp-binary", "llama-cpp-quant", "llama-cpp-mmproj", "llama-cpp-arg", "llama-cpp-timeout")
+# Options that become keyword arguments of `Transcriber.stream_segments`, if they are given.
+_CALL = (
+    *("task", "language", "target_language", "prompt", "initial_prompt", "keywords", "max_new_tokens", "temperature"),
+    *("segmentation", "chunk_length", "chunk_overlap", "clip_timestamps", "compression_ratio_threshold"),
+    *(name.replace("-", "_") for name in _CHECKED_IN_THE_CALL),
+)
+
+
+def parse_transcription(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of `granite-speech FILE …`. A usage error ends the process with status 2.
+
+    Beside the options as they are named, the namespace has `call`: a dictionary of those that `TranscribeOptions` takes; and
+    `cache_dir`.
+    """
+    parser = _transcription_parser()
+    options = parser.parse_args(arguments)
+    _merge_hub_options(parser, options)
+    _refuse_what_changes_the_result(parser, options)
+    if options.fp16 is False:
+        if options.dtype not in (None, "float32"):
+            parser.error(f"--fp16 False means --dtype float32, which contradicts --dtype {options.dtype}: omit one of them")
+        options.dtype = "float32"
+    if options.audio.count("-") > 1:
+        parser.error("standard input (-) can be read only once")
+    options.writes_files = options.output_format is not None or options.output_dir is not None
+    if options.resume and not options.writes_files:
+        parser.error("--resume skips files whose output is complete, so it needs --output-format or --output-dir")
+    options.quiet = bool(options.quiet) or options.verbose is not True
+    options.call = {name: getattr(options, name) for name in _CALL if hasattr(options, name)}
+    if not options.call.keys() & {"prompt", "initial_prompt"}:
+        options.call.pop("carry_initial_prompt", None)  # there is nothing to carry
+    return options
+
+
+def parse_download(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of `granite-speech download MODEL`, with `cache_dir`."""
+    parser = CommandParser(
+        prog="granite-speech download",
+        description="Fetch a checkpoint ahead of its use, and print its folder. Files that are there already are not fetched again.",
+        epilog="Exit status: 0 the checkpoint is there, 2 it is not, 130 interrupted (the same command continues).",
+    )
+    parser.add_argument("model", metavar="FOLDER_OR_ID", help="a hub id such as ibm-granite/granite-speech-3.3-2b")
+    _add_hub_options(partial(parser.option, parser))
+    options = parser.parse_args(arguments)
+    _merge_hub_options(parser, options)
+    return options
+
+
+def _merge_hub_options(parser: CommandParser, options: argparse.Namespace) -> None:
+    if None not in (options.download_root, options.model_dir) and options.download_root != options.model_dir:
+        parser.error("--download-root and --model-dir are the same option: omit one of them")
+    options.cache_dir = options.download_root or options.model_dir
+    options.local_files_only = bool(options.local_files_only)
+    options.ignored = [f"--{name}" for name in _LLAMA_CPP if getattr(options, name.replace("-", "_")) is not None]
+
+
+def _refuse_what_changes_the_result(parser: CommandParser, options: argparse.Namespace) -> None:
+    for name, one in _ELSEWHERE.items():
+        value = getattr(options, name.replace("-", "_"), None)
+        if one.accepted is not None and value not in one.accepted:
+            accepted = " or ".join(map(str, one.accepted))
+            parser.error(f"--{name} {value} is not supported, only {accepted}. {one.instead}")
+
+
+def _transcription_parser() -> CommandParser:
+    """The parser of `granite-speech FILE …`."""
+    parser = CommandParser(
+        prog="granite-speech",
+        usage=_USAGE,
+        description="Recordings of any length to text, with IBM's Granite Speech.",
+        epilog=_COMMANDS,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    reading = parser.add_argument_group("what to read")
+    reading.add_argument("audio", nargs="+", metavar="FILE", help="a recording in any common format, or - for standard input")
+    _add_writing(parser)
+    _add_model(parser)
+    _add_request(parser)
+    _add_windows(parser)
+    _add_others(parser)
+    return parser
+
+
+def _add_writing(parser: CommandParser) -> None:
+    group = parser.add_argument_group("what to write")
+    add = partial(parser.option, group)
+    several = (*FORMATS, "all")
+    add(
+        *("--output-format", "-f"),
+        words=several,
+        type=_formats,
+        action="extend",
+        metavar="FORMAT",
+        help=f"write files instead of standard output: {', '.join(several)}; several with spaces or commas (default: txt)",
+    )
+    add("--output-dir", "-o", metavar="DIR", help="write files into this folder (default: the working directory)")
+    for name, what in (("line-width", "characters in a line"), ("line-count", "lines"), ("words-per-line", "words in a line")):
+        add(f"--max-{name}", type=or_none(positive), metavar="N", help=f"most {what} of a subtitle")
+    _add_truth_value(add, "resume", "skip the files whose output is complete")
+    _add_truth_value(add, "verbose", "False: neither a progress bar nor a line for each file written", default=True)
+    _add_truth_value(add, "quiet", "the same as --verbose False")
+
+
+def _add_model(parser: CommandParser) -> None:
+    group = parser.add_argument_group("the model")
+    add = partial(parser.option, group)
+    add(
+        "--model",
+        metavar="FOLDER_OR_ID",
+        help="a checkpoint's folder or hub id (default: the small model inside the package, which knows 70 words)",
+    )
+    _add_hub_options(add)
+    add("--device", type=_text, help="cpu, cuda, cuda:1 … (default: cuda if available)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: the checkpoint's)")
+    _add_truth_value(add, "fp16", "whisper's option; False: the same as --dtype float32")
+    add("--quantize", choices=("int8",), help="round the language model's weights to 8 bits")
+    add("--threads", type=or_none(_count), metavar="N", help="threads for a model on the CPU (default: one for each core)")
+
+
+def _add_hub_options(add: Callable[..., None]) -> None:
+    add("--download-root", type=_text, metavar="DIR", help="the cache for downloaded checkpoints (default: Hugging Face's)")
+    add("--model-dir", type=_text, metavar="DIR", help="the same as --download-root")
+    add("--revision", type=_text, metavar="NAME", help="a checkpoint's branch, tag or commit on the hub")
+    _add_truth_value(add, "local-files-only", "use only what has been downloaded before")
+    for name in _LLAMA_CPP:
+        add(f"--{name}", action="append", help=argparse.SUPPRESS)
+
+
+def _add_request(parser: CommandParser) -> None:
+    group = parser.add_argument_group("the request")
+    add = partial(parser.option, group, default=argparse.SUPPRESS)
+    add("--task", choices=("transcribe", "translate"), help="what to do (default: transcribe)")
+    add("--language", type=_text, metavar="NAME", help="of the speech: a name or code, such as German or de")
+    add("--target-language", type=_text, metavar="NAME", help="of a translation (default: English)")
+    add("--prompt", metavar="TEXT", help="the request, in place of the checkpoint's own; it goes with every window")
+    add("--initial-prompt", metavar="TEXT", help="the same as --prompt")
+    keywords = {"action": "extend", "dest": "keywords"}
+    add("--keyword", "--keyword-bias", **keywords, type=lambda text: [text], metavar="TEXT", help="a name or term to expect; repeatable")
+    add("--keywords", **keywords, type=lambda text: text.split(","), metavar="TEXTS", help='several of them: "Ada, Watson"')
+    add("--max-new-tokens", type=or_none(positive), metavar="N", help="most tokens in the answer for a window (default: 400)")
+    add("--temperature", type=_number, metavar="T", help="0: the likeliest tokens; above: drawn at random (default: 0)")
+
+
+def _add_windows(parser: CommandParser) -> None:
+    group = parser.add_argument_group("windows")
+    add = partial(parser.option, group, default=argparse.SUPPRESS)
+    add(
+        "--segmentation",
+        choices=SEGMENTATIONS,
+        help="where a recording is cut: at pauses (energy; vad is the same), at those that silero-vad finds, or every --chunk-length "
+        "seconds (default: energy)",
+    )
+    add("--chunk-length", type=_number, metavar="S", help="longest window, in seconds (default, and at most: the checkpoint's limit)")
+    add("--chunk-overlap", type=_number, metavar="S", help="seconds that two windows of --segmentation fixed have in common (default: 0)")
+    add("--clip-timestamps", type=_text, metavar="TIMES", help="transcribe only from start to end, …, in seconds: 10,20,30.5,45")
+    add(
+        "--compression-ratio-threshold",
+        type=_number,
+        metavar="X",
+        help="a text that compresses this well repeats itself: its window is cut smaller and tried again (default: 2.4; None: never)",
+    )
+
+
+def _add_others(parser: CommandParser) -> None:
+    names = ", ".join(f"--{name}" for name in (*_CHECKED_IN_THE_CALL, *_ELSEWHERE))
+    text = (
+        "Options of whisper and of IBM's command mean the same here, also with underscores. These are accepted with values that change "
+        f"nothing, and refused with others: {names}. The options --llama-cpp-… are ignored with a warning."
+    )
+    indented = textwrap.fill(text, 77, break_on_hyphens=False)
+    group = parser.add_argument_group("options of other programs", indented)
+    add = partial(parser.option, group, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for name, kind in _CHECKED_IN_THE_CALL.items():
+        _add_typed(add, name, kind)
+    for name, one in _ELSEWHERE.items():
+        _add_typed(add, name, one.kind)
+
+
+def _add_typed(add: Callable[..., None], name: str, kind: Callable[[str], Any]) -> None:
+    optional = {"nargs": "?", "const": True} if kind is truth_value else {}
+    add(f"--{name}", type=kind, **optional)
+
+
+def _add_truth_value(add: Callable[..., None], name: str, meaning: str, default: bool | None = None) -> None:
+    add(f"--{name}", nargs="?", const=True, default=default, type=truth_value, metavar="True|False", help=meaning)
+
+
+def _formats(text: str) -> list[str]:
+    chosen = [one for one in text.lower().replace(",", " ").split()]
+    for one in chosen or [text]:
+        if one not in (*FORMATS, "all"):
+            raise argparse.ArgumentTypeError(f"{one!r} is not one of {', '.join(FORMATS)}, all")
+    return list(FORMATS) if "all" in chosen else chosen
+
+
+def _count(text: str) -> int | None:
+    """A number of threads; whisper's 0 is the default."""
+    return None if text == "0" else positive(text)

@@ -1,0 +1,142 @@
+"""`granite-speech FILE …`: the texts of recordings to standard output or to files, and messages to standard error."""
+
+import argparse
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from granite_speech.command_line.output import message, write_line
+from granite_speech.command_line.progress import Progress
+from granite_speech.errors import GraniteSpeechError
+from granite_speech.transcription.options import TranscribeOptions
+from granite_speech.transcription.output_files import OutputFiles
+from granite_speech.transcription.subtitles import SubtitleOptions, one_line
+from granite_speech.transcription.transcript import Segment, Transcript
+
+if TYPE_CHECKING:
+    from granite_speech.transcription.transcriber import Transcriber
+
+__all__ = ["transcribe"]
+
+_NO_MODEL = (
+    "no --model given: using the small model inside the package, which knows only 70 English words: digits, numbers, commands. "
+    "For any speech, use --model ibm-granite/granite-speech-3.3-2b"
+)
+
+
+def transcribe(options: argparse.Namespace) -> int:
+    """Transcribe all files.
+
+    Args:
+        options: from `parse_transcription`.
+
+    Returns:
+        The exit status: 1 if something failed or was cut off, otherwise 0.
+
+    Raises:
+        GraniteSpeechError: an option, the output folder or the model cannot be used, so nothing can be done.
+        OutputClosedError: standard output takes no more lines.
+    """
+    TranscribeOptions.of(options.call)  # its errors need not wait for the model
+    if options.ignored:
+        message(f"{', '.join(options.ignored)} ignored: llama.cpp is not used")
+    results = _Files(options) if options.writes_files else _Lines(options.audio)
+    if not results.names:
+        return 0
+    shown = not options.quiet and sys.stderr.isatty()
+    transcriber = _load(options)
+    with Progress(results.names, shown) as progress:
+        events = transcriber.stream_segments(results.names, on_progress=progress.advance, **options.call)
+        with closing(events):
+            for index, event in events:
+                if isinstance(event, Transcript):
+                    progress.finish(index, event.duration)
+                with progress.aside():
+                    results.take(index, event)
+    return 1 if results.failed else 0
+
+
+def _load(options: argparse.Namespace) -> "Transcriber":
+    from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
+    from granite_speech.transcription.transcriber import Transcriber
+
+    if options.model is None:
+        message(_NO_MODEL)
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    names = ("device", "dtype", "quantize", "cache_dir", "revision", "local_files_only")
+    settings = {name: getattr(options, name) for name in names}
+    return Transcriber.from_pretrained(EMBEDDED_FOLDER if options.model is None else options.model, **settings)
+
+
+class _Lines:
+    """Texts to standard output, each line as soon as it is known. Several recordings have their names before their texts.
+
+    Attributes:
+        names: of the recordings to transcribe.
+        failed: whether something failed or was cut off.
+    """
+
+    def __init__(self, names: list[str]):
+        self.names, self.failed = names, False
+        self._begun = -1
+
+    def take(self, index: int, event: Segment | Transcript) -> None:
+        """Print what is new about a recording."""
+        if len(self.names) > 1 and index > self._begun:
+            self._begun = index
+            write_line(f"\n{self.names[index]}:" if index else f"{self.names[index]}:")
+        if isinstance(event, Segment):
+            if text := one_line(event.text):
+                write_line(text)
+            return
+        if event.error is not None and len(self.names) > 1:
+            write_line(f"[failed: {one_line(event.error.got)}]")
+        self.failed |= _report(self.names[index], event)
+
+
+class _Files:
+    """Texts to files, and a message for each recording.
+
+    Attributes:
+        names: of the recordings to transcribe; without those that `--resume` skips.
+        failed: whether something failed or was cut off.
+
+    Raises:
+        GraniteSpeechError: the folder cannot be created, or the layout of subtitles makes no sense.
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        recordings = list(dict.fromkeys(options.audio))
+        layout = {name: getattr(options, name) for name in ("max_line_width", "max_line_count", "max_words_per_line")}
+        self._files = OutputFiles(recordings, options.output_dir, options.output_format or ["txt"], SubtitleOptions(**layout))
+        self._quiet, self.failed = options.quiet, False
+        self._places = [place for place in range(len(recordings)) if not (options.resume and self._files.is_complete(place))]
+        self.names = [recordings[place] for place in self._places]
+        if options.resume and not self._quiet:
+            message(f"complete, and skipped: {len(recordings) - len(self.names)} of {len(recordings)} files")
+
+    def take(self, index: int, event: Segment | Transcript) -> None:
+        """Write the files of a recording that is done."""
+        if isinstance(event, Segment):
+            return
+        name = self.names[index]
+        self.failed |= _report(name, event)
+        try:
+            written = self._files.write(self._places[index], event)
+        except GraniteSpeechError as error:
+            self.failed = True
+            message(f"{name}: {error}")
+            return
+        if not self._quiet:
+            message(f"{name}: written to {', '.join(map(str, written))}")
+
+
+def _report(name: str, transcript: Transcript) -> bool:
+    """Print what went wrong with a recording. Returns whether its text is incomplete."""
+    errors = [] if transcript.error is None else [transcript.error]
+    for one in (*errors, *transcript.warnings):
+        message(f"{name}: {one}")
+    return not transcript.is_complete

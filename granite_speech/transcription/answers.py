@@ -1,0 +1,144 @@
+"""From the answers to a recording's windows to its segments: windows that repeat themselves are cut, and overlaps are joined."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from granite_speech.errors import EngineError, GraniteSpeechError
+from granite_speech.transcription.job import Job
+from granite_speech.transcription.overlaps import join
+from granite_speech.transcription.piece import Piece, Setup
+from granite_speech.transcription.repetition import repeats
+from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote
+from granite_speech.transcription.windows import halves
+
+__all__ = ["Answers"]
+
+# A window whose text repeats itself is cut in halves at most this often: 30 s to less than 4.
+_CUTS = 3
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The text of a window.
+
+    Attributes:
+        overlap: seconds at its beginning that the one before it has too.
+        truncated: which limit ended it; None: it is complete.
+        repeats: whether it repeats itself.
+        error: why there is none; None: there is one.
+    """
+
+    start: float
+    end: float
+    overlap: float
+    text: str = ""
+    truncated: str | None = None
+    repeats: bool = False
+    error: Exception | None = None
+
+
+class Answers:
+    """Makes the segments and the transcript of one recording.
+
+    Args:
+        setup: of the call.
+        on_progress: called with the end of each window that is done, in seconds.
+    """
+
+    def __init__(self, setup: Setup, on_progress: Callable[[float], None] = lambda seconds: None):
+        self._setup, self._on_progress = setup, on_progress
+        self._segments: list[Segment] = []
+        self._notes: list[TranscriptNote] = []
+        self._errors: list[Exception] = []
+
+    def segments(self, pieces: Iterable[Piece]) -> Iterator[Segment]:
+        """Yields each segment once nothing can change it any more."""
+        held: _Text | None = None  # the window after it may have some of its words
+        for piece in pieces:
+            if held is not None and not piece.window.overlap:
+                yield from self._segment(held)
+                held = None
+            for one in self._texts(piece):
+                if held is not None:
+                    if one.overlap:
+                        lengths = {"before_seconds": held.end - held.start, "after_seconds": one.end - one.start}
+                        before, after = join(held.text, one.text, overlap=one.overlap, **lengths)
+                        held, one = replace(held, text=before), replace(one, text=after)
+                    yield from self._segment(held)
+                held = one
+            self._on_progress(piece.window.end)
+        if held is not None:
+            yield from self._segment(held)
+
+    def transcript(self, job: Job) -> Transcript:
+        """The transcript, after the last segment.
+
+        Raises:
+            An error that is not of this package, if no window has a text because of it.
+        """
+        options, error = self._setup.options, job.error
+        if self._errors and len(self._errors) == len(self._segments):
+            error = self._errors[0] if error is None else error
+            if not isinstance(error, GraniteSpeechError):
+                raise error
+        notes = [] if job.audio_warning is None else [TranscriptNote("audio", job.audio_warning)]
+        return Transcript(
+            " ".join(one.text for one in self._segments if one.text),
+            segments=self._segments,
+            warnings=notes + self._notes,
+            language=options.language,
+            target_language=(options.target_language or "English") if options.task == "translate" else None,
+            duration=job.duration,
+            error=error,
+        )
+
+    def _texts(self, piece: Piece, cuts: int = 0) -> list[_Text]:
+        """The texts of a window, of two or more if it was cut because its text repeats itself."""
+        window, threshold = piece.window, self._setup.options.compression_ratio_threshold
+        place = _Text(window.start, window.end, window.overlap)
+        try:
+            piece, answer = self._answer(piece)
+        except Exception as error:  # whatever a window fails with, the others have their texts
+            return [replace(place, error=error)]
+        text = answer.text.strip()
+        if not repeats(text, answer.finish_reason, threshold):
+            return [replace(place, text=text, truncated=piece.truncation(answer))]
+        smaller = halves(window) if cuts < _CUTS else None
+        if smaller is None:
+            return [replace(place, text=text, repeats=True)]
+        parts = [Piece(self._setup, half) for half in smaller]
+        for part in parts:
+            part.submit()
+        return [one for part in parts for one in self._texts(part, cuts + 1)]
+
+    def _answer(self, piece: Piece):
+        """The answer, of another try if the engine failed: that may have been the fault of another window."""
+        try:
+            return piece, piece.answer()
+        except EngineError:  # the transcriber was closed
+            raise
+        except Exception:
+            if not piece.was_submitted:
+                raise
+        again = Piece(self._setup, piece.window)
+        again.submit()
+        return again, again.answer()
+
+    def _segment(self, one: _Text) -> Iterator[Segment]:
+        """The segment of a window, unless the model found no words in it. Notes what went wrong."""
+        if one.error is not None:
+            self._errors.append(one.error)
+            self._note("window_error", one, f"this window has no text: {one.error}")
+        if one.truncated is not None:
+            self._note("truncated", one, one.truncated)
+        if one.repeats:
+            self._note("repetition", one, "the text repeats itself, in smaller windows too. It may not be what was said.")
+        if one.text or one.error is not None:
+            error = None if one.error is None else str(one.error)
+            temperature = self._setup.options.temperature
+            segment = Segment(len(self._segments), round(one.start, 3), round(one.end, 3), one.text, temperature, error)
+            self._segments.append(segment)
+            yield segment
+
+    def _note(self, kind: str, one: _Text, message: str) -> None:
+        self._notes.append(TranscriptNote(kind, message, round(one.start, 3), round(one.end, 3)))

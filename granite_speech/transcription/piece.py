@@ -1,0 +1,146 @@
+"""One window of a recording on its way to its text: prepared in a reader's thread, then answered by an engine."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from granite_speech.engine.cpu_threads import without_team
+from granite_speech.engine.handle import Answer, Handle
+from granite_speech.errors import AudioError, EngineError, GraniteSpeechError
+from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
+from granite_speech.transcription.options import TranscribeOptions
+from granite_speech.transcription.windows import Window
+
+__all__ = ["Piece", "Setup"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all windows of a call have in common.
+
+    Attributes:
+        model, processor: of the same checkpoint.
+        submit: asks an engine for the answer to the processor's inputs, with options of `Engine.submit`.
+        options: of the call.
+        request: the full prompt of a window.
+        limit: longest window, in seconds.
+        sampling_rate: of arrays, in Hz; None: the processor's.
+    """
+
+    model: Any
+    processor: GraniteSpeechProcessor
+    submit: Callable[..., Handle]
+    options: TranscribeOptions
+    request: str
+    limit: float
+    sampling_rate: int | None
+
+    @property
+    def rate(self) -> int:
+        """Samples per second of a window."""
+        return self.processor.audio_processor.sampling_rate
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can attend to."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def alone(self) -> Any:
+        """A block that prepares inputs: on a CPU without OpenMP's team, which belongs to the engine's worker."""
+        return without_team() if self.model.device.type == "cpu" else nullcontext()
+
+    def inputs(self, samples: torch.Tensor) -> BatchFeature:
+        """The processor's inputs of a window `(samples,)`.
+
+        Raises:
+            AudioError: samples that cannot be used, or more than the model's context holds.
+        """
+        with torch.no_grad():
+            inputs = self.processor(self.request, samples, device=self.model.device)
+        columns = inputs["input_ids"].shape[1]
+        if columns >= self.context:
+            raise AudioError(
+                got=f"a recording whose prompt has {columns} tokens",
+                expected=f"fewer than the {self.context} tokens of the model's context",
+                remedy="Pass a smaller chunk_length",
+            )
+        return inputs
+
+
+class Piece:
+    """A window and its answer. Make it and call `submit` and `answer`, in this order; an error of the first two is raised by the last.
+
+    Args:
+        setup: what it has in common with others.
+        window: its samples are kept, because they may be needed again.
+    """
+
+    def __init__(self, setup: Setup, window: Window):
+        self.window = window
+        self._setup = setup
+        self._inputs: BatchFeature | None = None
+        self._handle: Handle | None = None
+        self._error: GraniteSpeechError | None = None
+        self._limit = 0
+        try:
+            self._inputs = setup.inputs(window.samples)
+        except GraniteSpeechError as error:
+            self._error = error
+
+    def submit(self) -> None:
+        """Ask for the answer."""
+        if self._error is not None:
+            return
+        options = self._setup.options
+        self._limit = min(options.max_new_tokens, self._setup.context - self._inputs["input_ids"].shape[1])
+        sampling = {"temperature": options.temperature} if options.temperature else {}
+        stops = options.compression_ratio_threshold is not None
+        try:
+            self._handle = self._setup.submit(self._inputs, max_new_tokens=self._limit, stop_on_repetition=stops, **sampling)
+        except GraniteSpeechError as error:
+            self._error = error
+        self._inputs = None
+
+    @property
+    def was_submitted(self) -> bool:
+        """Whether an engine has taken it."""
+        return self._handle is not None
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def answer(self) -> Answer:
+        """Wait for the answer.
+
+        Raises:
+            EngineError: the transcriber was closed before the answer was complete.
+            Any error of preparing or submitting it, or of the engine.
+        """
+        if self._error is not None:
+            raise self._error
+        answer = self._handle.result()
+        if answer.finish_reason == "cancelled":
+            raise EngineError(
+                got=f"a request cancelled after {len(answer.token_ids)} tokens, because its transcriber was closed",
+                expected="a whole answer",
+                remedy="Transcribe the recording again; that makes a new engine",
+            )
+        return answer
+
+    def truncation(self, answer: Answer) -> str | None:
+        """Which limit ended the answer; None: it is complete."""
+        if answer.finish_reason != "length":
+            return None
+        count, remedy = len(answer.token_ids), "Pass a smaller chunk_length"
+        if count < self._limit:
+            where = "where the engine's memory for keys and values is full"
+        elif count < self._setup.options.max_new_tokens:
+            where = f"where the model's context of {self._setup.context} tokens ends"
+        else:
+            where, remedy = "which is max_new_tokens", "Raise max_new_tokens"
+        return f"the answer was cut off after {count} tokens, {where}. {remedy}."

@@ -1,0 +1,56 @@
+"""`Transcript` is a `str`, and knows its segments and what went wrong."""
+
+import copy
+import json
+import pickle
+
+import pytest
+
+from granite_speech import AudioError, Segment, Transcript, TranscriptNote
+
+SEGMENTS = (Segment(0, 0.5, 1.25, "turn"), Segment(1, 2.0, 3.0, "left"), Segment(2, 4.0, 5.0, "", error="no memory"))
+NOTES = (TranscriptNote("audio", "not closed"), TranscriptNote("window_error", "no memory", 4.0, 5.0))
+WHOLE = Transcript("turn left", segments=SEGMENTS, warnings=NOTES, language="en", duration=6.0)
+
+
+def test_it_is_its_text():
+    assert WHOLE == "turn left" and isinstance(WHOLE, str) and f"{WHOLE}" == "turn left" and WHOLE[:4] == "turn" and WHOLE[0] == "t"
+    assert type(WHOLE.text) is str and WHOLE["text"] == WHOLE.text == "turn left"
+    assert not Transcript("") and Transcript("").segments == () and Transcript("").error is None
+
+
+def test_parts_by_attribute_and_by_key():
+    assert WHOLE["segments"] is WHOLE.segments and WHOLE["segments"][1]["text"] == "left" and WHOLE.segments[1].end == 3.0
+    assert WHOLE["warnings"][0]["type"] == "audio" and WHOLE["language"] == "en"
+    for wrong in (lambda: WHOLE["words"], lambda: WHOLE.segments[0]["words"], lambda: WHOLE["upper"], lambda: WHOLE.segments[0]["_x"]):
+        with pytest.raises(KeyError):
+            wrong()
+
+
+def test_json_has_the_keys_of_ibms_package():
+    values = json.loads(json.dumps(WHOLE.to_dict()))
+    assert list(values) == ["text", "segments", "language", "target_language", "duration", "warnings"]
+    assert values["segments"][0] == {"id": 0, "start": 0.5, "end": 1.25, "text": "turn", "temperature": 0.0}
+    assert values["segments"][2]["error"] == "no memory"
+    assert values["warnings"] == [
+        {"type": "audio", "message": "not closed"},
+        {"type": "window_error", "message": "no memory", "start": 4.0, "end": 5.0},
+    ]
+    error = AudioError(got="noise", expected="speech", remedy="Speak up")
+    assert Transcript("", error=error).to_dict()["error"] == str(error)
+
+
+def test_what_is_complete():
+    assert Transcript("a").is_complete and Transcript("a", warnings=NOTES[:1]).is_complete and not WHOLE.is_complete
+    assert not Transcript("a", error=AudioError(got="a", expected="b", remedy="c")).is_complete
+    assert Transcript("a", warnings=[TranscriptNote("truncated", "cut off")]).truncated == "cut off"
+    assert WHOLE.audio_warning == "not closed" and WHOLE.truncated is None
+    assert [str(one) for one in NOTES] == ["not closed", "4.00 to 5.00 s: no memory"]
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "deepcopy", "pickle"]
+)
+def test_a_copy_has_everything(again):
+    other = again(WHOLE)
+    assert other == WHOLE and other.to_dict() == WHOLE.to_dict() and other.segments == SEGMENTS
