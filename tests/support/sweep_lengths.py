@@ -18,7 +18,7 @@ import soundfile
 import torch
 
 from granite_speech import GraniteSpeechError, Transcriber
-from granite_speech.inputs.recordings import transcript_request
+from granite_speech.inputs.requests import transcript_request
 from granite_speech.training import read_manifest
 from tests.support.spoken import SPEECH
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from granite_speech import Transcriber
-from granite_speech.transcription.transcript import Transcript
+from granite_speech import Transcriber, Transcript
 from tests.support import sweep_lengths
 from tests.support.spoken import load
 from tests.support.sweep_lengths import SILENCES, failures, lengths, voices
