@@ -66,6 +66,10 @@ def _load(options: argparse.Namespace) -> "Transcriber":
         import torch
 
         torch.set_num_threads(options.threads)
+    if options.call.get("segmentation") == "silero":
+        from granite_speech.transcription.silero import SileroDetector
+
+        SileroDetector()  # an error now, if its package is missing, rather than one for each recording
     names = ("device", "dtype", "quantize", "cache_dir", "revision", "local_files_only")
     settings = {name: getattr(options, name) for name in names}
     return Transcriber.from_pretrained(EMBEDDED_FOLDER if options.model is None else options.model, **settings)

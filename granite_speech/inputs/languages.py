@@ -5,7 +5,7 @@ from typing import Any
 
 from granite_speech.errors import InputError
 
-__all__ = ["language_name"]
+__all__ = ["language_name", "requested_languages"]
 
 # ISO 639-1 codes, and the three of whisper that are not among them, with the names that IBM's prompts use: Mandarin for zh.
 _TABLE = """
@@ -59,3 +59,29 @@ def language_name(language: Any, option: str) -> str:
     if key == "auto" or not 0 < len(text) <= _LONGEST_NAME or not text.replace(" ", "").replace("-", "").replace("'", "").isalpha():
         raise InputError(got=f"{option}={language!r:.40}", expected="the code or English name of a language", remedy=f"Correct {option}")
     return text.title() if text == key else text
+
+
+def requested_languages(task: str, language: Any, target_language: Any) -> tuple[str | None, str | None]:
+    """The English names of the language of the speech and of the translation; None: not known, or no translation.
+
+    Raises:
+        InputError: an unknown code, a target without translation, or a target that is the language of the speech.
+    """
+    is_known = language is not None and not (isinstance(language, str) and language.strip().casefold() == "auto")
+    spoken = language_name(language, "language") if is_known else None
+    if task == "transcribe":
+        if target_language is not None:
+            raise InputError(
+                got=f"target_language={target_language!r:.40} for task='transcribe'",
+                expected="a target only for a translation",
+                remedy="Pass task='translate', or language if this is what is spoken",
+            )
+        return spoken, None
+    target = "English" if target_language is None else language_name(target_language, "target_language")
+    if spoken == target:
+        raise InputError(
+            got=f"a translation from {spoken} to {target}",
+            expected="another target_language" + (", which is English if omitted" if target_language is None else ""),
+            remedy="Pass one, or task='transcribe'",
+        )
+    return spoken, target

@@ -12,7 +12,7 @@ from typing import Any
 
 from granite_speech.config import TASKS
 from granite_speech.errors import InputError
-from granite_speech.inputs.languages import language_name
+from granite_speech.inputs.languages import requested_languages
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.text_options import check_choice
 
@@ -100,7 +100,7 @@ def request_for(
             or come with a prompt that is complete; more than one placeholder.
     """
     check_choice("task", task, TASKS)
-    spoken, target = _languages(task, language, target_language)
+    spoken, target = requested_languages(task, language, target_language)
     terms = _keywords(keywords, processor.audio_token)
     family = _family(processor, model_type)
     _check_prompt(prompt)
@@ -152,28 +152,6 @@ def _family(processor: GraniteSpeechProcessor, model_type: str | None) -> _Famil
     if model_type == "granite_speech_plus":
         return _PLUS
     return _THIRD if "<|start_of_role|>" in template else _FOURTH
-
-
-def _languages(task: str, language: Any, target_language: Any) -> tuple[str | None, str | None]:
-    """The English names of the language of the speech and of the translation; None: not known, or no translation."""
-    is_known = language is not None and not (isinstance(language, str) and language.strip().casefold() == "auto")
-    spoken = language_name(language, "language") if is_known else None
-    if task == "transcribe":
-        if target_language is not None:
-            raise InputError(
-                got=f"target_language={target_language!r:.40} for task='transcribe'",
-                expected="a target only for a translation",
-                remedy="Pass task='translate', or language if this is what is spoken",
-            )
-        return spoken, None
-    target = "English" if target_language is None else language_name(target_language, "target_language")
-    if spoken == target:
-        raise InputError(
-            got=f"a translation from {spoken} to {target}",
-            expected="another target_language" + (", which is English if omitted" if target_language is None else ""),
-            remedy="Pass one, or task='transcribe'",
-        )
-    return spoken, target
 
 
 def _keywords(keywords: Any, audio_token: str) -> list[str]:

@@ -88,7 +88,6 @@ class Job:
             # Silence has no text. What is too short for the model is an error even so.
             setup.inputs(torch.zeros(min(round(windows.duration * setup.rate), setup.rate)))
 
-
     def _intact(self, blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The blocks before a fault, so that what was said before it is transcribed to its last word."""
         try:

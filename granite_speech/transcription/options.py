@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any, Self
 
 from granite_speech.errors import InputError
+from granite_speech.inputs.languages import requested_languages
 
 __all__ = ["SEGMENTATIONS", "TranscribeOptions"]
 
@@ -97,6 +98,7 @@ class TranscribeOptions:
         self._check_choice("task", ("transcribe", "translate"))
         self._check_choice("segmentation", SEGMENTATIONS)
         self._check_choice("errors", ("raise", "warn"))
+        requested_languages(self.task, self.language, self.target_language)
         if isinstance(self.temperature, (list, tuple)) and self.temperature:
             object.__setattr__(self, "temperature", self.temperature[0])
         object.__setattr__(self, "temperature", float(self._number("temperature", 0.0)))

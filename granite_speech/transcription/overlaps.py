@@ -1,7 +1,7 @@
 """Two windows that overlap have some words in common: which are they?
 
-Where they overlap, both texts should be the same, but a word at the edge of a window may be cut in two, so the last word of one text and
-the first word of the other are not trusted. Time decides what texts cannot: "five five" may be one word that both windows have.
+Where they overlap, both texts should be the same, but a word at the edge of a window may be cut in two, so the last words of one text and
+the first ones of the other are not trusted. Time decides what texts cannot: "five five" may be one word that both windows have.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,15 @@ from itertools import product
 
 __all__ = ["join"]
 
-_UNTRUSTED = 1  # words at each edge
+_UNTRUSTED = 2  # words at each edge
+_PENALTY = 0.45  # for leaving one out, in equal words
 _ALIKE = 0.6  # SequenceMatcher's ratio of a word and a part of it, or what a model makes of a part
 
 
 def join(before: str, after: str, *, overlap: float, before_seconds: float, after_seconds: float) -> tuple[str, str]:
     """Two texts without the words that are in both because their windows overlap.
 
-    Case and punctuation do not matter. The words of the first text are kept, except for its last one if it was cut off.
+    Case and punctuation do not matter. The words of the first text are kept, except for the last ones if they were cut off.
 
     Args:
         before, after: the texts of two consecutive windows.
@@ -46,13 +47,14 @@ def _common(left: Sequence[str], right: Sequence[str], expected: float) -> tuple
         same = [size for size in sizes if left[len(left) - ends - size : len(left) - ends] == right[begins : begins + size]]
         if same:
             size = min(same, key=lambda size: (abs(size + max(ends, begins) - expected), -size))
-            if 2 * size - ends - begins > best:
-                best, removal = 2 * size - ends - begins, (ends, begins + size)
+            score = size - _PENALTY * (ends + begins)
+            if score > best:
+                best, removal = score, (ends, begins + size)
     if removal is not None:
         return removal
     if SequenceMatcher(None, left[-1], right[0], autojunk=False).ratio() >= _ALIKE:
         return (1, 0) if len(left[-1]) <= len(right[0]) else (0, 1)
-    return 0, 0
+    return 0, min(int(expected), len(right))  # a word that is whole in both windows, so one of the two is wrong
 
 
 def _words_in(seconds: float, words: Sequence[str], duration: float) -> float:

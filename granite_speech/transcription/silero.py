@@ -69,7 +69,7 @@ def _load() -> Any:
         raise MissingDependencyError(
             got="no silero-vad",
             expected="it, for segmentation='silero'",
-            remedy='pip install "granite-speech-triton[vad]", or use segmentation=\'energy\'',
+            remedy="pip install \"granite-speech-triton[vad]\", or use segmentation='energy'",
         ) from error
     finally:
         torch.set_num_threads(threads)  # silero-vad sets it to 1 when it is imported

@@ -26,10 +26,14 @@ _WIDTHS = np.diff(np.append(_BINS, _FFT // 2)).astype(np.float32)
 _HANN = np.hanning(_SPAN + 1)[:-1].astype(np.float32)
 _SMOOTHING = 5  # frames
 _STEADY = 200  # frames: a level that lasts this long is noise
-# In dB below full scale, per band: dither is below it, and speech that peaks at -60 dB is 30 dB above it.
-_QUIETEST = -110.0
+_PAUSE, _FAINTER = 30, 15.0  # frames, dB: and for this long, if it is this much fainter than the speech around it
+# dB of full scale, per band. Dither of 16 bits is -110 dB, and speech that peaks at -60 dB is 30 dB above it. Fainter sounds may be the end
+# of a word, but are not a word.
+_QUIETEST, _INAUDIBLE = -110.0, -125.0
 # Gaussian noise in a band of n bins is on average 7.4 / √n dB above its floor, with a standard deviation of 3.05 / √n (measured).
 _MEAN, _DEVIATION = 7.4, 3.05
+_TOO_SHORT = 25  # frames: a word is longer, and changes
+_FAINTEST_VOICE = 1e-9  # mean square
 _BATCH = 10 * FRAMES_PER_SECOND  # frames that are detected at once
 # The excess over noise's mean, in standard deviations and summed over the bands. White noise exceeds 6 in one frame of a thousand and 12
 # in one of an hour; the faintest word in noise 5 dB below it exceeds 38.
@@ -92,7 +96,11 @@ class EnergyDetector:
         # A frame that has no spectrum of its own repeats the last one. Zeros after the end would look like a change.
         self._smooth(self._powers[-1:].repeat(_SPAN // HOP + _SMOOTHING // 2, 0))
         self._decibels = self._decibels[: -(-self._count // HOP) - self._first]
-        return self._detect(self._first + len(self._decibels) - self._returned)
+        decibels, found = self._decibels, self._detect(self._first + len(self._decibels) - self._returned)
+        if self._returned <= _TOO_SHORT and found.strong.mean() < 0.5 and _is_voice(decibels):
+            surely = np.ones(len(found), bool)
+            return Activity(found.level, surely, surely)
+        return found
 
     def _transform(self, samples: np.ndarray) -> None:
         self._samples = np.concatenate([self._samples, samples])
@@ -114,14 +122,44 @@ class EnergyDetector:
     def _detect(self, frames: int) -> Activity:
         """The next frames. Their floors depend on frames up to `_STEADY` away."""
         begin = self._returned - self._first
-        floors = np.maximum(_floors(self._decibels[: begin + frames + _STEADY])[begin : begin + frames], _QUIETEST)
-        excess = self._decibels[begin : begin + frames] - floors
-        unlikely = (excess * np.sqrt(_WIDTHS) - _MEAN) / _DEVIATION
-        score = np.clip(unlikely - 1.5, 0, 10).sum(1)
+        end = begin + frames
+        around = self._decibels[: end + _STEADY]
+        levels, floors = around[begin:end], _floors(around, _STEADY)[begin:end]
+        excess = levels - np.maximum(floors, _INAUDIBLE)
+        weak = (_score(excess) > _WEAK) & ~_pauses(around)[begin:end]
+        strong = weak & (_score(levels - np.maximum(floors, _QUIETEST)) > _STRONG)
         self._returned += frames
-        drop = max(0, begin + frames - _STEADY)
+        drop = max(0, end - _STEADY)
         self._decibels, self._first = self._decibels[drop:], self._first + drop
-        return Activity(np.maximum(excess, 0).mean(1), score > _WEAK, score > _STRONG)
+        return Activity(np.maximum(excess, 0).mean(1), weak, strong)
+
+
+def _pauses(decibels: np.ndarray) -> np.ndarray:
+    """`(frames,)` bool: a shorter steady sound, if it is much fainter than what is within a second of it. So the noise between two
+    utterances is found although it is not in them, and a long vowel is not noise."""
+    total = 10 * np.log10(np.power(10, decibels / 10).sum(1, keepdims=True))
+    near = np.pad(total, ((FRAMES_PER_SECOND, FRAMES_PER_SECOND), (0, 0)), constant_values=-np.inf)
+    loudest = -_sliding_minimum(-near, 2 * FRAMES_PER_SECOND + 1)
+    steady = _score(decibels - np.maximum(_floors(decibels, _PAUSE), _INAUDIBLE)) <= _WEAK
+    return steady & (total < loudest - _FAINTER)[:, 0]
+
+
+def _score(excess: np.ndarray) -> np.ndarray:
+    """How unlikely it is that noise exceeds its floor by `(frames, bands)` dB; `(frames,)`."""
+    return np.clip((excess * np.sqrt(_WIDTHS) - _MEAN) / _DEVIATION - 1.5, 0, 10).sum(1)
+
+
+def _is_voice(decibels: np.ndarray) -> bool:
+    """Whether a recording may be speech although it is too short to change: a part of a vowel. Noise has a spectrum without peaks, a tone
+    nothing but a peak, and hum does not change at all."""
+    power = np.power(10, decibels / 10)
+    mean = power.mean(0)
+    if mean.sum() < _FAINTEST_VOICE or np.sort(mean)[-2:].sum() > 0.95 * mean.sum():
+        return False
+    density, octave = 10 * np.log10(mean / _WIDTHS), np.log2(_BINS + _WIDTHS / 2)
+    straight = np.polyval(np.polyfit(octave, density, 1), octave)
+    loud = decibels[:, mean > mean.max() / 100]
+    return np.std(density - straight) > 3 and np.ptp(loud, axis=0).max() > 3
 
 
 def _band_powers(samples: np.ndarray, spectra: int) -> np.ndarray:
@@ -132,9 +170,9 @@ def _band_powers(samples: np.ndarray, spectra: int) -> np.ndarray:
     return np.add.reduceat(power, _BINS, axis=1) * (2 / (np.square(_HANN).sum() * _FFT))
 
 
-def _floors(decibels: np.ndarray) -> np.ndarray:
-    """For each frame and band, the highest level that the band keeps for `_STEADY` frames around it: a morphological opening."""
-    length = min(_STEADY, len(decibels))
+def _floors(decibels: np.ndarray, length: int) -> np.ndarray:
+    """For each frame and band, the highest level that the band keeps for `length` frames around it: a morphological opening."""
+    length = min(length, len(decibels))
     lowest = _sliding_minimum(decibels, length)
     padded = np.pad(lowest, ((length - 1, length - 1), (0, 0)), constant_values=-np.inf)
     return -_sliding_minimum(-padded, length)

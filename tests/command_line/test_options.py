@@ -1,5 +1,7 @@
 """Options of whisper's and of IBM's command lines: accepted, passed on, or refused by name before a model is loaded."""
 
+import sys
+
 import pytest
 
 from granite_speech import Transcriber
@@ -115,6 +117,9 @@ def test_values_that_change_nothing_are_accepted(transcriber, capfd, line, dash)
         ("--suppress_tokens 5", "suppress_tokens"),
         ("--task sing", "--task"),
         ("--temperature -1", "temperature"),
+        ("--language xx", "language='xx'"),
+        ("--target_language de", "task='translate'"),
+        ("--task translate --language English", "another target_language"),
         ("--chunk_length 0", "chunk_length"),
         ("--clip_timestamps 3,1", "clip_timestamps"),
         ("--prompt x --initial_prompt y", "prompt"),
@@ -142,6 +147,13 @@ def test_what_would_change_the_result_is_refused_before_the_model_is_loaded(tran
     out, err = capfd.readouterr()
     assert (status, out, transcriber.loaded) == (2, "", [])
     assert reason in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_package_that_an_option_needs_is_missed_once_and_before_the_model_is_loaded(transcriber, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "silero_vad", None)
+    assert main(["a.wav", "b.wav", "--model", "m", "--segmentation", "silero"]) == 2
+    out, err = capfd.readouterr()
+    assert (out, transcriber.loaded) == ("", []) and "[vad]" in err and err.count("\n") == 1
 
 
 def test_options_of_llama_cpp_are_ignored_with_a_warning(transcriber, capfd):
