@@ -35,6 +35,7 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
+        "vad": ["silero-vad>=6"],  # segmentation="silero"
         "train": ["jiwer>=4", "matplotlib>=3.9"],  # `finetune --validation`; the plot of `make embedded`
         "test": [
             "transformers==5.17.0",

@@ -47,10 +47,11 @@ def test_the_examples_of_one_and_of_many_recordings_print_their_words(recordings
     with monkeypatch.context() as patched:
         patched.chdir(ROOT)
         exec(example("one recording"), names)
-    assert capsys.readouterr().out == f"{WORDS}\n"
+    text, *segments, warnings = capsys.readouterr().out.splitlines()
+    assert (text, warnings) == (WORDS, "()") and " ".join(line.partition(" s: ")[2] for line in segments) == WORDS
     exec(example("many recordings"), names)
-    assert names["texts"] == [WORDS] * 2
-    assert capsys.readouterr().out == f"{WORDS}\n" * 2
+    assert names["results"] == [WORDS] * 2
+    assert capsys.readouterr().out.split() == f"{WORDS} {WORDS} {WORDS}".split()
 
 
 def test_the_example_of_two_doors_gives_the_model_of_transformers():

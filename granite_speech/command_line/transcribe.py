@@ -23,6 +23,10 @@ _NO_MODEL = (
     "For any speech, use --model ibm-granite/granite-speech-3.3-2b"
 )
 
+# Where a line on standard output ends: before a pause of so many seconds, after a sentence, or if it is long.
+_PAUSE, _LONG_LINE = 1.0, 300
+_SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
+
 
 def transcribe(options: argparse.Namespace) -> int:
     """Transcribe all files.
@@ -47,12 +51,15 @@ def transcribe(options: argparse.Namespace) -> int:
     transcriber = _load(options)
     with Progress(results.names, shown) as progress:
         events = transcriber.stream_segments(results.names, on_progress=progress.advance, **options.call)
-        with closing(events):
-            for index, event in events:
-                if isinstance(event, Transcript):
-                    progress.finish(index, event.duration)
-                with progress.aside():
-                    results.take(index, event)
+        try:
+            with closing(events):
+                for index, event in events:
+                    if isinstance(event, Transcript):
+                        progress.finish(index, event.duration)
+                    with progress.aside():
+                        results.take(index, event)
+        finally:
+            results.flush()
     return 1 if results.failed else 0
 
 
@@ -76,7 +83,9 @@ def _load(options: argparse.Namespace) -> "Transcriber":
 
 
 class _Lines:
-    """Texts to standard output, each line as soon as it is known. Several recordings have their names before their texts.
+    """Texts to standard output. Several recordings have their names before their texts.
+
+    A line is a sentence, or what was said between two pauses. It is printed as soon as it has ended.
 
     Attributes:
         names: of the recordings to transcribe.
@@ -86,6 +95,7 @@ class _Lines:
     def __init__(self, names: list[str]):
         self.names, self.failed = names, False
         self._begun = -1
+        self._line, self._end = "", 0.0
 
     def take(self, index: int, event: Segment | Transcript) -> None:
         """Print what is new about a recording."""
@@ -93,12 +103,25 @@ class _Lines:
             self._begun = index
             write_line(f"\n{self.names[index]}:" if index else f"{self.names[index]}:")
         if isinstance(event, Segment):
-            if text := one_line(event.text):
-                write_line(text)
+            self._add(event)
             return
+        self.flush()
         if event.error is not None and len(self.names) > 1:
             write_line(f"[failed: {one_line(event.error.got)}]")
         self.failed |= _report(self.names[index], event)
+
+    def flush(self) -> None:
+        """Print the line that has begun."""
+        line, self._line = self._line, ""
+        if line:
+            write_line(line)
+
+    def _add(self, segment: Segment) -> None:
+        if segment.start - self._end >= _PAUSE:
+            self.flush()
+        self._line, self._end = f"{self._line} {one_line(segment.text)}".strip(), segment.end
+        if self._line.endswith(_SENTENCE_ENDS) or len(self._line) >= _LONG_LINE:
+            self.flush()
 
 
 class _Files:
@@ -121,6 +144,9 @@ class _Files:
         self.names = [recordings[place] for place in self._places]
         if options.resume and not self._quiet:
             message(f"complete, and skipped: {len(recordings) - len(self.names)} of {len(recordings)} files")
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
     def take(self, index: int, event: Segment | Transcript) -> None:
         """Write the files of a recording that is done."""

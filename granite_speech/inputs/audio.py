@@ -34,6 +34,8 @@ __all__ = [
 
 MAX_BYTES = 2 << 30
 BLOCK_SECONDS = 30.0
+# What is done with a block takes several times its memory.
+SHORT_BLOCK_SECONDS = 2.0
 BYTES_PER_SAMPLE = 4
 # A longer recording than this is measured by decoding: such a length in a header is more likely damage.
 LONGEST_SECONDS_FROM_HEADER = 24 * 3600
@@ -148,7 +150,7 @@ def blocks_with_warning(
     recording, found = _Recording(file, sampling_rate, None, None, errors), []
 
     def blocks() -> Iterator["torch.Tensor"]:
-        yield from _regroup(recording, round(BLOCK_SECONDS * sampling_rate))
+        yield from _regroup(recording, round(SHORT_BLOCK_SECONDS * sampling_rate))
         found.append(recording.warning())
 
     return blocks(), lambda: found[0] if found else None

@@ -62,7 +62,7 @@ def recording_blocks(
         errors: "raise", or "warn" to take the intact part of a file whose end is damaged or missing for the whole.
 
     Returns:
-        An iterator of `(samples,)` float32 on the CPU, mono, at the processor's rate: blocks of 30 s of a file, or anything else in one
+        An iterator of `(samples,)` float32 on the CPU, mono, at the processor's rate: blocks of 2 s of a file, or anything else in one
         block. And a function that returns the text of the file's `AudioWarning`, or None, once the iterator has ended.
 
     Raises:

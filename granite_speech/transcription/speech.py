@@ -26,7 +26,7 @@ _WIDTHS = np.diff(np.append(_BINS, _FFT // 2)).astype(np.float32)
 _HANN = np.hanning(_SPAN + 1)[:-1].astype(np.float32)
 _SMOOTHING = 5  # frames
 _STEADY = 200  # frames: a level that lasts this long is noise
-_PAUSE, _FAINTER = 30, 15.0  # frames, dB: and for this long, if it is this much fainter than the speech around it
+_PAUSE, _FAINTER, _CHANGING = 25, 15.0, 20.0  # frames, dB, score: and a shorter one that hardly changes, next to something louder
 # dB of full scale, per band. Dither of 16 bits is -110 dB, and speech that peaks at -60 dB is 30 dB above it. Fainter sounds may be the end
 # of a word, but are not a word.
 _QUIETEST, _INAUDIBLE = -110.0, -125.0
@@ -78,6 +78,7 @@ class EnergyDetector:
         self._samples = np.zeros(0, np.float32)  # from the first sample of the next spectrum
         self._powers = np.zeros((0, len(_EDGES)), np.float32)  # mean square by frame and band, from the first that smoothing needs
         self._decibels = np.zeros((0, len(_EDGES)), np.float32)  # of them, smoothed, from the first that a noise floor needs
+        self._sharp = self._decibels  # the same frames, not smoothed: where to cut
         self._first = 0  # the number of that frame
 
     def push(self, samples: Tensor) -> Activity:
@@ -95,7 +96,8 @@ class EnergyDetector:
             self._transform(np.zeros(_SPAN - len(self._samples), np.float32))
         # A frame that has no spectrum of its own repeats the last one. Zeros after the end would look like a change.
         self._smooth(self._powers[-1:].repeat(_SPAN // HOP + _SMOOTHING // 2, 0))
-        self._decibels = self._decibels[: -(-self._count // HOP) - self._first]
+        frames = -(-self._count // HOP) - self._first
+        self._decibels, self._sharp = self._decibels[:frames], self._sharp[:frames]
         decibels, found = self._decibels, self._detect(self._first + len(self._decibels) - self._returned)
         if self._returned <= _TOO_SHORT and found.strong.mean() < 0.5 and _is_voice(decibels):
             surely = np.ones(len(found), bool)
@@ -116,7 +118,9 @@ class EnergyDetector:
         frames = len(self._powers) - _SMOOTHING + 1
         if frames > 0:
             mean = sum(self._powers[shift : shift + frames] for shift in range(_SMOOTHING)) / _SMOOTHING
+            middle = self._powers[_SMOOTHING // 2 :][:frames]
             self._decibels = np.concatenate([self._decibels, 10 * np.log10(mean + 1e-13)])
+            self._sharp = np.concatenate([self._sharp, 10 * np.log10(middle + 1e-13)])
             self._powers = self._powers[frames:]
 
     def _detect(self, frames: int) -> Activity:
@@ -125,13 +129,13 @@ class EnergyDetector:
         end = begin + frames
         around = self._decibels[: end + _STEADY]
         levels, floors = around[begin:end], _floors(around, _STEADY)[begin:end]
-        excess = levels - np.maximum(floors, _INAUDIBLE)
-        weak = (_score(excess) > _WEAK) & ~_pauses(around)[begin:end]
+        sharp = np.maximum(self._sharp[begin:end], _INAUDIBLE) - np.maximum(floors, _INAUDIBLE)
+        weak = (_score(levels - np.maximum(floors, _INAUDIBLE)) > _WEAK) & ~_pauses(around)[begin:end]
         strong = weak & (_score(levels - np.maximum(floors, _QUIETEST)) > _STRONG)
         self._returned += frames
         drop = max(0, end - _STEADY)
-        self._decibels, self._first = self._decibels[drop:], self._first + drop
-        return Activity(np.maximum(excess, 0).mean(1), weak, strong)
+        self._decibels, self._sharp, self._first = self._decibels[drop:], self._sharp[drop:], self._first + drop
+        return Activity(sharp.mean(1), weak, strong)
 
 
 def _pauses(decibels: np.ndarray) -> np.ndarray:
@@ -140,8 +144,11 @@ def _pauses(decibels: np.ndarray) -> np.ndarray:
     total = 10 * np.log10(np.power(10, decibels / 10).sum(1, keepdims=True))
     near = np.pad(total, ((FRAMES_PER_SECOND, FRAMES_PER_SECOND), (0, 0)), constant_values=-np.inf)
     loudest = -_sliding_minimum(-near, 2 * FRAMES_PER_SECOND + 1)
-    steady = _score(decibels - np.maximum(_floors(decibels, _PAUSE), _INAUDIBLE)) <= _WEAK
-    return steady & (total < loudest - _FAINTER)[:, 0]
+    length = min(_PAUSE, len(decibels))
+    lowest, highest = _sliding_minimum(decibels, length), -_sliding_minimum(-decibels, length)
+    steady = _score(highest - np.maximum(lowest, _INAUDIBLE)) < _CHANGING
+    steady = np.pad(steady.astype(np.float32)[:, None], ((length - 1, length - 1), (0, 0)))
+    return (-_sliding_minimum(-steady, length) > 0)[:, 0] & (total < loudest - _FAINTER)[:, 0]
 
 
 def _score(excess: np.ndarray) -> np.ndarray:

@@ -34,8 +34,9 @@ _SHORTEST_SPEECH = 9  # a click is shorter
 _MARGIN, _PAUSE = 1 / 300, 1 / 20
 _LONGEST_MARGIN, _LONGEST_PAUSE = 20, 150
 _NEAR = 15  # speech this soon after a cut is the rest of a passage, however short
-_CUT_SMOOTHING = 7  # a dip lasts about as long
-_CLEAR = 0.5  # a dip to this part of the usual level, in dB above the floor, is a pause
+_CUT_SMOOTHING = 5
+_CLEAR = 0.4  # a dip to this part of the usual level, in dB above the floor, is a pause
+_DEEP = 10  # and at least this much fainter: a voice without pauses is its own floor
 _SHARED = 100  # of two windows that are cut apart in speech; a quarter of a short limit
 _LONGEST_SILENCE = 200  # in a recording that is passed whole
 _PIECE = 10 * RATE  # samples that go through a detector at once
@@ -110,6 +111,8 @@ class Windows:
         for begin, end in self._spans:
             view = _View(self._reader.read(begin, end), self._detector(), begin)
             yield from self._of_span(view)
+            if self._reader.failure is not None:
+                raise self._reader.failure
 
     def _of_span(self, view: "_View") -> Iterator[Window]:
         view.read_to(self._limit // HOP + 1)
@@ -213,7 +216,8 @@ def _cut_in_speech(level: np.ndarray, limit: int) -> _Cut:
     smooth = np.convolve(level, np.full(_CUT_SMOOTHING, 1 / _CUT_SMOOTHING), "same")
     lowest = limit // 2
     at = lowest + int(np.argmin(smooth[lowest:limit]))
-    if smooth[at] < _CLEAR * np.median(level[:limit]):
+    usual = float(np.median(level[:limit]))
+    if smooth[at] < min(_CLEAR * usual, usual - _DEEP):
         return _Cut(at, at, True)
     shared = min(_SHARED, limit // 4)
     at = lowest + int(np.argmin(smooth[lowest : limit - shared // 2]))
@@ -292,15 +296,19 @@ class _Reader:
     def __init__(self, blocks: Iterable[Tensor]):
         self._blocks, self._rest = iter(blocks), torch.zeros(0)
         self.position = 0  # samples
+        self.failure: Exception | None = None
 
     def read(self, begin: int, end: int | None) -> Iterator[Tensor]:
         """The samples from `begin` to `end`, in pieces that are not longer than a detector should take."""
         while end is None or self.position < end:
             if not len(self._rest):
-                block = next(self._blocks, None)
-                if block is None:
+                try:
+                    self._rest = next(self._blocks)
+                except StopIteration:
                     return
-                self._rest = block
+                except Exception as error:  # for later: what was read before it is intact
+                    self.failure = error
+                    return
             most = _PIECE if end is None else min(_PIECE, end - self.position)
             if self.position < begin:
                 most = min(most, begin - self.position)

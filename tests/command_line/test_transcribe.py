@@ -51,7 +51,7 @@ def run(capfd, *arguments):
 # --- standard output --------------------------------------------------------------------------------------------------------------
 
 
-def test_one_recording_has_a_line_for_each_segment_and_no_name(transcriber, capfd):
+def test_one_recording_has_a_line_for_what_is_between_pauses_and_no_name(transcriber, capfd):
     assert run(capfd, "a.wav") == (0, "one\ntwo\n", "")
     assert main(["transcribe", "--model", "m", "a.wav"]) == 0 and capfd.readouterr() == ("one\ntwo\n", "")
     assert "verify:\n[failed" in run(capfd, "a.wav", "verify")[1], "only the first word is a command"
@@ -90,16 +90,25 @@ def test_a_damaged_recording_among_others_has_its_text_and_its_entry(transcriber
     assert out == "damaged.wav:\neight\n[failed: 'd.wav', which is cut off]\n\nb.wav:\nthree\n"
 
 
-def test_a_line_is_printed_before_the_next_segment_is_known(transcriber, capfd):
+def test_a_sentence_is_printed_before_the_next_segment_is_known(transcriber, capfd):
+    transcriber.results["said.wav"] = transcript("One.", "two", "three")
     seen = []
     transcriber.before_event = lambda event: seen.append(capfd.readouterr().out)
-    main(["--model", "m", "a.wav", "b.wav"])
-    assert seen == ["", "a.wav:\none\n", "two\n", "", "\nb.wav:\nthree\n"]
+    main(["--model", "m", "said.wav", "b.wav"])
+    assert seen == ["", "said.wav:\nOne.\n", "", "two\n", "three\n", "\nb.wav:\n"] and capfd.readouterr().out == "three\n"
 
 
-def test_a_segment_is_one_line(transcriber, capfd):
-    transcriber.results["lines.wav"] = transcript("one\ntwo", "  three\r\n")
-    assert run(capfd, "lines.wav") == (0, "one two\nthree\n", "")
+def test_segments_without_a_pause_between_them_are_one_line(transcriber, capfd):
+    pieces = [
+        Segment(place, 2.0 * place, 2.0 * place + 1.5, text)
+        for place, text in enumerate(["one\ntwo", "  three\r\n", "four.", "Five", "six"])
+    ]
+    transcriber.results["talk.wav"] = Transcript("…", segments=pieces, duration=10.0)
+    assert run(capfd, "talk.wav") == (0, "one two three four.\nFive six\n", "")
+    long = [Segment(place, float(place), place + 1.0, "word " * 20) for place in range(10)]
+    transcriber.results["long talk.wav"] = Transcript("…", segments=long, duration=10.0)
+    out = run(capfd, "long talk.wav")[1]
+    assert out.split() == ["word"] * 200 and all(300 <= len(line) < 400 for line in out.splitlines()[:-1]) and out.count("\n") == 3
 
 
 def test_no_model_is_said(transcriber, capfd):
@@ -190,7 +199,7 @@ from granite_speech.cli import command
 from granite_speech.transcription.transcript import Segment, Transcript
 def stream_segments(recordings, on_progress=None, **options):
     for index, name in enumerate(recordings):
-        segments = [Segment(place, 2.0 * place, 2.0 * place + 2, f"text {place} of {name}") for place in range(3)]
+        segments = [Segment(place, 2.0 * place, 2.0 * place + 1, f"text {place} of {name}") for place in range(3)]
         for segment in segments:
             on_progress(index, segment.end)
             yield index, segment

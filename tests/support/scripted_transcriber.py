@@ -5,8 +5,8 @@ from granite_speech.transcription.transcript import Segment, Transcript
 
 
 def transcript(*texts: str, seconds: float = 2.0, **settings) -> Transcript:
-    """A recording of a segment for each text, each of so many seconds."""
-    segments = [Segment(place, place * seconds, (place + 1) * seconds, text) for place, text in enumerate(texts)]
+    """A recording of a segment for each text, which takes the first half of so many seconds."""
+    segments = [Segment(place, place * seconds, (place + 0.5) * seconds, text) for place, text in enumerate(texts)]
     return Transcript(" ".join(filter(None, texts)), segments=segments, duration=seconds * len(texts), **settings)
 
 
