@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 AUDIO ?= granite_speech/assets/sample.flac
 
-.PHONY: transcribe test test-transformers-4 lint fuzz soak bench rehearse embedded clean
+.PHONY: transcribe test test-transformers-4 lint fuzz soak sweep bench hours rehearse embedded clean
 
 # For example: make transcribe AUDIO=speech.wav MODEL=ibm-granite/granite-speech-3.3-2b
 transcribe: .venv/installed
@@ -33,8 +33,16 @@ fuzz: .venv/installed
 soak: .venv/installed
 	$(BIN)/python -m tests.support.soak 10000
 
+# Recordings of six hundred lengths, with speech and without. The tests have forty.
+sweep: .venv/installed
+	$(BIN)/python -m tests.support.sweep_lengths 600
+
 bench: .venv/installed
 	$(BIN)/python -m bench model
+
+# An hour of audio with the bundled checkpoint: words, speed and memory. Needs the synthesizers of `make embedded` the first time.
+hours: .venv/installed
+	$(BIN)/python -m bench hours
 
 # Launches, waits and allocations of the released models, without a GPU.
 rehearse: .venv/installed

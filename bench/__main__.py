@@ -17,7 +17,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_model, _add_kernels, _add_tune, _add_rehearse, _add_gpu, _add_audit, _add_words):
+    for add in (_add_model, _add_kernels, _add_tune, _add_rehearse, _add_gpu, _add_audit, _add_words, _add_hours):
         add(commands)
     commands.add_parser("report", help="update the generated tables in the README files from the newest results")
     return parser
@@ -97,6 +97,17 @@ def _add_words(commands: argparse._SubParsersAction) -> None:
     _add_out(parser)
 
 
+def _add_hours(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("hours", help="an hour of audio with the bundled checkpoint on a CPU: words, speed and memory")
+    parser.add_argument(
+        "--voices",
+        type=Path,
+        default=Path("build/hours/manifest.jsonl"),
+        help="manifest of the held-out voices; synthesized if it does not exist",
+    )
+    _add_out(parser)
+
+
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the result file (default: bench/results)")
 
@@ -105,6 +116,7 @@ def _run(options: argparse.Namespace) -> int:
     commands = {
         "audit": _audit,
         "gpu": _gpu,
+        "hours": _hours,
         "kernels": _kernels,
         "model": _model,
         "rehearse": _rehearse,
@@ -128,6 +140,13 @@ def _gpu(options: argparse.Namespace) -> int:
     from bench import gpu
 
     return gpu.run(options.out, options.seconds)
+
+
+def _hours(options: argparse.Namespace) -> int:
+    from bench import hours
+
+    print(hours.run(manifest=options.voices, out=options.out))
+    return 0
 
 
 def _kernels(options: argparse.Namespace) -> int:

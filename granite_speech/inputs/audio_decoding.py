@@ -22,7 +22,8 @@ REMEDY_CONVERT = "Check that it plays, or convert it: ffmpeg -i IN -ac 1 -ar 160
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 # 250 channels at 16 kHz, 83 at 48 kHz, 5 at 768 kHz.
 MOST_VALUES_A_SECOND = 4_000_000
-VALUES_PER_PIECE = 1 << 18
+# What is done with a piece takes several times its memory. Larger pieces are not faster.
+VALUES_PER_PIECE = 1 << 14
 # Names of FFmpeg's demuxers. None of these opens a second file; hls, concat, dash, sdp, image2 and their like do.
 FORMATS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,gsm,loas,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,nistsphere,ogg,"

@@ -34,7 +34,7 @@ _QUIETEST, _INAUDIBLE = -110.0, -125.0
 _MEAN, _DEVIATION = 7.4, 3.05
 _TOO_SHORT = 25  # frames: a word is longer, and changes
 _FAINTEST_VOICE = 1e-9  # mean square
-_BATCH = 10 * FRAMES_PER_SECOND  # frames that are detected at once
+_BATCH = 2 * FRAMES_PER_SECOND  # frames that are detected at once
 # The excess over noise's mean, in standard deviations and summed over the bands. White noise exceeds 6 in one frame of a thousand and 12
 # in one of an hour; the faintest word in noise 5 dB below it exceeds 38.
 _WEAK, _STRONG = 6.0, 18.0
@@ -70,7 +70,7 @@ class Activity:
 
 
 class EnergyDetector:
-    """Finds speech in a stream, with a delay of 2 to 12 s. What it finds does not depend on how the stream is divided."""
+    """Finds speech in a stream, with a delay of 2 to 4 s. What it finds does not depend on how the stream is divided."""
 
     def __init__(self) -> None:
         self._count = 0  # samples taken
