@@ -78,6 +78,8 @@ _ELSEWHERE = {
     "vad-min-silence-duration": _Elsewhere(_number, (None, 0.5), _NO_VAD),
     "vad-speech-pad": _Elsewhere(_number, (None, 0.2), _NO_VAD),
 }
+# No computer has more cores, and some thousands of threads would never end: they wait for each other at every operation.
+_MOST_THREADS = 1024
 _LLAMA_CPP = ("llama-cpp-binary", "llama-cpp-quant", "llama-cpp-mmproj", "llama-cpp-arg", "llama-cpp-timeout")
 # Options that become keyword arguments of `Transcriber.stream_segments`, if they are given.
 _CALL = (
@@ -276,4 +278,7 @@ def _formats(text: str) -> list[str]:
 
 def _count(text: str) -> int | None:
     """A number of threads; whisper's 0 is the default."""
-    return None if text == "0" else positive(text)
+    count = None if text == "0" else positive(text)
+    if count is not None and count > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_MOST_THREADS}")
+    return count

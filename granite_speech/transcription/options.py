@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Self
 
 from granite_speech.errors import InputError
@@ -16,6 +16,8 @@ SEGMENTATIONS = ("energy", "vad", "silero", "fixed")
 SHORTEST_WINDOW = 0.5  # seconds
 # Names that IBM's package and whisper have for the same option.
 _ALIASES = {"keyword_biases": "keywords", "initial_prompt": "prompt", "chunk_length_s": "chunk_length"}
+_NO_VAD = "Omit it; segmentation='silero' uses silero-vad with its own settings"
+_NO_WORDS = "Omit it: words have no times yet, segments have"
 # Options of theirs, with the values that mean what happens here anyway, and what to use for others.
 _NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...], str]] = {
     "beam_size": ((None, 1), "Windows are decoded greedily; call model.generate(num_beams=…) on clips"),
@@ -30,7 +32,17 @@ _NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...], str]] = {
     "logprob_threshold": ((None, -1.0), "Omit it: windows are tried again only if their text repeats itself"),
     "no_speech_threshold": ((None, 0.6), "Omit it: silence is found by its energy, before the model runs"),
     "hallucination_silence_threshold": ((None,), "Omit it: silence is found by its energy, before the model runs"),
-    "word_timestamps": ((None, False), "Omit it: words have no times yet, segments have"),
+    "word_timestamps": ((None, False), _NO_WORDS),
+    "prepend_punctuations": ((None, "\"'“¿([{-"), _NO_WORDS),
+    "append_punctuations": ((None, "\"'.。,，!！?？:：”)]}、"), _NO_WORDS),
+    "suppress_blank": ((None, True), "Omit it: no token is suppressed"),
+    "without_timestamps": ((None, False), "Omit it: segments have the times of their windows"),
+    "max_initial_timestamp": ((None, 1.0), "Omit it: segments have the times of their windows"),
+    "vad_threshold": ((None, 0.2), _NO_VAD),
+    "vad_min_speech_duration": ((None, 0.2), _NO_VAD),
+    "vad_min_silence_duration": ((None, 0.5), _NO_VAD),
+    "vad_speech_pad": ((None, 0.2), _NO_VAD),
+    "sample_rate": ((None,), "Call it sampling_rate"),
     "prompt_mode": ((None, "default"), "Pass the request itself as prompt"),
     "prefix_text": ((None,), "Omit it: each window is transcribed on its own"),
     "verbose": ((None, True, False), "Pass a bool"),
@@ -112,8 +124,9 @@ class TranscribeOptions:
             self._number("compression_ratio_threshold", 0.0, above=True)
         self._number("chunk_overlap", 0.0)
         tokens = self.max_new_tokens
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+        if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 0:
             raise InputError(got=f"max_new_tokens={tokens!r:.60}", expected="an integer from 0", remedy="Omit it for 400")
+        object.__setattr__(self, "max_new_tokens", int(tokens))
         if self.chunk_overlap and self.segmentation != "fixed":
             raise InputError(
                 got=f"chunk_overlap={self.chunk_overlap} with segmentation={self.segmentation!r}",

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from granite_speech.errors import EngineError
 from granite_speech.transcription.job import Job
 from granite_speech.transcription.piece import Piece
 
@@ -41,8 +42,13 @@ class ReadAhead:
         self._thread.start()
 
     def __iter__(self) -> Iterator[Job]:
-        """Yields each job once it is begun; raises what the iterable raised after those of the recordings before that."""
+        """Yields each job once it is begun; raises what the iterable raised after those of the recordings before that.
+
+        Raises:
+            EngineError: in a forked process, where the thread does not exist. `pieces` does, too.
+        """
         while True:
+            self._check_process()
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._ended)
                 if not self._jobs:
@@ -59,6 +65,7 @@ class ReadAhead:
             Whatever ended the thread in the middle of the job.
         """
         while True:
+            self._check_process()
             with self._changed:
                 self._changed.wait_for(lambda: job.pieces or job.ended or self._ended)
                 if not job.pieces:
@@ -83,6 +90,14 @@ class ReadAhead:
             for job in self._jobs:
                 for piece in job.pieces:
                     piece.cancel()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineError(
+                got="an iterator over transcripts that was begun before the process was forked",
+                expected="one begun in this process: its threads are in the other one",
+                remedy="Transcribe the recordings again",
+            )
 
     def _leave(self) -> None:
         self.stop()

@@ -5,6 +5,8 @@ from os import PathLike
 from typing import Any
 from warnings import warn
 
+import torch
+
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.transcription.transcriber import Transcriber
 from granite_speech.transcription.transcript import Segment, Transcript
@@ -43,6 +45,9 @@ def transcribe(
         )
         model = EMBEDDED_FOLDER
     loading = {name: options.pop(name) for name in _LOADING if name in options}
+    if options.get("fp16") is False and loading.get("dtype") in (None, "float32", torch.float32):
+        del options["fp16"]
+        loading["dtype"] = "float32"  # as on the command line
     transcriber = Transcriber.from_pretrained(model, **loading)
     if stream:
         return _until_done(transcriber, audio, options)

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from os import PathLike
@@ -219,6 +219,7 @@ class Transcriber:
         Yields:
             The index of a recording with each of its segments, and then with its transcript.
         """
+        _check_several(recordings)
         setup = self._setup(TranscribeOptions.of(options), sampling_rate)
         most = _AHEAD * self._running_engine().max_rows
         most = min(most, _MOST_AHEAD_ON_CPU) if self.model.device.type == "cpu" else most
@@ -312,6 +313,17 @@ class Transcriber:
         """After a fork: the engine's thread does not exist here, and the lock may have been held by another one."""
         if self._process != os.getpid():
             self._engine, self._lock, self._process = None, threading.Lock(), os.getpid()
+
+
+def _check_several(recordings: Any) -> None:
+    """Refuse one recording in place of several: letters of a path, lines of a file and samples of an array are no recordings."""
+    one = isinstance(recordings, Recording | bytearray | memoryview | Mapping) or hasattr(recordings, "read")
+    if one or is_numbers(recordings):
+        raise InputError(
+            got=f"a {type(recordings).__name__}, not several recordings",
+            expected="an iterable of recordings",
+            remedy="Pass a list, even of one; or call transcribe",
+        )
 
 
 def _warn_of(transcript: Transcript, name: str, stacklevel: int) -> None:

@@ -1,6 +1,6 @@
 """What became of a recording: its text, the segments it consists of, and what went wrong."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -10,12 +10,26 @@ __all__ = ["Segment", "Transcript", "TranscriptNote"]
 
 
 class _Named:
-    """Access by name in brackets too, as to the dictionaries of whisper and of IBM's package."""
+    """Can be read like the dictionary that `to_dict` makes, because the segments of whisper and of IBM's package are dictionaries."""
 
     def __getitem__(self, name: Any) -> Any:
-        if isinstance(name, str) and not name.startswith("_") and hasattr(self, name):
+        if name in self.__dataclass_fields__:
             return getattr(self, name)
         raise KeyError(name)
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> tuple[str, ...]:
+        """Those of `to_dict`: an error has a key only if there is one."""
+        return tuple(self.to_dict())
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        """An attribute, or `default` if there is none of that name."""
+        return getattr(self, name) if name in self else default
 
 
 @dataclass(frozen=True)
@@ -109,9 +123,17 @@ class Transcript(str):
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
             return super().__getitem__(key)
-        if key in ("text", *Transcript.__annotations__):
+        if key in self.keys():
             return getattr(self, key)
         raise KeyError(key)
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of the attributes. `in` and iteration are those of the text."""
+        return "text", *Transcript.__annotations__
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        """An attribute, or `default` if there is none of that name."""
+        return self[name] if name in self.keys() else default
 
     @property
     def text(self) -> str:

@@ -127,6 +127,7 @@ def test_values_that_change_nothing_are_accepted(transcriber, capfd, line, dash)
         ("--model_dir x --download_root y", "--download-root"),
         ("--max_line_width 0 -f srt", "--max-line-width"),
         ("--threads -2", "--threads"),
+        ("--threads 5000", "'5000' is more than 1024"),
         ("--beam_size many", "--beam-size"),
         ("--verbose=maybe", "maybe"),
         ("--output-format docx", "docx"),

@@ -142,6 +142,18 @@ def test_an_option_that_is_refused_ends_the_call_before_it_begins(transcriber):
         assert recordings.taken == 0
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [str, Path, Path.read_bytes, partial(open, mode="rb"), load_audio, lambda file: [0.0, 0.1]],
+    ids=["str", "path", "bytes", "file", "tensor", "numbers"],
+)
+def test_one_recording_is_not_several(transcriber, kind):
+    given = kind(FILES[0])
+    for call in (transcriber.stream, transcriber.stream_segments):
+        with pytest.raises(InputError, match=f"a {type(given).__name__}, not several recordings"):
+            next(call(given))
+
+
 def test_an_error_in_a_list_names_the_recording_and_cancels_the_rest(narrow):
     with pytest.raises(AudioError, match=r"recording 2 \('nowhere.wav'\): 'nowhere.wav', which does not exist; expected a sound file"):
         narrow.transcribe([*FILES[:2], "nowhere.wav", *FILES * 5])

@@ -1,5 +1,6 @@
 """`TranscribeOptions`: values, names of other packages, and what is refused by name."""
 
+import numpy as np
 import pytest
 
 from granite_speech import InputError, TranscribeOptions
@@ -71,6 +72,7 @@ def test_names_of_other_packages():
     assert options == TranscribeOptions(keywords=["a", "b"], prompt="go", temperature=0.5)
     assert TranscribeOptions.of({"prompt": None, "initial_prompt": "go"}).prompt == "go"
     assert TranscribeOptions.of({"compression_ratio_threshold": None}).compression_ratio_threshold is None
+    assert TranscribeOptions(max_new_tokens=np.int64(7)).max_new_tokens == 7
     with pytest.raises(InputError, match="prompt and initial_prompt; expected one of them"):
         TranscribeOptions.of({"prompt": "a", "initial_prompt": "b"})
 
@@ -85,6 +87,13 @@ def test_names_of_other_packages():
         ("word_timestamps", False, True),
         ("no_speech_threshold", 0.6, 0.3),
         ("suppress_tokens", "-1", "1,2"),
+        ("suppress_blank", True, False),
+        ("without_timestamps", False, True),
+        ("max_initial_timestamp", 1.0, 2.0),
+        ("append_punctuations", None, "!"),
+        ("vad_threshold", 0.2, 0.5),
+        ("vad_min_silence_duration", 0.5, 1.0),
+        ("sample_rate", None, 8000),
     ],
 )
 def test_what_changes_nothing_is_accepted_and_the_rest_refused_by_name(name, accepted, refused):

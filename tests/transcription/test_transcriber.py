@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 
-from granite_speech.errors import AudioError
+from granite_speech.errors import AudioError, InputError
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.requests import transcript_request
+from granite_speech.transcription.transcribe import transcribe
 from granite_speech.transcription.transcriber import Transcriber, TruncatedAnswerWarning
 from tests.support.spoken import SPEECH, load, sentences
 
@@ -20,6 +21,15 @@ def transcriber() -> Transcriber:
 @pytest.fixture(scope="module")
 def shortest():
     return min(sentences(), key=lambda one: len(one.text))
+
+
+def test_fp16_false_of_whisper_loads_float32(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(Transcriber, "from_pretrained", lambda name, **settings: loaded.append(settings) or Transcriber(*load()))
+    assert transcribe([], "m", fp16=False) == transcribe([], "m", fp16=False, dtype="float32") == transcribe([], "m", fp16=True) == []
+    assert loaded == [{"dtype": "float32"}, {"dtype": "float32"}, {}]
+    with pytest.raises(InputError, match="fp16=False"):
+        transcribe([], "m", fp16=False, dtype="bfloat16")
 
 
 def tokens_of(transcriber: Transcriber, text: str) -> int:

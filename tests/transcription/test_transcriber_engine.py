@@ -200,6 +200,8 @@ def test_after_a_fork_both_processes_transcribe(transcriber):
         status = 1
         try:
             signal.alarm(60)
+            with pytest.raises(EngineError, match="forked"):
+                next(stream)  # its threads are the parent's
             stream.close()
             transcriber.close()  # does nothing: the engine is the parent's
             os.write(writing, "\n".join(transcriber.transcribe(FILES[:2])).encode())

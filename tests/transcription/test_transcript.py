@@ -27,6 +27,15 @@ def test_parts_by_attribute_and_by_key():
             wrong()
 
 
+def test_segments_and_notes_are_read_like_dictionaries():
+    whole, failed = SEGMENTS[0], SEGMENTS[2]
+    assert "text" in whole and "words" not in whole and "error" not in whole and "error" in failed
+    assert dict(whole) == whole.to_dict() and dict(failed) == failed.to_dict() and dict(NOTES[0]) == NOTES[0].to_dict()
+    assert whole.get("text") == "turn" and whole.get("words") is None and whole.get("words", []) == [] and whole["error"] is None
+    assert WHOLE.get("segments") == SEGMENTS and WHOLE.get("words", []) == [] and "turn" in WHOLE and "segments" not in WHOLE
+    assert dict(WHOLE)["text"] == WHOLE.text and dict(WHOLE)["duration"] == 6.0
+
+
 def test_json_has_the_keys_of_ibms_package():
     values = json.loads(json.dumps(WHOLE.to_dict()))
     assert list(values) == ["text", "segments", "language", "target_language", "duration", "warnings"]
