@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from numbers import Real
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -279,7 +280,8 @@ class _Recording:
         """The samples as they are decoded, checked against the limits. Sets `seconds`, `damage` and `unfilled` at the end."""
         import numpy as np
 
-        seconds, damage, unfilled, begin = 0.0, None, False, self.begin
+        # A sum of floats would not be exact.
+        seconds, damage, unfilled, begin = Fraction(0), None, False, self.begin
         while begin is not None:  # one file may be appended to another
             header = read_header(Source(self.file, begin))
             unfilled = unfilled or header.unfilled
@@ -296,8 +298,8 @@ class _Recording:
                         raise
                     damage = damage or f"what follows byte {begin} does not decode: {error.got}"
                     break
-                seconds += piece.samples.shape[1] / piece.rate
-                self._check_limits(seconds)
+                seconds += Fraction(piece.samples.shape[1], piece.rate)
+                self._check_limits(float(seconds))
                 if not np.isfinite(piece.samples).all():
                     raise AudioError(
                         got=f"{self.name!r} with NaN or infinite samples",
@@ -306,7 +308,7 @@ class _Recording:
                     )
                 yield piece
             begin = end
-        self.seconds, self.damage, self.unfilled = seconds, damage, unfilled
+        self.seconds, self.damage, self.unfilled = float(seconds), damage, unfilled
 
     def _check_limits(self, seconds: float) -> None:
         size = seconds * self.sampling_rate * BYTES_PER_SAMPLE
