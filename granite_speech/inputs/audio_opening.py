@@ -72,14 +72,17 @@ def _not_opened(path: str, error: Exception) -> AudioError:
 
 
 def _in_memory(file, name: str, most: int) -> io.BytesIO:
-    content = file.read(most + 1)
-    if len(content) > most:
+    pieces, count = [], 0
+    while count <= most and (piece := file.read(most + 1 - count)):  # a pipe without a buffer returns what it has
+        pieces.append(piece)
+        count += len(piece)
+    if count > most:
         raise AudioError(
             got=f"{name!r} with more than {most} bytes",
             expected="a recording within max_bytes",
             remedy="Raise max_bytes, or save it to a file and pass its path",
         )
-    return io.BytesIO(content)
+    return io.BytesIO(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
 
 def find_start(file: BinaryIO, name: str) -> int:

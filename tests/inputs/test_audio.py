@@ -136,6 +136,22 @@ def test_standard_input_and_pipes(monkeypatch, tmp_path):
     writer.join()
 
 
+def test_a_pipe_without_a_buffer_is_read_to_its_end():
+    class Pipe(io.RawIOBase):
+        def __init__(self):
+            self.content = io.BytesIO(WAV)
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            return self.content.readinto(memoryview(buffer)[:1000])
+
+    torch.testing.assert_close(load_audio(Pipe()), load_audio(io.BytesIO(WAV)))
+    with pytest.raises(AudioError, match="more than 2000 bytes"):
+        load_audio(Pipe(), max_bytes=2000)
+
+
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
 def test_a_wav_written_to_a_pipe_has_no_length(length):
     assert load_audio(io.BytesIO(patched(WAV, DATA_LENGTH, "<I", length))).shape == (SAMPLES,)
