@@ -60,7 +60,7 @@ class UnsupportedError(GraniteSpeechError, NotImplementedError):
 
 
 class EngineError(GraniteSpeechError, RuntimeError):
-    """An engine that takes no more requests: it is closed, its worker has failed, or it belongs to another process."""
+    """An engine that gave no answer, or takes no more requests: it is closed, its worker has failed, or it belongs to another process."""
 
 
 class OutputError(GraniteSpeechError, OSError):

@@ -69,16 +69,10 @@ class Answers:
             yield from self._segment(held)
 
     def transcript(self, job: Job) -> Transcript:
-        """The transcript, after the last segment.
-
-        Raises:
-            An error that is not of this package, if no window has a text because of it.
-        """
+        """The transcript, after the last segment. If all windows failed, its error is that of the first one."""
         options, error = self._setup.options, job.error
         if self._errors and len(self._errors) == len(self._segments):
-            error = self._errors[0] if error is None else error
-            if not isinstance(error, GraniteSpeechError):
-                raise error
+            error = _own(self._errors[0]) if error is None else error
         notes = [*self._setup.notes, *([] if job.audio_warning is None else [TranscriptNote("audio", job.audio_warning)])]
         return Transcript(
             " ".join(one.text for one in self._segments if one.text),
@@ -148,3 +142,16 @@ def _joined(before: _Text, after: _Text) -> tuple[_Text, _Text]:
     texts = join(before.text, after.text, overlap=after.overlap, **lengths)
     middle = after.start + after.overlap / 2
     return replace(before, text=texts[0], end=middle), replace(after, text=texts[1], start=middle)
+
+
+def _own(error: Exception) -> GraniteSpeechError:
+    """An error of this package: others, such as a lack of memory, end the recording but not those after it."""
+    if isinstance(error, GraniteSpeechError):
+        return error
+    failed = EngineError(
+        got=f"no answer ({type(error).__name__}: {error})",
+        expected="one for each window",
+        remedy="Transcribe the recording again; for less memory, pass a smaller chunk_length",
+    )
+    failed.__cause__ = error
+    return failed

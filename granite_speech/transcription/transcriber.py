@@ -154,7 +154,7 @@ class Transcriber:
             InputError: an option that cannot be used, or a model in training mode.
             AudioError: a recording that cannot be used. For a list, the message begins with the recording's index, and what is left
                 of the list is cancelled; `stream` goes on after an error.
-            EngineError: the transcriber was closed meanwhile.
+            EngineError: the transcriber was closed meanwhile, or the model failed, as for a lack of memory.
         """
         options |= {"prompt": prompt, "max_new_tokens": max_new_tokens, "sampling_rate": sampling_rate}
         several = isinstance(audio, (list, tuple)) and not is_numbers(audio)
@@ -194,7 +194,7 @@ class Transcriber:
         Raises:
             InputError: an option that cannot be used, or a model in training mode.
             What the iterable raises, after the transcripts of the recordings before that; and errors that are not of this package,
-            such as a lack of memory, if a recording has no text because of one.
+            such as a lack of memory, while a recording is read.
         """
         options |= {"prompt": prompt, "max_new_tokens": max_new_tokens, "sampling_rate": sampling_rate}
         with closing(self.stream_segments(recordings, **options)) as events:

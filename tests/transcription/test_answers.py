@@ -7,7 +7,17 @@ import pytest
 import torch
 
 import granite_speech
-from granite_speech import AudioError, InputError, Segment, Transcriber, Transcript, TranscriptWarning, TruncatedAnswerWarning, load_audio
+from granite_speech import (
+    AudioError,
+    EngineError,
+    InputError,
+    Segment,
+    Transcriber,
+    Transcript,
+    TranscriptWarning,
+    TruncatedAnswerWarning,
+    load_audio,
+)
 from granite_speech.engine.handle import Answer, Handle
 from granite_speech.transcription import answers, job
 from granite_speech.transcription.piece import Piece
@@ -123,6 +133,14 @@ def test_if_all_windows_fail_the_recording_has_failed(transcriber, monkeypatch):
     assert isinstance(transcript.error, AudioError) and transcript == ""
     with pytest.raises(AudioError, match="no memory"):
         transcriber.transcribe(samples)
+
+
+def test_a_lack_of_memory_does_not_end_the_run(transcriber, monkeypatch):
+    failing(monkeypatch, {0}, RuntimeError("no memory"))
+    first, second = transcriber.stream([CLIPS[0], torch.cat([PAUSE, PAUSE, CLIPS[1]])])
+    assert isinstance(first.error, EngineError) and "RuntimeError: no memory" in str(first.error) and not first.is_complete
+    assert isinstance(first.error.__cause__, RuntimeError)
+    assert second == TEXTS[1] and second.error is None
 
 
 def test_a_window_whose_engine_failed_is_tried_again(transcriber, monkeypatch):
