@@ -279,6 +279,7 @@ class _Recording:
         """The samples as they are decoded, checked against the limits. Sets `seconds`, `damage` and `unfilled` at the end."""
         import numpy as np
 
+        counts: dict[int, int] = {}  # samples by rate: adding up seconds would round at every piece
         seconds, damage, unfilled, begin = 0.0, None, False, self.begin
         while begin is not None:  # one file may be appended to another
             header = read_header(Source(self.file, begin))
@@ -296,7 +297,8 @@ class _Recording:
                         raise
                     damage = damage or f"what follows byte {begin} does not decode: {error.got}"
                     break
-                seconds += piece.samples.shape[1] / piece.rate
+                counts[piece.rate] = counts.get(piece.rate, 0) + piece.samples.shape[1]
+                seconds = sum(count / rate for rate, count in counts.items())
                 self._check_limits(seconds)
                 if not np.isfinite(piece.samples).all():
                     raise AudioError(
