@@ -3,7 +3,6 @@
 import argparse
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,36 +46,23 @@ _CHECKED_IN_THE_CALL: dict[str, Callable[[str], Any]] = {
     "word-timestamps": truth_value,
     "prompt-mode": _text,
     "prefix-text": _text,
+    "prepend-punctuations": _text,
+    "append-punctuations": _text,
+    "vad-threshold": _number,
+    "vad-min-speech-duration": _number,
+    "vad-min-silence-duration": _number,
+    "vad-speech-pad": _number,
 }
 
 
-@dataclass(frozen=True)
-class _Elsewhere:
-    """An option of another command line, without a counterpart in a call.
-
-    Attributes:
-        kind: converts its value.
-        accepted: the values that change nothing here; None: any.
-        instead: why others are refused, and what to use.
-    """
-
-    kind: Callable[[str], Any]
-    accepted: tuple[Any, ...] | None = None
-    instead: str = ""
-
-
-_NO_VAD = "--segmentation silero uses silero-vad with its own settings"
-_ELSEWHERE = {
-    "temperature-increment-on-fallback": _Elsewhere(
-        _number, (None, 0.0, 0.2), "A window whose text repeats itself is cut smaller, not tried at another temperature: use --temperature"
+# Options without a counterpart in a call: what converts the value, the values that change nothing here, and what to use for others.
+_ELSEWHERE: dict[str, tuple[Callable[[str], Any], tuple[Any, ...], str]] = {
+    "temperature-increment-on-fallback": (
+        _number,
+        (None, 0.0, 0.2),
+        "A window whose text repeats itself is cut smaller, not tried at another temperature: use --temperature",
     ),
-    "prepend-punctuations": _Elsewhere(str),
-    "append-punctuations": _Elsewhere(str),
-    "highlight-words": _Elsewhere(truth_value, (None, False), "Words have no times yet: subtitles have those of segments"),
-    "vad-threshold": _Elsewhere(_number, (None, 0.2), _NO_VAD),
-    "vad-min-speech-duration": _Elsewhere(_number, (None, 0.2), _NO_VAD),
-    "vad-min-silence-duration": _Elsewhere(_number, (None, 0.5), _NO_VAD),
-    "vad-speech-pad": _Elsewhere(_number, (None, 0.2), _NO_VAD),
+    "highlight-words": (truth_value, (None, False), "Words have no times yet: subtitles have those of segments"),
 }
 # No computer has more cores, and some thousands of threads would never end: they wait for each other at every operation.
 _MOST_THREADS = 1024
@@ -138,11 +124,10 @@ def _merge_hub_options(parser: CommandParser, options: argparse.Namespace) -> No
 
 
 def _refuse_what_changes_the_result(parser: CommandParser, options: argparse.Namespace) -> None:
-    for name, one in _ELSEWHERE.items():
+    for name, (_, accepted, instead) in _ELSEWHERE.items():
         value = getattr(options, name.replace("-", "_"), None)
-        if one.accepted is not None and value not in one.accepted:
-            accepted = " or ".join(map(str, one.accepted))
-            parser.error(f"--{name} {value} is not supported, only {accepted}. {one.instead}")
+        if value not in accepted:
+            parser.error(f"--{name} {value} is not supported, only {' or '.join(map(str, accepted))}. {instead}")
 
 
 def _transcription_parser() -> CommandParser:
@@ -255,8 +240,8 @@ def _add_others(parser: CommandParser) -> None:
     add = partial(parser.option, group, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     for name, kind in _CHECKED_IN_THE_CALL.items():
         _add_typed(add, name, kind)
-    for name, one in _ELSEWHERE.items():
-        _add_typed(add, name, one.kind)
+    for name, (kind, _, _) in _ELSEWHERE.items():
+        _add_typed(add, name, kind)
 
 
 def _add_typed(add: Callable[..., None], name: str, kind: Callable[[str], Any]) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from numbers import Real
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -280,8 +279,8 @@ class _Recording:
         """The samples as they are decoded, checked against the limits. Sets `seconds`, `damage` and `unfilled` at the end."""
         import numpy as np
 
-        # A sum of floats would not be exact.
-        seconds, damage, unfilled, begin = Fraction(0), None, False, self.begin
+        counts: dict[int, int] = {}  # samples by rate: adding up seconds would round at every piece
+        seconds, damage, unfilled, begin = 0.0, None, False, self.begin
         while begin is not None:  # one file may be appended to another
             header = read_header(Source(self.file, begin))
             unfilled = unfilled or header.unfilled
@@ -298,8 +297,9 @@ class _Recording:
                         raise
                     damage = damage or f"what follows byte {begin} does not decode: {error.got}"
                     break
-                seconds += Fraction(piece.samples.shape[1], piece.rate)
-                self._check_limits(float(seconds))
+                counts[piece.rate] = counts.get(piece.rate, 0) + piece.samples.shape[1]
+                seconds = sum(count / rate for rate, count in counts.items())
+                self._check_limits(seconds)
                 if not np.isfinite(piece.samples).all():
                     raise AudioError(
                         got=f"{self.name!r} with NaN or infinite samples",
@@ -308,7 +308,7 @@ class _Recording:
                     )
                 yield piece
             begin = end
-        self.seconds, self.damage, self.unfilled = float(seconds), damage, unfilled
+        self.seconds, self.damage, self.unfilled = seconds, damage, unfilled
 
     def _check_limits(self, seconds: float) -> None:
         size = seconds * self.sampling_rate * BYTES_PER_SAMPLE

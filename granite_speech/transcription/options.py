@@ -17,24 +17,23 @@ SHORTEST_WINDOW = 0.5  # seconds
 # Names that IBM's package and whisper have for the same option.
 _ALIASES = {"keyword_biases": "keywords", "initial_prompt": "prompt", "chunk_length_s": "chunk_length"}
 _NO_VAD = "Omit it; segmentation='silero' uses silero-vad with its own settings"
-_NO_WORDS = "Omit it: words have no times yet, segments have"
-# Options of theirs, with the values that mean what happens here anyway, and what to use for others.
-_NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...], str]] = {
+# Options of theirs, with the values that mean what happens here anyway (None: any value does), and what to use for others.
+_NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "beam_size": ((None, 1), "Windows are decoded greedily; call model.generate(num_beams=…) on clips"),
     "num_beams": ((None, 1), "Windows are decoded greedily; call model.generate(num_beams=…) on clips"),
     "best_of": ((None, 1, 5), "Omit it: each window has one answer"),
-    "patience": ((None,), "Omit it: windows are decoded greedily"),
-    "length_penalty": ((None,), "Omit it: windows are decoded greedily"),
+    "patience": (None, ""),  # it, like the next one, is about beams
+    "length_penalty": (None, ""),
     "suppress_tokens": ((None, "", "-1"), "Omit it: no token is suppressed"),
     "carry_initial_prompt": ((None, True), "Omit it: each window gets the whole prompt"),
     "condition_on_previous_text": ((None, False), "Omit it: each window is transcribed on its own"),
     "fp16": ((None, True), "Pass dtype='float32' where the model is loaded"),
     "logprob_threshold": ((None, -1.0), "Omit it: windows are tried again only if their text repeats itself"),
     "no_speech_threshold": ((None, 0.6), "Omit it: silence is found by its energy, before the model runs"),
-    "hallucination_silence_threshold": ((None,), "Omit it: silence is found by its energy, before the model runs"),
-    "word_timestamps": ((None, False), _NO_WORDS),
-    "prepend_punctuations": ((None, "\"'“¿([{-"), _NO_WORDS),
-    "append_punctuations": ((None, "\"'.。,，!！?？:：”)]}、"), _NO_WORDS),
+    "word_timestamps": ((None, False), "Omit it: words have no times yet, segments have"),
+    "prepend_punctuations": (None, ""),  # it, like the next two, is about times of words
+    "append_punctuations": (None, ""),
+    "hallucination_silence_threshold": (None, ""),
     "suppress_blank": ((None, True), "Omit it: no token is suppressed"),
     "without_timestamps": ((None, False), "Omit it: segments have the times of their windows"),
     "max_initial_timestamp": ((None, 1.0), "Omit it: segments have the times of their windows"),
@@ -45,7 +44,7 @@ _NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...], str]] = {
     "sample_rate": ((None,), "Call it sampling_rate"),
     "prompt_mode": ((None, "default"), "Pass the request itself as prompt"),
     "prefix_text": ((None,), "Omit it: each window is transcribed on its own"),
-    "verbose": ((None, True, False), "Pass a bool"),
+    "verbose": (None, ""),
 }
 
 
@@ -154,7 +153,7 @@ def _check_other(name: str, value: Any, known: Iterable[str]) -> None:
     if name not in _NOTHING_CHANGES:
         raise InputError(got=f"the option {name!r:.60}", expected=f"one of {', '.join(known)}", remedy="Correct the name")
     accepted, remedy = _NOTHING_CHANGES[name]
-    if not any(value is one or value == one for one in accepted):
+    if accepted is not None and not any(value is one or value == one for one in accepted):
         raise InputError(got=f"{name}={value!r:.60}, which is not supported here", expected=" or ".join(map(repr, accepted)), remedy=remedy)
 
 

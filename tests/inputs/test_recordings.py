@@ -45,7 +45,7 @@ def read(recording, processor, *options) -> tuple[torch.Tensor, str | None]:
 def test_files_come_in_blocks(processor, path):
     expected = load_audio(path)
     blocks, warning = recording_blocks(path, processor)
-    assert [len(block) for block in blocks] == [30 * RATE, 30 * RATE, 10 * RATE] and warning() is None
+    assert [len(block) for block in blocks] == [2 * RATE] * 35 and warning() is None
     content = path.read_bytes()
     entry = {"bytes": None, "path": str(path), "array": None}
     forms = (path, str(path), content, bytearray(content), memoryview(content), io.BytesIO(content), entry)
@@ -153,7 +153,7 @@ def test_damaged_files(processor):
     intact = []
     with pytest.raises(AudioError, match="cut off"):
         intact.extend(blocks)
-    assert len(intact) == 2 and len(intact[0]) == 30 * RATE and warning() is None
+    assert len(intact) > 15 and len(intact[0]) == 2 * RATE and warning() is None
     samples, warning = read(content, processor, None, "warn")
     assert torch.equal(samples, torch.cat(intact)) and "cut off" in warning
     samples, warning = read(Path(__file__).parents[1] / "audio_files" / "header_never_filled.wav", processor)

@@ -26,6 +26,7 @@ __all__ = ["SILENCES", "failures", "lengths", "voices"]
 
 RATE = 16_000
 SHORTEST, LONGEST = 0.1, 60.0
+_LIMIT = 4.0  # seconds: the longest window of the bundled checkpoint
 
 Utterance = tuple[np.ndarray, str]
 
@@ -87,22 +88,24 @@ def _fault(transcriber: Transcriber, case: Case, transcript: str) -> str:
     text, words = str(transcript), [one.text for one in transcript.segments if one.text]
     if transcript.error is not None:
         return f"failed: {transcript.error}"
-    if case.kind == "speech" and not text and not (case.samples.size < RATE // 2 and _is_no_word(transcriber, case.samples)):
+    if case.kind == "speech" and not text and not (case.samples.size < RATE // 2 and text == _own_answer(transcriber, case.samples)):
         return "no word for speech"
     if case.kind == "silence" and (text or words):
         return f"words for silence: {text or words!r}"
-    if case.kind == "among silence" and text != case.text:
+    # What fits into one window is passed whole, and then the model may be confused by the silence.
+    is_whole = case.samples.size <= _LIMIT * RATE
+    if case.kind == "among silence" and text != case.text and not (is_whole and text == _own_answer(transcriber, case.samples)):
         return f"{text!r}; alone it is {case.text!r}"
     return ""
 
 
 @torch.no_grad()
-def _is_no_word(transcriber: Transcriber, samples: np.ndarray) -> bool:
-    """Whether the model itself finds no word in the fragment of one."""
+def _own_answer(transcriber: Transcriber, samples: np.ndarray) -> str:
+    """The model's answer to a clip, without any windows."""
     model, processor = transcriber.model, transcriber.processor
     inputs = processor(transcript_request(processor), torch.from_numpy(samples))
-    ids = model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
-    return not processor.decode(ids.tolist(), skip_special_tokens=True).strip()
+    ids = model.generate(**inputs, max_new_tokens=60)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(ids.tolist(), skip_special_tokens=True).strip()
 
 
 def cases_of(number: int, length: float, utterances: Sequence[Utterance], known: Sequence[Utterance]) -> list[Case]:

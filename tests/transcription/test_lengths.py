@@ -30,14 +30,16 @@ class Deaf:
 
 
 def test_the_sweep_sees_missing_words_and_words_for_silence(monkeypatch):
-    monkeypatch.setattr(sweep_lengths, "_is_no_word", lambda transcriber, samples: False)
+    monkeypatch.setattr(sweep_lengths, "_own_answer", lambda transcriber, samples: "one")
     missing = failures(Deaf(""), voices(), 12)
     assert len(missing) == 12 and all("no word for speech" in one for one in missing)
     invented = failures(Deaf("nothing"), voices(), 12)
     assert len(invented) == 12 and all("words for silence: 'nothing'" in one for one in invented)
 
 
-def test_the_sweep_sees_words_that_silence_changes():
+def test_the_sweep_sees_words_that_silence_changes(monkeypatch):
+    monkeypatch.setattr(sweep_lengths, "_own_answer", lambda transcriber, samples: "one")
+
     class Forgetful:
         """Knows an utterance, but not with silence around it."""
 

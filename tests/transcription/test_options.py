@@ -90,7 +90,6 @@ def test_names_of_other_packages():
         ("suppress_blank", True, False),
         ("without_timestamps", False, True),
         ("max_initial_timestamp", 1.0, 2.0),
-        ("append_punctuations", None, "!"),
         ("vad_threshold", 0.2, 0.5),
         ("vad_min_silence_duration", 0.5, 1.0),
         ("sample_rate", None, 8000),
@@ -100,6 +99,11 @@ def test_what_changes_nothing_is_accepted_and_the_rest_refused_by_name(name, acc
     assert TranscribeOptions.of({name: accepted}) == TranscribeOptions()
     with pytest.raises(InputError, match=f"{name}={refused!r}, which is not supported"):
         TranscribeOptions.of({name: refused})
+
+
+def test_what_never_changes_anything_is_accepted_with_any_value():
+    call = {"patience": 2.0, "length_penalty": 0.5, "append_punctuations": "!", "hallucination_silence_threshold": 2, "verbose": False}
+    assert TranscribeOptions.of(call) == TranscribeOptions()
 
 
 def test_an_unknown_option_is_named_with_the_known_ones():
