@@ -23,6 +23,9 @@ _NO_MODEL = (
     "For any speech, use --model ibm-granite/granite-speech-3.3-2b"
 )
 
+# Options of `SubtitleOptions`.
+_LAYOUT = ("max_line_width", "max_line_count", "max_words_per_line")
+
 # Where a line on standard output ends: before a pause of so many seconds, after a sentence, or if it is long.
 _PAUSE, _LONG_LINE = 1.0, 300
 _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
@@ -44,6 +47,9 @@ def transcribe(options: argparse.Namespace) -> int:
     TranscribeOptions.of(options.call)  # its errors need not wait for the model
     if options.ignored:
         message(f"{', '.join(options.ignored)} ignored: llama.cpp is not used")
+    layout = [f"--{name.replace('_', '-')}" for name in _LAYOUT if getattr(options, name) is not None]
+    if layout and not {"srt", "vtt"} & set(options.output_format or ()):
+        message(f"{', '.join(layout)} ignored: neither srt nor vtt is written")
     results = _Files(options) if options.writes_files else _Lines(options.audio)
     if not results.names:
         return 0
@@ -137,7 +143,7 @@ class _Files:
 
     def __init__(self, options: argparse.Namespace):
         recordings = list(dict.fromkeys(options.audio))
-        layout = {name: getattr(options, name) for name in ("max_line_width", "max_line_count", "max_words_per_line")}
+        layout = {name: getattr(options, name) for name in _LAYOUT}
         self._files = OutputFiles(recordings, options.output_dir, options.output_format or ["txt"], SubtitleOptions(**layout))
         self._quiet, self.failed = options.quiet, False
         self._places = [place for place in range(len(recordings)) if not (options.resume and self._files.is_complete(place))]

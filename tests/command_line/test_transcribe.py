@@ -57,6 +57,14 @@ def test_one_recording_has_a_line_for_what_is_between_pauses_and_no_name(transcr
     assert "verify:\n[failed" in run(capfd, "a.wav", "verify")[1], "only the first word is a command"
 
 
+def test_a_layout_of_subtitles_without_subtitles_is_ignored_with_a_message(transcriber, capfd):
+    ignored = "granite-speech: --max-line-width, --max-line-count ignored: neither srt nor vtt is written\n"
+    layout = ("--max_line_width", "20", "--max_line_count", "2")
+    assert run(capfd, "a.wav", *layout) == (0, "one\ntwo\n", ignored)
+    assert run(capfd, "a.wav", *layout, "-f", "txt,json")[2].startswith(ignored)
+    assert "ignored" not in run(capfd, "a.wav", *layout, "-f", "all")[2] + run(capfd, "a.wav", *layout, "-f", "vtt")[2]
+
+
 def test_several_recordings_have_their_names_before_their_texts(transcriber, capfd):
     status, out, err = run(capfd, "a.wav", "absent.wav", "silent.wav", "b.wav", "a.wav")
     failed = "absent.wav:\n[failed: 'absent.wav', which does not exist]"
