@@ -3,7 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from bench import accelerated, embedded, encoder, kernels_cpu, kernels_table, rehearse, results, serving, steps_gpu, whole_model, words
+from bench import (
+    accelerated,
+    embedded,
+    encoder,
+    hours,
+    kernels_cpu,
+    kernels_table,
+    rehearse,
+    results,
+    serving,
+    steps_gpu,
+    whole_model,
+    words,
+)
 
 __all__ = ["headline", "report", "sections", "write"]
 
@@ -23,6 +36,7 @@ def sections() -> list[tuple[Path, str, str]]:
         (readme, "report", report("encoder", "embedded-cpu", "accelerated", "serving", "whole-model", "decode-steps", "kernels summary")),
         (all_kernels, "report: kernels", report("kernels", "kernels-cpu")),
         (all_kernels, "report: rehearsal", report("rehearsal")),
+        (all_kernels, "report: hours", report("hours")),
         (checkpoint, "words", report("words")),
     ]
 
@@ -77,6 +91,7 @@ _TABLES = {
     "accelerated": accelerated.table,
     "serving": serving.table,
     "rehearsal": rehearse.table,
+    "hours": hours.table,
     "kernels": _kernels,
     "kernels summary": _kernels_summary,
     "kernels-cpu": kernels_cpu.table,
