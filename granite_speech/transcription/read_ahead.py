@@ -29,10 +29,11 @@ class ReadAhead:
         recordings: only the thread uses it, one recording at a time.
         job: makes the job of a recording.
         most: windows read and not yet answered; a recording without any counts as one.
+        most_of_one: such windows of one recording.
     """
 
-    def __init__(self, recordings: Iterable[Any], job: Callable[[Any], Job], most: int):
-        self._job, self._most, self._process = job, most, os.getpid()
+    def __init__(self, recordings: Iterable[Any], job: Callable[[Any], Job], most: int, most_of_one: int):
+        self._job, self._most, self._most_of_one, self._process = job, most, most_of_one, os.getpid()
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         self._ended = self._stopped = False
@@ -138,7 +139,7 @@ class ReadAhead:
                 job.pieces.append(piece)
                 self._changed.notify_all()
             # The last window of a recording need not wait here: its job does, once it has ended.
-            self._changed.wait_for(lambda: self._stopped or self._has_room())
+            self._changed.wait_for(lambda: self._stopped or (self._has_room() and len(job.pieces) < self._most_of_one))
             return not self._stopped
 
     def _has_room(self) -> bool:

@@ -32,8 +32,8 @@ __all__ = ["Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"]
 
 # Windows that are read ahead, for each answer that the engine can work on: some to work on, and some ready to follow.
 _AHEAD = 2
-# More than this many only take memory on a CPU: a batch of them is 5 % slower than one of four times as many.
-_MOST_AHEAD_ON_CPU = 24
+# Of one recording, on a CPU: more of them would take more memory the longer it is. A GPU needs more to be busy.
+_OF_ONE_ON_CPU = 16
 
 
 class TranscriptWarning(UserWarning):
@@ -181,8 +181,8 @@ class Transcriber:
         """Transcripts of any number of recordings, in order, each as soon as it and those before it are complete.
 
         A thread takes the recordings from the iterable and reads them ahead: at most two windows for each answer that the engine can
-        work on, 24 on a CPU, and about two hours of audio. Closing the iterator, as a `break` in a loop over it does, cancels what is
-        left.
+        work on, of one recording 16 on a CPU, and about two hours of audio. Closing the iterator, as a `break` in a loop over it does,
+        cancels what is left.
 
         Args:
             recordings: each as `transcribe` takes one; also an iterator that waits, or that never ends.
@@ -222,8 +222,8 @@ class Transcriber:
         _check_several(recordings)
         setup = self._setup(TranscribeOptions.of(options), sampling_rate)
         most = _AHEAD * self._running_engine().max_rows
-        most = min(most, _MOST_AHEAD_ON_CPU) if self.model.device.type == "cpu" else most
-        ahead = ReadAhead(recordings, partial(Job, setup), most)
+        of_one = _OF_ONE_ON_CPU if self.model.device.type == "cpu" else most
+        ahead = ReadAhead(recordings, partial(Job, setup), most, of_one)
         try:
             for index, job in enumerate(ahead):
                 report = partial(on_progress, index) if on_progress is not None else lambda seconds: None
