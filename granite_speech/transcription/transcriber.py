@@ -33,7 +33,7 @@ __all__ = ["Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"]
 # Windows that are read ahead, for each answer that the engine can work on: some to work on, and some ready to follow.
 _AHEAD = 2
 # Of one recording, on a CPU: more of them would take more memory the longer it is. A GPU needs more to be busy.
-_OF_ONE_ON_CPU = 10
+_OF_ONE_ON_CPU = 16
 
 
 class TranscriptWarning(UserWarning):
@@ -181,7 +181,7 @@ class Transcriber:
         """Transcripts of any number of recordings, in order, each as soon as it and those before it are complete.
 
         A thread takes the recordings from the iterable and reads them ahead: at most two windows for each answer that the engine can
-        work on, of one recording 10 on a CPU, and about two hours of audio. Closing the iterator, as a `break` in a loop over it does,
+        work on, of one recording 16 on a CPU, and about two hours of audio. Closing the iterator, as a `break` in a loop over it does,
         cancels what is left.
 
         Args:
