@@ -161,7 +161,7 @@ class Transcriber:
         if stream:
             return self.stream(audio, **options) if several else self._segments(audio, options)
         transcripts = []
-        with closing(self.stream(audio if several else [audio], **options)) as done:
+        with closing(self.stream(audio if several else iter([audio]), **options)) as done:
             for index, one in enumerate(done):
                 name = _name(index, audio[index]) if several else ""
                 _raise_error(one, name)
@@ -255,7 +255,7 @@ class Transcriber:
 
     def _segments(self, audio: Recording, options: dict[str, Any]) -> Iterator[Segment]:
         """The segments of one recording, then its warnings and its error."""
-        with closing(self.stream_segments([audio], **options)) as events:
+        with closing(self.stream_segments(iter([audio]), **options)) as events:
             for _, one in events:
                 if isinstance(one, Segment):
                     yield one

@@ -141,8 +141,9 @@ def test_a_transcriber_that_nobody_holds_ends_its_thread(loaded):
 def test_an_engine_that_failed_is_replaced(transcriber, made, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Worker, "turn", lambda worker: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(EngineError, match="no answer .ZeroDivisionError") as caught:
             transcriber.transcribe(FILES[0])
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert len(made) == 2, "another try, with a new engine"
     assert transcriber.transcribe(FILES[0]) == TEXTS[0]
     assert len(made) == 3
