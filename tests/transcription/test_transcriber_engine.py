@@ -141,7 +141,7 @@ def test_a_transcriber_that_nobody_holds_ends_its_thread(loaded):
 def test_an_engine_that_failed_is_replaced(transcriber, made, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Worker, "turn", lambda worker: 1 / 0)
-        with pytest.raises(EngineError, match="no answer .ZeroDivisionError") as caught:
+        with pytest.raises(EngineError, match=r"no answer .ZeroDivisionError") as caught:
             transcriber.transcribe(FILES[0])
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert len(made) == 2, "another try, with a new engine"
