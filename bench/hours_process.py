@@ -2,7 +2,7 @@
 
     python -m bench.hours_process ROUNDS FILE
 
-Started anew for each recording, because memory that an earlier one has used is not given back.
+There is a new process for each recording, because memory that an earlier one has used is not given back.
 """
 
 import json

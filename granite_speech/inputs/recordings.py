@@ -16,7 +16,7 @@ from granite_speech.inputs.clips import MOST_CHANNELS, check_clips, clips_of_pro
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.sources import arrays_and_rates, file_of
 
-__all__ = ["Recording", "read_recording", "recording_blocks", "samples_of"]
+__all__ = ["Recording", "recording_blocks", "samples_of"]
 
 Recording = str | PathLike | BinaryIO | bytes | np.ndarray | Tensor
 
@@ -33,19 +33,13 @@ def samples_of(recording: Any, processor: GraniteSpeechProcessor, sampling_rate:
     Raises:
         AudioError: a file that cannot be used.
     """
-    samples, rate, warning = read_recording(recording, processor, sampling_rate)
-    if warning is not None:
-        warn(warning, AudioWarning, stacklevel=2)
-    return samples, rate
-
-
-def read_recording(recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None) -> tuple[Any, int | None, str | None]:
-    """As `samples_of`, with the text of a file's `AudioWarning`, or None, in place of the warning."""
     if isinstance(recording, (np.ndarray, Tensor, list, tuple, Mapping)) or hasattr(recording, "get_all_samples"):
-        return recording, sampling_rate, None
+        return recording, sampling_rate
     file = io.BytesIO(recording) if isinstance(recording, (bytes, bytearray, memoryview)) else recording
     samples, warning = load_with_warning(file, processor.audio_processor.sampling_rate)
-    return samples, None, warning
+    if warning is not None:
+        warn(warning, AudioWarning, stacklevel=2)
+    return samples, None
 
 
 def recording_blocks(

@@ -92,12 +92,12 @@ class Answers:
             piece, answer = self._answer(piece)
         except Exception as error:  # whatever a window fails with, the others have their texts
             return [replace(place, error=error)]
-        text = answer.text.strip()
-        if not repeats(text, answer.finish_reason, threshold):
-            return [replace(place, text=text, truncated=piece.truncation(answer))]
+        found = replace(place, text=answer.text.strip(), truncated=piece.truncation(answer))
+        if not repeats(found.text, answer.finish_reason, threshold):
+            return [found]
         smaller = halves(window) if cuts < _CUTS else None
         if smaller is None:
-            return [replace(place, text=text, repeats=True)]
+            return [replace(found, repeats=True)]
         parts = [Piece(self._setup, half) for half in smaller]
         for part in parts:
             part.submit()

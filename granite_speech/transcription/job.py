@@ -2,10 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 
 from granite_speech.errors import GraniteSpeechError
@@ -13,7 +11,7 @@ from granite_speech.inputs.recordings import recording_blocks
 from granite_speech.transcription.piece import Piece, Setup
 from granite_speech.transcription.windows import Windows
 
-__all__ = ["Job", "is_numbers"]
+__all__ = ["Job"]
 
 
 class Job:
@@ -58,9 +56,8 @@ class Job:
 
     def _read(self, add: Callable[[Piece], bool]) -> None:
         setup, options = self._setup, self._setup.options
-        recording = np.asarray(self._recording) if is_numbers(self._recording) else self._recording
         with setup.alone():
-            blocks, warning = recording_blocks(recording, setup.processor, setup.sampling_rate, options.errors)
+            blocks, warning = recording_blocks(self._recording, setup.processor, setup.sampling_rate, options.errors)
         windows = Windows(
             blocks,
             limit=setup.limit,
@@ -85,8 +82,3 @@ class Job:
         if not count:
             # Silence has no text. What is too short for the model is an error even so.
             setup.inputs(torch.zeros(min(round(windows.duration * setup.rate), setup.rate)))
-
-
-def is_numbers(recording: Any) -> bool:
-    """Whether this is a list or tuple of samples, one recording, and not of recordings."""
-    return isinstance(recording, (list, tuple)) and bool(recording) and all(isinstance(one, Real) for one in recording)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -22,7 +23,7 @@ from granite_speech.inputs.recordings import Recording
 from granite_speech.inputs.requests import request_for, window_limit
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.transcription.answers import Answers
-from granite_speech.transcription.job import Job, is_numbers
+from granite_speech.transcription.job import Job
 from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.piece import Setup
 from granite_speech.transcription.read_ahead import ReadAhead
@@ -157,7 +158,7 @@ class Transcriber:
             EngineError: the transcriber was closed meanwhile, or the model failed, as for a lack of memory.
         """
         options |= {"prompt": prompt, "max_new_tokens": max_new_tokens, "sampling_rate": sampling_rate}
-        several = isinstance(audio, (list, tuple)) and not is_numbers(audio)
+        several = isinstance(audio, (list, tuple)) and not _is_numbers(audio)
         if stream:
             return self.stream(audio, **options) if several else self._segments(audio, options)
         transcripts = []
@@ -318,7 +319,7 @@ class Transcriber:
 def _check_several(recordings: Any) -> None:
     """Refuse one recording in place of several: letters of a path, lines of a file and samples of an array are no recordings."""
     one = isinstance(recordings, Recording | bytearray | memoryview | Mapping) or hasattr(recordings, "read")
-    if one or is_numbers(recordings):
+    if one or _is_numbers(recordings):
         raise InputError(
             got=f"a {type(recordings).__name__}, not several recordings",
             expected="an iterable of recordings",
@@ -344,3 +345,8 @@ def _raise_error(transcript: Transcript, name: str) -> None:
 
 def _name(index: int, recording: Recording) -> str:
     return f"recording {index}" + (f" ({os.fspath(recording)!r})" if isinstance(recording, (str, PathLike)) else "")
+
+
+def _is_numbers(recording: Any) -> bool:
+    """Whether this is a list or tuple of samples, one recording, and not of recordings."""
+    return isinstance(recording, (list, tuple)) and bool(recording) and all(isinstance(one, Real) for one in recording)

@@ -246,6 +246,10 @@ def test_a_window_that_repeats_is_cut_and_tried_again(transcriber, monkeypatch):
     assert len(lengths) <= 2 ** (answers._CUTS + 1) and min(lengths) < len(two) / RATE / 2
     assert transcriber.transcribe(two, compression_ratio_threshold=None).warnings == ()
 
+    monkeypatch.setattr(Piece, "answer", lambda piece: Answer("la " * 100, [1] * 400, "length"))
+    [transcript] = transcriber.stream([two])
+    assert {one.type for one in transcript.warnings} == {"repetition", "truncated"} and not transcript.is_complete
+
 
 # --- overlaps ----------------------------------------------------------------------------------------------------------------------------
 
