@@ -59,7 +59,7 @@ _HOMES = {
     "transcription.options": ("TranscribeOptions",),
     "transcription.transcribe": ("transcribe",),
     "transcription.transcriber": ("Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"),
-    "transcription.transcript": ("Segment", "Transcript", "TranscriptNote"),
+    "transcription.transcript": ("Segment", "Transcript", "TranscriptNote", "Word"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -118,6 +118,7 @@ if TYPE_CHECKING:
     from granite_speech.transcription.transcript import Segment as Segment
     from granite_speech.transcription.transcript import Transcript as Transcript
     from granite_speech.transcription.transcript import TranscriptNote as TranscriptNote
+    from granite_speech.transcription.transcript import Word as Word
 
 
 def _warn_of_ibms_package() -> None:

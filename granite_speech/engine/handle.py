@@ -7,8 +7,10 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from granite_speech.errors import EngineError
 
@@ -24,11 +26,17 @@ class Answer:
         token_ids: new tokens, with the one that ended the answer.
         finish_reason: "stop": an end token or a stop string; "length": max_new_tokens, or the engine's pages are full; "repeated":
             the same tokens again and again, if stop_on_repetition; "cancelled".
+        logprobs: of each token, its natural log-probability after those before it, in the model's own distribution: before temperature,
+            penalties and other rules.
+        ctc_logprobs: with ctc=True, `(frames, output_dim)` float32 on the CPU: the natural log-probabilities of the encoder's CTC head,
+            50 frames a second, of all clips end to end. None otherwise.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
+    logprobs: list[float] = field(default_factory=list)
+    ctc_logprobs: Tensor | None = None
 
 
 class Handle:

@@ -10,8 +10,9 @@ from typing import Any, Self
 from granite_speech.errors import InputError
 from granite_speech.inputs.languages import requested_languages
 
-__all__ = ["SEGMENTATIONS", "SHORTEST_WINDOW", "TranscribeOptions"]
+__all__ = ["PROMPT_MODES", "SEGMENTATIONS", "SHORTEST_WINDOW", "TranscribeOptions"]
 
+PROMPT_MODES = ("default", "speaker_attributed", "word_timestamps")
 SEGMENTATIONS = ("energy", "vad", "silero", "fixed")
 SHORTEST_WINDOW = 0.5  # seconds
 # Names that IBM's package and whisper have for the same option.
@@ -30,7 +31,6 @@ _NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "fp16": ((None, True), "Pass dtype='float32' where the model is loaded"),
     "logprob_threshold": ((None, -1.0), "Omit it: windows are tried again only if their text repeats itself"),
     "no_speech_threshold": ((None, 0.6), "Omit it: silence is found by its energy, before the model runs"),
-    "word_timestamps": ((None, False), "Omit it: words have no times yet, segments have"),
     "prepend_punctuations": (None, ""),  # it, like the next two, is about times of words
     "append_punctuations": (None, ""),
     "hallucination_silence_threshold": (None, ""),
@@ -41,9 +41,6 @@ _NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "vad_min_speech_duration": ((None, 0.2), _NO_VAD),
     "vad_min_silence_duration": ((None, 0.5), _NO_VAD),
     "vad_speech_pad": ((None, 0.2), _NO_VAD),
-    "sample_rate": ((None,), "Call it sampling_rate"),
-    "prompt_mode": ((None, "default"), "Pass the request itself as prompt"),
-    "prefix_text": ((None,), "Omit it: each window is transcribed on its own"),
     "verbose": (None, ""),
 }
 
@@ -69,6 +66,10 @@ class TranscribeOptions:
             end. A text with commas, numbers, or pairs.
         compression_ratio_threshold: a text that zlib makes this many times smaller repeats itself: its window is cut and tried again.
             None: any text is taken.
+        word_timestamps: give each word its time and its confidence. Not of a translation, whose words were not said.
+        prompt_mode: of plus checkpoints: "speaker_attributed" says who speaks; "word_timestamps" has the model write the times of words,
+            which `word_timestamps` finds with any checkpoint. "default": a plain transcript.
+        prefix_text: of plus checkpoints: how the answer to the first window begins, as the answer to the audio before it ended.
         errors: "raise", or "warn" to take the intact part of a damaged file, with a warning.
 
     Raises:
@@ -87,6 +88,9 @@ class TranscribeOptions:
     chunk_overlap: float = 0.0
     clip_timestamps: Any = None
     compression_ratio_threshold: float | None = 2.4
+    word_timestamps: bool = False
+    prompt_mode: str = "default"
+    prefix_text: str | None = None
     errors: str = "raise"
 
     @classmethod
@@ -113,6 +117,8 @@ class TranscribeOptions:
             object.__setattr__(self, "segmentation", "fixed" if self.chunk_overlap else "energy")
         self._check_choice("segmentation", SEGMENTATIONS)
         self._check_choice("errors", ("raise", "warn"))
+        self._check_choice("prompt_mode", PROMPT_MODES)
+        self._check_choice("word_timestamps", (True, False))
         requested_languages(self.task, self.language, self.target_language)
         if isinstance(self.temperature, (list, tuple)) and self.temperature:
             object.__setattr__(self, "temperature", self.temperature[0])

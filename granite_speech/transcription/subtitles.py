@@ -2,12 +2,11 @@
 
 import math
 import re
-import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, groupby, pairwise
 
 from granite_speech.errors import InputError
+from granite_speech.transcription.text_units import text_units
 from granite_speech.transcription.transcript import Segment, Transcript
 
 __all__ = ["Cue", "SubtitleOptions", "cues", "one_line", "spoken"]
@@ -21,15 +20,6 @@ _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")  # they have no form in UTF-8
 _SPACES = re.compile(r"\s+")
 _NO_BREAK_SPACES = re.compile("[\u00a0\u2007\u202f]+")
-# Thai to Lao, Burmese, Khmer, Chinese and Japanese: scripts without spaces between words. Korean has them.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff]"
-)
-# Where they do not allow a new line: before marks, closing punctuation and small kana, and after opening brackets.
-_MARKS = {"Mn", "Mc", "Me", "Cf", "Zs"}
-_NOT_FIRST = _MARKS | {"Pe", "Pf", "Po", "Lm", "Sk"}
-_NOT_LAST = {"Ps", "Pi", "Zs"}
-_SMALL_KANA = frozenset("ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ")
 
 
 @dataclass(frozen=True)
@@ -128,7 +118,7 @@ def _lines(text: str, width: int | None, words: int | None) -> list[str]:
     if width is None and words is None:
         return [text]
     lines, line, count = [], "", 0
-    for space, unit in _units(text, width):
+    for space, unit in text_units(text, width):
         longer = line + space + unit if line else unit
         if line and ((width is not None and len(longer) > width) or count == words):
             lines.append(line)
@@ -137,30 +127,6 @@ def _lines(text: str, width: int | None, words: int | None) -> list[str]:
             line = longer
         count += 1
     return [*lines, line]
-
-
-def _units(text: str, width: int | None) -> Iterator[tuple[str, str]]:
-    """What a line break may not divide, each after the space that separates it from the one before it, if there is one."""
-    for word in text.split(" "):
-        space = " "
-        for unit in _characters(word, _NOT_FIRST, _NOT_LAST) if _UNSPACED.search(word) else [word]:
-            too_long = width is not None and len(unit) > width and _UNSPACED.search(unit)
-            for piece in _characters(unit, _MARKS, set()) if too_long else [unit]:
-                yield space, piece
-                space = ""
-
-
-def _characters(word: str, not_first: set[str], not_last: set[str]) -> list[str]:
-    """Divide a word beside each character of a script without spaces, except before and after certain categories of characters."""
-    pieces = [word[0]]
-    for before, after in pairwise(word):
-        kept = unicodedata.category(after) in not_first or unicodedata.category(before) in not_last
-        kept = kept or (not_last and after in _SMALL_KANA) or not (_UNSPACED.match(before) or _UNSPACED.match(after))
-        if kept:
-            pieces[-1] += after
-        else:
-            pieces.append(after)
-    return pieces
 
 
 def _without_overlaps(found: list[Cue]) -> list[Cue]:
