@@ -77,7 +77,7 @@ def _warn_of_what_is_not_shown(options: argparse.Namespace) -> None:
     layout = [f"--{name.replace('_', '-')}" for name in _LAYOUT if getattr(options, name)]
     if layout and not {"srt", "vtt"} & formats:
         message(f"{', '.join(layout)} ignored: neither srt nor vtt is written")
-    elif options.call.get("word_timestamps") and options.plot is None and not _WITH_WORDS & formats:
+    if options.call.get("word_timestamps") and options.plot is None and not _WITH_WORDS & formats:
         message(f"--word-timestamps shows no times: none of {', '.join(sorted(_WITH_WORDS))} is written")
 
 

@@ -75,7 +75,7 @@ def pages(words: Sequence[Word], mel: np.ndarray, seconds: float, title: str) ->
     count = math.ceil(seconds / _ROW)
     width = _ROW if count > _ROWS else max(seconds, 0.5) / count  # one page is filled
     words, ruler = sorted(words, key=lambda one: one.start), _Ruler()
-    rows = [_row(words, number * width, (number + 1) * width, ruler) for number in range(count)]
+    rows = [_row(words, number * width, (number + 1) * width, number == count - 1, ruler) for number in range(count)]
     groups = [rows[first : first + _ROWS] for first in range(0, count, _ROWS)]
     for number, group in enumerate(groups, 1):
         heading = f"{title}   page {number} of {len(groups)}".strip() if len(groups) > 1 else title
@@ -94,17 +94,22 @@ class _Ruler:
         return text.get_window_extent(self._renderer).width / _DOTS
 
 
-def _row(words: Sequence[Word], start: float, end: float, ruler: _Ruler) -> _Row:
-    """Place each word in the first lane where neither its bar nor its label touches those before it."""
+def _row(words: Sequence[Word], start: float, end: float, is_last: bool, ruler: _Ruler) -> _Row:
+    """Place each word in the first lane where neither its bar nor its label touches those before it.
+
+    A word in two rows has its label in the row that has its middle. Words before the first row and after the last one are at its edge.
+    """
     second = _ACROSS / (end - start)  # inches
     free = [start] * _LANES  # from when on each lane is
     row = _Row(start, end, [], 1, 0)
     for word in words:
-        begin, stop = max(word.start, start), min(max(word.end, word.start), end)
-        if word.start >= end or (stop <= start and word.start < start):
+        began, ended = max(word.start, 0.0), max(word.end, word.start, 0.0)
+        if (began >= end and not is_last) or (ended <= start and began < start):
             continue
+        begin, stop = min(max(began, start), end), min(ended, end)
         label, left, right = None, begin, stop
-        if start <= (word.start + max(word.end, word.start)) / 2 < end:
+        middle = (began + ended) / 2
+        if middle >= start and (middle < end or is_last):
             text = _shortened(one_line(word.word))
             length = (ruler.inches(text) + 2 * _PADDING) / second
             at = max(start, min(begin + max(stop - begin - length, 0) / 2, end - length))
