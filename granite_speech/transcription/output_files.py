@@ -70,6 +70,7 @@ class OutputFiles:
 
         Raises:
             OutputError: something cannot be written. Files from before are as they were, unless the last step, renaming, failed.
+            InputError: as `write_text`.
         """
         failed = self._path(index, _FAILED)
         has_text = transcript.error is None or transcript.text or transcript.segments

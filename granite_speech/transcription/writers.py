@@ -29,7 +29,7 @@ def write_text(transcript: Transcript, format: str, options: SubtitleOptions) ->
         options: the layout of subtitles.
 
     Raises:
-        InputError: an unknown format, a time that is not finite, or words to be highlighted that have no times.
+        InputError: an unknown format, a time that is not finite, or words that are to be highlighted and have no times.
     """
     if format not in _CONTENTS:
         raise InputError(got=f"the output format {format!r}", expected=f"one of {', '.join(FORMATS)}", remedy="Choose one of these")
@@ -84,7 +84,9 @@ def _json(transcript: Transcript, options: SubtitleOptions) -> str:
         content = json.dumps(transcript.to_dict(), ensure_ascii=False, indent=2, allow_nan=False)
     except ValueError as error:
         raise InputError(
-            got="a transcript with a time that is not finite", expected="finite times", remedy="Give each segment its times"
+            got="a transcript with a time or a confidence that is not finite",
+            expected="finite numbers",
+            remedy="Give each segment and each word its times",
         ) from error
     # UTF-8 has no form of half a surrogate pair, which is in the name of a file that is not in UTF-8; JSON has one.
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", content) + "\n"
