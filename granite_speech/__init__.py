@@ -57,6 +57,7 @@ _HOMES = {
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
     "modules.encoder": ("GraniteSpeechCTCEncoder",),
     "transcription.options": ("TranscribeOptions",),
+    "transcription.plot": ("plot_words",),
     "transcription.transcribe": ("transcribe",),
     "transcription.transcriber": ("Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"),
     "transcription.transcript": ("Segment", "Transcript", "TranscriptNote", "Word"),
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
     from granite_speech.modules.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
     from granite_speech.transcription.options import TranscribeOptions as TranscribeOptions
+    from granite_speech.transcription.plot import plot_words as plot_words
     from granite_speech.transcription.transcribe import transcribe as transcribe
     from granite_speech.transcription.transcriber import Transcriber as Transcriber
     from granite_speech.transcription.transcriber import TranscriptWarning as TranscriptWarning
