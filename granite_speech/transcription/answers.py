@@ -98,7 +98,7 @@ class Answers:
         smaller = halves(window) if cuts < _CUTS else None
         if smaller is None:
             return [replace(found, repeats=True)]
-        parts = [Piece(self._setup, half) for half in smaller]
+        parts = [Piece(self._setup, half, piece.is_first and not number) for number, half in enumerate(smaller)]
         for part in parts:
             part.submit()
         return [one for part in parts for one in self._texts(part, cuts + 1)]
@@ -112,7 +112,7 @@ class Answers:
         except Exception:
             if not piece.was_submitted:
                 raise
-        again = Piece(self._setup, piece.window)
+        again = Piece(self._setup, piece.window, piece.is_first)
         again.submit()
         return again, again.answer()
 
