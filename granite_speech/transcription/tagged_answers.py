@@ -6,10 +6,11 @@ granite-speech-4.1-2b-plus; what a model writes may be wrong anywhere.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from math import ceil, inf
+from typing import Self
 
 from granite_speech.transcription.text_units import text_units
 
@@ -27,7 +28,7 @@ _LONGEST = 300  # a word is shorter
 _BEYOND = 30  # a time this little after the window's end is taken for it
 _CHARACTER = 8  # the usual duration of one
 # What is unlikely, in times that are left out as wrong: each centisecond of a word, or of a silence, that is longer than `_LONGEST`.
-_WORD_COST, _SILENCE_COST = 1 / 400, 1 / 2000
+_WORD_COST, _SILENCE_COST = 1 / 200, 1 / 2000
 _LOOK_BACK = 12  # one more than the times in a row that may be wrong
 _MOST_CHOICES = 4
 
@@ -42,6 +43,7 @@ class TaggedWord:
         start, end: in seconds from the window's beginning; None in an answer without times.
         bridged: whether its times are not from tags, because these are missing or wrong: then they fill the room between others.
         speaker: who says it: "Speaker 1"; None: not known.
+        turn: the number of the speaker's turn in the answer.
     """
 
     word: str
@@ -51,6 +53,7 @@ class TaggedWord:
     end: float | None = None
     bridged: bool = False
     speaker: str | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,30 @@ class TaggedAnswer:
         text: without tags, with single spaces.
         raw_text: as the model wrote it, without space around it; None: with prompt_mode="default", which asks for no tags.
         words: the units of `text`, in order; none with prompt_mode="default".
-        turns: with prompt_mode="speaker_attributed": what each speaker says, in order: {"speaker": "Speaker 1", "text": …}. Words before
-            the first tag are in none, unless the answer continues the turn of a speaker.
+        has_speakers: whether its tags are those of speakers.
     """
 
     text: str
     raw_text: str | None = None
     words: tuple[TaggedWord, ...] = ()
-    turns: tuple[dict[str, str], ...] | None = None
+    has_speakers: bool = False
+
+    @property
+    def turns(self) -> tuple[dict[str, str], ...] | None:
+        """With prompt_mode="speaker_attributed", what each speaker says, in order: {"speaker": "Speaker 1", "text": …}. Words before the
+        first tag are in none, unless the answer continues the turn of a speaker."""
+        if not self.has_speakers:
+            return None
+        turns = [list(some) for _, some in groupby(self.words, lambda one: one.turn)]
+        return tuple({"speaker": some[0].speaker, "text": _joined(some)} for some in turns if some[0].speaker is not None)
+
+    def beginning(self, text: str) -> Self:
+        """Without its last words: `text` has the first ones."""
+        return replace(self, text=text, words=self.words[: len(list(text_units(text))) if text else 0])
+
+    def end(self, text: str) -> Self:
+        """Without its first words: `text` has the last ones."""
+        return replace(self, text=text, words=self.words[len(self.words) - len(list(text_units(text))) :] if text else ())
 
 
 @dataclass
@@ -114,7 +133,7 @@ def parse_tags(answer: str, prompt_mode: str, seconds: float = inf, prefix: str 
         prefix: the text that the answer continues, with its tags: it tells who was speaking and where the last word ended.
 
     Returns:
-        The text, its words with times that never go back, and the turns.
+        The text and its words, with speakers, or with times that never go back.
     """
     if prompt_mode == "default":
         return TaggedAnswer(answer.strip())
@@ -127,8 +146,8 @@ def parse_tags(answer: str, prompt_mode: str, seconds: float = inf, prefix: str 
         first = max((one.end for one in before if one.end is not None), default=0)
         _choose_ends(tokens, first, limit)
     words = _timed(tokens, first, limit) if is_timed else (unit for one in tokens for unit in _units(one))
-    turns = None if is_timed else tuple(_turns(tokens))
-    return TaggedAnswer(_joined(tokens), answer.strip(), tuple(words), turns)
+    words = tuple(words)
+    return TaggedAnswer(_joined(words), answer.strip(), words, has_speakers=not is_timed)
 
 
 def _tokens(answer: str, speaker: str | None) -> list[_Token]:
@@ -221,7 +240,7 @@ def _timed(tokens: list[_Token], first: float, limit: float) -> Iterator[TaggedW
         is_bridged = stop is None or len(some) > 1
         done = 0
         for one in some:
-            units = [] if one.is_silence else list(_units(one))
+            units = list(_units(one))
             for unit in units:
                 at = done + unit.begin - one.begin
                 times = [round((begin + (end - begin) * part / length) / 100, 3) for part in (at, at + len(unit.word))]
@@ -231,17 +250,15 @@ def _timed(tokens: list[_Token], first: float, limit: float) -> Iterator[TaggedW
 
 
 def _units(token: _Token) -> Iterator[TaggedWord]:
+    if token.is_silence:
+        return
     place = token.begin
     for _, unit in text_units(token.text):
-        yield TaggedWord(unit, place, place + len(unit), speaker=token.speaker)
+        yield TaggedWord(unit, place, place + len(unit), speaker=token.speaker, turn=token.turn)
         place += len(unit)
 
 
-def _turns(tokens: list[_Token]) -> Iterator[dict[str, str]]:
-    for (_, speaker), some in groupby(tokens, key=lambda one: (one.turn, one.speaker)):
-        if speaker is not None:
-            yield {"speaker": speaker, "text": _joined(some)}
-
-
-def _joined(tokens: Iterable[_Token]) -> str:
-    return " ".join(one.text for one in tokens if not one.is_silence)
+def _joined(words: Sequence[TaggedWord]) -> str:
+    """Words with a space between them if the answer has something there: a space or a tag."""
+    spaces = ["", *(" " if before.stop < after.begin else "" for before, after in pairwise(words))]
+    return "".join(space + one.word for space, one in zip(spaces, words, strict=False))
