@@ -102,15 +102,16 @@ class TranscribeOptions:
         Raises:
             InputError: an unknown option, or one that would change the result and cannot.
         """
-        known, chosen = [one.name for one in fields(cls)], {}
+        known, chosen, names = [one.name for one in fields(cls)], {}, {}
         for name, value in call.items():
             own = _ALIASES.get(name, name)
             if own not in known:
                 _check_other(name, value, known)
             elif value is not None or own == "compression_ratio_threshold":
                 if own in chosen:
-                    raise InputError(got=f"{own} and {name}", expected="one of them: they are the same option", remedy=f"Omit {name}")
-                chosen[own] = value
+                    got = f"{names[own]} and {name}"
+                    raise InputError(got=got, expected="one of them: they are the same option", remedy=f"Omit {name}")
+                chosen[own], names[own] = value, name
         return cls(**chosen)
 
     def __post_init__(self) -> None:

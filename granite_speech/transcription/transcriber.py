@@ -349,7 +349,7 @@ def _warn_of(transcript: Transcript, name: str) -> None:
     """Give the warnings of a transcript, which name the line outside this package that called it."""
     categories = {"audio": AudioWarning, "truncated": TruncatedAnswerWarning}
     frame, stacklevel = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("granite_speech."):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("granite_speech."):
         frame, stacklevel = frame.f_back, stacklevel + 1
     for note in transcript.warnings:
         is_part = note.start is not None and (note.start > 0 or note.end < transcript.duration - 0.01)
