@@ -64,7 +64,7 @@ def load_model(
     Args:
         name: one of `available_models()`, the folder of a checkpoint, or a hub id. The name of a repository with GGUF files, such as
             "ibm-granite/granite-speech-4.1-2b-GGUF", means the checkpoint that these were made from.
-        device: "cuda", "cpu" and so on; None for CUDA if available, else the CPU.
+        device: "cuda", "cpu" and so on; None or "auto" for CUDA if available, else the CPU.
         download_root: the cache for downloads; None for Hugging Face's.
         revision: branch, tag or commit on the hub.
         local_files_only: use only what has been downloaded before.
@@ -90,6 +90,7 @@ def load_model(
     if given := [option for option, value in llama_cpp.items() if value is not None]:
         warn(f"{', '.join(given)} ignored: llama.cpp is not used", UserWarning, stacklevel=2)
     download = {"cache_dir": download_root, "revision": revision, "local_files_only": local_files_only, "token": token}
+    device = None if device == "auto" else device
     transcriber = Transcriber.from_pretrained(_checkpoint(name), device=device, dtype=dtype, quantize=quantize, **download)
     return LoadedModel(transcriber, fspath(name))
 

@@ -17,6 +17,7 @@ import granite_speech
 from granite_speech.checkpoints import hub
 from granite_speech.transcription.load_model import LoadedModel
 from granite_speech.transcription.piece import Piece
+from granite_speech.transcription.repetition import compression_ratio
 from granite_speech.transcription.transcriber import Transcriber
 from tests.support.paths import ROOT
 from tests.support.random_checkpoint import write_checkpoint
@@ -217,6 +218,16 @@ def test_only_the_first_window_continues_the_text(names, monkeypatch):
         assert plus.transcribe("audio.wav", prefix_text="so [Speaker 1] ", chunk_length=2.5)["text"] == "a b c"
     assert [one.partition("assistant<|end_of_role|>")[2] for one in prompts] == ["so [Speaker 1]", *[""] * (len(prompts) - 1)]
     assert len(prompts) > 1
+
+
+def test_tags_are_no_repetition(names, monkeypatch):
+    """zlib makes such an answer much smaller, but not its text. A text that repeats itself would be tried again in smaller windows."""
+    raw = " ".join(f"[Speaker {number % 2 + 1}]: {7**number % 997}" for number in range(40))
+    prompts = answering(monkeypatch, raw)
+    with granite_speech.load_model("granite-speech-4.1-2b-plus") as plus:
+        found = plus.transcribe("audio.wav", prompt_mode="speaker_attributed")
+    assert compression_ratio(raw) > 2.4 > found.segments[0].compression_ratio and len(found.speakers) == 40
+    assert len(prompts) == 1 and found.warnings == []
 
 
 def test_windows_that_overlap_have_the_turns_of_what_is_left_of_their_texts(names, monkeypatch):

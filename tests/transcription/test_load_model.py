@@ -107,7 +107,9 @@ def test_how_it_is_loaded(loaded):
     with pytest.warns(UserWarning, match="^llama_cpp_quant, llama_cpp_timeout ignored: llama.cpp is not used$") as caught:
         granite_speech.load_model("embedded", device="cpu", download_root="cache", llama_cpp_quant="Q8_0", llama_cpp_timeout=5.0)
     assert [one.filename for one in caught] == [__file__]
-    granite_speech.load_model("embedded", dtype="bfloat16", quantize="int8", revision="main", local_files_only=True, token="secret")
+    granite_speech.load_model(
+        "embedded", device="auto", dtype="bfloat16", quantize="int8", revision="main", local_files_only=True, token="secret"
+    )
     usual = dict.fromkeys(("device", "dtype", "quantize", "cache_dir", "revision", "token")) | {"local_files_only": False}
     assert loaded[0] == ("embedded", usual | {"device": "cpu", "cache_dir": "cache"})
     other = {"dtype": "bfloat16", "quantize": "int8", "revision": "main", "local_files_only": True, "token": "secret"}
