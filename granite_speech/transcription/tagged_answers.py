@@ -142,7 +142,7 @@ def parse_tags(answer: str, prompt_mode: str, seconds: float = inf, prefix: str 
     first, limit = 0, 100 * seconds
     is_timed = prompt_mode == "word_timestamps"
     if is_timed:
-        _choose_ends(before, first, limit, is_whole=False)
+        _choose_ends(before, first, limit)
         first = max((one.end for one in before if one.end is not None), default=0)
         _choose_ends(tokens, first, limit)
     words = _timed(tokens, first, limit) if is_timed else (unit for one in tokens for unit in _units(one))
@@ -178,13 +178,12 @@ def _tokens(answer: str, speaker: str | None) -> list[_Token]:
     return tokens
 
 
-def _choose_ends(tokens: list[_Token], first: float, limit: float, is_whole: bool = True) -> None:
+def _choose_ends(tokens: list[_Token], first: float, limit: float) -> None:
     """Set the ends of tokens whose times make sense together. A time that is wrong must not move those after it by ten seconds.
 
     Args:
         first: when the first token begins.
         limit: when the window ends.
-        is_whole: whether they go on until about then.
     """
     timed = [place for place, one in enumerate(tokens) if one.written is not None]
     words = [0, *accumulate(not one.is_silence for one in tokens)]
@@ -195,7 +194,7 @@ def _choose_ends(tokens: list[_Token], first: float, limit: float, is_whole: boo
         excess = max(0, duration - _LONGEST * max(1, words[stop] - words[begin]))
         return excess * (_SILENCE_COST if silences[stop] > silences[begin] else _WORD_COST)
 
-    # The cheapest choices that end with each time: its value, the cost until there, and the choice that it follows.
+    # For each time that was written, the cheapest choices that end with it.
     start = _Choice(-1, first, 0.0, None)
     choices: list[list[_Choice]] = [[start]]
     for number, place in enumerate(timed, 1):
@@ -207,12 +206,8 @@ def _choose_ends(tokens: list[_Token], first: float, limit: float, is_whole: boo
                 if time <= limit + _BEYOND and (time not in found or total < found[time].cost):
                     found[time] = _Choice(place, time, total, one)
         choices.append(sorted(found.values(), key=lambda one: one.cost)[:_MOST_CHOICES])
-    rest = [
-        (one.cost + len(choices) - 1 - number + (_end_cost(limit - one.time) if is_whole else 0.0), one)
-        for number, some in enumerate(choices)
-        for one in some
-    ]
-    best = min(rest, key=lambda pair: pair[0])[1]
+    ends = [(one.cost + len(timed) - number, one) for number, some in enumerate(choices) for one in some]
+    best = min(ends, key=lambda pair: pair[0])[1]
     while best is not start:
         tokens[best.place].end = min(best.time, limit)
         best = best.before
@@ -223,10 +218,6 @@ def _next_time(written: int, after: float) -> float:
     if written >= _PERIOD:  # the digits that are usually left out
         return written if written >= after else inf
     return written + _PERIOD * max(0, ceil((after - written) / _PERIOD))
-
-
-def _end_cost(remaining: float) -> float:
-    return max(0, remaining - _LONGEST) * _SILENCE_COST if remaining < inf else 0.0
 
 
 def _timed(tokens: list[_Token], first: float, limit: float) -> Iterator[TaggedWord]:
