@@ -9,17 +9,19 @@ the frames between its neighbours in which the head hears something.
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from granite_speech.transcription.viterbi import best_path
 
 __all__ = ["Place", "align"]
+
+Labels = tuple[int, ...]  # those that a letter may have
+_WILDCARD: Labels = ()
 
 # Labels from 256 on are not code points in the heads of 4.x, which have 348: Katakana, in an order that is not published.
 _KATAKANA_HEAD, _LATIN = 348, 256
@@ -56,72 +58,68 @@ def align(log_probabilities: Tensor, words: Sequence[str]) -> list[Place]:
     """Places of words, in order. Every word is in exactly one.
 
     Args:
-        log_probabilities: of the CTC head, `(frames, labels)` float32 on the CPU.
+        log_probabilities: of the CTC head, `(frames, labels)` float32 on the CPU, at least one frame.
         words: of the text. Any text will do: if the letters do not fit into the frames, all words are bridged.
     """
-    if not words or not len(log_probabilities):
-        return [Place(0, 0, len(words), tuple(map(_weight, words)), None)] if words else []
-    probabilities = log_probabilities.exp()
-    spelled = [_spelled(word, probabilities) for word in words]
-    runs = [(len(list(members)), letters) for letters, members in _runs(spelled)]
-    targets = [target for _, letters in runs for target in ([()] if letters is None else letters)]
-    path = _path(probabilities, targets)
+    if not words:
+        return []
+    probabilities = np.exp(log_probabilities.numpy())
+    groups = _groups([_spelled(word, probabilities) for word in words])
+    targets = [target for _, letters in groups for target in (letters or [_WILDCARD])]
+    columns = {labels: number for number, labels in enumerate(dict.fromkeys(targets), 1)}
+    emissions = _emissions(probabilities, columns)
+    path = best_path(emissions, [columns[one] for one in targets])
     if path is None:
-        runs, path = [(len(words), None)], [(0, len(probabilities) - 1)]
-    return list(_places(words, runs, path, probabilities))
-
-
-def _runs(spelled: Sequence[list[tuple[int, ...]] | None]) -> Iterator[tuple[list[tuple[int, ...]] | None, Iterator]]:
-    """Each word that is spelled, together with punctuation after it, and neighbours that are not."""
-    number, before, keys = 0, object(), []
-    for letters in spelled:
-        begins = (letters != [] and not (letters is None and before is None)) or not keys
-        number, before = number + begins, letters if begins else before
-        keys.append((number, None if before == [] else before))
-    return ((key[1], members) for key, members in groupby(keys))
-
-
-def _places(words, runs, path, probabilities) -> Iterator[Place]:
-    at = word = 0
-    for count, letters in runs:
-        own = path[at : at + (1 if letters is None else len(letters))]
-        after = path[at + len(own)][0] if at + len(own) < len(path) else len(probabilities)
-        weights = tuple(map(_weight, words[word : word + count]))
-        if letters is None:
-            before = path[at - 1][1] if at else -1
-            yield Place(*_heard(probabilities, before + 1, after), count, weights, None)
+        groups, path = [(len(words), None)], [(0, len(probabilities) - 1)]
+    places, at, word = [], 0, 0
+    for count, letters in groups:
+        own = path[at : at + len(letters or [_WILDCARD])]
+        if letters:
+            best = [emissions[first : last + 1, columns[one]].max() for (first, last), one in zip(own, letters, strict=True)]
+            first, last, confidence = own[0][0], own[-1][1], float(np.exp(np.mean(best)))
         else:
-            best = [probabilities[first : last + 1, labels].sum(1).max() for (first, last), labels in zip(own, letters, strict=True)]
-            confidence = torch.stack(best).clamp(_FLOOR, 1.0).log().mean().exp().item()
-            yield Place(own[0][0], own[-1][1], count, weights, confidence)
+            begin = path[at - 1][1] + 1 if at else 0
+            end = path[at + 1][0] if at + 1 < len(path) else len(probabilities)
+            first, last, confidence = *_heard(probabilities, begin, end), None
+        places.append(Place(first, last, count, tuple(map(_weight, words[word : word + count])), confidence))
         at, word = at + len(own), word + count
+    return places
 
 
-def _heard(probabilities: Tensor, begin: int, end: int) -> tuple[int, int]:
+def _groups(spelled: Sequence[list[Labels] | None]) -> list[tuple[int, list[Labels] | None]]:
+    """How many words go together, and their letters: a word that is spelled, with punctuation around it, or neighbours that are not."""
+    groups: list[tuple[int, list[Labels] | None]] = []
+    for letters in spelled:
+        count, before = groups[-1] if groups else (0, None)
+        if groups and (letters == [] or before == [] or (letters is None and before is None)):
+            groups[-1] = count + 1, letters if before == [] else before
+        else:
+            groups.append((1, letters))
+    return [(count, letters or None) for count, letters in groups]
+
+
+def _emissions(probabilities: np.ndarray, columns: Mapping[Labels, int]) -> np.ndarray:
+    """`(frames, 1 + columns)` logarithms: of the blank, which stands for everything but letters, and of each column's labels together."""
+    emissions = np.ones((len(probabilities), 1 + len(columns)), np.float32)
+    other = np.ones(probabilities.shape[1], np.float32)
+    other[list(_letters(_limit(probabilities)))] = 0
+    for labels, number in columns.items():
+        if labels != _WILDCARD:
+            emissions[:, number] = probabilities[:, labels].sum(1)
+            other[list(labels)] = 0
+    emissions[:, 0] = probabilities @ other
+    return np.log(emissions.clip(_FLOOR, 1))
+
+
+def _heard(probabilities: np.ndarray, begin: int, end: int) -> tuple[int, int]:
     """The first and last frame between two words in which the head hears something; all of them if it hears nothing."""
-    if begin >= end:
-        return max(begin - 1, 0), max(begin - 1, 0)
     part = probabilities[begin:end]
     quiet = part[:, 0] + (part[:, _SPACE] if part.shape[1] > _SPACE else 0)
-    heard = (quiet < 1 - _HEARD).nonzero()
-    return (begin, end - 1) if not len(heard) else (begin + int(heard[0]), begin + int(heard[-1]))
+    heard = np.flatnonzero(quiet < 1 - _HEARD)
+    return (begin + int(heard[0]), begin + int(heard[-1])) if len(heard) else (begin, end - 1)
 
 
-def _path(probabilities: Tensor, targets: Sequence[tuple[int, ...]]) -> list[tuple[int, int]] | None:
-    """The first and last frame of each target; None if there are not enough frames. A target without labels is a wildcard."""
-    columns = {labels: number for number, labels in enumerate(dict.fromkeys(targets), 1)}
-    emissions = probabilities.new_ones(len(probabilities), 1 + len(columns))
-    other = torch.ones(probabilities.shape[1], dtype=torch.bool)
-    other[list(_letters(_limit(probabilities)))] = False
-    for labels, number in columns.items():
-        if labels:
-            emissions[:, number] = probabilities[:, labels].sum(1)
-            other[list(labels)] = False
-    emissions[:, 0] = probabilities[:, other].sum(1)
-    return best_path(emissions.clamp(_FLOOR, 1.0).log(), [columns[one] for one in targets])
-
-
-def _spelled(word: str, probabilities: Tensor) -> list[tuple[int, ...]] | None:
+def _spelled(word: str, probabilities: np.ndarray) -> list[Labels] | None:
     """The labels that each letter of a word may have; none for punctuation alone. None: a part of it has no label."""
     letters = []
     for character in unicodedata.normalize("NFKC", "".join(_LIGATURES.get(one, one) for one in word)):
@@ -142,13 +140,13 @@ def _weight(word: str) -> int:
     return sum(map(_is_spoken, word))
 
 
-def _limit(probabilities: Tensor) -> int:
+def _limit(probabilities: np.ndarray) -> int:
     """The labels below this are code points."""
     return _LATIN if probabilities.shape[1] == _KATAKANA_HEAD else probabilities.shape[1]
 
 
 @lru_cache(4096)
-def _labels(character: str, limit: int) -> tuple[int, ...]:
+def _labels(character: str, limit: int) -> Labels:
     """The code points of a character's variants that are labels."""
     base = "".join(one for one in unicodedata.normalize("NFD", character) if not unicodedata.combining(one))
     variants = {one for form in (character, base) for one in (form, form.lower(), form.upper()) if len(one) == 1}

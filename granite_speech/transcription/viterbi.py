@@ -5,16 +5,15 @@ from itertools import groupby, pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
 
 __all__ = ["best_path", "likeliest_labels"]
 
 
-def best_path(emissions: Tensor, targets: Sequence[int]) -> list[tuple[int, int]] | None:
+def best_path(emissions: np.ndarray, targets: Sequence[int]) -> list[tuple[int, int]] | None:
     """The first and last frame of each target on the likeliest path; None if there are not enough frames for any path.
 
     Args:
-        emissions: `(frames, labels)` float32 log-probabilities on the CPU; label 0 is the blank.
+        emissions: `(frames, labels)` float32 log-probabilities; label 0 is the blank.
         targets: labels, none of them 0. Equal neighbours need a blank between them.
     """
     repeats = sum(one == other for one, other in pairwise(targets))
@@ -25,13 +24,13 @@ def best_path(emissions: Tensor, targets: Sequence[int]) -> list[tuple[int, int]
     return _spans(_forced_align(emissions, targets), len(targets))
 
 
-def _forced_align(emissions: Tensor, targets: Sequence[int]) -> list[int]:
+def _forced_align(emissions: np.ndarray, targets: Sequence[int]) -> list[int]:
     """The label of each frame."""
     try:
         from torchaudio.functional import forced_align
     except (ImportError, OSError, RuntimeError):  # not installed, or built for a different CUDA from torch
-        return likeliest_labels(emissions.numpy(), targets)
-    path, _ = forced_align(emissions[None].contiguous(), torch.tensor([targets], dtype=torch.int32), blank=0)
+        return likeliest_labels(emissions, targets)
+    path, _ = forced_align(torch.from_numpy(emissions)[None], torch.tensor([targets], dtype=torch.int32), blank=0)
     return path[0].tolist()
 
 
