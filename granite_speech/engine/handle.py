@@ -53,6 +53,7 @@ class Handle:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._tokens: list[int] = []
+        self._logprobs: list[float] = []
         self._wakeups: list[tuple[float, Callable[[], None]]] = []  # each with the number of tokens that are not enough
         self._future: Future[str] = Future()  # of the finish reason
         self._future.set_running_or_notify_cancel()  # so that nobody but the engine ends it
@@ -70,7 +71,7 @@ class Handle:
         """
         check_process(self._process)
         reason = self._future.result(timeout)
-        return Answer(self._decode(self._tokens), list(self._tokens), reason)
+        return Answer(self._decode(self._tokens), list(self._tokens), reason, list(self._logprobs))
 
     @property
     def done(self) -> bool:
@@ -152,8 +153,9 @@ class Handle:
 
     # The engine's side.
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, logprob: float) -> None:
         with self._lock:
+            self._logprobs.append(logprob)
             self._tokens.append(token)
             tokens = len(self._tokens)
             wakeups = [wake for count, wake in self._wakeups if count < tokens]
