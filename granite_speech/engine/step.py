@@ -163,8 +163,7 @@ class DecodeStep:
             else:
                 states = self._fused_states()
                 with early_launches():
-                    candidates = self._fused.candidates(states)
-                    self._finish(step, *candidates)
+                    self._finish(*self._fused.candidates(states), step)
 
     def reset(self) -> None:
         self._state.reset()
@@ -230,13 +229,13 @@ class DecodeStep:
             best = scores.softmax(-1) / self._noise()
             if self._selection.partly:
                 best = torch.where(self._state.sampled[: self._rows].unsqueeze(1) > 0, best, scores)
-        chosen = self._finish(step, best, None, None if best is logits else logits)
+        chosen = self._finish(best, None, None if best is logits else logits, 1.0, step)
         if self._selection.penalty:
             self._state.seen[: self._rows].scatter_(1, chosen.unsqueeze(1), True)
         return scores
 
-    def _finish(self, step: int, scores: Tensor, ids: Tensor | None, logits: Tensor | None, divisor: float = 1.0) -> Tensor:
-        """Take the token with the best of `(rows, candidates)` scores, and end the answers that it ends. Returns the tokens."""
+    def _finish(self, scores: Tensor, ids: Tensor | None, logits: Tensor | None, divisor: float, step: int) -> Tensor:
+        """Take each row's best of the candidates (see `finish_step`), and end the answers that it ends. Returns the tokens."""
         state = self._tokens, self._history[step], self._logprobs[step], self._active, self._kv_lens, self._limits, self._ends
         return OPERATIONS["finish_step"].run(scores, ids, logits, *state, divisor=divisor)
 

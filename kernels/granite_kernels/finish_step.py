@@ -140,7 +140,7 @@ def _make(
     place = torch.arange(candidates)
     logits = _padded(draw, rows, candidates, torch.float32 if with_ids else None)
     scores = _padded(draw, rows, candidates, torch.float32 if drawn else None) if with_ids or drawn else logits
-    scores.masked_fill_((place == best).to(scores.device), 6.0)
+    scores.copy_(torch.where((place == best).to(scores.device), 6 + scores / 8, scores))
     # Any tokens do for ids, if they differ from the columns.
     names = (3 * place + 5).expand(rows, -1)
     chosen = names.gather(1, best) if with_ids else best
