@@ -105,10 +105,10 @@ def finish_step_reference(inputs: FinishStepInputs) -> torch.Tensor:
     scores, ids, logits, tokens, history, logprobs, active, kv_lens, limits, ends, divisor = inputs
     best, logits = scores.argmax(-1, keepdim=True), scores if logits is None else logits
     chosen, logit = (best, logits.gather(1, best)) if ids is None else (ids.gather(1, best).long(), scores.gather(1, best))
-    chosen, dtype = chosen[:, 0], accumulator(logits.dtype)
-    logits, logit = logits.to(dtype), logit.to(dtype)
-    top = logits.amax(-1, keepdim=True)  # taken off first, so that large logits lose nothing
-    logprobs.copy_(((logit - top) / divisor)[:, 0] - ((logits - top) / divisor).logsumexp(-1))
+    chosen, top, dtype = chosen[:, 0], logits.amax(-1, keepdim=True), accumulator(logits.dtype)
+    # In place, because memory for all logits takes a CPU longer than their exponentials.
+    total = (logits.to(dtype) - top).div_(divisor).exp_().sum(-1)
+    logprobs.copy_((logit.to(dtype) - top)[:, 0] / divisor - total.log())
     history.copy_(torch.where(active > 0, chosen, -1))
     tokens.copy_(chosen)
     active.mul_(~((chosen[:, None] == ends).any(1) | (kv_lens >= limits)))
