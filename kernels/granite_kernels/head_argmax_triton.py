@@ -38,12 +38,12 @@ def _head_argmax_kernel(
         logits = rounded(logits * scale, x_ptr.dtype.element_ty).to(tl.float32)
         logits = tl.where(column < vocab, logits, -float("inf"))
         score, place = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        # Equal numbers differ by nothing, also if they are infinite.
-        total = tl.sum(tl.where(logits == score, 1.0, tl.exp(logits - score)), axis=0)
+        most = tl.where(tl.abs(score) < float("inf"), score, 0.0)  # the difference of two infinities is no number
+        total = tl.sum(tl.exp(logits - most), axis=0)
         result = tl.cast(row, tl.int64) * tiles + tile
         tl.store(scores_ptr + result, score.to(scores_ptr.dtype.element_ty), mask=row < rows)
         tl.store(ids_ptr + result, tile * BLOCK_N + place, mask=row < rows)
-        tl.store(log_sums_ptr + result, score + tl.log(total), mask=row < rows)
+        tl.store(log_sums_ptr + result, most + tl.log(total), mask=row < rows)
 
 
 def _head_argmax(x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, divisor: float) -> tuple[Tensor, Tensor, Tensor]:
