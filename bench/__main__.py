@@ -1,4 +1,4 @@
-"""`python -m bench {audit,gpu,kernels,model,rehearse,tune,words,report}`."""
+"""`python -m bench {audit,gpu,hours,kernels,model,rehearse,times,tune,words,report}`."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_model, _add_kernels, _add_tune, _add_rehearse, _add_gpu, _add_audit, _add_words, _add_hours):
+    for add in (_add_model, _add_kernels, _add_tune, _add_rehearse, _add_gpu, _add_audit, _add_words, _add_hours, _add_times):
         add(commands)
     commands.add_parser("report", help="update the generated tables in the README files from the newest results")
     return parser
@@ -108,6 +108,14 @@ def _add_hours(commands: argparse._SubParsersAction) -> None:
     _add_out(parser)
 
 
+def _add_times(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("times", help="times and confidences of words with the bundled checkpoint on a CPU, and what they cost")
+    for name, default, what in (("--voices", "times", "single words"), ("--utterances", "hours", "utterances, those of `hours`")):
+        file = Path("build", default, "manifest.jsonl")
+        parser.add_argument(name, type=Path, default=file, help=f"manifest of {what}; synthesized if it does not exist")
+    _add_out(parser)
+
+
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the result file (default: bench/results)")
 
@@ -120,6 +128,7 @@ def _run(options: argparse.Namespace) -> int:
         "kernels": _kernels,
         "model": _model,
         "rehearse": _rehearse,
+        "times": _times,
         "tune": _tune,
         "words": _words,
         "report": _report,
@@ -146,6 +155,13 @@ def _hours(options: argparse.Namespace) -> int:
     from bench import hours
 
     print(hours.run(manifest=options.voices, out=options.out))
+    return 0
+
+
+def _times(options: argparse.Namespace) -> int:
+    from bench import times
+
+    print(times.run(manifest=options.voices, utterances=options.utterances, out=options.out))
     return 0
 
 

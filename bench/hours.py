@@ -26,7 +26,7 @@ from granite_speech.training.bundled_checkpoint.synthesis import synthesize
 from granite_speech.transcription.transcript import Segment
 from tests.support.long_recordings import Spoken, assemble, cut_out, differences, draw_pauses, passages
 
-__all__ = ["run", "table"]
+__all__ = ["pauses_of_an_hour", "read_utterances", "run", "table"]
 
 ROOT = Path(__file__).parents[1]
 UTTERANCES, HOUR, PART, CONTINUOUS = 200, 3600.0, 600.0, 720.0
@@ -46,8 +46,8 @@ def run(*, manifest: Path, out: Path) -> str:
         manifest: of the held-out voices; synthesized if it does not exist.
         out: folder for the result file.
     """
-    utterances, rng = _utterances(manifest), np.random.default_rng(0)
-    pauses = _pauses(utterances, rng)
+    utterances, rng = read_utterances(manifest), np.random.default_rng(0)
+    pauses = pauses_of_an_hour(utterances, rng)
     endless = _in_turn(utterances, CONTINUOUS, rng)
     with tempfile.TemporaryDirectory() as name, Transcriber.from_pretrained("embedded") as transcriber:
         folder = Path(name)
@@ -78,14 +78,15 @@ def run(*, manifest: Path, out: Path) -> str:
     return f"{table(result)}\n\n{file}"
 
 
-def _utterances(manifest: Path) -> list[Utterance]:
+def read_utterances(manifest: Path) -> list[Utterance]:
+    """Those of the manifest, synthesized if it does not exist."""
     if not manifest.is_file():
         synthesize(manifest.parent, UTTERANCES + 20, 7, held_out=True)  # a few cannot be spoken
     chosen = read_manifest(manifest)[:UTTERANCES]
     return [(soundfile.read(one.audio, dtype="float32")[0], one.text) for one in chosen]
 
 
-def _pauses(utterances: Sequence[Utterance], rng: np.random.Generator) -> tuple[float, ...]:
+def pauses_of_an_hour(utterances: Sequence[Utterance], rng: np.random.Generator) -> tuple[float, ...]:
     """From 0.3 s on, so that utterances and pauses are an hour together."""
     spoken = sum(samples.size for samples, _ in utterances) / 16_000
     return draw_pauses(rng, len(utterances) + 1, 0.3, 30.0, total=HOUR - spoken)

@@ -14,6 +14,7 @@ from bench import (
     results,
     serving,
     steps_gpu,
+    times,
     whole_model,
     words,
 )
@@ -37,6 +38,7 @@ def sections() -> list[tuple[Path, str, str]]:
         (all_kernels, "report: kernels", report("kernels", "kernels-cpu")),
         (all_kernels, "report: rehearsal", report("rehearsal")),
         (all_kernels, "report: hours", report("hours")),
+        (all_kernels, "report: times", report("times")),
         (checkpoint, "words", report("words")),
     ]
 
@@ -92,6 +94,7 @@ _TABLES = {
     "serving": serving.table,
     "rehearsal": rehearse.table,
     "hours": hours.table,
+    "times": times.table,
     "kernels": _kernels,
     "kernels summary": _kernels_summary,
     "kernels-cpu": kernels_cpu.table,

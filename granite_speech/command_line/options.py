@@ -8,7 +8,8 @@ from typing import Any
 
 from granite_speech import __version__
 from granite_speech.command_line.parser import CommandParser, or_none, positive, truth_value
-from granite_speech.transcription.options import PROMPT_MODES, SEGMENTATIONS
+from granite_speech.inputs.prompt_modes import PROMPT_MODES
+from granite_speech.transcription.options import SEGMENTATIONS
 from granite_speech.transcription.writers import FORMATS
 
 __all__ = ["parse_download", "parse_transcription"]

@@ -51,7 +51,7 @@ def test_the_pauses_and_utterances_are_an_hour():
     import numpy as np
 
     utterances = [(np.zeros(16_000 * (1 + number % 3), np.float32), "one") for number in range(200)]
-    pauses = hours._pauses(utterances, np.random.default_rng(0))
+    pauses = hours.pauses_of_an_hour(utterances, np.random.default_rng(0))
     assert len(pauses) == 201 and min(pauses) >= 0.3
     assert abs(sum(pauses) + sum(samples.size for samples, _ in utterances) / 16_000 - 3600) < 1e-6
 
