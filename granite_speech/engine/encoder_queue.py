@@ -11,6 +11,7 @@ from granite_speech.engine.requests import Request
 from granite_speech.engine.runtime import Runtime
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.transfers import Reading
 
 __all__ = ["EncoderQueue"]
 
@@ -47,14 +48,22 @@ class EncoderQueue:
         return pack
 
     def encode(self, requests: Sequence[Request]) -> None:
-        """Encode these requests' clips together, and give each request its vectors."""
+        """Encode these requests' clips together, and give each request its vectors and, if it wants them, its CTC log-probabilities."""
         frames, clips = _packed(requests)
-        _, vectors, tokens = encode(self._model, self._runtime.encoder_graphs, frames, clips)
+        states, vectors, tokens = encode(self._model, self._runtime.encoder_graphs, frames, clips)
         lengths = iter(tokens.lengths)
         counts = [sum(next(lengths) for _ in one.prompt.clips) for one in requests]
         for one, own in zip(requests, vectors.split(counts), strict=True):
             # Cloned, because a view would keep the vectors of all of them.
             one.vectors = own if len(requests) == 1 else own.clone()
+        if any(one.wants_ctc for one in requests):
+            logits = self._model.encoder.ctc_logits(states)
+            for one, own in zip(requests, logits.split([sum(one.prompt.clips) for one in requests]), strict=True):
+                self._give_ctc(one, own)
+
+    def _give_ctc(self, request: Request, logits: Tensor) -> None:
+        if request.wants_ctc:
+            request.handle.ctc = Reading(logits.log_softmax(-1, dtype=torch.float32))
 
     @property
     def long(self) -> Request | None:
@@ -83,6 +92,8 @@ class EncoderQueue:
             yield states
         states = clips.pack(states) if is_padded else states
         request.vectors, _ = self._model.project_packed(states, clips)
+        if request.wants_ctc:
+            self._give_ctc(request, encoder.ctc_logits(states))
 
 
 def _packed(requests: Sequence[Request]) -> tuple[Tensor, Segments]:

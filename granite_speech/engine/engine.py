@@ -91,6 +91,7 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_on_repetition: bool = False,
+        ctc: bool = False,
         **options: Any,
     ) -> Handle:
         """Ask for an answer. Decoding of files and log-mel features run in the caller's thread; then this returns at once.
@@ -108,6 +109,7 @@ class Engine:
             repetition_penalty: as for `generate`.
             stop: a string or strings that end the answer, and stay in it, as stop_strings for `generate`.
             stop_on_repetition: end an answer that repeats the same tokens: a block of up to 64, at least 4 times and 32 tokens.
+            ctc: also give the log-probabilities of the encoder's CTC head, as `Answer.ctc_logprobs`.
             options: others of `generate` for one greedy or sampled answer, such as min_new_tokens or eos_token_id.
 
         Returns:
@@ -124,7 +126,7 @@ class Engine:
         with torch.no_grad(), without_team() if self.model.device.type == "cpu" else nullcontext():
             inputs = self._inputs(text, audio, sampling_rate) if inputs is None else _alone(inputs, text, audio)
             request = self._request(Prompt.of(self.model, inputs), call)
-        request.repetition = Repetition() if stop_on_repetition else None
+        request.repetition, request.wants_ctc = Repetition() if stop_on_repetition else None, ctc
         if request.options.max_new_tokens == 0:
             request.handle.finish("length")
         else:

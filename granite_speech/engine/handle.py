@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from granite_speech.errors import EngineError
+from granite_speech.modules.transfers import Reading
 
 __all__ = ["Answer", "Handle", "check_process"]
 
@@ -54,6 +55,7 @@ class Handle:
         self._lock = threading.Lock()
         self._tokens: list[int] = []
         self._wakeups: list[tuple[float, Callable[[], None]]] = []  # each with the number of tokens that are not enough
+        self.ctc: Reading | None = None  # the CTC head's log-probabilities, if they are wanted, once the audio is encoded
         self._future: Future[str] = Future()  # of the finish reason
         self._future.set_running_or_notify_cancel()  # so that nobody but the engine ends it
 
@@ -70,7 +72,8 @@ class Handle:
         """
         check_process(self._process)
         reason = self._future.result(timeout)
-        return Answer(self._decode(self._tokens), list(self._tokens), reason)
+        ctc = None if self.ctc is None else self.ctc.wait()
+        return Answer(self._decode(self._tokens), list(self._tokens), reason, ctc_logprobs=ctc)
 
     @property
     def done(self) -> bool:

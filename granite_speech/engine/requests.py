@@ -120,6 +120,7 @@ class Request:
         handle: what its caller holds.
         stops: its text so far, if it has stop strings.
         repetition: watches its tokens, if it should stop when they repeat.
+        wants_ctc: whether its handle gets the log-probabilities of the encoder's CTC head.
         due: the work that the engine should have begun before this request; the smallest comes first.
         vectors: `(audio tokens, hidden)`, once its audio is encoded.
         tokens: of the answer, as far as the host has read.
@@ -135,6 +136,7 @@ class Request:
     handle: Handle
     stops: StopStrings | None
     repetition: Repetition | None = None
+    wants_ctc: bool = False
     due: int = 0
     vectors: Tensor | None = None
     tokens: list[int] = field(default_factory=list)

@@ -31,7 +31,7 @@ from granite_speech.modules.checkpointing import GradientCheckpointing, Recomput
 from granite_speech.modules.conformer import GraniteSpeechConformerBlock, block_distances, fold_batch_norms
 from granite_speech.modules.encoder_files import EncoderFiles
 from granite_speech.modules.hooks import have_hooks
-from granite_speech.modules.outputs import BaseModelOutputWithPooling
+from granite_speech.modules.outputs import EncoderOutput
 from granite_speech.modules.packing import Segments, pack_clips
 from granite_speech.modules.prompts import refuse_arguments
 
@@ -66,9 +66,10 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_ctc_logits: bool | None = None,
         return_dict: bool | None = None,
         **unknown: Any,
-    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+    ) -> EncoderOutput | tuple[Tensor, ...]:
         """Encode a padded batch; it is packed at once, unless there are hooks.
 
         Args:
@@ -76,10 +77,12 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
             lengths: each clip's true number of frames, on the host; None: `frames` each, as in transformers.
             output_hidden_states: also return the input projection and every block's output.
             output_attentions: False or None; the kernel has no weights to return.
+            output_ctc_logits: also return the CTC head's logits, of the middle block's output and of the last one's.
             return_dict: False returns a tuple.
 
         Returns:
-            `last_hidden_state` `(clips, frames, output width)`, zero beyond a clip's length.
+            `last_hidden_state` `(clips, frames, output width)`, zero beyond a clip's length; so are `hidden_states` and `ctc_logits`, if
+            they are asked for.
         """
         refuse_arguments(unknown, "GraniteSpeechCTCEncoder.forward")
         if output_attentions:
@@ -90,35 +93,52 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
             )
         x, clips = pack_clips(hidden_states, lengths)
         width, is_padded = hidden_states.shape[1], have_hooks(*self.children())
-        collected = [] if output_hidden_states else None
-        x = self.encode(clips.pad(x, width) if is_padded else x, clips, collected)
-        # States of padding are cleared in both layouts.
-        x, *every = (clips.pad(clips.pack(one) if is_padded else one, width) for one in (x, *(collected or ())))
-        output = BaseModelOutputWithPooling(last_hidden_state=x, hidden_states=None if collected is None else tuple(every))
+        collected, ctc = [] if output_hidden_states else None, [] if output_ctc_logits else None
+        x = self.encode(clips.pad(x, width) if is_padded else x, clips, collected, ctc)
+
+        def padded(several: list[Tensor] | None) -> tuple[Tensor, ...] | None:
+            # States of padding are cleared in both layouts.
+            return None if several is None else tuple(clips.pad(clips.pack(one) if is_padded else one, width) for one in several)
+
+        [states] = padded([x])
+        output = EncoderOutput(last_hidden_state=states, hidden_states=padded(collected), ctc_logits=padded(ctc))
         return output.to_tuple() if return_dict is False else output
 
-    def encode(self, x: Tensor, clips: Segments, collected: list[Tensor] | None = None) -> Tensor:
+    def encode(self, x: Tensor, clips: Segments, collected: list[Tensor] | None = None, ctc: list[Tensor] | None = None) -> Tensor:
         """Encode frames.
 
         Args:
             x: packed, `(total_frames, input_dim)`, or padded, `(clips, frames, input_dim)`.
             clips: where each clip lies.
             collected: a list that takes the input projection's and every block's output, `(..., hidden_dim)`.
+            ctc: a list that takes the CTC head's logits `(..., output_dim)`: of the middle block's output, if there are two blocks or more,
+                and of the last one's.
 
         Returns:
             `(..., output width)`, in the same layout: the last block's output, after those of `cat_hidden_layers` if there are any.
         """
-        for state in self.blocks(x, clips, collected):
+        for state in self.blocks(x, clips, collected, ctc):
             last = state
+        if ctc is not None:
+            ctc.append(self.ctc_logits(last))
         return last
 
-    def blocks(self, x: Tensor, clips: Segments, collected: list[Tensor] | None = None) -> Iterator[Tensor]:
-        """`encode`, one block at a time, so that other work can run between the blocks of a long clip. The last value is the result."""
+    def ctc_logits(self, states: Tensor) -> Tensor:
+        """The CTC head's logits `(..., output_dim)` of states that `encode` returned, `(..., output width)`."""
+        return self.out(states[..., -self.config.hidden_dim :])
+
+    def blocks(
+        self, x: Tensor, clips: Segments, collected: list[Tensor] | None = None, ctc: list[Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """`encode`, one block at a time, so that other work can run between the blocks of a long clip. The last value is the result.
+
+        `ctc` takes the middle block's logits alone.
+        """
         wanted = set(self.config.cat_hidden_layers or ())
         exported = []
         run = self._chained if x.dim() == 2 and has_kernels(x) and self._is_chain() else self._one_by_one
         # Each state is after the CTC feedback is added: transformers adds it in place, so the exported state includes it.
-        for number, state in enumerate(run(self.input_linear(x), clips)):
+        for number, state in enumerate(run(self.input_linear(x), clips, ctc)):
             if number in wanted:
                 exported.append(state)
             if collected is not None:
@@ -133,17 +153,17 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
             return False
         return all(isinstance(one, GraniteSpeechConformerBlock) and one.is_usual() for one in self.layers)
 
-    def _one_by_one(self, x: Tensor, clips: Segments) -> Iterator[Tensor]:
+    def _one_by_one(self, x: Tensor, clips: Segments, ctc: list[Tensor] | None) -> Iterator[Tensor]:
         """The input and every block's output, from calls of the blocks: for hooks, wrappers, gradient checkpointing, and on a CPU."""
         recomputation = self.recomputation if self.training else None
         yield x
         for number, layer in enumerate(self.layers, 1):
             x = layer(x, clips=clips) if recomputation is None else recomputation.run(layer, number - 1, x, clips=clips)
             if number == self.num_layers // 2:
-                x = self._with_feedback(x)
+                x = self._with_feedback(x, ctc)
             yield x
 
-    def _chained(self, x: Tensor, clips: Segments) -> Iterator[Tensor]:
+    def _chained(self, x: Tensor, clips: Segments, ctc: list[Tensor] | None) -> Iterator[Tensor]:
         """The same, packed, with kernels: a block ends with the first norm of the next."""
         yield x
         folds = not any(one.conv.batch_norm.training for one in self.layers)
@@ -156,17 +176,20 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
             has_feedback = number == self.num_layers // 2
             x, normed = layer.run(x, normed, clips, blocks=blocks, folded=folded[number - 1], next_norm=None if has_feedback else norm)
             if has_feedback:
-                x, normed = add_norm(x, self.out_mid(self.ctc_probabilities(x)), norm)
+                x, normed = add_norm(x, self.out_mid(self._ctc_probabilities(x, ctc)), norm)
             yield x
 
-    def _with_feedback(self, x: Tensor) -> Tensor:
+    def _with_feedback(self, x: Tensor, ctc: list[Tensor] | None) -> Tensor:
         """The middle block's output and, projected back, what the CTC head makes of it."""
         # Padded: there are hooks. One that keeps this block's output finds the feedback in it afterwards, because transformers adds in
         # place. autograd forbids that where a backward hook has made the output a view.
         if x.dim() == 2 or x._is_view():
-            return x + self.out_mid(self.ctc_probabilities(x))
-        return x.add_(self.out_mid(self.ctc_probabilities(x.clone())))
+            return x + self.out_mid(self._ctc_probabilities(x, ctc))
+        return x.add_(self.out_mid(self._ctc_probabilities(x.clone(), ctc)))
 
-    def ctc_probabilities(self, x: Tensor) -> Tensor:
+    def _ctc_probabilities(self, x: Tensor, ctc: list[Tensor] | None) -> Tensor:
         """Softmax of the CTC head, `(..., output_dim)`; computed at least in float32 and rounded once to x's dtype."""
-        return F.softmax(self.out(x), dim=-1).to(x.dtype)  # float32 under autocast
+        logits = self.out(x)
+        if ctc is not None:
+            ctc.append(logits)
+        return F.softmax(logits, dim=-1).to(x.dtype)  # float32 under autocast

@@ -15,6 +15,7 @@ __all__ = [
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
     "CausalLMOutputWithPast",
+    "EncoderOutput",
     "GenerateOutput",
     "GraniteSpeechCausalLMOutputWithPast",
     "GraniteSpeechModelOutputWithPast",
@@ -122,7 +123,7 @@ class ModelOutput(dict):
 
 @dataclass
 class BaseModelOutputWithPooling(ModelOutput):
-    """Output of the encoder and of `get_audio_features`.
+    """Output of `get_audio_features`, and what the encoder's has in common with it.
 
     Attributes:
         last_hidden_state: `(clips, frames, width)`, the encoder's output; zero beyond a clip's length.
@@ -133,6 +134,18 @@ class BaseModelOutputWithPooling(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """Output of the encoder.
+
+    Attributes:
+        ctc_logits: the CTC head's logits of the middle block's output, which are fed back, and of the last one's, each
+            `(clips, frames, output_dim)`, if requested. An encoder of one block has no middle.
+    """
+
+    ctc_logits: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass

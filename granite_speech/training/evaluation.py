@@ -10,7 +10,6 @@ from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.requests import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.modules.packing import Segments
-from granite_speech.training.losses import ctc_logits
 from granite_speech.training.manifest import Utterance
 
 __all__ = ["Change", "ctc_transcripts", "transcripts", "word_error_rate"]
@@ -91,7 +90,7 @@ def ctc_transcripts(
     for indices, waveforms in _by_length(processor, utterances, batch_seconds, change):
         frames, lengths = processor.audio_processor.extract_packed(waveforms, model.device)
         states = model.encoder.encode(frames.to(model.dtype), Segments(tuple(lengths), model.device))
-        labels = ctc_logits(model.encoder, states).argmax(1).cpu()
+        labels = model.encoder.ctc_logits(states).argmax(1).cpu()
         answers |= dict(zip(indices, map(_collapsed, labels.split(lengths)), strict=True))
     return [answers[index] for index in range(len(utterances))]
 

@@ -5,8 +5,7 @@ batch's labels divided by the number of labels in the step. So several batches g
 sizes differ.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,11 +14,10 @@ from granite_kernels.op import accumulator
 from torch import Tensor
 
 from granite_speech.model import GraniteSpeechForConditionalGeneration
-from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.tokens import Tokens
 from granite_speech.training.batches import Batch
 
-__all__ = ["LossFunction", "LossValue", "ctc_logits", "ctc_loss", "label_loss", "speech_loss", "text_loss"]
+__all__ = ["LossFunction", "LossValue", "ctc_loss", "label_loss", "speech_loss", "text_loss"]
 
 Model = GraniteSpeechForConditionalGeneration
 
@@ -107,28 +105,9 @@ def text_loss(model: Model, batch: Batch, counts: Mapping[str, int]) -> LossValu
 
 def _encode(model: Model, batch: Batch, *, heads: bool = True) -> tuple[Tensor, list[Tensor]]:
     """Encoder states `(total_frames, width)`, and the CTC head's logits at the middle and last layers."""
-    encoder = model.encoder
-    with _outputs_of_head(encoder) as logits:
-        states = encoder.encode(batch.frames.to(model.dtype), batch.clips)
-        if heads:
-            ctc_logits(encoder, states)
-    return states, logits
-
-
-def ctc_logits(encoder: GraniteSpeechCTCEncoder, states: Tensor) -> Tensor:
-    """CTC logits `(total_frames, output_dim)` of the last block's output, which is the last part of each state."""
-    return encoder.out(states[:, -encoder.config.hidden_dim :])
-
-
-@contextmanager
-def _outputs_of_head(encoder: GraniteSpeechCTCEncoder) -> Iterator[list[Tensor]]:
-    # The encoder applies its head at the middle layer itself. A hook captures those logits instead of computing them twice.
     logits: list[Tensor] = []
-    handle = encoder.out.register_forward_hook(lambda module, arguments, output: logits.append(output))
-    try:
-        yield logits
-    finally:
-        handle.remove()
+    states = model.encoder.encode(batch.frames.to(model.dtype), batch.clips, ctc=logits if heads else None)
+    return states, logits
 
 
 def _ctc_value(heads: list[Tensor], batch: Batch, counts: Mapping[str, int], middle: float) -> LossValue:
