@@ -18,6 +18,7 @@ from torch import nn
 
 import granite_speech
 from granite_speech import (
+    Engine,
     GraniteSpeechForConditionalGeneration,
     GraniteSpeechProcessor,
     InputError,
@@ -27,8 +28,8 @@ from granite_speech import (
     restore,
 )
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
+from granite_speech.engine import runtime
 from granite_speech.inputs.requests import transcript_request
-from granite_speech.modules.snapshot import Snapshot
 from granite_speech.transcription.live_models import own_processor, running_model
 from tests.support.live_models import bundled, language_model, speech
 from tests.support.random_checkpoint import write_checkpoint
@@ -171,13 +172,29 @@ def test_a_model_of_peft(folder: Path, tmp_path: Path, random_processor: Granite
     assert len(set(texts)) == 3
 
 
-def test_another_scale_of_an_adapter_drops_what_was_captured(transcriber: Transcriber, random: Any):
-    before = running_model(random)
-    snapshot = Snapshot(before)
-    assert running_model(random) is before and snapshot.is_current()
-    language_model(random).layers[0].self_attn.q_proj.scaling["default"] *= 2
-    running_model(random)
-    assert not snapshot.is_current()
+def test_captured_steps_follow_the_live_model(transcriber: Transcriber, random: Any, folder: Path, monkeypatch):
+    # A replay runs the same function again; what a real capture allows is tested in tests/engine.
+    monkeypatch.setattr(runtime, "_can_be_captured", lambda model: True)
+    captured, replays = [], []
+
+    def capture(function: Callable[[], None]) -> Callable[[], None]:
+        captured.append(function)
+        return lambda: (replays.append(1), function())
+
+    twin = running_model(random)
+    twin.runtime.make_capture = lambda device: capture
+    expected = own_answer(folder)
+    assert [answer(transcriber) for _ in range(3)] == [expected] * 3 and captured and replays
+    count, norm = len(captured), language_model(random).norm
+    with torch.no_grad():
+        norm.weight.neg_()
+    assert answer(transcriber) == own_answer(folder, lambda model: model.decoder.norm.weight.data.neg_()) != expected
+    assert len(captured) == count, "in place: the same graphs read the new values"
+    layer = language_model(random).layers[0].self_attn.q_proj
+    layer.set_scale("default", 3.0)
+    answer(transcriber)
+    answer(transcriber)
+    assert running_model(random) is twin and len(captured) > count, "a scale is read when a graph is captured"
 
 
 def test_changes_of_the_live_model_change_the_next_transcript(transcriber: Transcriber, random: Any, folder: Path):
@@ -230,6 +247,22 @@ def test_logits_are_divided_by_logits_scaling(transcriber: Transcriber, random: 
         found, expected = running_model(random)(**inputs).logits, own(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert random.config.text_config.logits_scaling == 8
+
+
+def test_the_encoder_gives_its_ctc_log_probabilities(live: Any, processor: Any):
+    inputs = own_processor(processor)("<|audio|>yes", SPOKEN[0].waveform(16_000))
+
+    def log_probabilities(model: Any) -> torch.Tensor:
+        with Engine(model, None, max_rows=1) as engine:
+            return engine.submit(inputs=inputs, max_new_tokens=1, ctc=True).result().ctc_logprobs
+
+    expected = log_probabilities(load()[0])
+    torch.testing.assert_close(log_probabilities(running_model(live)), expected, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        speech(live).encoder.out.bias[3] += 4
+        found = log_probabilities(running_model(live))
+        speech(live).encoder.out.bias[3] -= 4
+    assert not torch.allclose(found, expected, atol=1e-2)
 
 
 def hooked(model: Any) -> None:
