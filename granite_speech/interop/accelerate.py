@@ -149,6 +149,9 @@ class Acceleration:
         if not has_inner:
             self._replace(text, "generate", partial(generated, self, text))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # in a copy of the model, whose methods are its own, also if peft's model around it was copied
+
     def _replace(self, module: nn.Module, name: str, function: Any) -> None:
         if name in vars(module) and not is_own(module, name):
             return  # somebody else's, which may do anything

@@ -13,7 +13,7 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.interop.follow import is_known_code, is_own, usual_device
 from granite_speech.modules.autocast import autocast_dtype
 
-__all__ = ["generated", "is_customised", "set_values"]
+__all__ = ["generated", "is_customised"]
 
 # The order of transformers' parameters, in all of its versions that have Granite Speech.
 _POSITIONAL = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus")
@@ -52,7 +52,7 @@ def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], call
     if is_wrong or live.training or autocast_dtype(live.device) is not None or any(map(is_customised, acceleration.whole)):
         raise _NotServedError
     inputs, others, settings = _sorted(live, dict(zip(_POSITIONAL, arguments, strict=False)) | call)
-    of_model, of_call = set_values(live.generation_config), set_values(others.get("generation_config"))
+    of_model, of_call = _set_values(live.generation_config), _set_values(others.get("generation_config"))
     [columns, *others_columns] = {inputs[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in inputs}
     if others_columns:
         raise _NotServedError
@@ -141,7 +141,7 @@ def _sorted(live: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Tensor], d
     return inputs, others, settings
 
 
-def set_values(config: Any) -> GenerationConfig | None:
+def _set_values(config: Any) -> GenerationConfig | None:
     """A configuration of transformers without its defaults, which in its version 4 look like values that somebody chose."""
     if config is None:
         return None

@@ -5,7 +5,6 @@ from typing import Any
 from torch import nn
 
 from granite_speech.errors import InputError, UnsupportedError
-from granite_speech.generation.config import GenerationConfig
 from granite_speech.interop.follow import Follower, NotFollowedError, Twin, check_code
 from granite_speech.interop.generate import is_customised
 
@@ -56,7 +55,10 @@ class TranscriptionTwin:
         text = acceleration.text.config
         twin.config.audio_token_index = live.config.audio_token_index
         twin.config.text_config.logits_scaling = getattr(text, "text_config", text).logits_scaling
-        twin.generation_config = GenerationConfig(**live.generation_config.to_diff_dict())  # to_dict has transformers' defaults too
+        options = live.generation_config
+        if callable(getattr(options, "to_diff_dict", None)):
+            options = options.to_diff_dict()  # to_dict has transformers' defaults too
+        twin.generation_config = options
         return twin
 
     def _twin(self, acceleration: Any) -> tuple[Twin, Follower]:
