@@ -59,6 +59,8 @@ def accelerate(model: Model) -> Model:
     not have, modules with hooks, adapters other than plain LoRA, quantized layers. If that makes a whole part slow, an
     `AccelerationWarning` gives the reason, once. Weights, adapters and modes may change at any time; they are looked at before each use.
 
+    `Transcriber(accelerate(model), processor)` transcribes recordings of any length with it.
+
     As a context manager, `with accelerate(model): …`, it undoes itself at the end of the block.
 
     Args:
