@@ -226,6 +226,7 @@ class Acceleration:
             self._warn("generate", str(reason))
             return False
         self.twin.config.audio_token_index = self.speech.config.audio_token_index
+        self.twin.config.text_config.vocab_size = self.twin.lm_head.weight.shape[0]  # captured prompts have room for as many logits
         self.twin.config.text_config.logits_scaling = self.text.config.logits_scaling if self._divides else 1.0
         return True
 
