@@ -36,6 +36,7 @@ setup(
     ],
     extras_require={
         "vad": ["silero-vad>=6"],  # segmentation="silero"
+        "plot": ["matplotlib>=3.9"],  # `--plot` and `plot_words`
         "train": ["jiwer>=4", "matplotlib>=3.9"],  # `finetune --validation`; the plot of `make embedded`
         "test": [
             "transformers==5.17.0",

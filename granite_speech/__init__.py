@@ -56,7 +56,10 @@ _HOMES = {
     "interop.accelerate": ("AccelerationWarning", "accelerate", "restore"),
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
     "modules.encoder": ("GraniteSpeechCTCEncoder",),
+    "transcription.load_model": ("available_models", "load_model"),
     "transcription.options": ("TranscribeOptions",),
+    "transcription.plot": ("plot_words",),
+    "transcription.result": ("TranscriptionResult",),
     "transcription.transcribe": ("transcribe",),
     "transcription.transcriber": ("Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"),
     "transcription.transcript": ("Segment", "Transcript", "TranscriptNote", "Word"),
@@ -110,7 +113,11 @@ if TYPE_CHECKING:
     from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
     from granite_speech.modules.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
+    from granite_speech.transcription.load_model import available_models as available_models
+    from granite_speech.transcription.load_model import load_model as load_model
     from granite_speech.transcription.options import TranscribeOptions as TranscribeOptions
+    from granite_speech.transcription.plot import plot_words as plot_words
+    from granite_speech.transcription.result import TranscriptionResult as TranscriptionResult
     from granite_speech.transcription.transcribe import transcribe as transcribe
     from granite_speech.transcription.transcriber import Transcriber as Transcriber
     from granite_speech.transcription.transcriber import TranscriptWarning as TranscriptWarning

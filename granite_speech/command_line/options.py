@@ -8,7 +8,7 @@ from typing import Any
 
 from granite_speech import __version__
 from granite_speech.command_line.parser import CommandParser, or_none, positive, truth_value
-from granite_speech.transcription.options import SEGMENTATIONS
+from granite_speech.transcription.options import PROMPT_MODES, SEGMENTATIONS
 from granite_speech.transcription.writers import FORMATS
 
 __all__ = ["parse_download", "parse_transcription"]
@@ -43,9 +43,6 @@ _CHECKED_IN_THE_CALL: dict[str, Callable[[str], Any]] = {
     "logprob-threshold": _number,
     "no-speech-threshold": _number,
     "hallucination-silence-threshold": _number,
-    "word-timestamps": truth_value,
-    "prompt-mode": _text,
-    "prefix-text": _text,
     "prepend-punctuations": _text,
     "append-punctuations": _text,
     "vad-threshold": _number,
@@ -62,7 +59,6 @@ _ELSEWHERE: dict[str, tuple[Callable[[str], Any], tuple[Any, ...], str]] = {
         (None, 0.0, 0.2),
         "A window whose text repeats itself is cut smaller, not tried at another temperature: use --temperature",
     ),
-    "highlight-words": (truth_value, (None, False), "Words have no times yet: subtitles have those of segments"),
 }
 # No computer has more cores, and some thousands of threads would never end: they wait for each other at every operation.
 _MOST_THREADS = 1024
@@ -71,6 +67,7 @@ _LLAMA_CPP = ("llama-cpp-binary", "llama-cpp-quant", "llama-cpp-mmproj", "llama-
 _CALL = (
     *("task", "language", "target_language", "prompt", "initial_prompt", "keywords", "max_new_tokens", "temperature"),
     *("segmentation", "chunk_length", "chunk_overlap", "clip_timestamps", "compression_ratio_threshold"),
+    *("word_timestamps", "prompt_mode", "prefix_text"),
     *(name.replace("-", "_") for name in _CHECKED_IN_THE_CALL),
 )
 
@@ -79,7 +76,7 @@ def parse_transcription(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of `granite-speech FILE …`. A usage error ends the process with status 2.
 
     Beside the options as they are named, the namespace has `call`: a dictionary of those that `TranscribeOptions` takes; and
-    `cache_dir`.
+    `cache_dir`. `--plot` implies `--word-timestamps`.
     """
     parser = _transcription_parser()
     options = parser.parse_args(arguments)
@@ -95,6 +92,7 @@ def parse_transcription(arguments: Sequence[str]) -> argparse.Namespace:
     if options.resume and not options.writes_files:
         parser.error("--resume skips files whose output is complete, so it needs --output-format or --output-dir")
     options.quiet = bool(options.quiet) or options.verbose is not True
+    _check_words(parser, options)
     options.call = {name: getattr(options, name) for name in _CALL if hasattr(options, name)}
     if not options.call.keys() & {"prompt", "initial_prompt"}:
         options.call.pop("carry_initial_prompt", None)  # there is nothing to carry
@@ -128,6 +126,22 @@ def _refuse_what_changes_the_result(parser: CommandParser, options: argparse.Nam
         value = getattr(options, name.replace("-", "_"), None)
         if value not in accepted:
             parser.error(f"--{name} {value} is not supported, only {' or '.join(map(str, accepted))}. {instead}")
+
+
+def _check_words(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Refuse what needs the times of words, if there will be none."""
+    wanted = getattr(options, "word_timestamps", None)
+    if options.plot is not None:
+        if wanted is False:
+            parser.error("--plot shows the times of words, which contradicts --word-timestamps False: omit one of them")
+        if "-" in options.audio:
+            parser.error("--plot reads a recording again, and standard input (-) can be read only once: save it to a file")
+        if options.resume:
+            parser.error("--resume skips files whose texts are complete, but does not know of plots: omit --resume or --plot")
+        options.word_timestamps = wanted = True
+    options.highlight_words = bool(options.highlight_words)
+    if options.highlight_words and not wanted:
+        parser.error("--highlight-words needs the times of words: add --word-timestamps")
 
 
 def _transcription_parser() -> CommandParser:
@@ -164,6 +178,15 @@ def _add_writing(parser: CommandParser) -> None:
     add("--output-dir", "-o", metavar="DIR", help="write files into this folder (default: the working directory)")
     for name, what in (("line-width", "characters in a line"), ("line-count", "lines"), ("words-per-line", "words in a line")):
         add(f"--max-{name}", type=or_none(positive), metavar="N", help=f"most {what} of a subtitle")
+    _add_truth_value(add, "word-timestamps", "give each word its time and its confidence, in json, srt and vtt", default=argparse.SUPPRESS)
+    _add_truth_value(add, "highlight-words", "srt and vtt: underline each word while it is spoken; needs --word-timestamps")
+    add(
+        "--plot",
+        type=_text,
+        metavar="FILE",
+        help="draw the spectrogram, the words and their confidences: a .png, .svg or .pdf; DIR/ for a .png of each recording; implies "
+        "--word-timestamps",
+    )
     _add_truth_value(add, "resume", "skip the files whose output is complete")
     _add_truth_value(add, "verbose", "False: neither a progress bar nor a line for each file written", default=True)
     _add_truth_value(add, "quiet", "the same as --verbose False")
@@ -205,6 +228,8 @@ def _add_request(parser: CommandParser) -> None:
     keywords = {"action": "extend", "dest": "keywords"}
     add("--keyword", "--keyword-bias", **keywords, type=lambda text: [text], metavar="TEXT", help="a name or term to expect; repeatable")
     add("--keywords", **keywords, type=lambda text: text.split(","), metavar="TEXTS", help='several of them: "Ada, Watson"')
+    add("--prompt-mode", type=_text, metavar="MODE", help=f"of plus checkpoints: {', '.join(PROMPT_MODES)}")
+    add("--prefix-text", type=_text, metavar="TEXT", help="of plus checkpoints: the beginning of the answer, as it ended before this audio")
     add("--max-new-tokens", type=or_none(positive), metavar="N", help="most tokens in the answer for a window (default: 400)")
     add("--temperature", type=_number, metavar="T", help="0: the likeliest tokens; above: drawn at random (default: 0)")
 
@@ -249,8 +274,8 @@ def _add_typed(add: Callable[..., None], name: str, kind: Callable[[str], Any]) 
     add(f"--{name}", type=kind, **optional)
 
 
-def _add_truth_value(add: Callable[..., None], name: str, meaning: str, default: bool | None = None) -> None:
-    add(f"--{name}", nargs="?", const=True, default=default, type=truth_value, metavar="True|False", help=meaning)
+def _add_truth_value(add: Callable[..., None], name: str, meaning: str, **default: Any) -> None:
+    add(f"--{name}", nargs="?", const=True, type=truth_value, metavar="True|False", help=meaning, **default)
 
 
 def _formats(text: str) -> list[str]:

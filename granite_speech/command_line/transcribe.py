@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from granite_speech.command_line.output import message, write_line
+from granite_speech.command_line.plots import Plots
 from granite_speech.command_line.progress import Progress
 from granite_speech.errors import GraniteSpeechError
 from granite_speech.transcription.options import TranscribeOptions
@@ -23,8 +24,9 @@ _NO_MODEL = (
     "For any speech, use --model ibm-granite/granite-speech-3.3-2b"
 )
 
-# Options of `SubtitleOptions`.
-_LAYOUT = ("max_line_width", "max_line_count", "max_words_per_line")
+# Options of `SubtitleOptions`, and formats with times of words.
+_LAYOUT = ("max_line_width", "max_line_count", "max_words_per_line", "highlight_words")
+_WITH_WORDS = {"json", "srt", "vtt", "tsv"}
 
 # Where a line on standard output ends: before a pause of so many seconds, after a sentence, or if it is long.
 _PAUSE, _LONG_LINE = 1.0, 300
@@ -47,12 +49,11 @@ def transcribe(options: argparse.Namespace) -> int:
     TranscribeOptions.of(options.call)  # its errors need not wait for the model
     if options.ignored:
         message(f"{', '.join(options.ignored)} ignored: llama.cpp is not used")
-    layout = [f"--{name.replace('_', '-')}" for name in _LAYOUT if getattr(options, name) is not None]
-    if layout and not {"srt", "vtt"} & set(options.output_format or ()):
-        message(f"{', '.join(layout)} ignored: neither srt nor vtt is written")
+    _warn_of_what_is_not_shown(options)
     results = _Files(options) if options.writes_files else _Lines(options.audio)
     if not results.names:
         return 0
+    plots = None if options.plot is None else Plots(results.names, options.plot, options.quiet)
     shown = not options.quiet and sys.stderr.isatty()
     transcriber = _load(options)
     with Progress(results.names, shown) as progress:
@@ -64,9 +65,20 @@ def transcribe(options: argparse.Namespace) -> int:
                         progress.finish(index, event.duration)
                     with progress.aside():
                         results.take(index, event)
+                        if plots is not None and isinstance(event, Transcript):
+                            plots.take(results.names[index], event)
         finally:
             results.flush()
-    return 1 if results.failed else 0
+    return 1 if results.failed or (plots is not None and plots.failed) else 0
+
+
+def _warn_of_what_is_not_shown(options: argparse.Namespace) -> None:
+    formats = set(options.output_format or ())
+    layout = [f"--{name.replace('_', '-')}" for name in _LAYOUT if getattr(options, name)]
+    if layout and not {"srt", "vtt"} & formats:
+        message(f"{', '.join(layout)} ignored: neither srt nor vtt is written")
+    if options.call.get("word_timestamps") and options.plot is None and not _WITH_WORDS & formats:
+        message(f"--word-timestamps shows no times: none of {', '.join(sorted(_WITH_WORDS))} is written")
 
 
 def _load(options: argparse.Namespace) -> "Transcriber":

@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from granite_speech.errors import AudioError
-from granite_speech.inputs.audio import AudioWarning, blocks_with_warning, load_with_warning, resample
+from granite_speech.inputs.audio import AudioWarning, blocks_with_warning, load_audio, load_with_warning, resample
 from granite_speech.inputs.clips import MOST_CHANNELS, check_clips, clips_of_prompt
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.sources import arrays_and_rates, file_of
 
-__all__ = ["Recording", "recording_blocks", "samples_of"]
+__all__ = ["Recording", "recording_blocks", "samples_of", "whole_recording"]
 
 Recording = str | PathLike | BinaryIO | bytes | np.ndarray | Tensor
 
@@ -65,12 +65,28 @@ def recording_blocks(
         InputError: another type, a network address, or an invalid option.
         MissingDependencyError: as `granite_speech.load_audio`.
     """
-    if _is_list(recording) and len(recording) == 1 and not isinstance(recording[0], Real):
-        recording = recording[0]
+    recording = _one_of_list(recording)
     file = file_of(recording)
     if file is not None:
         return blocks_with_warning(file, processor.audio_processor.sampling_rate, errors=errors)
     return iter([_whole(recording, processor.audio_processor.sampling_rate, sampling_rate)]), lambda: None
+
+
+def whole_recording(recording: Any, target: int, sampling_rate: int | None = None) -> Tensor:
+    """One recording, as `recording_blocks` takes it: `(samples,)` float32 on the CPU, mono, at `target` Hz.
+
+    Raises:
+        AudioError, InputError, MissingDependencyError: as `recording_blocks`.
+    """
+    recording = _one_of_list(recording)
+    file = file_of(recording)
+    return _whole(recording, target, sampling_rate) if file is None else load_audio(file, target)
+
+
+def _one_of_list(recording: Any) -> Any:
+    """The entry of a list that has one, unless it is a number: then the list is the recording."""
+    one = _is_list(recording) and len(recording) == 1 and not isinstance(recording[0], Real)
+    return recording[0] if one else recording
 
 
 def _is_list(recording: Any) -> bool:

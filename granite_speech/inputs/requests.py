@@ -3,17 +3,19 @@ checkpoint can answer at once.
 
 The words are IBM's. Those of 3.x are from the README of ibm-granite/granite-speech-models, whose system text also has two dates, and for
 translation from vLLM's `granite_speech`. Those of 4.x and of plus are from `prompts.py` of ibm-granite/granite-speech and its
-examples/model_card_examples.md; 3.x has no words of its own for keywords and a given language, and gets those of plus.
+examples/model_card_examples.md; 3.x has no words of its own for keywords and a given language, and gets those of plus. How an answer
+continues a text is from the model card of granite-speech-4.1-2b-plus.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from granite_speech.config import TASKS
 from granite_speech.errors import InputError
 from granite_speech.inputs.languages import requested_languages
 from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.inputs.prompt_modes import check_prompt_mode
 from granite_speech.inputs.text_options import check_choice
 
 __all__ = ["PROMPT_3", "PROMPT_4", "SYSTEM_3", "request_for", "transcript_request", "window_limit"]
@@ -25,6 +27,17 @@ PROMPT_4 = "transcribe the speech with proper punctuation and capitalization."
 SYSTEM_PLUS = f"Knowledge Cutoff Date: April 2024.\nToday's Date: December 19, 2024.\n{SYSTEM_3}"
 # The audio token is the first id after the vocabulary: 49,155 to 49,159 in 3.x, and 100,352 in 4.x, of which only plus has 3.x's template.
 _VOCABULARY_4 = 100_000
+
+# The requests of plus whose answers have tags, by prompt_mode.
+_TAGGED_PLUS = {
+    "speaker_attributed": (
+        "Speaker attribution: Transcribe and denote who is speaking by adding [Speaker 1]: and [Speaker 2]: tags before speaker turns."
+    ),
+    "word_timestamps": (
+        "Timestamps: Transcribe the speech. After each word, add a timestamp tag showing the end time in centiseconds, "
+        "e.g. hello [T:45] world [T:82]"
+    ),
+}
 
 # Seconds. In longer windows the releases may repeat themselves, and translations be in the language of the speech.
 _WINDOW_LIMITS = {"transcribe": 30.0, "translate": 10.0}
@@ -39,6 +52,8 @@ class _Family:
         transcribe, transcribe_from, translate: the requests; `transcribe_from` names the language of the speech.
         with_keywords: the requests that keywords follow, by task, if they are not the same.
         gap: between the placeholder and the request.
+        tagged: requests whose answers have tags, by prompt_mode.
+        continues: whether an answer can continue a text, as the family was trained to.
     """
 
     system: str | None
@@ -47,6 +62,8 @@ class _Family:
     translate: str
     with_keywords: dict[str, str]
     gap: str = ""
+    tagged: dict[str, str] = field(default_factory=dict)
+    continues: bool = False
 
     def request(self, task: str, language: str | None, target: str | None, has_keywords: bool) -> str:
         if has_keywords and task in self.with_keywords:
@@ -63,7 +80,7 @@ _THIRD = _Family(
     translate="translate the speech to {}",
     with_keywords={},
 )
-_PLUS = replace(_THIRD, system=SYSTEM_PLUS, gap=" ")
+_PLUS = replace(_THIRD, system=SYSTEM_PLUS, gap=" ", tagged=_TAGGED_PLUS, continues=True)
 _FOURTH = _Family(
     system=None,
     transcribe=PROMPT_4,
@@ -81,6 +98,8 @@ def request_for(
     target_language: str | None = None,
     keywords: str | Iterable[str] = (),
     prompt: str | None = None,
+    prompt_mode: str = "default",
+    prefix_text: str | None = None,
     model_type: str | None = None,
 ) -> str:
     """The full prompt for one clip, in the checkpoint's chat template if it has one, with one placeholder.
@@ -93,25 +112,32 @@ def request_for(
         keywords: names and terms that the speech may contain: "Kim, EBITDA", or several strings. IBM trained 4.x on such lists.
         prompt: a request in other words, to which keywords are added; the task then only matters for what is checked. One that has the
             placeholder gets no other. One that also ends as the chat template ends a prompt is complete.
+        prompt_mode: of plus checkpoints: "speaker_attributed" or "word_timestamps" ask for an answer with tags, in which the language
+            is not named. `transcription.tagged_answers` reads them.
+        prefix_text: of plus checkpoints: how the answer begins, as an earlier answer to the beginning of the clip ended, with its tags if
+            it has any. The answer is what comes after it.
         model_type: of the model's configuration; None to go by the template and the vocabulary, which tell the releases apart.
 
     Raises:
         InputError: another task; an unknown code; a target without translation, or the same as the language; keywords that are not text,
-            or come with a prompt that is complete; more than one placeholder.
+            or come with a prompt that is complete; more than one placeholder; a prompt_mode or prefix_text that the checkpoint was not
+            trained on, or that comes with a translation; a prompt_mode with a prompt.
     """
     check_choice("task", task, TASKS)
+    check_prompt_mode(prompt_mode, prefix_text, task=task, prompt=prompt)
     spoken, target = requested_languages(task, language, target_language)
     terms = _keywords(keywords, processor.audio_token)
     family = _family(processor, model_type)
     _check_prompt(prompt)
+    _check_family(family, prompt_mode, prefix_text)
     if terms and prompt and _is_complete(processor, prompt):
         raise InputError(
             got="keywords for a prompt that ends with the start of the answer",
             expected="a request that they can be added to",
             remedy="Write the keywords into the prompt, or pass only the request",
         )
-    words = prompt or family.request(task, spoken, target, bool(terms))
-    text = _in_template(processor, family, _with_keywords(words, terms))
+    words = prompt or family.tagged.get(prompt_mode) or family.request(task, spoken, target, bool(terms))
+    text = _in_template(processor, family, _with_keywords(words, terms), (prefix_text or "").rstrip())
     if text.count(processor.audio_token) != 1:
         raise InputError(
             got=f"a prompt in which {processor.audio_token} occurs {text.count(processor.audio_token)} times",
@@ -154,6 +180,17 @@ def _family(processor: GraniteSpeechProcessor, model_type: str | None) -> _Famil
     return _THIRD if "<|start_of_role|>" in template else _FOURTH
 
 
+def _check_family(family: _Family, prompt_mode: str, prefix_text: str | None) -> None:
+    """Refuse what a checkpoint was not trained on."""
+    remedy = "Load 'ibm-granite/granite-speech-4.1-2b-plus', or omit it"
+    if prompt_mode != "default" and prompt_mode not in family.tagged:
+        if prompt_mode == "word_timestamps":
+            remedy += "; word_timestamps=True gives the times of words with any checkpoint"
+        raise InputError(got=f"prompt_mode={prompt_mode!r}", expected="a plus checkpoint, which was trained on it", remedy=remedy)
+    if prefix_text and not family.continues:
+        raise InputError(got="prefix_text", expected="a plus checkpoint, which was trained to continue a text", remedy=remedy)
+
+
 def _keywords(keywords: Any, audio_token: str) -> list[str]:
     """Keywords without surrounding space, each once, in order."""
     parts = [keywords] if isinstance(keywords, str) else keywords
@@ -187,14 +224,16 @@ def _check_prompt(prompt: Any) -> None:
         raise InputError(got=f"a prompt of type {type(prompt).__name__}", expected="text, or None", remedy="Pass those")
 
 
-def _in_template(processor: GraniteSpeechProcessor, family: _Family, words: str) -> str:
+def _in_template(processor: GraniteSpeechProcessor, family: _Family, words: str, prefix: str = "") -> str:
     has_place = processor.audio_token in words
     content = words if has_place else f"{processor.audio_token}{family.gap}{words}"
     if not processor.chat_template or (has_place and _is_complete(processor, words)):
-        return content
+        return content + prefix
     conversation = [] if family.system is None else [{"role": "system", "content": family.system}]
     conversation.append({"role": "user", "content": content})
-    return processor.apply_chat_template(conversation, add_generation_prompt=True)
+    if prefix and "prefix_text" in str(processor.chat_template):  # that of plus writes it where it belongs
+        return processor.apply_chat_template(conversation, add_generation_prompt=True, prefix_text=prefix)
+    return processor.apply_chat_template(conversation, add_generation_prompt=True) + prefix
 
 
 def _is_complete(processor: GraniteSpeechProcessor, prompt: str) -> bool:

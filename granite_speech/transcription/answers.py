@@ -1,13 +1,15 @@
 """From the answers to a recording's windows to its segments: windows that repeat themselves are cut, and overlaps are joined."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from granite_speech.errors import EngineError, GraniteSpeechError
 from granite_speech.transcription.job import Job
 from granite_speech.transcription.overlaps import join
 from granite_speech.transcription.piece import Piece, Setup
 from granite_speech.transcription.repetition import repeats
+from granite_speech.transcription.tagged_answers import TaggedAnswer, parse_tags
 from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote
 from granite_speech.transcription.windows import halves
 
@@ -26,6 +28,7 @@ class _Text:
         truncated: which limit ended it; None: it is complete.
         repeats: whether it repeats itself.
         error: why there is none; None: there is one.
+        tagged: the text, and what the answer's tags say.
     """
 
     start: float
@@ -35,6 +38,7 @@ class _Text:
     truncated: str | None = None
     repeats: bool = False
     error: Exception | None = None
+    tagged: TaggedAnswer = field(default_factory=partial(TaggedAnswer, ""))
 
 
 class Answers:
@@ -92,13 +96,16 @@ class Answers:
             piece, answer = self._answer(piece)
         except Exception as error:  # whatever a window fails with, the others have their texts
             return [replace(place, error=error)]
-        found = replace(place, text=answer.text.strip(), truncated=piece.truncation(answer))
+        options = self._setup.options
+        prefix = options.prefix_text or "" if piece.is_first else ""
+        tagged = parse_tags(answer.text, options.prompt_mode, window.end - window.start, prefix)
+        found = replace(place, text=tagged.text, truncated=piece.truncation(answer), tagged=tagged)
         if not repeats(found.text, answer.finish_reason, threshold):
             return [found]
         smaller = halves(window) if cuts < _CUTS else None
         if smaller is None:
             return [replace(found, repeats=True)]
-        parts = [Piece(self._setup, half) for half in smaller]
+        parts = [Piece(self._setup, half, piece.is_first and not number) for number, half in enumerate(smaller)]
         for part in parts:
             part.submit()
         return [one for part in parts for one in self._texts(part, cuts + 1)]
@@ -112,7 +119,7 @@ class Answers:
         except Exception:
             if not piece.was_submitted:
                 raise
-        again = Piece(self._setup, piece.window)
+        again = Piece(self._setup, piece.window, piece.is_first)
         again.submit()
         return again, again.answer()
 
@@ -128,7 +135,8 @@ class Answers:
         if one.text or one.error is not None:
             error = None if one.error is None else str(one.error)
             temperature = self._setup.options.temperature
-            segment = Segment(len(self._segments), round(one.start, 3), round(one.end, 3), one.text, temperature, error)
+            tags = {"speakers": one.tagged.turns, "raw_text": one.tagged.raw_text}
+            segment = Segment(len(self._segments), round(one.start, 3), round(one.end, 3), one.text, temperature, error, **tags)
             self._segments.append(segment)
             yield segment
 
@@ -141,7 +149,8 @@ def _joined(before: _Text, after: _Text) -> tuple[_Text, _Text]:
     lengths = {"before_seconds": before.end - before.start, "after_seconds": after.end - after.start}
     texts = join(before.text, after.text, overlap=after.overlap, **lengths)
     middle = after.start + after.overlap / 2
-    return replace(before, text=texts[0], end=middle), replace(after, text=texts[1], start=middle)
+    tagged = before.tagged.beginning(texts[0]), after.tagged.end(texts[1])
+    return replace(before, text=texts[0], end=middle, tagged=tagged[0]), replace(after, text=texts[1], start=middle, tagged=tagged[1])
 
 
 def _own(error: Exception) -> GraniteSpeechError:

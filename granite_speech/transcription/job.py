@@ -70,7 +70,7 @@ class Job:
             while True:
                 with setup.alone():
                     window = next(windows, None)
-                    piece = None if window is None else Piece(setup, window)
+                    piece = None if window is None else Piece(setup, window, is_first=not count)
                 if piece is None:
                     break
                 count += 1

@@ -9,12 +9,13 @@ from typing import Any, Self
 
 from granite_speech.errors import InputError
 from granite_speech.inputs.languages import requested_languages
+from granite_speech.inputs.prompt_modes import check_prompt_mode
 
-__all__ = ["PROMPT_MODES", "SEGMENTATIONS", "SHORTEST_WINDOW", "TranscribeOptions"]
+__all__ = ["SEGMENTATIONS", "SHORTEST_WINDOW", "TranscribeOptions"]
 
-PROMPT_MODES = ("default", "speaker_attributed", "word_timestamps")
 SEGMENTATIONS = ("energy", "vad", "silero", "fixed")
 SHORTEST_WINDOW = 0.5  # seconds
+_MAX_NEW_TOKENS, _MAX_TAGGED_TOKENS = 400, 2000
 # Names that IBM's package and whisper have for the same option.
 _ALIASES = {"keyword_biases": "keywords", "initial_prompt": "prompt", "chunk_length_s": "chunk_length"}
 _NO_VAD = "Omit it; segmentation='silero' uses silero-vad with its own settings"
@@ -55,7 +56,8 @@ class TranscribeOptions:
         target_language: of a translation; English if omitted.
         prompt: the request, in place of the checkpoint's own.
         keywords: names and terms that the speech may contain; a text with commas, or an iterable of texts.
-        max_new_tokens: longest answer for a window, in tokens.
+        max_new_tokens: longest answer for a window, in tokens; None: 400, and 2,000 with prompt_mode="word_timestamps", whose answers have
+            a tag for each word.
         temperature: 0 for greedy decoding, otherwise of sampling. Of a tuple, as whisper takes it, the first is used.
         segmentation: where windows are cut: "energy" at pauses, and elsewhere where the sound is weakest; "vad" is IBM's name for the
             same; "silero" finds speech with the package silero-vad; "fixed" cuts every `chunk_length` seconds. None: "energy", or "fixed"
@@ -81,7 +83,7 @@ class TranscribeOptions:
     target_language: str | None = None
     prompt: str | None = None
     keywords: str | Iterable[str] | None = None
-    max_new_tokens: int = 400
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     segmentation: str | None = None
     chunk_length: float | None = None
@@ -100,15 +102,16 @@ class TranscribeOptions:
         Raises:
             InputError: an unknown option, or one that would change the result and cannot.
         """
-        known, chosen = [one.name for one in fields(cls)], {}
+        known, chosen, names = [one.name for one in fields(cls)], {}, {}
         for name, value in call.items():
             own = _ALIASES.get(name, name)
             if own not in known:
                 _check_other(name, value, known)
             elif value is not None or own == "compression_ratio_threshold":
                 if own in chosen:
-                    raise InputError(got=f"{own} and {name}", expected="one of them: they are the same option", remedy=f"Omit {name}")
-                chosen[own] = value
+                    got = f"{names[own]} and {name}"
+                    raise InputError(got=got, expected="one of them: they are the same option", remedy=f"Omit {name}")
+                chosen[own], names[own] = value, name
         return cls(**chosen)
 
     def __post_init__(self) -> None:
@@ -117,8 +120,14 @@ class TranscribeOptions:
             object.__setattr__(self, "segmentation", "fixed" if self.chunk_overlap else "energy")
         self._check_choice("segmentation", SEGMENTATIONS)
         self._check_choice("errors", ("raise", "warn"))
-        self._check_choice("prompt_mode", PROMPT_MODES)
+        check_prompt_mode(self.prompt_mode, self.prefix_text, task=self.task, prompt=self.prompt)
         self._check_choice("word_timestamps", (True, False))
+        if self.word_timestamps and self.task == "translate":
+            raise InputError(
+                got="word_timestamps with task='translate'",
+                expected="task='transcribe': the words of a translation were not said",
+                remedy="Omit one of them",
+            )
         requested_languages(self.task, self.language, self.target_language)
         if isinstance(self.temperature, (list, tuple)) and self.temperature:
             object.__setattr__(self, "temperature", self.temperature[0])
@@ -129,6 +138,8 @@ class TranscribeOptions:
             self._number("compression_ratio_threshold", 0.0, above=True)
         self._number("chunk_overlap", 0.0)
         tokens = self.max_new_tokens
+        if tokens is None:
+            tokens = _MAX_TAGGED_TOKENS if self.prompt_mode == "word_timestamps" else _MAX_NEW_TOKENS
         if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 0:
             raise InputError(got=f"max_new_tokens={tokens!r:.60}", expected="an integer from 0", remedy="Omit it for 400")
         object.__setattr__(self, "max_new_tokens", int(tokens))

@@ -11,7 +11,7 @@ from granite_speech.transcription.subtitles import SubtitleOptions, one_line
 from granite_speech.transcription.transcript import Transcript
 from granite_speech.transcription.writers import FORMATS, write_text
 
-__all__ = ["OutputFiles"]
+__all__ = ["OutputFiles", "not_written"]
 
 # What is wrong with a transcript, beside its files. While it is there, the input is to be transcribed again.
 _FAILED = "failed"
@@ -44,7 +44,7 @@ class OutputFiles:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
-            raise _not_written(self._folder, error) from error
+            raise not_written(self._folder, error) from error
         suffixes = [f".{one}" for one in (*self._formats, _FAILED)]
         self._names = output_names(self._inputs, os.fspath(self._folder), suffixes)
 
@@ -70,6 +70,7 @@ class OutputFiles:
 
         Raises:
             OutputError: something cannot be written. Files from before are as they were, unless the last step, renaming, failed.
+            InputError: as `write_text`.
         """
         failed = self._path(index, _FAILED)
         has_text = transcript.error is None or transcript.text or transcript.segments
@@ -80,7 +81,7 @@ class OutputFiles:
                 try:
                     stale.unlink(missing_ok=True)
                 except OSError as error:
-                    raise _not_written(stale, error) from error
+                    raise not_written(stale, error) from error
             return list(contents)
         _write({failed: _report(self._inputs[index], transcript)})  # first: whenever the process dies, the input is not complete
         _write(contents)
@@ -104,7 +105,7 @@ def _write(contents: Mapping[Path, str]) -> None:
             with suppress(OSError, ValueError):
                 _partial(one).unlink(missing_ok=True)
         if isinstance(error, (OSError, ValueError)):  # ValueError: characters that no file name can have
-            raise _not_written(path, error) from error
+            raise not_written(path, error) from error
         raise
 
 
@@ -135,7 +136,8 @@ def _report(name: str, transcript: Transcript) -> str:
     return "".join(f"{one_line(line)}\n" for line in lines)
 
 
-def _not_written(path: Path, error: BaseException) -> OutputError:
+def not_written(path: Path, error: BaseException) -> OutputError:
+    """The error for a file that cannot be written."""
     return OutputError(
         got=f"{path}, which cannot be written: {getattr(error, 'strerror', None) or error}",
         expected="a folder with free space that may be written to",

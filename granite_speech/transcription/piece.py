@@ -27,6 +27,7 @@ class Setup:
         submit: asks an engine for the answer to the processor's inputs, with options of `Engine.submit`.
         options: of the call.
         request: the full prompt of a window.
+        first_request: that of a recording's first window, which may have the beginning of the answer.
         limit: longest window, in seconds.
         notes: what to say of each transcript.
         sampling_rate: of arrays, in Hz; None: the processor's.
@@ -37,6 +38,7 @@ class Setup:
     submit: Callable[..., Handle]
     options: TranscribeOptions
     request: str
+    first_request: str
     limit: float
     notes: tuple[TranscriptNote, ...]
     sampling_rate: int | None
@@ -55,14 +57,15 @@ class Setup:
         """A block that prepares inputs: on a CPU without OpenMP's team, which belongs to the engine's worker."""
         return without_team() if self.model.device.type == "cpu" else nullcontext()
 
-    def inputs(self, samples: torch.Tensor) -> BatchFeature:
+    def inputs(self, samples: torch.Tensor, is_first: bool = False) -> BatchFeature:
         """The processor's inputs of a window `(samples,)`.
 
         Raises:
             AudioError: samples that cannot be used, or more than the model's context holds.
         """
         with torch.no_grad():
-            inputs = self.processor(self.request, samples, device=self.model.device)
+            request = self.first_request if is_first else self.request
+            inputs = self.processor(request, samples, device=self.model.device)
         columns = inputs["input_ids"].shape[1]
         if columns >= self.context:
             raise AudioError(
@@ -79,17 +82,18 @@ class Piece:
     Args:
         setup: what it has in common with others.
         window: its samples are kept, because they may be needed again.
+        is_first: whether the recording begins with it.
     """
 
-    def __init__(self, setup: Setup, window: Window):
-        self.window = window
+    def __init__(self, setup: Setup, window: Window, is_first: bool = False):
+        self.window, self.is_first = window, is_first
         self._setup = setup
         self._inputs: BatchFeature | None = None
         self._handle: Handle | None = None
         self._error: GraniteSpeechError | None = None
         self._limit = 0
         try:
-            self._inputs = setup.inputs(window.samples)
+            self._inputs = setup.inputs(window.samples, is_first)
         except GraniteSpeechError as error:
             self._error = error
 

@@ -7,7 +7,7 @@ __all__ = ["compression_ratio", "repeats"]
 
 def compression_ratio(text: str) -> float:
     """How many times smaller zlib makes a text in UTF-8, as whisper computes it; 0 for no text."""
-    content = text.encode()
+    content = text.encode(errors="surrogatepass")  # half a surrogate pair, which UTF-8 has no form of, is three bytes
     return len(content) / len(zlib.compress(content)) if content else 0.0
 
 

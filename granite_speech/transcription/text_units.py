@@ -12,9 +12,10 @@ _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff]"
 )
 # Where they do not allow a new line: before marks, closing punctuation and small kana, and after opening brackets.
-_MARKS = {"Mn", "Mc", "Me", "Cf", "Zs"}
+_SPACES = {"Zs"}  # those that allow no line break; the others are single spaces
+_MARKS = {"Mn", "Mc", "Me", "Cf"} | _SPACES
 _NOT_FIRST = _MARKS | {"Pe", "Pf", "Po", "Lm", "Sk"}
-_NOT_LAST = {"Ps", "Pi", "Zs"}
+_NOT_LAST = {"Ps", "Pi"} | _SPACES
 _SMALL_KANA = frozenset("ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ")
 
 
@@ -30,19 +31,25 @@ def text_units(text: str, width: int | None = None) -> Iterator[tuple[str, str]]
     """
     for word in text.split(" "):
         space = " "
-        for unit in _characters(word, _NOT_FIRST, _NOT_LAST) if _UNSPACED.search(word) else [word]:
+        for unit in _characters(word) if _UNSPACED.search(word) else [word]:
             too_long = width is not None and len(unit) > width and _UNSPACED.search(unit)
-            for piece in _characters(unit, _MARKS, set()) if too_long else [unit]:
+            for piece in _characters(unit, forced=True) if too_long else [unit]:
                 yield space, piece
                 space = ""
 
 
-def _characters(word: str, not_first: set[str], not_last: set[str]) -> list[str]:
-    """Divide a word beside each character of a script without spaces, except before and after certain categories of characters."""
+def _characters(word: str, forced: bool = False) -> list[str]:
+    """Divide a word beside each character of a script without spaces, except where the script allows no new line.
+
+    Args:
+        word: of at least one character.
+        forced: divide it even there, except before marks and beside no-break spaces.
+    """
+    not_first, not_last = (_MARKS, _SPACES) if forced else (_NOT_FIRST, _NOT_LAST)
     pieces = [word[0]]
     for before, after in pairwise(word):
         kept = unicodedata.category(after) in not_first or unicodedata.category(before) in not_last
-        kept = kept or (not_last and after in _SMALL_KANA) or not (_UNSPACED.match(before) or _UNSPACED.match(after))
+        kept = kept or (after in _SMALL_KANA and not forced) or not (_UNSPACED.match(before) or _UNSPACED.match(after))
         if kept:
             pieces[-1] += after
         else:

@@ -8,6 +8,7 @@ from warnings import warn
 import torch
 
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
+from granite_speech.transcription.load_model import LoadedModel
 from granite_speech.transcription.transcriber import Transcriber
 from granite_speech.transcription.transcript import Segment, Transcript
 
@@ -17,23 +18,26 @@ _LOADING = ("device", "dtype", "quantize", "revision", "cache_dir", "local_files
 
 
 def transcribe(
-    audio: Any, model: str | PathLike | Transcriber | None = None, *, stream: bool = False, **options: Any
+    audio: Any, model: str | PathLike | Transcriber | LoadedModel | None = None, *, stream: bool = False, **options: Any
 ) -> Transcript | list[Transcript] | Iterator[Segment] | Iterator[Transcript]:
     """The text of one recording, or of each in a list, of any length.
 
         print(granite_speech.transcribe("meeting.mp3", model="ibm-granite/granite-speech-4.1-2b"))
 
-    A name is loaded at each call. For several calls, make a `Transcriber` once and call its `transcribe`.
+    A name is loaded at each call. For several calls, make a `Transcriber` once, or call `load_model` once, and pass it.
 
     Args:
         audio: as for `Transcriber.transcribe`.
-        model: a folder, a hub id, or a `Transcriber`; the small checkpoint inside the package if omitted, which knows 70 English words.
+        model: a folder, a hub id, a `Transcriber`, or what `load_model` returned; the small checkpoint inside the package if omitted,
+            which knows 70 English words.
         stream: return an iterator: over the segments of one recording, or the transcripts of a list.
         options: of `Transcriber.transcribe`; and of `Transcriber.from_pretrained` if `model` is a name.
 
     Returns, warns, raises:
         As `Transcriber.transcribe`; also what `Transcriber.from_pretrained` raises.
     """
+    if isinstance(model, LoadedModel):
+        model = model.transcriber
     if isinstance(model, Transcriber):
         return model.transcribe(audio, stream=stream, **options)
     if model is None:

@@ -1,6 +1,7 @@
 """From recordings of any length to their texts, with a model and its processor in one object."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -122,7 +123,7 @@ class Transcriber:
         self,
         audio: Sequence[Recording],
         prompt: str | None = None,
-        max_new_tokens: int = 400,
+        max_new_tokens: int | None = None,
         *,
         sampling_rate: int | None = None,
         stream: Literal[False] = False,
@@ -134,7 +135,7 @@ class Transcriber:
         self,
         audio: Recording,
         prompt: str | None = None,
-        max_new_tokens: int = 400,
+        max_new_tokens: int | None = None,
         *,
         sampling_rate: int | None = None,
         stream: Literal[False] = False,
@@ -143,10 +144,10 @@ class Transcriber:
 
     @overload
     def transcribe(
-        self, audio: Any, prompt: str | None = None, max_new_tokens: int = 400, *, stream: Literal[True], **options: Any
+        self, audio: Any, prompt: str | None = None, max_new_tokens: int | None = None, *, stream: Literal[True], **options: Any
     ) -> Iterator[Segment] | Iterator[Transcript]: ...
 
-    def transcribe(self, audio, prompt=None, max_new_tokens=400, *, sampling_rate=None, stream=False, **options):
+    def transcribe(self, audio, prompt=None, max_new_tokens=None, *, sampling_rate=None, stream=False, **options):
         """The text of one recording, or of each in a list, of any length.
 
         Args:
@@ -154,11 +155,12 @@ class Transcriber:
                 content as bytes; or an array or tensor `(samples,)`, `(samples, channels)` or `(channels, samples)`. A list or
                 tuple has any number of these, and they are transcribed together; one of numbers is a recording `(samples,)`.
             prompt: the request; the checkpoint's own for a transcript or a translation if omitted.
-            max_new_tokens: the longest answer for a window.
-            sampling_rate: of arrays, in Hz; None for the processor's. Not used for files.
+            max_new_tokens: the longest answer for a window; None for that of `TranscribeOptions`.
+            sampling_rate: of arrays, in Hz; None for the processor's. Not used for files. `sample_rate` is the same.
             stream: return an iterator: over the segments of one recording, each as soon as it is final; over the transcripts of a list.
             options: the fields of `TranscribeOptions`: task, language, target_language, keywords, temperature, segmentation,
-                chunk_length, chunk_overlap, clip_timestamps, compression_ratio_threshold and errors.
+                chunk_length, chunk_overlap, clip_timestamps, compression_ratio_threshold, word_timestamps, prompt_mode, prefix_text
+                and errors.
 
         Returns:
             A `Transcript`, which is the text, a `str`, with its segments and warnings; for a list, a list in the same order.
@@ -184,7 +186,7 @@ class Transcriber:
             for index, one in enumerate(done):
                 name = _name(index, audio[index]) if several else ""
                 _raise_error(one, name)
-                _warn_of(one, name, stacklevel=3)
+                _warn_of(one, name)
                 transcripts.append(one)
         return transcripts if several else transcripts[0]
 
@@ -192,7 +194,7 @@ class Transcriber:
         self,
         recordings: Iterable[Recording],
         prompt: str | None = None,
-        max_new_tokens: int = 400,
+        max_new_tokens: int | None = None,
         *,
         sampling_rate: int | None = None,
         **options: Any,
@@ -239,6 +241,7 @@ class Transcriber:
             The index of a recording with each of its segments, and then with its transcript.
         """
         _check_several(recordings)
+        sampling_rate = _one_rate(sampling_rate, options.pop("sample_rate", None))
         model = running_model(self.model)
         setup = self._setup(model, TranscribeOptions.of(options), sampling_rate)
         most = _AHEAD * self._running_engine(model).max_rows
@@ -281,16 +284,19 @@ class Transcriber:
                     yield one
                 else:
                     _raise_error(one, "")
-                    _warn_of(one, "", stacklevel=3)
+                    _warn_of(one, "")
 
     def _setup(self, model: Any, options: TranscribeOptions, sampling_rate: int | None) -> Setup:
-        request = request_for(
+        keywords = tuple(options.keywords) if isinstance(options.keywords, Iterator) else options.keywords or ()  # for two requests
+        request = partial(
+            request_for,
             self.processor,
             task=options.task,
             language=options.language,
             target_language=options.target_language,
-            keywords=options.keywords or (),
+            keywords=keywords,
             prompt=options.prompt,
+            prompt_mode=options.prompt_mode,
             model_type=model.config.model_type,
         )
         limit, notes = window_limit(model.config, options.task), ()
@@ -307,7 +313,8 @@ class Transcriber:
                 expected="at most half of them",
                 remedy="Pass a smaller chunk_overlap",
             )
-        return Setup(model, self.processor, partial(self._submit, model), options, request, limit, notes, sampling_rate)
+        requests = request(), request(prefix_text=options.prefix_text)
+        return Setup(model, self.processor, partial(self._submit, model), options, *requests, limit, notes, sampling_rate)
 
     def _submit(self, model: Any, inputs: BatchFeature, **options: Any) -> Handle:
         engine = self._running_engine(model)
@@ -335,6 +342,17 @@ class Transcriber:
             self._engine, self._lock, self._process = None, threading.Lock(), os.getpid()
 
 
+def _one_rate(sampling_rate: int | None, sample_rate: int | None) -> int | None:
+    """The sampling rate of a call, which has two names."""
+    if None not in (sampling_rate, sample_rate) and sampling_rate != sample_rate:
+        raise InputError(
+            got=f"sampling_rate={sampling_rate!r:.40} and sample_rate={sample_rate!r:.40}",
+            expected="one of them: they are the same option",
+            remedy="Omit one",
+        )
+    return sample_rate if sampling_rate is None else sampling_rate
+
+
 def _check_several(recordings: Any) -> None:
     """Refuse one recording in place of several: letters of a path, lines of a file and samples of an array are no recordings."""
     one = isinstance(recordings, Recording | bytearray | memoryview | Mapping) or hasattr(recordings, "read")
@@ -346,8 +364,12 @@ def _check_several(recordings: Any) -> None:
         )
 
 
-def _warn_of(transcript: Transcript, name: str, stacklevel: int) -> None:
+def _warn_of(transcript: Transcript, name: str) -> None:
+    """Give the warnings of a transcript, which name the line outside this package that called it."""
     categories = {"audio": AudioWarning, "truncated": TruncatedAnswerWarning}
+    frame, stacklevel = sys._getframe(), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("granite_speech."):
+        frame, stacklevel = frame.f_back, stacklevel + 1
     for note in transcript.warnings:
         is_part = note.start is not None and (note.start > 0 or note.end < transcript.duration - 0.01)
         message = str(note) if is_part else note.message

@@ -1,10 +1,13 @@
 """A transcript as the content of a file: txt, srt, vtt, tsv or json, in whisper's forms."""
 
+import html
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 
 from granite_speech.errors import InputError
-from granite_speech.transcription.subtitles import SubtitleOptions, cues, spoken
+from granite_speech.transcription.subtitles import Cue, SubtitleOptions, cues, spoken
 from granite_speech.transcription.transcript import Segment, Transcript
 
 __all__ = ["FORMATS", "write_text"]
@@ -21,12 +24,12 @@ def write_text(transcript: Transcript, format: str, options: SubtitleOptions) ->
 
     Args:
         transcript: of one recording.
-        format: "txt": a line for each segment. "srt", "vtt": subtitles. "tsv": start and end in milliseconds, and text, after a line of
-            headings. "json": `transcript.to_dict()`.
+        format: "txt": a line for each segment. "srt", "vtt": subtitles, with the times of words if segments have words. "tsv": start and
+            end of each segment in milliseconds, and text, after a line of headings. "json": `transcript.to_dict()`.
         options: the layout of subtitles.
 
     Raises:
-        InputError: an unknown format, or a time that is not finite.
+        InputError: an unknown format, a time that is not finite, or words that are to be highlighted and have no times.
     """
     if format not in _CONTENTS:
         raise InputError(got=f"the output format {format!r}", expected=f"one of {', '.join(FORMATS)}", remedy="Choose one of these")
@@ -41,7 +44,7 @@ def _srt(transcript: Transcript, options: SubtitleOptions) -> str:
     content = ""
     for number, cue in enumerate(cues(transcript, options), 1):
         # An arrow may stand only between two times, and srt has no way to escape it.
-        text = _ARROW.sub("->", "\n".join(cue.lines))
+        text = _ARROW.sub("->", _underlined(cue, lambda text: text))
         content += f"{number}\n{_timestamp(cue.start, ',')} --> {_timestamp(cue.end, ',')}\n{text}\n\n"
     return content
 
@@ -49,9 +52,19 @@ def _srt(transcript: Transcript, options: SubtitleOptions) -> str:
 def _vtt(transcript: Transcript, options: SubtitleOptions) -> str:
     content = "WEBVTT\n\n"
     for cue in cues(transcript, options):
-        text = "\n".join(cue.lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        text = _underlined(cue, partial(html.escape, quote=False))
         content += f"{_timestamp(cue.start, '.')} --> {_timestamp(cue.end, '.')}\n{text}\n\n"
     return content
+
+
+def _underlined(cue: Cue, escape: Callable[[str], str]) -> str:
+    """The lines of a cue, escaped, with the tags <u> and </u> around the word that is being spoken."""
+    lines = list(map(escape, cue.lines))
+    if cue.underlined is not None:
+        number, begin, end = cue.underlined
+        line = cue.lines[number]
+        lines[number] = f"{escape(line[:begin])}<u>{escape(line[begin:end])}</u>{escape(line[end:])}"
+    return "\n".join(lines)
 
 
 def _tsv(transcript: Transcript, options: SubtitleOptions) -> str:
@@ -71,7 +84,9 @@ def _json(transcript: Transcript, options: SubtitleOptions) -> str:
         content = json.dumps(transcript.to_dict(), ensure_ascii=False, indent=2, allow_nan=False)
     except ValueError as error:
         raise InputError(
-            got="a transcript with a time that is not finite", expected="finite times", remedy="Give each segment its times"
+            got="a transcript with a time or a confidence that is not finite",
+            expected="finite numbers",
+            remedy="Give each segment and each word its times",
         ) from error
     # UTF-8 has no form of half a surrogate pair, which is in the name of a file that is not in UTF-8; JSON has one.
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", content) + "\n"

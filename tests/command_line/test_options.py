@@ -106,11 +106,17 @@ def test_values_that_change_nothing_are_accepted(transcriber, capfd, line, dash)
         ("--initial_prompt x --carry_initial_prompt False", "carry_initial_prompt"),
         ("--no_speech_threshold 0.9", "silence"),
         ("--logprob_threshold -2", "logprob_threshold"),
-        ("--word_timestamps True", "words have no times"),
-        ("--word-timestamps", "words have no times"),
-        ("--highlight_words True", "no times yet"),
-        ("--prompt_mode speaker_attributed", "prompt_mode"),
-        ("--prefix_text hello", "prefix_text"),
+        ("--highlight_words True", "add --word-timestamps"),
+        ("--highlight-words --word_timestamps False", "add --word-timestamps"),
+        ("--word_timestamps=maybe", "maybe"),
+        ("--prompt_mode whispered", "'whispered'"),
+        ("--plot a.png --word_timestamps False", "contradicts --word-timestamps False"),
+        ("--plot a.png -", "standard input (-) can be read only once"),
+        ("--plot a.png --resume -f srt", "does not know of plots"),
+        ("--plot a.docx", "'a.docx' for an image"),
+        ("--plot words", ".png, .svg, .pdf"),
+        ("--plot a.png b.wav", "expected a folder"),
+        ("--plot /dev/null/a.png", "cannot be written"),
         ("--temperature_increment_on_fallback 0.5", "--temperature"),
         ("--vad_threshold 0.3", "vad_threshold=0.3"),
         ("--suppress_tokens 5", "suppress_tokens"),
@@ -174,6 +180,21 @@ def test_options_of_the_call_reach_the_transcriber(transcriber):
     decoding = {"max_new_tokens": 7, "temperature": 0.5, "compression_ratio_threshold": None}
     cuts = {"segmentation": "fixed", "chunk_length": 8.0, "chunk_overlap": 1.0, "clip_timestamps": "1,2,5"}
     assert transcriber.calls == [request | decoding | cuts]
+
+
+def test_options_of_words_and_of_plus_checkpoints_reach_the_transcriber(transcriber, capfd):
+    line = "--word_timestamps True --prompt-mode speaker_attributed --prefix_text -loud"
+    assert main(["a.wav", "--model", "m", *line.split()]) == 0
+    assert transcriber.calls == [{"word_timestamps": True, "prompt_mode": "speaker_attributed", "prefix_text": "-loud"}]
+    assert main(["a.wav", "--model", "m", "--word-timestamps", "--prompt_mode", "None", "--prefix-text", "None"]) == 0
+    assert transcriber.calls[1] == {"word_timestamps": True, "prompt_mode": None, "prefix_text": None}
+
+
+def test_a_plot_implies_word_timestamps():
+    options = parse_transcription(["a.wav", "--plot", "a.png", "--highlight-words", "-f", "srt"])
+    assert options.call == {"word_timestamps": True} and options.highlight_words is True
+    options = parse_transcription(["a.wav", "--plot", "None"])
+    assert options.call == {} and options.plot is None and options.highlight_words is False
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from granite_speech.errors import AudioError, InputError
 from granite_speech.inputs.audio import load_audio, resample
 from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import recording_blocks
+from granite_speech.inputs.recordings import recording_blocks, whole_recording
 from tests.support.made_sounds import encoded, voice
 
 RATE = 16000
@@ -55,6 +55,13 @@ def test_files_come_in_blocks(processor, path):
         assert torch.equal(samples, expected) and warning is None
     with open(path, "rb") as file:
         assert torch.equal(read(file, processor)[0], expected) and not file.closed
+
+
+def test_a_whole_recording_is_its_blocks_joined(processor, path):
+    sound = voice()
+    for recording in (path, [path], path.read_bytes(), sound, [sound], sound[:500].tolist(), np.stack([sound, sound]), torch.tensor(sound)):
+        for rate in (None, 8000):
+            assert torch.equal(whole_recording(recording, RATE, rate), read(recording, processor, rate)[0])
 
 
 def test_standard_input(processor, path, monkeypatch):

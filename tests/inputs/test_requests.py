@@ -103,6 +103,47 @@ def test_plus_is_known_by_its_vocabulary(third, monkeypatch):
     assert transcript_request(third, model_type="granite_speech") == in_roles(SYSTEM_3, f"<|audio|>{PROMPT_3}")
 
 
+TAGS = {
+    "speaker_attributed": (
+        "Speaker attribution: Transcribe and denote who is speaking by adding [Speaker 1]: and [Speaker 2]: tags before speaker turns."
+    ),
+    "word_timestamps": (
+        "Timestamps: Transcribe the speech. After each word, add a timestamp tag showing the end time in centiseconds, "
+        "e.g. hello [T:45] world [T:82]"
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", TAGS)
+def test_requests_for_tags(third, fourth, mode):
+    plus = {"model_type": "granite_speech_plus"}
+    assert request_for(third, prompt_mode=mode, **plus) == in_roles(PLUS_SYSTEM, f"<|audio|> {TAGS[mode]}")
+    assert request_for(third, prompt_mode=mode, language="de", **plus) == request_for(third, prompt_mode=mode, **plus)
+    words = TAGS[mode] + ("." if TAGS[mode][-1] == "]" else "") + " Keywords: Kim"
+    assert request_for(third, prompt_mode=mode, keywords=["Kim"], **plus) == in_roles(PLUS_SYSTEM, f"<|audio|> {words}")
+    for other in (third, fourth):
+        with pytest.raises(InputError, match=f"prompt_mode='{mode}'; expected a plus checkpoint.*granite-speech-4.1-2b-plus"):
+            request_for(other, prompt_mode=mode)
+    for wrong in ({"task": "translate"}, {"prompt": "what?"}):
+        with pytest.raises(InputError, match=f"prompt_mode='{mode}' with"):
+            request_for(third, prompt_mode=mode, **wrong, **plus)
+
+
+@pytest.mark.parametrize("template", [ROLES, ROLES.replace("{% endif %}", "{{ prefix_text or '' }}{% endif %}")])
+def test_an_answer_can_continue_a_text(template, fourth):
+    processor, plus = made(template), {"model_type": "granite_speech_plus"}
+    begun = in_roles(PLUS_SYSTEM, f"<|audio|> {PROMPT_3}")
+    assert request_for(processor, prefix_text="[Speaker 1]: so ", **plus) == begun + "[Speaker 1]: so"
+    assert request_for(processor, prompt=begun, prefix_text="so", **plus) == begun + "so"
+    assert request_for(processor, prefix_text=" ", **plus) == request_for(processor, prefix_text="", **plus) == begun
+    assert request_for(fourth, prefix_text="") == request_for(fourth)
+    for wrong, message in (("<|audio|>", "occurs 2 times"), (3, "prefix_text of type int")):
+        with pytest.raises(InputError, match=message):
+            request_for(processor, prefix_text=wrong, **plus)
+    with pytest.raises(InputError, match="prefix_text; expected a plus checkpoint, which was trained to continue"):
+        request_for(fourth, prefix_text="so")
+
+
 def test_a_prompt_with_a_place_for_the_recording(third, fourth):
     for processor in (third, fourth):
         complete = request_for(processor)

@@ -96,8 +96,8 @@ def failing(monkeypatch, bad: set[int], error: Exception) -> None:
     """The windows with these numbers fail, at the second try too."""
     prepare, numbers = Piece.__init__, {}
 
-    def numbered(piece: Piece, setup, window: Window) -> None:
-        prepare(piece, setup, window)
+    def numbered(piece: Piece, setup, window: Window, is_first: bool = False) -> None:
+        prepare(piece, setup, window, is_first)
         piece.number = numbers.setdefault(window.start, len(numbers))
 
     def answer(piece: Piece) -> Answer:

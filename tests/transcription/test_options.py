@@ -52,12 +52,42 @@ def test_clip_timestamps_that_are_no_ranges(given):
         {"chunk_overlap": 1.0, "segmentation": "energy"},
         {"chunk_overlap": -1.0, "segmentation": "fixed"},
         {"compression_ratio_threshold": 0},
+        {"word_timestamps": "yes"},
+        {"prompt_mode": "summary"},
+        {"prompt_mode": ["default"]},
     ],
     ids=str,
 )
 def test_values_that_cannot_be_used_are_named(call):
     with pytest.raises(InputError, match=f"{next(iter(call))}="):
         TranscribeOptions.of(call)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ({"prefix_text": 3}, "prefix_text of type int"),
+        ({"prompt_mode": "speaker_attributed", "task": "translate"}, "prompt_mode='speaker_attributed' with task='translate'"),
+        ({"prompt_mode": "word_timestamps", "prompt": "what?"}, "prompt_mode='word_timestamps' with a prompt"),
+        ({"prefix_text": "so", "task": "translate"}, "prefix_text with task='translate'"),
+        ({"word_timestamps": True, "task": "translate"}, "the words of a translation were not said"),
+    ],
+)
+def test_options_that_exclude_each_other(call, message):
+    with pytest.raises(InputError, match=message):
+        TranscribeOptions.of(call)
+
+
+def test_answers_with_a_time_for_each_word_may_be_longer():
+    assert TranscribeOptions().max_new_tokens == TranscribeOptions(prompt_mode="speaker_attributed").max_new_tokens == 400
+    assert TranscribeOptions(prompt_mode="word_timestamps").max_new_tokens == 2000
+    assert TranscribeOptions(prompt_mode="word_timestamps", max_new_tokens=300).max_new_tokens == 300
+
+
+def test_what_changes_nothing_goes_with_any_task():
+    options = {"task": "translate", "prompt_mode": "default", "prefix_text": "", "word_timestamps": False}
+    assert TranscribeOptions.of(options) == TranscribeOptions(task="translate", prefix_text="")
+    assert TranscribeOptions(prompt_mode="word_timestamps", prompt="").prompt_mode == "word_timestamps"
 
 
 def test_an_overlap_means_fixed_windows():
@@ -84,7 +114,6 @@ def test_names_of_other_packages():
         ("num_beams", None, 2),
         ("fp16", True, False),
         ("condition_on_previous_text", False, True),
-        ("word_timestamps", False, True),
         ("no_speech_threshold", 0.6, 0.3),
         ("suppress_tokens", "-1", "1,2"),
         ("suppress_blank", True, False),
@@ -92,7 +121,6 @@ def test_names_of_other_packages():
         ("max_initial_timestamp", 1.0, 2.0),
         ("vad_threshold", 0.2, 0.5),
         ("vad_min_silence_duration", 0.5, 1.0),
-        ("sample_rate", None, 8000),
     ],
 )
 def test_what_changes_nothing_is_accepted_and_the_rest_refused_by_name(name, accepted, refused):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from granite_speech.errors import AudioError, InputError
 from granite_speech.transcription.subtitles import SubtitleOptions, one_line
-from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote
+from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote, Word
 from granite_speech.transcription.writers import FORMATS, write_text
 from tests.support.paths import ROOT
 
@@ -185,6 +185,77 @@ def test_the_forms_of_whisper():
         "WEBVTT\n\n01:00:00.000 --> 01:00:01.250\none two\n\n100:00:00.000 --> 100:00:01.000\nR &amp; D\n\n"
     )
     assert write_text(transcript, "tsv", PLAIN) == "start\tend\ttext\n3600000\t3601250\tone two\n360000000\t360001000\tR & D\n"
+
+
+# --- words ------------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def transcripts_with_words(draw):
+    """Words in order, each some milliseconds long, with or without a pause after it."""
+    now, segments = 0, []
+    for texts in draw(st.lists(st.lists(st.sampled_from(["open", "<b>", "R&D", "--", "-->", "café", "</u>"]), min_size=1, max_size=5))):
+        words = []
+        for text in texts:
+            start = now + draw(st.integers(0, 4000))
+            now = start + draw(st.integers(1, 900))
+            words.append(Word(text, start / 1000, now / 1000, 0.9))
+        segments.append(Segment(len(segments), words[0].start, words[-1].end, " ".join(texts), words=words))
+    return Transcript(" ".join(one.text for one in segments), segments=segments, duration=now / 1000)
+
+
+def spoken_words(transcript):
+    return [(round(1000 * one.start), round(1000 * one.end), one.word) for segment in transcript.segments for one in segment.words]
+
+
+@settings(max_examples=100, deadline=None)
+@given(transcripts_with_words())
+def test_a_word_for_each_cue_is_read_back_with_its_times(transcript):
+    options = SubtitleOptions(max_words_per_line=1)
+    ms, arrow = timedelta(milliseconds=1), re.compile("-->")
+    found = [(one.start // ms, one.end // ms, one.content) for one in srt.parse(write_text(transcript, "srt", options))]
+    assert found == [(start, end, arrow.sub("->", word)) for start, end, word in spoken_words(transcript)]
+    cues = webvtt.from_string(write_text(transcript, "vtt", options))
+    times = [(one.start_time.in_milliseconds(), one.end_time.in_milliseconds()) for one in cues]
+    assert [(*time, html.unescape(one.raw_text)) for time, one in zip(times, cues, strict=True)] == spoken_words(transcript)
+
+
+@settings(max_examples=100, deadline=None)
+@given(transcripts_with_words(), st.builds(SubtitleOptions, *[st.none() | st.integers(1, 30)] * 3, st.just(True)))
+def test_highlighted_words_are_read_back_with_their_times(transcript, options):
+    content = write_text(transcript, "vtt", options)
+    found = re.findall(r"<u>([^<>]*)</u>", content)
+    cues = [one for one in webvtt.from_string(content) if "<u>" in one.raw_text]
+    times = [(one.start_time.in_milliseconds(), one.end_time.in_milliseconds()) for one in cues]
+    assert [(*time, html.unescape(word)) for time, word in zip(times, found, strict=True)] == spoken_words(transcript)
+    assert set(re.findall("<[^>]*>", content)) <= {"<u>", "</u>"}, "the text's own tags are escaped"
+    events = by_pysubs2(write_text(transcript, "srt", options), "srt")
+    underlined = [(start, end) for start, end, text in events if "<u>" in text]
+    assert underlined == times and len(events) == len(webvtt.from_string(content))
+
+
+def test_highlighted_words_in_whispers_form():
+    words = [Word("R", 0.0, 0.4, 0.9), Word("&", 0.5, 0.75, 0.9), Word("-->", 0.75, 1.0, 0.9)]
+    transcript = Transcript("R & -->", segments=[Segment(0, 0.0, 1.0, "R & -->", words=words)])
+    options = SubtitleOptions(highlight_words=True)
+    assert write_text(transcript, "srt", options) == (
+        "1\n00:00:00,000 --> 00:00:00,400\n<u>R</u> & ->\n\n2\n00:00:00,400 --> 00:00:00,500\nR & ->\n\n"
+        "3\n00:00:00,500 --> 00:00:00,750\nR <u>&</u> ->\n\n4\n00:00:00,750 --> 00:00:01,000\nR & <u>-></u>\n\n"
+    )
+    assert "00:00:00.750 --> 00:00:01.000\nR &amp; <u>--&gt;</u>\n\n" in write_text(transcript, "vtt", options)
+    for format in ("txt", "tsv", "json"):
+        assert write_text(transcript, format, options) == write_text(transcript, format, PLAIN)
+
+
+def test_json_has_the_words():
+    words = [Word("one", 0.1, 0.4, 0.9, 0.8, 0.95), Word("two", 0.5, 0.75, 0.9, bridged=True)]
+    content = json.loads(
+        write_text(Transcript("one two", segments=[Segment(0, 0.1, 0.75, "one two", words=words)], words=words), "json", PLAIN)
+    )
+    assert content["words"] == content["segments"][0]["words"] == [one.to_dict() for one in words]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_format_is_named():
