@@ -13,7 +13,7 @@ import torch
 from granite_speech.engine.decoding import StepKey
 from granite_speech.engine.requests import Request
 from granite_speech.engine.runtime import Runtime
-from granite_speech.engine.state import DecodeState, StateSize, ladder
+from granite_speech.engine.state import DecodeState, StateSize, ladder, tokens_and_logprobs
 from granite_speech.engine.step import DecodeStep, Selection
 from granite_speech.modules.transfers import Reading, on_device
 
@@ -122,7 +122,7 @@ class DecodeRows:
             step.choose(step.logits(), 0)
         else:
             graphs.replay(key)
-        self._launched.append(_Launched(Reading(self._state.history[:1, :used]), self.requests[:used]))
+        self._launched.append(_Launched(Reading(self._state.record[:1]), self.requests[:used]))
         for one in self._selections:
             one.keys = min(one.keys + 1, one.last_keys)
         return len(self._selections)
@@ -131,8 +131,8 @@ class DecodeRows:
         """Have a step captured."""
         self._runtime.decoder_graphs.want(key, partial(self._new_step, key))
 
-    def read(self, everything: bool = False) -> list[tuple[Request, int]]:
-        """New tokens of answers: those of all steps but the newest, on a GPU, or of all.
+    def read(self, everything: bool = False) -> list[tuple[Request, int, float]]:
+        """New tokens of answers with their log-probabilities: those of all steps but the newest, on a GPU, or of all.
 
         Args:
             everything: wait for the newest step too.
@@ -141,8 +141,10 @@ class DecodeRows:
         tokens = []
         while len(self._launched) > keep:
             launched = self._launched.popleft()
-            [chosen] = launched.reading.wait().tolist()
-            tokens += [(one, token) for one, token in zip(launched.rows, chosen, strict=True) if one is not None and token >= 0]
+            used = len(launched.rows)
+            [chosen], [logprobs] = (one[:, :used].tolist() for one in tokens_and_logprobs(launched.reading.wait()))
+            of_rows = zip(launched.rows, chosen, logprobs, strict=True)
+            tokens += [(one, token, logprob) for one, token, logprob in of_rows if one is not None and token >= 0]
         return tokens
 
     def _new_step(self, key: StepKey, with_vectors: bool = False) -> DecodeStep:

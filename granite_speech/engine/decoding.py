@@ -16,7 +16,7 @@ from torch import Tensor
 from granite_speech.engine.records import Records
 from granite_speech.engine.rules import Rules
 from granite_speech.engine.runtime import Runtime
-from granite_speech.engine.state import STEPS, Row, StateSize, ladder
+from granite_speech.engine.state import STEPS, Row, StateSize, ladder, tokens_and_logprobs
 from granite_speech.engine.step import DecodeStep, Selection
 from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.processors import History
@@ -251,8 +251,7 @@ class Decoding:
             self._generator().set_offset(self._launched[0].draws_from)
 
     def _sent(self, key: StepKey, offset: int | None) -> None:
-        history = self._state.history[: key.steps, : len(self._rows)]
-        self._launched.append(_Launched(Reading(history), self._rows, offset))
+        self._launched.append(_Launched(Reading(self._state.record[: key.steps]), self._rows, offset))
         self._chosen += key.steps
 
     def _add_pages(self, steps: int) -> None:
@@ -267,7 +266,8 @@ class Decoding:
 
     def _read(self, launched: _Launched) -> None:
         """Wait for the tokens of some steps, and append them to the answers that were going on."""
-        for tokens in launched.reading.wait().tolist():
+        history, _ = tokens_and_logprobs(launched.reading.wait())
+        for tokens in history[:, : len(launched.rows)].tolist():
             new = [(row, token) for row, token in zip(launched.rows, tokens, strict=True) if self._open[row]]
             for row, token in new:
                 self._answers[row].append(token)

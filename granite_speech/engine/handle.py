@@ -54,6 +54,7 @@ class Handle:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._tokens: list[int] = []
+        self._logprobs: list[float] = []
         self._wakeups: list[tuple[float, Callable[[], None]]] = []  # each with the number of tokens that are not enough
         self.ctc: Reading | None = None  # the CTC head's log-probabilities, if they are wanted, once the audio is encoded
         self._future: Future[str] = Future()  # of the finish reason
@@ -73,7 +74,7 @@ class Handle:
         check_process(self._process)
         reason = self._future.result(timeout)
         ctc = None if self.ctc is None else self.ctc.wait()
-        return Answer(self._decode(self._tokens), list(self._tokens), reason, ctc_logprobs=ctc)
+        return Answer(self._decode(self._tokens), list(self._tokens), reason, list(self._logprobs), ctc)
 
     @property
     def done(self) -> bool:
@@ -155,8 +156,9 @@ class Handle:
 
     # The engine's side.
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, logprob: float) -> None:
         with self._lock:
+            self._logprobs.append(logprob)
             self._tokens.append(token)
             tokens = len(self._tokens)
             wakeups = [wake for count, wake in self._wakeups if count < tokens]

@@ -18,7 +18,7 @@ from granite_speech.generation.sampling import seen_tokens
 from granite_speech.modules.cache import PagePool
 from granite_speech.modules.transfers import on_device
 
-__all__ = ["STEPS", "DecodeState", "Row", "StateSize", "ladder"]
+__all__ = ["STEPS", "DecodeState", "Row", "StateSize", "ladder", "tokens_and_logprobs"]
 
 # The most steps that one graph makes.
 STEPS = 8
@@ -127,7 +127,9 @@ class DecodeState:
         top_k: `(rows, 1)` int64.
         origin: `(rows,)` int64, the request's row, whose random numbers the answer uses.
         seeds: `(rows,)` int64, of answers that draw their own random numbers.
-        history: `(STEPS, rows)` int64, the tokens of the last graph's steps; −1 for a row that was not active.
+        record: `(STEPS, 2, rows)` int64, what the host reads of the last graph's steps: see `tokens_and_logprobs`.
+        history: `(STEPS, rows)` int64, a view of it: the tokens; −1 for a row that was not active.
+        logprobs: `(STEPS, rows)` float32, a view of it: the log-probabilities of the tokens; any number for a row that was not active.
         seen: `(rows, vocabulary + 1)` bool, tokens that prompt or answer have; made when a repetition penalty needs it.
         noise: `(rows, vocabulary)` float32, exponentially distributed; made when sampling needs it.
         vectors: `(rows, hidden)`, embeddings of newest tokens that are audio; made when a prompt ends with one.
@@ -168,7 +170,8 @@ class DecodeState:
                     setattr(self, name, vector.unsqueeze(1) if name in ("top_k", *_FLOAT32) else vector)
             self.block_table = self._zeros(rows, size.pages, dtype=torch.int32)
             self.ends = self._zeros(rows, size.ends, dtype=torch.int64)
-            self.history = self._zeros(STEPS, rows, dtype=torch.int64)
+            self.record = self._zeros(STEPS, 2, rows, dtype=torch.int64)
+            self.history, self.logprobs = tokens_and_logprobs(self.record)
             self.cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
             self.counters = self._zeros(rows * pool.num_heads, dtype=torch.int32)
 
@@ -255,13 +258,22 @@ class DecodeState:
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Put the answers back after the block, in which steps may run."""
-        tensors = [*self._fields, self.history, *([] if self.seen is None else [self.seen])]
+        tensors = [*self._fields, self.record, *([] if self.seen is None else [self.seen])]
         before = [one.clone() for one in tensors]
         try:
             yield
         finally:
             for tensor, values in zip(tensors, before, strict=True):
                 tensor.copy_(values)
+
+
+def tokens_and_logprobs(record: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens `(steps, rows)` int64 and their log-probabilities `(steps, rows)` float32 of a record `(steps, 2, rows)`, or of its copy.
+
+    They are one tensor, so that one transfer brings both.
+    """
+    tokens, logprobs = record.unbind(1)
+    return tokens, logprobs.view(torch.float32)[:, : record.shape[2]]
 
 
 def _put(target: Tensor, values: Tensor, at: Tensor | None, dim: int = 0) -> None:

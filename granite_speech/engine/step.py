@@ -125,7 +125,8 @@ class DecodeStep:
         self._page_size = state.pool.page_size
         self._tokens, self._positions, self._kv_lens = state.tokens[:rows], state.positions[:rows], state.kv_lens[:rows]
         self._active, self._limits, self._ends = state.active[:rows], state.limits[:rows], state.ends[:rows]
-        self._block_table, self._history = state.block_table[:rows], state.history[:, :rows]
+        self._block_table = state.block_table[:rows]
+        self._history, self._logprobs = state.history[:, :rows], state.logprobs[:, :rows]
         self._adapter_index = state.adapter_index[:rows] if mixed else None
         self._segments = Bucket(state.cu_seqlens[: rows + 1], rows, 1)
         self._rows = rows
@@ -212,7 +213,8 @@ class DecodeStep:
         return torch.where(state.is_vector[:rows].unsqueeze(1), state.vectors[:rows] * multiplier, embeddings)
 
     def choose(self, logits: Tensor, step: int, scores: Tensor | None = None) -> Tensor:
-        """Choose a token of each row from its logits, write it to the state and to `history[step]`.
+        """Choose a token of each row from its logits, write it to the state and to `history[step]`, and its log-probability to
+        `logprobs[step]`.
 
         Args:
             scores: `(rows, vocabulary)` to choose from; None: those that the selection's rules make of the logits.
@@ -227,15 +229,15 @@ class DecodeStep:
             best = scores.softmax(-1) / self._noise()
             if self._selection.partly:
                 best = torch.where(self._state.sampled[: self._rows].unsqueeze(1) > 0, best, scores)
-        chosen = self._finish(best, None, step)
+        chosen = self._finish(best, None, None if best is logits else logits, 1.0, step)
         if self._selection.penalty:
             self._state.seen[: self._rows].scatter_(1, chosen.unsqueeze(1), True)
         return scores
 
-    def _finish(self, scores: Tensor, ids: Tensor | None, step: int) -> Tensor:
-        """Take the token with the best of `(rows, candidates)` scores, and end the answers that it ends. Returns the tokens."""
-        state = self._tokens, self._history[step], self._active, self._kv_lens, self._limits, self._ends
-        return OPERATIONS["finish_step"].run(scores, ids, *state)
+    def _finish(self, scores: Tensor, ids: Tensor | None, logits: Tensor | None, divisor: float, step: int) -> Tensor:
+        """Take each row's best of the candidates (see `finish_step`), and end the answers that it ends. Returns the tokens."""
+        state = self._tokens, self._history[step], self._logprobs[step], self._active, self._kv_lens, self._limits, self._ends
+        return OPERATIONS["finish_step"].run(scores, ids, logits, *state, divisor=divisor)
 
     def _noise(self) -> Tensor:
         """`(rows, vocabulary)` exponentially distributed random numbers of this step."""

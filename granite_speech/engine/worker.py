@@ -200,14 +200,14 @@ class Worker:
             self.counters.steps += 1
         self._deliver(self._rows.read())
 
-    def _deliver(self, tokens: Sequence[tuple[Request, int]]) -> None:
+    def _deliver(self, tokens: Sequence[tuple[Request, int, float]]) -> None:
         """Hand tokens to their callers. Tokens after an answer's end are wasted steps."""
         ended: dict[Request, str] = {}
-        for one, token in tokens:
+        for one, token, logprob in tokens:
             if one.handle.done or one in ended:
                 continue
             reason = one.end_of(token)
-            one.handle.add(token)
+            one.handle.add(token, logprob)
             self.counters.new_tokens += 1
             if reason is not None:
                 ended[one] = reason

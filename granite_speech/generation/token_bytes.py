@@ -38,6 +38,7 @@ class TokenBytes:
                 remedy="Pass tokenizer=processor.tokenizer",
             )
         self._alphabet = _byte_of_character()
+        self._special = {token for token, added in self._backend.get_added_tokens_decoder().items() if added.special}
         self._pieces: dict[int, bytes] = {}
 
     def __getitem__(self, token: int) -> bytes:
@@ -51,3 +52,7 @@ class TokenBytes:
             else:
                 self._pieces[token] = text.encode()
         return self._pieces[token]
+
+    def is_shown(self, token: int) -> bool:
+        """Whether the token is part of a text that is decoded without special tokens."""
+        return token not in self._special and self[token] is not _NO_TEXT

@@ -16,7 +16,7 @@ on the operations' references.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,22 @@ class States:
 
     hidden: Tensor
     normed: Tensor | None
+
+
+class Candidates(NamedTuple):
+    """Tokens to choose from, as `finish_step` takes them.
+
+    Attributes:
+        scores: `(rows, candidates)`.
+        ids: `(rows, candidates)` int32; None: the columns.
+        log_sums: `(rows, candidates)`, log-sum-exps that together cover all logits; None: the scores are all logits.
+        divisor: of the logits, if they are not divided yet.
+    """
+
+    scores: Tensor
+    ids: Tensor | None
+    log_sums: Tensor | None
+    divisor: float
 
 
 @dataclass(frozen=True)
@@ -206,13 +222,13 @@ class FusedLayers:
         """`(rows, vocabulary)` logits that are not divided."""
         return F.linear(states.normed, self.padded_head)[:, : self.head.shape[0]]
 
-    def candidates(self, states: States) -> tuple[Tensor, Tensor | None]:
-        """Scores and token ids, `(rows, candidates)` each, among which the best token is; None for the ids: the columns."""
+    def candidates(self, states: States) -> Candidates:
+        """The tokens among which the best is."""
         if states.normed is not None:
-            return self.scores(states), None
+            return Candidates(self.scores(states), None, None, self.divisor)
         norm = self.decoder.norm
         run = OPERATIONS["head_argmax"].run
-        return run(states.hidden, self.head, norm.weight, eps=norm.variance_epsilon, divisor=self.divisor)
+        return Candidates(*run(states.hidden, self.head, norm.weight, eps=norm.variance_epsilon, divisor=self.divisor), 1.0)
 
 
 def _rows_of(tokens: Tokens, rows: slice) -> Tokens:

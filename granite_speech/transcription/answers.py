@@ -1,16 +1,19 @@
 """From the answers to a recording's windows to its segments: windows that repeat themselves are cut, and overlaps are joined."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import exp
 
+from granite_speech.engine.handle import Answer
 from granite_speech.errors import EngineError, GraniteSpeechError
 from granite_speech.transcription.job import Job
 from granite_speech.transcription.overlaps import join
 from granite_speech.transcription.piece import Piece, Setup
 from granite_speech.transcription.repetition import repeats
 from granite_speech.transcription.tagged_answers import TaggedAnswer, parse_tags
-from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote
+from granite_speech.transcription.text_units import text_units
+from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote, Word
 from granite_speech.transcription.windows import halves
 
 __all__ = ["Answers"]
@@ -29,6 +32,8 @@ class _Text:
         repeats: whether it repeats itself.
         error: why there is none; None: there is one.
         tagged: the text, and what the answer's tags say.
+        words: of the text, if the call has asked for their times.
+        logprobs: of the answer's tokens.
     """
 
     start: float
@@ -39,6 +44,8 @@ class _Text:
     repeats: bool = False
     error: Exception | None = None
     tagged: TaggedAnswer = field(default_factory=partial(TaggedAnswer, ""))
+    words: tuple[Word, ...] | None = None
+    logprobs: tuple[float, ...] = ()
 
 
 class Answers:
@@ -54,6 +61,7 @@ class Answers:
         self._segments: list[Segment] = []
         self._notes: list[TranscriptNote] = []
         self._errors: list[Exception] = []
+        self._logprobs: list[float] = []
 
     def segments(self, pieces: Iterable[Piece]) -> Iterator[Segment]:
         """Yields each segment once nothing can change it any more."""
@@ -77,11 +85,14 @@ class Answers:
         options, error = self._setup.options, job.error
         if self._errors and len(self._errors) == len(self._segments):
             error = _own(self._errors[0]) if error is None else error
+        has_words = options.word_timestamps or options.prompt_mode == "word_timestamps"
         notes = [*self._setup.notes, *([] if job.audio_warning is None else [TranscriptNote("audio", job.audio_warning)])]
         return Transcript(
             " ".join(one.text for one in self._segments if one.text),
             segments=self._segments,
             warnings=notes + self._notes,
+            words=[word for one in self._segments for word in one.words or ()] if has_words else None,
+            confidence=_confidence(self._logprobs),
             language=options.language,
             target_language=(options.target_language or "English") if options.task == "translate" else None,
             duration=job.duration,
@@ -90,25 +101,36 @@ class Answers:
 
     def _texts(self, piece: Piece, cuts: int = 0) -> list[_Text]:
         """The texts of a window, of two or more if it was cut because its text repeats itself."""
-        window, threshold = piece.window, self._setup.options.compression_ratio_threshold
+        window = piece.window
         place = _Text(window.start, window.end, window.overlap)
         try:
             piece, answer = self._answer(piece)
+            found = self._read(place, piece, answer)
+            smaller = halves(window) if found.repeats and cuts < _CUTS else None
+            if smaller is None:
+                return [self._with_words(found, piece, answer)]
         except Exception as error:  # whatever a window fails with, the others have their texts
             return [replace(place, error=error)]
-        options = self._setup.options
-        prefix = options.prefix_text or "" if piece.is_first else ""
-        tagged = parse_tags(answer.text, options.prompt_mode, window.end - window.start, prefix)
-        found = replace(place, text=tagged.text, truncated=piece.truncation(answer), tagged=tagged)
-        if not repeats(found.text, answer.finish_reason, threshold):
-            return [found]
-        smaller = halves(window) if cuts < _CUTS else None
-        if smaller is None:
-            return [replace(found, repeats=True)]
         parts = [Piece(self._setup, half, piece.is_first and not number) for number, half in enumerate(smaller)]
         for part in parts:
             part.submit()
         return [one for part in parts for one in self._texts(part, cuts + 1)]
+
+    def _read(self, place: _Text, piece: Piece, answer: Answer) -> _Text:
+        """What the answer to a window says."""
+        options = self._setup.options
+        tagged = parse_tags(answer.text, options.prompt_mode, place.end - place.start, self._prefix(piece))
+        is_loop = repeats(tagged.text, answer.finish_reason, options.compression_ratio_threshold)
+        return replace(place, text=tagged.text, truncated=piece.truncation(answer), repeats=is_loop, tagged=tagged)
+
+    def _with_words(self, found: _Text, piece: Piece, answer: Answer) -> _Text:
+        said_before = parse_tags(self._prefix(piece), self._setup.options.prompt_mode).text
+        words = piece.words(answer, found.tagged, said_before)
+        return replace(found, words=None if words is None else tuple(words), logprobs=tuple(answer.logprobs))
+
+    def _prefix(self, piece: Piece) -> str:
+        """The beginning of the answer, which the call has given."""
+        return (piece.is_first and self._setup.options.prefix_text) or ""
 
     def _answer(self, piece: Piece):
         """The answer, of another try if the engine failed: that may have been the fault of another window."""
@@ -135,8 +157,10 @@ class Answers:
         if one.text or one.error is not None:
             error = None if one.error is None else str(one.error)
             temperature = self._setup.options.temperature
-            tags = {"speakers": one.tagged.turns, "raw_text": one.tagged.raw_text}
-            segment = Segment(len(self._segments), round(one.start, 3), round(one.end, 3), one.text, temperature, error, **tags)
+            begin, end = (one.words[0].start, one.words[-1].end) if one.words else (round(one.start, 3), round(one.end, 3))
+            others = {"speakers": one.tagged.turns, "raw_text": one.tagged.raw_text, "confidence": _confidence(one.logprobs)}
+            segment = Segment(len(self._segments), begin, end, one.text, temperature, error, one.words, **others)
+            self._logprobs += one.logprobs
             self._segments.append(segment)
             yield segment
 
@@ -149,8 +173,21 @@ def _joined(before: _Text, after: _Text) -> tuple[_Text, _Text]:
     lengths = {"before_seconds": before.end - before.start, "after_seconds": after.end - after.start}
     texts = join(before.text, after.text, overlap=after.overlap, **lengths)
     middle = after.start + after.overlap / 2
-    tagged = before.tagged.beginning(texts[0]), after.tagged.end(texts[1])
-    return replace(before, text=texts[0], end=middle, tagged=tagged[0]), replace(after, text=texts[1], start=middle, tagged=tagged[1])
+    counts = [sum(1 for _, unit in text_units(" ".join(text.split())) if unit) for text in texts]
+    first, then = before.words, after.words
+    if first is not None and then is not None:
+        first, then = first[: counts[0]], then[len(then) - counts[1] :]
+        earliest = first[-1].end if first else 0.0  # the times of two windows need not agree
+        then = tuple(replace(one, start=max(one.start, earliest), end=max(one.end, earliest)) for one in then)
+    return (
+        replace(before, text=texts[0], end=middle, tagged=before.tagged.beginning(texts[0]), words=first),
+        replace(after, text=texts[1], start=middle, tagged=after.tagged.end(texts[1]), words=then),
+    )
+
+
+def _confidence(logprobs: Sequence[float]) -> float | None:
+    """The geometric mean of some probabilities; None of none."""
+    return round(exp(sum(logprobs) / len(logprobs)), 4) if logprobs else None
 
 
 def _own(error: Exception) -> GraniteSpeechError:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,10 +11,15 @@ import torch
 from granite_speech.engine.cpu_threads import without_team
 from granite_speech.engine.handle import Answer, Handle
 from granite_speech.errors import AudioError, EngineError, GraniteSpeechError
+from granite_speech.generation.token_bytes import TokenBytes
 from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
+from granite_speech.modules.transfers import Reading
 from granite_speech.transcription.options import TranscribeOptions
-from granite_speech.transcription.transcript import TranscriptNote
+from granite_speech.transcription.tagged_answers import TaggedAnswer
+from granite_speech.transcription.transcript import TranscriptNote, Word
 from granite_speech.transcription.windows import Window
+from granite_speech.transcription.word_edges import loudness
+from granite_speech.transcription.words import aligned_words, tagged_words
 
 __all__ = ["Piece", "Setup"]
 
@@ -42,6 +48,11 @@ class Setup:
     limit: float
     notes: tuple[TranscriptNote, ...]
     sampling_rate: int | None
+
+    @cached_property
+    def pieces(self) -> TokenBytes:
+        """The bytes of the tokenizer's tokens."""
+        return TokenBytes(self.processor)
 
     @property
     def rate(self) -> int:
@@ -91,9 +102,12 @@ class Piece:
         self._inputs: BatchFeature | None = None
         self._handle: Handle | None = None
         self._error: GraniteSpeechError | None = None
+        self._level: Reading | None = None
         self._limit = 0
         try:
             self._inputs = setup.inputs(window.samples, is_first)
+            if setup.options.word_timestamps:
+                self._level = Reading(loudness(self._inputs["input_features"][0]))
         except GraniteSpeechError as error:
             self._error = error
 
@@ -104,9 +118,9 @@ class Piece:
         options = self._setup.options
         self._limit = min(options.max_new_tokens, self._setup.context - self._inputs["input_ids"].shape[1])
         sampling = {"temperature": options.temperature} if options.temperature else {}
-        stops = options.compression_ratio_threshold is not None
+        sampling |= {"stop_on_repetition": options.compression_ratio_threshold is not None, "ctc": options.word_timestamps}
         try:
-            self._handle = self._setup.submit(self._inputs, max_new_tokens=self._limit, stop_on_repetition=stops, **sampling)
+            self._handle = self._setup.submit(self._inputs, max_new_tokens=self._limit, **sampling)
         except GraniteSpeechError as error:
             self._error = error
         self._inputs = None
@@ -138,6 +152,19 @@ class Piece:
                 remedy="Transcribe the recording again; that makes a new engine",
             )
         return answer
+
+    def words(self, answer: Answer, tagged: TaggedAnswer, prefix: str) -> list[Word] | None:
+        """The words of the answer with their times; None if the call has not asked for them.
+
+        Args:
+            answer: of this window.
+            tagged: what it says.
+            prefix: the text before it that was said in this window too.
+        """
+        options, pieces, start = self._setup.options, self._setup.pieces, self.window.start
+        if options.word_timestamps:
+            return aligned_words(answer, tagged, pieces, level=self._level.wait(), start=start, prefix=prefix)
+        return tagged_words(answer, tagged, pieces, start=start) if options.prompt_mode == "word_timestamps" else None
 
     def truncation(self, answer: Answer) -> str | None:
         """Which limit ended the answer; None: it is complete."""

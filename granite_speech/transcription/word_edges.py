@@ -13,7 +13,9 @@ from torch import Tensor
 
 from granite_speech.transcription.alignment import Place
 
-__all__ = ["edges", "loudness"]
+__all__ = ["FRAME_SECONDS", "edges", "loudness"]
+
+FRAME_SECONDS = 0.01
 
 # The quietest frames, as a share, are noise. What is a few decibels above them is speech, but not what is far below the loudest.
 _NOISE, _ABOVE_NOISE, _DEPTH = 0.1, 4.0, 40.0

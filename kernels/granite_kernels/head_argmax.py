@@ -1,4 +1,4 @@
-"""The language model's head for greedy decoding: the largest logit of each tile of the vocabulary, without writing the logits."""
+"""The language model's head for greedy decoding: the best logit of each tile of the vocabulary and the sum of all, without writing them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from granite_kernels.matvec import HEAD_TILE as TILE
-from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, called_with, nbytes, triton_backend
+from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, called_with, nbytes, triton_backend
 
 
 class HeadArgmaxInputs(NamedTuple):
@@ -29,8 +29,11 @@ def head_argmax(
     eps: float,
     divisor: float,
     impl: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logit of each tile of TILE columns, and its column: argmax over a row of both is greedy decoding. Inference only.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest logit of each tile of TILE columns, its column, and the tile's log-sum-exp. Inference only.
+
+    The largest score of a row gives greedy decoding's token, and the score less the log-sum-exp of the row's log_sums is the token's
+    log-probability.
 
     ::
 
@@ -38,6 +41,7 @@ def head_argmax(
         logits = (h·Wᵀ) / divisor                           each step rounded to x's dtype
         scores[r, t] = max(logits[r, c])                    over TILE · t ≤ c < TILE · (t + 1) and c < vocab
         ids[r, t] = the lowest such c with that logit
+        log_sums[r, t] = log Σ_c exp(logits[r, c])          over the same c, from the rounded logits
 
     | argument | shape | stride | dtype |
     |---|---|---|---|
@@ -46,6 +50,7 @@ def head_argmax(
     | norm_weight | (in,) or None | 1 | as x |
     | returns scores | (rows, ⌈vocab / TILE⌉) | contiguous | as x |
     | returns ids | (rows, ⌈vocab / TILE⌉) | contiguous | int32 |
+    | returns log_sums | (rows, ⌈vocab / TILE⌉) | contiguous | float32 (float64 for float64) |
 
     The logits are rounded before they are compared, because in bfloat16 ties are common, and `torch.argmax` takes the first of
     equal ones. Sums are float32 (float64 for float64). In Triton, a row gets the same bits whatever the other rows are.
@@ -73,7 +78,7 @@ def _check(inputs: HeadArgmaxInputs) -> None:
 
 
 @called_with(HeadArgmaxInputs)
-def head_argmax_reference(inputs: HeadArgmaxInputs) -> tuple[torch.Tensor, torch.Tensor]:
+def head_argmax_reference(inputs: HeadArgmaxInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`head_argmax` in PyTorch, which writes the logits."""
     h, vocab = inputs.x, inputs.weight.shape[0]
     if inputs.norm_weight is not None:
@@ -83,14 +88,14 @@ def head_argmax_reference(inputs: HeadArgmaxInputs) -> tuple[torch.Tensor, torch
     place = tiles.argmax(dim=-1)
     scores = tiles.gather(-1, place[..., None])[..., 0]
     first = torch.arange(0, vocab, TILE, device=h.device)
-    return scores, (first + place).to(torch.int32)
+    return scores, (first + place).to(torch.int32), tiles.to(accumulator(tiles.dtype)).logsumexp(-1)
 
 
 @called_with(HeadArgmaxInputs)
 def head_argmax_cost(inputs: HeadArgmaxInputs) -> Cost:
-    """FLOPs: the product. Bytes: every argument and both results, once."""
+    """FLOPs: the product. Bytes: every argument and every result, once."""
     (rows, in_features), vocab = inputs.x.shape, inputs.weight.shape[0]
-    results = rows * -(-vocab // TILE) * (inputs.x.element_size() + 4)
+    results = rows * -(-vocab // TILE) * (inputs.x.element_size() + 4 + accumulator(inputs.x.dtype).itemsize)
     return Cost(flops=2 * rows * in_features * vocab, bytes=nbytes(inputs.x, inputs.weight, inputs.norm_weight) + results)
 
 

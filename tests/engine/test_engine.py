@@ -9,7 +9,7 @@ from bench.embedded import recorded_clips
 from granite_speech import Engine, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
 from granite_speech.engine.worker import Worker
 from granite_speech.inputs.requests import transcript_request
-from tests.support.random_requests import RandomRequest, assert_as_generate, paused, random_request
+from tests.support.random_requests import RandomRequest, assert_as_generate, assert_own_logprobs, paused, random_request
 from tests.support.small_models import attentive, small_model
 
 MODEL = attentive(small_model())
@@ -130,8 +130,11 @@ def test_a_pool_with_room_for_one_request_still_finishes_all():
 def test_requests_that_lose_their_pages_draw_the_same_tokens():
     requests = [random_request(number, MODEL, sample=True) for number in range(30)]
     with Engine(MODEL, None, max_pages=2000) as roomy, Engine(MODEL, None, max_pages=max(map(pages_of, requests))) as tight:
-        assert [one.token_ids for one in answers(roomy, requests)] == [one.token_ids for one in answers(tight, requests)]
+        expected, got = answers(roomy, requests), answers(tight, requests)
         assert tight.counters().preempted > 0 == roomy.counters().preempted
+    assert [one.token_ids for one in expected] == [one.token_ids for one in got]
+    for request, answer in zip(requests, got, strict=True):
+        assert_own_logprobs(MODEL, request.inputs, answer)
 
 
 def test_an_answer_that_the_pages_cannot_hold_ends_with_length():

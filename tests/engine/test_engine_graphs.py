@@ -17,7 +17,7 @@ from granite_speech.engine.encoding import EncoderBucket
 from granite_speech.engine.prefill import PromptBucket
 from granite_speech.engine.worker import Worker
 from tests.support.fake_graph import FakeCapture
-from tests.support.random_requests import RandomRequest, assert_as_generate, paused, random_request
+from tests.support.random_requests import RandomRequest, assert_as_generate, assert_own_logprobs, paused, random_request
 from tests.support.small_models import attentive, batch, small_model
 
 PLAIN = attentive(small_model())
@@ -54,6 +54,7 @@ def test_tokens_read_one_step_late_are_those_of_generate(monkeypatch, seed, max_
             else:
                 drawn = plain.submit(inputs=request.inputs, **request.options).result(60).token_ids
                 assert answer.token_ids == drawn[: len(answer.token_ids)]
+                assert_own_logprobs(PLAIN, request.inputs, answer)
 
 
 def ends_with(request, tokens, _):

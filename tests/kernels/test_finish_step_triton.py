@@ -19,7 +19,9 @@ COLUMNS = 5 * BLOCK + 37
 def chosen(scores: torch.Tensor) -> list[int]:
     given = state(len(scores))
     with poisoned_allocations():
-        out = finish_step(scores, None, **given, impl="triton")
+        out = finish_step(scores, None, None, **given, impl="triton")
+    expected = scores.double().log_softmax(-1).gather(1, out[:, None])[:, 0].float()
+    torch.testing.assert_close(given["logprobs"], expected, rtol=1e-5, atol=1e-5)
     assert out.tolist() == given["tokens"].tolist() == given["history"].tolist()
     return out.tolist()
 
@@ -50,6 +52,18 @@ def test_the_first_of_equal_scores_is_chosen_across_blocks_and_lanes():
     assert chosen(scores) == [first for first, _ in pairs]
 
 
+def test_every_logit_counts_beside_other_scores():
+    rng = torch.Generator().manual_seed(2)
+    scores, logits = torch.rand(3, COLUMNS, generator=rng), torch.randn(3, COLUMNS + 5, generator=rng)[:, :COLUMNS]
+    for place in PLACES:
+        logits[:, place] += 9.0
+    given = state(3)
+    out = finish_step(scores, None, logits, **given, impl="triton")
+    assert out.tolist() == first_best(scores)
+    expected = logits.double().log_softmax(-1).gather(1, out[:, None])[:, 0].float()
+    torch.testing.assert_close(given["logprobs"], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("columns", [BLOCK - 1, BLOCK, BLOCK + 1])
 def test_block_edges(columns: int):
     scores = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
@@ -60,7 +74,7 @@ def test_block_edges(columns: int):
 def test_one_launch_that_waits_before_it_loads():
     given = {name: one.to("meta") for name, one in state(3).items()}
     with recorded_launches(90) as launches:
-        finish_step(torch.empty(3, 100, device="meta"), None, **given, impl="triton")
+        finish_step(torch.empty(3, 100, device="meta"), None, None, **given, impl="triton")
     (one,) = launches
     assert one.grid == (3,)
     source = inspect.getsource(_finish_step_kernel.fn)

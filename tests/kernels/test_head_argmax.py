@@ -30,10 +30,12 @@ def tiled(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check(given: dict, logits: torch.Tensor, impl: str) -> None:
     with poisoned_allocations():
-        scores, ids = head_argmax(**given, impl=impl)
-    assert ids.dtype == torch.int32 and scores.dtype == given["x"].dtype
+        scores, ids, log_sums = head_argmax(**given, impl=impl)
+    assert ids.dtype == torch.int32 and scores.dtype == given["x"].dtype and log_sums.dtype == torch.float32
     expected_scores, expected_ids = tiled(logits)
     assert torch.equal(scores, expected_scores) and torch.equal(ids, expected_ids)
+    tiles = F.pad(logits.double(), (0, -logits.shape[1] % TILE), value=-torch.inf).unflatten(1, (-1, TILE))
+    torch.testing.assert_close(log_sums, tiles.logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
     best = scores.argmax(dim=1, keepdim=True)
     assert torch.equal(ids.gather(1, best)[:, 0].long(), logits.argmax(dim=1))
 
@@ -62,7 +64,7 @@ def test_logits_are_rounded_before_and_after_the_division(impl: str):
     before = torch.tensor([[1.9375, 0.0], [1.9375, 1.0], [1.0, 0.0]]).bfloat16()
     after = torch.tensor([[1.9296875, 0.0], [1.9375, 0.0], [1.0, 0.0]]).bfloat16()
     for weight in (before, after):
-        scores, ids = head_argmax(x, weight, None, eps=0.0, divisor=1.875, impl=impl)
+        scores, ids, _ = head_argmax(x, weight, None, eps=0.0, divisor=1.875, impl=impl)
         assert (scores.item(), ids.item()) == (1.03125, 0)
 
 
@@ -84,18 +86,19 @@ def test_tile_edges(vocab: int, impl: str):
     given = draw(2, 16, vocab)
     h = given["norm_weight"].double() * F.rms_norm(given["x"].double(), (16,), eps=1e-5)
     logits = F.linear(h, given["weight"].double()) / given["divisor"]
-    scores, ids = head_argmax(**given, impl=impl)
+    scores, ids, log_sums = head_argmax(**given, impl=impl)
     expected_scores, expected_ids = tiled(logits)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(scores.double(), expected_scores, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(log_sums.double().logsumexp(1), logits.logsumexp(1), rtol=0.02, atol=0.02)
 
 
 def test_a_row_gets_the_same_bits_whatever_the_other_rows_are():
     given = draw(11, 40, 11)
-    scores, ids = head_argmax(**given, impl="triton")
+    expected = head_argmax(**given, impl="triton")
     for own in (slice(0, 1), slice(10, 11), slice(1, 10)):
         some = head_argmax(**{**given, "x": given["x"][own]}, impl="triton")
-        assert torch.equal(some[0], scores[own]) and torch.equal(some[1], ids[own])
+        assert all(torch.equal(one, every[own]) for one, every in zip(some, expected, strict=True))
 
 
 def test_one_launch_with_a_program_for_each_tile_and_block_of_rows():
@@ -126,5 +129,5 @@ def test_a_call_that_needs_a_gradient_is_refused(name: str):
 def test_cost_and_library_call_match_a_count_by_hand():
     given = draw(3, 16, 21)
     cost = head_argmax_cost(**given)
-    assert (cost.flops, cost.bytes) == (2 * 3 * 16 * 21, 2 * (3 * 16 + 21 * 16 + 16) + 3 * 3 * (2 + 4))
+    assert (cost.flops, cost.bytes) == (2 * 3 * 16 * 21, 2 * (3 * 16 + 21 * 16 + 16) + 3 * 3 * (2 + 4 + 4))
     assert torch.equal(head_argmax_library(**given)(), F.linear(given["x"], given["weight"]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from granite_speech.engine.handle import Answer, Handle
 from granite_speech.engine.requests import Prompt, Request, engine_options
 
-__all__ = ["RandomRequest", "assert_as_generate", "paused", "random_request"]
+__all__ = ["RandomRequest", "assert_as_generate", "assert_own_logprobs", "paused", "random_request"]
 
 # Prompts begin with one of these, so that some of their first pages are equal.
 _BEGINNINGS = (0, 7, 16, 45)
@@ -103,8 +103,10 @@ def paused(engine: Any) -> Iterator[None]:
 def assert_as_generate(model: Any, request: RandomRequest, answer: Answer) -> None:
     """Assert that an answer has the ids of greedy `generate`, or begins with them if it was cancelled.
 
-    Where they part, the two best scores must be within 1e-4: then either token is right, and the rest is not compared.
+    Where they part, the two best scores must be within 1e-4: then either token is right, and the rest is not compared. Its
+    log-probabilities must be the model's own.
     """
+    assert_own_logprobs(model, request.inputs, answer)
     given = {"output_scores": True, "return_dict_in_generate": True}
     output = model.generate(**request.inputs, **request.options, **given)
     expected = output.sequences[0, request.inputs["input_ids"].shape[1] :].tolist()
@@ -118,3 +120,21 @@ def assert_as_generate(model: Any, request: RandomRequest, answer: Answer) -> No
     assert place is not None, f"{len(got)} tokens in place of {len(expected)}: {request.options}"
     best = output.scores[place][0].topk(2).values
     assert best[0] - best[1] < 1e-4, f"{got}\n{expected}\n{request.options}"
+
+
+@torch.no_grad()
+def assert_own_logprobs(model: Any, inputs: dict[str, Any], answer: Answer) -> None:
+    """Assert that the log-probabilities of an answer are those of one pass over prompt and answer, before any rule changed the logits.
+
+    An audio token in an answer has its own embedding, but in a prompt a clip's: what follows it is not compared.
+    """
+    audio, tokens = model.config.audio_token_index, answer.token_ids
+    assert len(answer.logprobs) == len(tokens)
+    compared = torch.tensor(tokens[: tokens.index(audio) + 1] if audio in tokens else tokens, dtype=torch.int64)
+    if len(compared):
+        before = inputs["input_ids"]
+        ids = torch.cat((before, compared[None, :-1].to(before.device)), dim=1)
+        given = {name: one for name, one in inputs.items() if name != "attention_mask"} | {"input_ids": ids}
+        logprobs = model(**given, logits_to_keep=len(compared)).logits[0].float().log_softmax(-1).cpu()
+        expected = logprobs.gather(1, compared[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(answer.logprobs[: len(compared)]), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,107 @@
+"""The words of a window's answer: when each was said, and how sure the encoder and the language model are of it."""
+
+import math
+from codecs import getincrementaldecoder
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+from torch import Tensor
+
+from granite_speech.engine.handle import Answer
+from granite_speech.generation.token_bytes import TokenBytes
+from granite_speech.transcription.alignment import align
+from granite_speech.transcription.tagged_answers import TaggedAnswer, TaggedWord
+from granite_speech.transcription.text_units import text_units
+from granite_speech.transcription.transcript import Word
+from granite_speech.transcription.word_edges import FRAME_SECONDS, edges
+
+__all__ = ["aligned_words", "language_model_confidences", "tagged_words"]
+
+
+def aligned_words(answer: Answer, tagged: TaggedAnswer, pieces: TokenBytes, *, level: Tensor, start: float, prefix: str = "") -> list[Word]:
+    """The words of a window, with times by alignment with the CTC head.
+
+    Args:
+        answer: of the window, with `ctc_logprobs`.
+        tagged: its text and tags.
+        pieces: of the model's tokenizer.
+        level: `loudness` of the window's features.
+        start: of the window, in seconds.
+        prefix: text that was said in the window before the answer's, which continues it.
+    """
+    units = tagged.words or _units(answer.text)
+    before = [unit for _, unit in text_units(" ".join(prefix.split()))] if prefix else []
+    places = align(answer.ctc_logprobs, before + [one.word for one in units])
+    times, acoustic = [], []
+    for place, (begin, end) in zip(places, edges(level.numpy(), places), strict=True):
+        total = max(sum(place.weights), 1)
+        shares = [begin + (end - begin) * part / total for part in accumulate(place.weights, initial=0)]
+        # Of words without letters, punctuation has its place, and the rest shares the time equally.
+        times += pairwise(shares) if sum(place.weights) else pairwise(np.linspace(begin, end, place.words + 1).tolist())
+        acoustic += [place.confidence if weight else None for weight in place.weights]
+    linguistic = language_model_confidences(answer, [(one.begin, one.stop) for one in units], pieces)
+    words, longest = [], len(level) * FRAME_SECONDS
+    for one, (begin, end), ctc, lm in zip(units, times[len(before) :], acoustic[len(before) :], linguistic, strict=True):
+        begin, end = (start + min(max(edge * FRAME_SECONDS, 0.0), longest) for edge in (begin, end))
+        words.append(_word(one, begin, end, ctc, lm, bridged=ctc is None))
+    return words
+
+
+def tagged_words(answer: Answer, tagged: TaggedAnswer, pieces: TokenBytes, *, start: float) -> list[Word]:
+    """The words of a window whose times the model has written into its answer, with prompt_mode="word_timestamps".
+
+    Arguments are those of `aligned_words`.
+    """
+    linguistic = language_model_confidences(answer, [(one.begin, one.stop) for one in tagged.words], pieces)
+    return [_word(one, start + one.start, start + one.end, None, lm, one.bridged) for one, lm in zip(tagged.words, linguistic, strict=True)]
+
+
+def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]], pieces: TokenBytes) -> list[float | None]:
+    """The language model's probability of parts of an answer: the product of those of the tokens that they consist of.
+
+    A token of space alone belongs to what follows it, and one with letters of several parts to each of them.
+
+    Args:
+        answer: its text, tokens and their log-probabilities.
+        places: begin and end of each part in the answer's text, in order.
+        pieces: of the model's tokenizer.
+
+    Returns:
+        One for each part; None if the tokenizer's tokens are not the bytes of its text.
+    """
+    shown = [(pieces[token], logprob) for token, logprob in zip(answer.token_ids, answer.logprobs, strict=True) if pieces.is_shown(token)]
+    decoder = getincrementaldecoder("utf-8")("replace")
+    sums, part, text = [0.0] * len(places), 0, ""
+    for number, (piece, logprob) in enumerate(shown, 1):
+        begin = len(text)
+        added = decoder.decode(piece, final=number == len(shown))
+        text += added
+        begin += len(added) - len(added.lstrip())
+        # A character that is not complete belongs to all its tokens.
+        end = len(text) + bool(decoder.getstate()[0])
+        while part < len(places) and places[part][1] <= begin:
+            part += 1
+        for which in range(part, len(places)):
+            if which > part and places[which][0] >= end:
+                break
+            sums[which] += logprob
+    return [math.exp(one) for one in sums] if text == answer.text else [None] * len(places)
+
+
+def _units(text: str) -> list[TaggedWord]:
+    """The units of an answer without tags."""
+    units, place = [], 0
+    for _, unit in text_units(" ".join(text.split())):
+        if unit:
+            place = text.index(unit, place)
+            units.append(TaggedWord(unit, place, place + len(unit)))
+            place += len(unit)
+    return units
+
+
+def _word(unit: TaggedWord, begin: float, end: float, ctc: float | None, lm: float | None, bridged: bool) -> Word:
+    known = [one for one in (ctc, lm) if one is not None]
+    confidence = math.prod(known) ** (1 / len(known)) if known else 0.0
+    rounded = [None if one is None else round(one, 4) for one in (confidence, ctc, lm)]
+    return Word(unit.word, round(begin, 3), round(max(begin, end), 3), *rounded, speaker=unit.speaker, bridged=bridged)
