@@ -99,7 +99,8 @@ def assert_equal(found: Sequence[Segment], expected: Sequence[Segment]) -> None:
     """Segments and their words, but for the last bits of confidences."""
     for one, other in zip(found, expected, strict=True):
         assert replace(one, words=None, confidence=None) == replace(other, words=None, confidence=None)
-        for word, right in zip(one.words or (), other.words or (), strict=True):
+        assert one.words and one.confidence == pytest.approx(other.confidence, abs=1e-3)
+        for word, right in zip(one.words, other.words, strict=True):
             assert asdict(word) == pytest.approx(asdict(right), abs=1e-3)
 
 
