@@ -31,13 +31,14 @@ from granite_speech.interop.follow import (
     usual_device,
 )
 from granite_speech.interop.generate import generated
+from granite_speech.interop.transcribe import TranscriptionTwin
 from granite_speech.modules.decoder_layers import GraniteRMSNorm
 from granite_speech.modules.packing import Segments
+from granite_speech.transcription.live_models import ACCELERATION
 
 __all__ = ["AccelerationWarning", "accelerate", "acceleration_of", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
-_NAME = "_granite_speech_acceleration"
 
 
 class AccelerationWarning(UserWarning):
@@ -58,6 +59,8 @@ def accelerate(model: Model) -> Model:
     not have, modules with hooks, adapters other than plain LoRA, quantized layers. If that makes a whole part slow, an
     `AccelerationWarning` gives the reason, once. Weights, adapters and modes may change at any time; they are looked at before each use.
 
+    `Transcriber(accelerate(model), processor)` transcribes recordings of any length with it.
+
     As a context manager, `with accelerate(model): …`, it undoes itself at the end of the block.
 
     Args:
@@ -74,7 +77,7 @@ def accelerate(model: Model) -> Model:
     acceleration = acceleration_of(model)
     if acceleration is None:
         live = _speech_model(model)
-        acceleration = vars(live)[_NAME] = Acceleration(live)
+        acceleration = vars(live)[ACCELERATION] = Acceleration(live)
     acceleration.add(model)
     return model
 
@@ -99,7 +102,7 @@ def restore(model: Model) -> Model:
 
 def acceleration_of(model: Any) -> "Acceleration | None":
     """What `accelerate` put into a model; None if it is not accelerated."""
-    return vars(_speech_model(model)).get(_NAME)
+    return vars(_speech_model(model)).get(ACCELERATION)
 
 
 def _speech_model(model: Any) -> nn.Module:
@@ -133,17 +136,11 @@ class Acceleration:
         has_inner = isinstance(getattr(live, "model", None), nn.Module)
         speech, text = (live.model, live) if has_inner else (live, live.language_model)
         self.text, self._divides = text, any(map(_divides_logits, (live, text)))
-        self.twin = Twin(_config_of(live))
-        self._follower = Follower(
-            {
-                "encoder": (self.twin.encoder, speech, "encoder"),
-                "projector": (self.twin.projector, speech, "projector"),
-                "language_model": (self.twin.decoder, *((speech, "language_model") if has_inner else (text, "model"))),
-                "lm_head": (self.twin.lm_head, text, "lm_head"),
-            }
-        )
+        self._decoder = (speech, "language_model") if has_inner else (text, "model")
         self.whole = list({id(one): one for one in (live, speech, text)}.values())
         self.speech, self._replaced = speech, WeakSet[Replacement]()  # weak: a module that was taken out of the model can be freed
+        self.twin, self._follower = self.new_twin()
+        self._transcription = TranscriptionTwin()
         self._replace(in_use(speech.encoder), "forward", self._encode)
         self._replace(in_use(speech.projector), "forward", self._project)
         for module in speech.language_model.modules():
@@ -154,12 +151,26 @@ class Acceleration:
         if not has_inner:
             self._replace(text, "generate", partial(generated, self, text))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # in a copy of the model, whose methods are its own, also if peft's model around it was copied
+
     def _replace(self, module: nn.Module, name: str, function: Any) -> None:
         if name in vars(module) and not is_own(module, name):
             return  # somebody else's, which may do anything
         for one in (Replacement(module, name, function), Replacement(module, "_replicate_for_data_parallel", _replica)):
             vars(module)[one.name] = one
             self._replaced.add(one)
+
+    def new_twin(self) -> tuple[Twin, Follower]:
+        """A twin of the live model, and what makes it follow."""
+        twin = Twin(_config_of(self.live))
+        parts = {
+            "encoder": (twin.encoder, self.speech, "encoder"),
+            "projector": (twin.projector, self.speech, "projector"),
+            "language_model": (twin.decoder, *self._decoder),
+            "lm_head": (twin.lm_head, self.text, "lm_head"),
+        }
+        return twin, Follower(parts)
 
     def add(self, model: nn.Module) -> None:
         """Count one more call of `accelerate`, and let this object begin a with block."""
@@ -179,7 +190,7 @@ class Acceleration:
             one.undo()
         for model in self._roots:
             model.__class__ = _without_block(type(model))
-        vars(self.live).pop(_NAME, None)
+        vars(self.live).pop(ACCELERATION, None)
 
     def runs(self, part: str, called: nn.Module | None = None) -> bool:
         """Whether a part can run here now. It then has the live parameters.
@@ -215,8 +226,13 @@ class Acceleration:
             self._warn("generate", str(reason))
             return False
         self.twin.config.audio_token_index = self.speech.config.audio_token_index
+        self.twin.config.text_config.vocab_size = self.twin.lm_head.weight.shape[0]  # captured prompts have room for as many logits
         self.twin.config.text_config.logits_scaling = self.text.config.logits_scaling if self._divides else 1.0
         return True
+
+    def transcribing(self) -> Twin:
+        """The model that a `Transcriber` runs, which is now as the live model is. See `TranscriptionTwin.follow`."""
+        return self._transcription.follow(self)
 
     def _warn(self, what: str, reason: str) -> None:
         if (what, reason) not in self._warned:
@@ -310,7 +326,7 @@ class _WithBlock:
             acceleration.leave()
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        state = {name: one for name, one in vars(self).items() if name != _NAME and not isinstance(one, Replacement)}
+        state = {name: one for name, one in vars(self).items() if name != ACCELERATION and not isinstance(one, Replacement)}
         return object.__new__, (_without_block(type(self)),), state
 
 

@@ -140,12 +140,13 @@ class Follower:
     def __init__(self, pairs: dict[str, tuple[nn.Module, nn.Module, str]]):
         self._pairs = pairs
 
-    def follow(self, part: str, called: nn.Module | None) -> bool:
+    def follow(self, part: str, called: nn.Module | None, adapters_on: bool = False) -> bool:
         """Take over everything that may have changed in a part.
 
         Args:
             part: its name.
             called: transformers' module if it is being called, so that hooks on it, not inside it, run anyway.
+            adapters_on: use adapters that are switched off too.
 
         Returns:
             Whether a module of the part is in training mode and computes something else in it.
@@ -159,14 +160,14 @@ class Follower:
         given = owner._modules[name]
         if called is not None and in_use(given) is not called:
             raise NotFollowedError(f"another {part} has taken its place")
-        return _follow(ours, given, part, called is not None)
+        return _follow(ours, given, part, called is not None, adapters_on)
 
 
-def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = False) -> bool:
+def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool, adapters_on: bool) -> bool:
     """Take over a module and all modules inside it. Returns whether a mode of training changes what they compute."""
     theirs = in_use(given)
     if isinstance(ours, LoraLinear):
-        theirs = _follow_adapters(ours, theirs, path)
+        theirs = _follow_adapters(ours, theirs, path, adapters_on)
     _check_kind(ours, theirs, path)
     if not is_called:
         check_code(theirs, path)
@@ -194,7 +195,7 @@ def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool = Fals
         if child is None:
             continue
         if mine.get(name) is not None:
-            trains |= _follow(mine[name], child, f"{path}.{name}")
+            trains |= _follow(mine[name], child, f"{path}.{name}", False, adapters_on)
         elif type(child) is nn.Dropout and hasattr(ours, "attention_dropout"):
             check_code(child, f"{path}.{name}")
             ours.attention_dropout = child.p
@@ -311,7 +312,7 @@ def is_own(module: nn.Module, name: str) -> bool:
     return getattr(method, "__self__", None) is module and method.__func__ is getattr(type(module), name)
 
 
-def _follow_adapters(ours: LoraLinear, layer: nn.Module, path: str) -> nn.Module:
+def _follow_adapters(ours: LoraLinear, layer: nn.Module, path: str, adapters_on: bool) -> nn.Module:
     """Make `ours` have the adapters that peft applies now, if the layer is one of peft's. Returns the linear layer in it."""
     if not _is_pefts(type(layer)):
         if ours.adapters:
@@ -322,9 +323,10 @@ def _follow_adapters(ours: LoraLinear, layer: nn.Module, path: str) -> nn.Module
     if kind != "peft.tuners.lora.layer.Linear":
         raise NotFollowedError(f"{path} is a {kind}")
     check_code(layer, path)
-    if layer.merged and layer.disable_adapters:
+    is_off = layer.disable_adapters and not adapters_on
+    if layer.merged and is_off:
         raise NotFollowedError(f"{path} has a merged adapter that is switched off")
-    applies = not layer.merged and not layer.disable_adapters
+    applies = not layer.merged and not is_off
     names = [name for name in layer.active_adapters if name in layer.lora_A] if applies else []
     adapters = {name: _adapter(layer, name, path) for name in names}
     if adapters != ours.adapters:  # modules are equal only to themselves

@@ -13,7 +13,7 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.interop.follow import is_known_code, is_own, usual_device
 from granite_speech.modules.autocast import autocast_dtype
 
-__all__ = ["generated"]
+__all__ = ["generated", "is_customised"]
 
 # The order of transformers' parameters, in all of its versions that have Granite Speech.
 _POSITIONAL = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus")
@@ -49,7 +49,7 @@ def generated(acceleration: Any, live: nn.Module, own: Any, *arguments: Any, **o
 
 def _answer(acceleration: Any, live: nn.Module, arguments: tuple[Any, ...], call: dict[str, Any]) -> Tensor:
     is_wrong = len(arguments) > len(_POSITIONAL) or not call.keys().isdisjoint(_POSITIONAL[: len(arguments)])
-    if is_wrong or live.training or autocast_dtype(live.device) is not None or any(map(_is_customised, acceleration.whole)):
+    if is_wrong or live.training or autocast_dtype(live.device) is not None or any(map(is_customised, acceleration.whole)):
         raise _NotServedError
     inputs, others, settings = _sorted(live, dict(zip(_POSITIONAL, arguments, strict=False)) | call)
     of_model, of_call = _set_values(live.generation_config), _set_values(others.get("generation_config"))
@@ -100,7 +100,7 @@ def _positions(inputs: dict[str, Tensor], options: GenerationOptions) -> Tensor 
     return None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _is_customised(module: nn.Module) -> bool:
+def is_customised(module: nn.Module) -> bool:
     """Whether somebody else's method would run in transformers' loop."""
     kind = type(module)
     if any(callable(one) and hasattr(kind, name) and not is_own(module, name) for name, one in vars(module).items()):

@@ -14,7 +14,7 @@ from torch import nn
 __all__ = ["Snapshot"]
 
 # Attributes that decide which adapter a layer uses: of LoraLinear, and of peft's layers.
-_SWITCHES = {"adapter_enabled", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling"}
+_SWITCHES = {"adapter_enabled", "_active", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling"}
 
 
 class Snapshot:

@@ -14,6 +14,7 @@ from warnings import warn
 
 import torch
 from granite_kernels import OPERATIONS
+from torch import nn
 
 from granite_speech.engine.engine import Engine
 from granite_speech.engine.handle import Handle
@@ -25,6 +26,7 @@ from granite_speech.inputs.requests import request_for, window_limit
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.transcription.answers import Answers
 from granite_speech.transcription.job import Job
+from granite_speech.transcription.live_models import check_model, is_accelerated, own_processor, running_model
 from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.piece import Setup
 from granite_speech.transcription.read_ahead import ReadAhead
@@ -56,18 +58,33 @@ class Transcriber:
     model has moved. Its thread and memory are freed by `close`, at the end of `with Transcriber(…) as transcriber:`, or when nobody
     holds the transcriber any more. Any number of threads may use one transcriber. A pickle or copy has the model and the processor.
 
+    A live model of transformers works after `granite_speech.accelerate(model)`, which peft may have wrapped. Each call takes its weights,
+    adapters, device and dtype as they are then. Its logits are divided by `logits_scaling` here, as those of this package's model, also
+    where transformers (from 5.10 on) does not divide.
+
     Args:
         model: the model, on the device where it should run.
-        processor: the processor of the same checkpoint.
+        processor: the processor of the same checkpoint; one of transformers is read once, here.
+
+    Raises:
+        InputError: something else, such as a model of transformers that is not accelerated.
+        UnsupportedError: a model of peft with prompt tuning or another adapter that adds tokens.
     """
 
-    def __init__(self, model: GraniteSpeechForConditionalGeneration, processor: GraniteSpeechProcessor):
-        self.model, self.processor = model, processor
+    def __init__(self, model: nn.Module, processor: Any):
+        check_model(model)
+        self.model, self.processor = model, own_processor(processor)
         self._engine: Engine | None = None
         self._made_for: tuple[Any, ...] = ()
         self._lock, self._process = threading.Lock(), os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if is_accelerated(self.model):
+            raise InputError(
+                got="a pickle or copy of a Transcriber with a model of transformers",
+                expected="one with a model of this package, because the copy of a model is not accelerated",
+                remedy="Copy the model, accelerate the copy, and make another Transcriber with it",
+            )
         return type(self), (self.model, self.processor)
 
     @classmethod
@@ -154,7 +171,8 @@ class Transcriber:
             AudioWarning: as `granite_speech.load_audio`.
 
         Raises:
-            InputError: an option that cannot be used, or a model in training mode.
+            InputError: an option that cannot be used, a model in training mode, or one that is not accelerated any more.
+            UnsupportedError: an accelerated model with hooks, adapters other than plain LoRA, or quantized layers.
             AudioError: a recording that cannot be used. For a list, the message begins with the recording's index, and what is left
                 of the list is cancelled; `stream` goes on after an error.
             EngineError: the transcriber was closed meanwhile, or the model failed, as for a lack of memory.
@@ -195,7 +213,7 @@ class Transcriber:
             A `Transcript` for each recording. Warnings and errors of a recording are in it, and do not end the iterator.
 
         Raises:
-            InputError: an option that cannot be used, or a model in training mode.
+            InputError, UnsupportedError: an option or a model that cannot be used, as for `transcribe`.
             What the iterable raises, after the transcripts of the recordings before that; and errors that are not of this package,
             such as a lack of memory, while a recording is read.
         """
@@ -224,9 +242,10 @@ class Transcriber:
         """
         _check_several(recordings)
         sampling_rate = _one_rate(sampling_rate, options.pop("sample_rate", None))
-        setup = self._setup(TranscribeOptions.of(options), sampling_rate)
-        most = _AHEAD * self._running_engine().max_rows
-        of_one = _OF_ONE_ON_CPU if self.model.device.type == "cpu" else most
+        model = running_model(self.model)
+        setup = self._setup(model, TranscribeOptions.of(options), sampling_rate)
+        most = _AHEAD * self._running_engine(model).max_rows
+        of_one = _OF_ONE_ON_CPU if model.device.type == "cpu" else most
         ahead = ReadAhead(recordings, partial(Job, setup), most, of_one)
         try:
             for index, job in enumerate(ahead):
@@ -267,7 +286,7 @@ class Transcriber:
                     _raise_error(one, "")
                     _warn_of(one, "")
 
-    def _setup(self, options: TranscribeOptions, sampling_rate: int | None) -> Setup:
+    def _setup(self, model: Any, options: TranscribeOptions, sampling_rate: int | None) -> Setup:
         keywords = tuple(options.keywords) if isinstance(options.keywords, Iterator) else options.keywords or ()  # for two requests
         request = partial(
             request_for,
@@ -278,9 +297,9 @@ class Transcriber:
             keywords=keywords,
             prompt=options.prompt,
             prompt_mode=options.prompt_mode,
-            model_type=self.model.config.model_type,
+            model_type=model.config.model_type,
         )
-        limit, notes = window_limit(self.model.config, options.task), ()
+        limit, notes = window_limit(model.config, options.task), ()
         if options.chunk_length is not None and options.chunk_length > limit:
             message = (
                 f"windows are at most {limit:g} s long, which is the checkpoint's limit to {options.task}, not {options.chunk_length:g}"
@@ -295,26 +314,26 @@ class Transcriber:
                 remedy="Pass a smaller chunk_overlap",
             )
         requests = request(), request(prefix_text=options.prefix_text)
-        return Setup(self.model, self.processor, self._submit, options, *requests, limit, notes, sampling_rate)
+        return Setup(model, self.processor, partial(self._submit, model), options, *requests, limit, notes, sampling_rate)
 
-    def _submit(self, inputs: BatchFeature, **options: Any) -> Handle:
-        engine = self._running_engine()
+    def _submit(self, model: Any, inputs: BatchFeature, **options: Any) -> Handle:
+        engine = self._running_engine(model)
         try:
             return engine.submit(inputs=inputs, **options)
         except EngineError:  # it was closed, or its worker has failed
             with self._lock:
                 if self._engine is engine:
                     self._engine = None
-            return self._running_engine().submit(inputs=inputs, **options)
+            return self._running_engine(model).submit(inputs=inputs, **options)
 
-    def _running_engine(self) -> Engine:
+    def _running_engine(self, model: Any) -> Engine:
         """The engine, made again if it does not fit the model as it is now."""
         self._forget_engine_of_parent()
-        made_for = self.model, self.processor, self.model.device, self.model.dtype, self.model.training
+        made_for = model, self.processor, model.device, model.dtype, model.training
         with self._lock:
             if self._engine is None or self._made_for != made_for:
                 self._engine = None  # its memory is free before the next one needs it
-                self._engine, self._made_for = Engine(self.model, self.processor), made_for
+                self._engine, self._made_for = Engine(model, self.processor), made_for
             return self._engine
 
     def _forget_engine_of_parent(self) -> None:

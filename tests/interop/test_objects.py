@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from granite_speech import accelerate, restore
@@ -59,6 +60,17 @@ def test_a_copy_is_not_accelerated_and_shares_nothing(copied: Any):
         accelerate(other)
         assert close(other(**inputs).logits, expected)
         assert other.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_model_of_peft_is_not_accelerated_either(copied: Any):
+    config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = accelerate(get_peft_model(build_reference(LIVE_SPECS[-1]), config).eval())
+    other, inputs = copied(model), clip_inputs(LIVE_SPECS[-1], 45)
+    assert acceleration_of(other) is None
+    expected = model.generate(**inputs, max_new_tokens=3)
+    assert torch.equal(accelerate(other).generate(**inputs, max_new_tokens=3), expected)
+    assert acceleration_of(other).live is other.get_base_model()
 
 
 def test_saving_and_loading(tmp_path):

@@ -61,6 +61,22 @@ def test_repeated_steps_are_captured_and_follow_the_live_weights(monkeypatch):
     assert len(captured) > count
 
 
+def test_captured_prompts_after_another_vocabulary(monkeypatch):
+    live = accelerate(build_reference(SPEC))
+    monkeypatch.setattr(runtime, "_can_be_captured", lambda model: True)
+    acceleration_of(live).twin.runtime.make_capture = lambda device: lambda function: function
+
+    def answers() -> list[torch.Tensor]:
+        return [live.generate(input_ids=prompt(0), max_new_tokens=3, eos_token_id=None) for _ in range(3)]
+
+    before = answers()
+    live.resize_token_embeddings(140, mean_resizing=False)
+    head = live.get_output_embeddings().weight
+    with torch.no_grad():
+        head[120:] = 0
+    assert all(map(torch.equal, answers(), before))
+
+
 def test_host_waits():
     """The host waits for the prompt once, and reads each token one step late, as with a model of this package."""
     spec = LIVE_SPECS[2]  # one encoder layer: the interpreter is slow

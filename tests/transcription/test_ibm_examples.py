@@ -122,9 +122,9 @@ def answering(monkeypatch, *texts: str) -> list[str]:
     monkeypatch.setattr(Piece, "answer", lambda piece: replace(answer(piece), text=next(rest, ""), finish_reason="stop"))
     submit = Transcriber._submit
 
-    def submitted(self, inputs, **options):
+    def submitted(self, model, inputs, **options):
         prompts.append(self.processor.tokenizer.decode(inputs["input_ids"][0]).replace("<|audio|>", ""))
-        return submit(self, inputs, **options | {"max_new_tokens": 1})
+        return submit(self, model, inputs, **options | {"max_new_tokens": 1})
 
     monkeypatch.setattr(Transcriber, "_submit", submitted)
     return prompts

@@ -171,7 +171,7 @@ def options(model, monkeypatch) -> list:
     """The options of each call, which is not made."""
     calls = []
 
-    def taken(self, options, sampling_rate):
+    def taken(self, model, options, sampling_rate):
         calls.append(options)
         raise AudioError(got="enough", expected="no more", remedy="Stop")
 
