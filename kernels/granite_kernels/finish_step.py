@@ -104,11 +104,14 @@ def finish_step_reference(inputs: FinishStepInputs) -> torch.Tensor:
     """`finish_step` in PyTorch. Of equal scores, argmax returns the first."""
     scores, ids, logits, tokens, history, logprobs, active, kv_lens, limits, ends, divisor = inputs
     best, logits = scores.argmax(-1, keepdim=True), scores if logits is None else logits
-    chosen, logit = (best, logits.gather(1, best)) if ids is None else (ids.gather(1, best).long(), scores.gather(1, best))
-    chosen, top, dtype = chosen[:, 0], logits.amax(-1, keepdim=True), accumulator(logits.dtype)
-    # In place, because memory for all logits takes a CPU longer than their exponentials.
-    total = (logits.to(dtype) - top).div_(divisor).exp_().sum(-1)
-    logprobs.copy_((logit.to(dtype) - top)[:, 0] / divisor - total.log())
+    logits = logits.to(accumulator(logits.dtype)) / divisor
+    if ids is None:
+        chosen, logprob = best, logits.log_softmax(-1).gather(1, best)
+    else:
+        chosen, logit = ids.gather(1, best).long(), scores.gather(1, best).to(logits.dtype) / divisor
+        logprob = logit - logits.logsumexp(-1, keepdim=True)
+    chosen = chosen[:, 0]
+    logprobs.copy_(logprob[:, 0])
     history.copy_(torch.where(active > 0, chosen, -1))
     tokens.copy_(chosen)
     active.mul_(~((chosen[:, None] == ends).any(1) | (kv_lens >= limits)))
