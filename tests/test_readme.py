@@ -17,7 +17,7 @@ README = ROOT / "README.md"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "bench/results/README.md", "granite_speech/assets/README.md", "kernels/README.md")
 
 
-NAMES = ("one recording", "many recordings", "two doors", "a batch", "an engine", "a warm-up")
+NAMES = ("one recording", "many recordings", "words", "IBM's package", "two doors", "a batch", "an engine", "a warm-up")
 WORDS = "open menu seven two five stop"
 
 
@@ -38,7 +38,8 @@ def recordings(tmp_path, monkeypatch):
     """A folder with the files that the examples name."""
     samples, rate = soundfile.read(ROOT / "granite_speech/assets/sample.flac")
     soundfile.write(tmp_path / "speech.wav", samples, rate)
-    soundfile.write(tmp_path / "interview.mp3", samples, rate)
+    for name in ("interview.mp3", "talk.mp3"):
+        soundfile.write(tmp_path / name, samples, rate)
     monkeypatch.chdir(tmp_path)
 
 
@@ -49,9 +50,20 @@ def test_the_examples_of_one_and_of_many_recordings_print_their_words(recordings
         exec(example("one recording"), names)
     text, *segments, warnings = capsys.readouterr().out.splitlines()
     assert (text, warnings) == (WORDS, "()") and " ".join(line.partition(" s: ")[2] for line in segments) == WORDS
+    with monkeypatch.context() as patched:
+        patched.chdir(ROOT)
+        exec(example("words"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.fullmatch(r"[0-9.]+ to [0-9.]+ s: (\w+) \((?:0|1)\.[0-9]+\)", line)[1] for line in lines] == WORDS.split()
     exec(example("many recordings"), names)
     assert names["results"] == [WORDS] * 2
     assert capsys.readouterr().out.split() == f"{WORDS} {WORDS} {WORDS}".split()
+
+
+def test_the_example_of_ibms_package_transcribes_its_file(recordings, capsys):
+    exec(example("IBM's package", model=("granite-speech-4.1-2b", "embedded")))
+    text, start, confidence = capsys.readouterr().out.rsplit(maxsplit=2)
+    assert text == WORDS and float(start) >= 0 and 0 < float(confidence) <= 1
 
 
 def test_the_example_of_two_doors_gives_the_model_of_transformers():
