@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from granite_speech.transcription.alignment import Place, align
 from granite_speech.transcription.viterbi import best_path, likeliest_labels
-
-CHARACTERS = 256
+from tests.support.heard_letters import CHARACTERS, frame, spelled
 
 
 def random_emissions(frames: int, labels: int, seed: int) -> np.ndarray:
@@ -90,20 +89,6 @@ def test_without_torchaudio_the_places_are_the_same(monkeypatch, error):
 
 
 # --- the places of words --------------------------------------------------------------------------------------------------------------
-
-
-def spelled(text: str, *, frames: int, labels: int = CHARACTERS, probability: float = 0.9) -> torch.Tensor:
-    """What a head gives that hears these characters at frames 2, 4, 6, …, and blanks otherwise; "_" is a blank too."""
-    heard = torch.full((frames, labels), (1 - probability) / (labels - 1))
-    for frame in range(frames):
-        place = frame // 2 - 1
-        heard[frame, ord(text[place]) if frame % 2 == 0 and 0 <= place < len(text) and text[place] != "_" else 0] = probability
-    return heard.log()
-
-
-def frame(place: int) -> int:
-    """The frame of a character of `spelled`."""
-    return 2 * place + 2
 
 
 def spans(places: Sequence[Place]) -> list[tuple[int, int]]:
