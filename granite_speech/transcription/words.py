@@ -62,7 +62,8 @@ def tagged_words(answer: Answer, tagged: TaggedAnswer, pieces: TokenBytes, *, st
 def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]], pieces: TokenBytes) -> list[float | None]:
     """The language model's probability of parts of an answer: the product of those of the tokens that they consist of.
 
-    A token of space alone belongs to what follows it, and one with letters of several parts to each of them.
+    A token of space alone belongs to what follows it, and one with letters of several parts to each of them. One between two parts, such
+    as a tag, belongs to neither.
 
     Args:
         answer: its text, tokens and their log-probabilities.
@@ -85,7 +86,8 @@ def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]]
         while part < len(places) and places[part][1] <= begin:
             part += 1
         for which in range(part, len(places)):
-            if which > part and places[which][0] >= end:
+            first = places[which][0]
+            if first >= end and (which > part or answer.text[begin:first].strip()):
                 break
             sums[which] += logprob
     return [math.exp(one) for one in sums] if text == answer.text else [None] * len(places)
