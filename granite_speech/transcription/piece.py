@@ -161,9 +161,9 @@ class Piece:
             tagged: what it says.
             prefix: the text before it that was said in this window too.
         """
-        options, pieces, start = self._setup.options, self._setup.pieces, self.window.start
+        options, pieces, start, end = self._setup.options, self._setup.pieces, self.window.start, self.window.end
         if options.word_timestamps:
-            return aligned_words(answer, tagged, pieces, level=self._level.wait(), start=start, prefix=prefix)
+            return aligned_words(answer, tagged, pieces, level=self._level.wait(), start=start, end=end, prefix=prefix)
         return tagged_words(answer, tagged, pieces, start=start) if options.prompt_mode == "word_timestamps" else None
 
     def truncation(self, answer: Answer) -> str | None:

@@ -19,7 +19,9 @@ from granite_speech.transcription.word_edges import FRAME_SECONDS, edges
 __all__ = ["aligned_words", "language_model_confidences", "tagged_words"]
 
 
-def aligned_words(answer: Answer, tagged: TaggedAnswer, pieces: TokenBytes, *, level: Tensor, start: float, prefix: str = "") -> list[Word]:
+def aligned_words(
+    answer: Answer, tagged: TaggedAnswer, pieces: TokenBytes, *, level: Tensor, start: float, end: float, prefix: str = ""
+) -> list[Word]:
     """The words of a window, with times by alignment with the CTC head.
 
     Args:
@@ -27,24 +29,24 @@ def aligned_words(answer: Answer, tagged: TaggedAnswer, pieces: TokenBytes, *, l
         tagged: its text and tags.
         pieces: of the model's tokenizer.
         level: `loudness` of the window's features.
-        start: of the window, in seconds.
+        start, end: of the window, in seconds. No word is beyond its end, as the level is, by a frame.
         prefix: text that was said in the window before the answer's, which continues it.
     """
-    units = tagged.words or _units(answer.text)
+    units = _units(answer.text) if tagged.raw_text is None else tagged.words
     before = [unit for _, unit in text_units(" ".join(prefix.split()))] if prefix else []
     places = align(answer.ctc_logprobs, before + [one.word for one in units])
     times, acoustic = [], []
-    for place, (begin, end) in zip(places, edges(level.numpy(), places), strict=True):
+    for place, (first, last) in zip(places, edges(level.numpy(), places), strict=True):
         total = max(sum(place.weights), 1)
-        shares = [begin + (end - begin) * part / total for part in accumulate(place.weights, initial=0)]
+        shares = [first + (last - first) * part / total for part in accumulate(place.weights, initial=0)]
         # Of words without letters, punctuation has its place, and the rest shares the time equally.
-        times += pairwise(shares) if sum(place.weights) else pairwise(np.linspace(begin, end, place.words + 1).tolist())
+        times += pairwise(shares) if sum(place.weights) else pairwise(np.linspace(first, last, place.words + 1).tolist())
         acoustic += [place.confidence if weight else None for weight in place.weights]
     linguistic = language_model_confidences(answer, [(one.begin, one.stop) for one in units], pieces)
-    words, longest = [], len(level) * FRAME_SECONDS
-    for one, (begin, end), ctc, lm in zip(units, times[len(before) :], acoustic[len(before) :], linguistic, strict=True):
-        begin, end = (start + min(max(edge * FRAME_SECONDS, 0.0), longest) for edge in (begin, end))
-        words.append(_word(one, begin, end, ctc, lm, bridged=ctc is None))
+    words = []
+    for one, frames, ctc, lm in zip(units, times[len(before) :], acoustic[len(before) :], linguistic, strict=True):
+        first, last = (min(start + frame * FRAME_SECONDS, end) for frame in frames)
+        words.append(_word(one, first, last, ctc, lm, bridged=ctc is None))
     return words
 
 
@@ -60,7 +62,8 @@ def tagged_words(answer: Answer, tagged: TaggedAnswer, pieces: TokenBytes, *, st
 def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]], pieces: TokenBytes) -> list[float | None]:
     """The language model's probability of parts of an answer: the product of those of the tokens that they consist of.
 
-    A token of space alone belongs to what follows it, and one with letters of several parts to each of them.
+    A token of space alone belongs to what follows it, and one with letters of several parts to each of them. One between two parts, such
+    as a tag, belongs to neither.
 
     Args:
         answer: its text, tokens and their log-probabilities.
@@ -83,7 +86,8 @@ def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]]
         while part < len(places) and places[part][1] <= begin:
             part += 1
         for which in range(part, len(places)):
-            if which > part and places[which][0] >= end:
+            first = places[which][0]
+            if first >= end and (which > part or answer.text[begin:first].strip()):
                 break
             sums[which] += logprob
     return [math.exp(one) for one in sums] if text == answer.text else [None] * len(places)
