@@ -20,7 +20,7 @@ from granite_speech.training.bundled_checkpoint.vocabulary import VOCABULARY
 from granite_speech.transcription.transcript import Word
 from tests.support.long_recordings import Spoken, assemble, draw_pauses
 
-__all__ = ["WORDS", "KnownWord", "auc", "is_right", "known_words", "matched", "recording"]
+__all__ = ["WORDS", "KnownWord", "auc", "is_right", "known_words", "matched", "recording", "trimmed"]
 
 WORDS = Path(__file__).parents[1] / "words"
 _PLACES = WORDS / "places.json"
@@ -61,6 +61,12 @@ def recording(
     """
     gaps = draw_pauses(np.random.default_rng(seed), len(words) + 1, shortest, longest)
     return assemble(file, [(one.samples, one.text) for one in words], gaps, noise_db=noise_db, seed=seed)
+
+
+def trimmed(samples: np.ndarray) -> np.ndarray:
+    """A word without what is before and after it, `(samples,)`."""
+    loud = np.flatnonzero(np.abs(samples) >= _DEPTH * np.abs(samples).max())
+    return samples[loud[0] : loud[-1] + 1]
 
 
 def matched(spoken: Sequence[Spoken], words: Sequence[Word]) -> list[tuple[Spoken, Word]]:
@@ -108,8 +114,7 @@ def _speak(seed: int = 0) -> None:
         parts, words, position = [], [], 0
         for text, samples in zip(texts, speak(voice, texts, rng), strict=True):
             samples = samples * (_PEAK / np.abs(samples).max())
-            loud = np.flatnonzero(np.abs(samples) >= _PEAK * _DEPTH)
-            parts.append(samples[loud[0] : loud[-1] + 1])
+            parts.append(trimmed(samples))
             words.append((text, position, position + parts[-1].size))
             position += parts[-1].size
         soundfile.write(WORDS / f"{number}.flac", np.concatenate(parts), RATE, subtype="PCM_16", compression_level=1.0)
