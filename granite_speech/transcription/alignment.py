@@ -8,6 +8,7 @@ A word that the labels cannot spell, such as "42" or one in another script, is b
 the frames between its neighbours in which the head hears something.
 """
 
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,13 +71,13 @@ def align(log_probabilities: Tensor, words: Sequence[str]) -> list[Place]:
     emissions = _emissions(probabilities, columns)
     path = best_path(emissions, [columns[one] for one in targets])
     if path is None:
-        groups, path = [(len(words), None)], [(0, len(probabilities) - 1)]
+        groups, targets, path = [(len(words), None)], [targets[0]], [(0, len(probabilities) - 1)]
+    best = _best(emissions, path, [columns[one] for one in targets])
     places, at, word = [], 0, 0
     for count, letters in groups:
         own = path[at : at + len(letters or [_WILDCARD])]
         if letters:
-            best = [emissions[first : last + 1, columns[one]].max() for (first, last), one in zip(own, letters, strict=True)]
-            first, last, confidence = own[0][0], own[-1][1], float(np.exp(np.mean(best)))
+            first, last, confidence = own[0][0], own[-1][1], math.exp(best[at : at + len(own)].sum() / len(own))
         else:
             begin = path[at - 1][1] + 1 if at else 0
             end = path[at + 1][0] if at + 1 < len(path) else len(probabilities)
@@ -100,15 +101,23 @@ def _groups(spelled: Sequence[list[Labels] | None]) -> list[tuple[int, list[Labe
 
 def _emissions(probabilities: np.ndarray, columns: Mapping[Labels, int]) -> np.ndarray:
     """`(frames, 1 + columns)` logarithms: of the blank, which stands for everything but letters, and of each column's labels together."""
-    emissions = np.ones((len(probabilities), 1 + len(columns)), np.float32)
-    other = np.ones(probabilities.shape[1], np.float32)
-    other[list(_letters(_limit(probabilities)))] = 0
+    members = np.zeros((probabilities.shape[1], 1 + len(columns)), np.float32)
+    members[:, 0] = 1
+    members[list(_letters(_limit(probabilities))), 0] = 0
     for labels, number in columns.items():
-        if labels != _WILDCARD:
-            emissions[:, number] = probabilities[:, labels].sum(1)
-            other[list(labels)] = 0
-    emissions[:, 0] = probabilities @ other
+        members[list(labels), 0] = 0
+        members[list(labels), number] = 1
+    emissions = probabilities @ members
+    emissions[:, columns.get(_WILDCARD, [])] = 1
     return np.log(emissions.clip(_FLOOR, 1))
+
+
+def _best(emissions: np.ndarray, path: Sequence[tuple[int, int]], targets: Sequence[int]) -> np.ndarray:
+    """The largest emission of each target in its frames."""
+    lengths = [last + 1 - first for first, last in path]
+    begins = np.cumsum([0, *lengths[:-1]])
+    frames = np.arange(sum(lengths)) + np.repeat([first for first, _ in path] - begins, lengths)
+    return np.maximum.reduceat(emissions[frames, np.repeat(targets, lengths)], begins)
 
 
 def _heard(probabilities: np.ndarray, begin: int, end: int) -> tuple[int, int]:
