@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -55,7 +56,7 @@ def write(folder: Path, kind: str, result: dict[str, Any]) -> Path:
 
 def file_of(folder: Path, kind: str, run: dict[str, Any]) -> Path:
     """The file that `write` writes for a run, of `describe_run`."""
-    machine = "-".join(run["machine"].lower().split()).replace("/", "-")
+    machine = "-".join(re.findall(r"[a-z0-9.]+", run["machine"].lower().replace("(r)", "")))
     return folder / f"{kind}-{machine}-{run['date'][:10]}-{run['commit'][:8] or 'uncommitted'}.json"
 
 
