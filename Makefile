@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 AUDIO ?= granite_speech/assets/sample.flac
 
-.PHONY: transcribe test test-transformers-4 lint fuzz soak sweep bench hours rehearse embedded clean
+.PHONY: transcribe test test-transformers-4 lint fuzz soak sweep bench hours times rehearse embedded clean
 
 # For example: make transcribe AUDIO=speech.wav MODEL=ibm-granite/granite-speech-3.3-2b
 transcribe: .venv/installed
@@ -43,6 +43,10 @@ bench: .venv/installed
 # An hour of audio with the bundled checkpoint: words, speed and memory. Needs the synthesizers of `make embedded` the first time.
 hours: .venv/installed
 	$(BIN)/python -m bench hours
+
+# Times and confidences of words with the bundled checkpoint. Needs the same synthesizers.
+times: .venv/installed
+	$(BIN)/python -m bench times
 
 # Launches, waits and allocations of the released models, without a GPU.
 rehearse: .venv/installed
