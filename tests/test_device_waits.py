@@ -10,6 +10,7 @@ from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.tokens import Tokens
 from granite_speech.modules.transfers import on_device, on_host
+from granite_speech.transcription.word_edges import loudness
 from tests.support.small_models import batch, small_model
 
 
@@ -76,6 +77,18 @@ def test_generate_waits_for_its_prompt_alone(gpu, options):
     gpu.late_reads = 0
     model.generate(**inputs, max_new_tokens=4, eos_token_id=[95], **options)
     assert (len(gpu.waits), gpu.late_reads) == (1, 4), gpu.waits
+
+
+def test_what_the_times_of_words_need_waits_for_nothing(gpu):
+    model, inputs = device_calls(gpu)
+    features, lengths = inputs["input_features"], tuple(inputs["input_features_lengths"])
+    clips = Segments(lengths, features.device)
+    ctc = []
+    states = model.encoder.encode(clips.pack(features), clips, ctc=ctc)
+    found = model.encoder.ctc_logits(states).log_softmax(-1, dtype=torch.float32)
+    level = loudness(features[0], bands=features.shape[2] // 2)
+    assert found.device == level.device == features.device and len(ctc) == 2
+    assert level.shape == (2 * features.shape[1],) and not gpu.waits
 
 
 def test_a_decode_step_runs_with_fake_tensors():
