@@ -33,6 +33,8 @@ def aligned_words(
         prefix: text that was said in the window before the answer's, which continues it.
     """
     units = _units(answer.text) if tagged.raw_text is None else tagged.words
+    if not units:
+        return []
     before = [unit for _, unit in text_units(" ".join(prefix.split()))] if prefix else []
     places = align(answer.ctc_logprobs, before + [one.word for one in units])
     times, acoustic = [], []
