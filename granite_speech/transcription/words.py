@@ -80,9 +80,7 @@ def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]]
     sums, part, text = [0.0] * len(places), 0, ""
     for number, (piece, logprob) in enumerate(shown, 1):
         begin = len(text)
-        added = decoder.decode(piece, final=number == len(shown))
-        text += added
-        begin += len(added) - len(added.lstrip())
+        text += decoder.decode(piece, final=number == len(shown))
         # A character that is not complete belongs to all its tokens.
         end = len(text) + bool(decoder.getstate()[0])
         while part < len(places) and places[part][1] <= begin:

@@ -25,8 +25,8 @@ def expected(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Of each clip alone, end to end."""
     features = inputs["input_features"]
     lengths = inputs.get("input_features_lengths", [features.shape[1]] * len(features))
-    alone = [model.encoder(clip[None, :frames], output_ctc_logits=True) for clip, frames in zip(features, lengths, strict=True)]
-    return torch.cat([one.ctc_logits[-1][0] for one in alone]).log_softmax(-1)
+    alone = [model.encoder(clip[None, :frames], output_hidden_states=True) for clip, frames in zip(features, lengths, strict=True)]
+    return model.encoder.out(torch.cat([one.hidden_states[-1][0] for one in alone])).log_softmax(-1)
 
 
 def check(model: Any, inputs: dict[str, Any], answer: Answer) -> None:
