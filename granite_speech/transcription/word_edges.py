@@ -53,24 +53,18 @@ def edges(level: np.ndarray, places: Sequence[Place]) -> list[tuple[float, float
 
     Args:
         level: `loudness`, `(frames of 10 ms,)`.
-        places: in frames of 20 ms, in order.
+        places: in frames of 20 ms, in order; each has frames of its own.
     """
     begins, ends = [], []
     for before, after in zip([None, *places], [*places, None], strict=True):
-        # A place that has no frame of its own shares its neighbour's.
         low = 0 if before is None else 2 * before.last + 1
-        high = len(level) if after is None else max(2 * after.first, low)
+        high = len(level) if after is None else 2 * after.first
         end, begin = _pause(level[low:high]) if high > low else (0.0, 0.0)
         if before is not None:
             ends.append(low + end)
         if after is not None:
             begins.append(low + begin)
-    found, earliest = [], 0.0
-    for begin, end in zip(begins, ends, strict=True):
-        begin = max(begin, earliest)
-        earliest = max(begin, end)
-        found.append((begin, earliest))
-    return found
+    return list(zip(begins, ends, strict=True))
 
 
 def _pause(level: np.ndarray) -> tuple[float, float]:

@@ -33,6 +33,8 @@ def aligned_words(
         prefix: text that was said in the window before the answer's, which continues it.
     """
     units = _units(answer.text) if tagged.raw_text is None else tagged.words
+    if not units:
+        return []
     before = [unit for _, unit in text_units(" ".join(prefix.split()))] if prefix else []
     places = align(answer.ctc_logprobs, before + [one.word for one in units])
     times, acoustic = [], []
@@ -78,9 +80,7 @@ def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]]
     sums, part, text = [0.0] * len(places), 0, ""
     for number, (piece, logprob) in enumerate(shown, 1):
         begin = len(text)
-        added = decoder.decode(piece, final=number == len(shown))
-        text += added
-        begin += len(added) - len(added.lstrip())
+        text += decoder.decode(piece, final=number == len(shown))
         # A character that is not complete belongs to all its tokens.
         end = len(text) + bool(decoder.getstate()[0])
         while part < len(places) and places[part][1] <= begin:

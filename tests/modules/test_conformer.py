@@ -49,16 +49,17 @@ def frames(model: GraniteSpeechCTCEncoder, dtype: torch.dtype = torch.float32) -
 
 
 def in_modules(model: GraniteSpeechCTCEncoder, x: Tensor) -> list[Tensor]:
-    """Every state and the result of blocks that call one module after another: padded, as for hooks."""
-    collected: list[Tensor] = []
-    out = model.encode(CLIPS.pad(x, CLIPS.longest), CLIPS, collected)
-    return [CLIPS.pack(one) for one in (*collected, out)]
+    """Every state, the CTC logits and the result of blocks that call one module after another: padded, as for hooks."""
+    collected, ctc = [], []
+    out = model.encode(CLIPS.pad(x, CLIPS.longest), CLIPS, collected, ctc)
+    return [CLIPS.pack(one) for one in (*collected, *ctc, out)]
 
 
 def chained(model: GraniteSpeechCTCEncoder, x: Tensor) -> list[Tensor]:
-    collected: list[Tensor] = []
-    out = model.encode(x, CLIPS, collected)
-    return [*collected, out]
+    collected, ctc = [], []
+    out = model.encode(x, CLIPS, collected, ctc)
+    assert [one.shape for one in ctc] == [(CLIPS.total, model.config.output_dim)] * min(2, model.num_layers)
+    return [*collected, *ctc, out]
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -151,6 +151,44 @@ def test_a_hook_of_the_head_sees_rows_of_the_kept_columns():
     assert seen == [(*inputs["input_ids"].shape, 32), (3, 2, 32), (3, 1, 32), (3, 1, 32)]
 
 
+# --- logits of the CTC head ------------------------------------------------------------------------------------------------------
+
+
+def ctc_logits(model: nn.Module, clips: Tensor, lengths: list[int] | None = None) -> tuple[Tensor, ...]:
+    return model.encoder(clips, lengths, output_ctc_logits=True).ctc_logits
+
+
+@pytest.mark.parametrize("place", [None, "a block", "the middle block", "the encoder"], ids=str)
+@torch.no_grad()
+def test_ctc_logits_of_a_batch_are_those_of_its_clips_alone(place):
+    """Those of the middle, whose softmax is fed back, and those of the last block."""
+    plain, model = small_model(), small_model() if place is None else hooked(place)
+    clips = batch(plain)["input_features"]
+    clips[1, 23:] = torch.nan
+    found = ctc_logits(model, clips, [50, 23])
+    assert [one.shape for one in found] == [(2, 50, plain.config.encoder_config.output_dim)] * 2
+    for row, frames in enumerate((50, 23)):
+        for ours, expected in zip(found, ctc_logits(plain, clips[row : row + 1, :frames]), strict=True):
+            same(ours[row, :frames], expected[0])
+            assert not ours[row, frames:].any()
+
+
+@torch.no_grad()
+def test_ctc_logits_are_what_the_head_makes_of_the_middle_and_of_the_last_block():
+    model, fed_back = small_model(), []
+    model.encoder.out_mid.register_forward_hook(lambda module, given, output: fed_back.append(given[0]))
+    clips = batch(model)["input_features"]
+    output = model.encoder(clips, output_ctc_logits=True, output_hidden_states=True)
+    middle, last = output.ctc_logits
+    same(middle.softmax(-1), fed_back[0])
+    same(last, model.encoder.out(output.last_hidden_state))
+    in_order = model.encoder(clips, output_ctc_logits=True, output_hidden_states=True, return_dict=False)
+    assert len(in_order) == 3 and torch.equal(in_order[0], output.last_hidden_state)
+    same(torch.stack(in_order[1]), torch.stack(output.hidden_states))
+    same(torch.stack(in_order[2]), torch.stack(output.ctc_logits))
+    assert model.encoder(clips).ctc_logits is None and len(model.encoder(clips, return_dict=False)) == 1
+
+
 # --- when there are hooks --------------------------------------------------------------------------------------------------------
 
 

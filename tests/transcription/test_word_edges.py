@@ -43,7 +43,7 @@ def test_words_end_and_begin_where_the_pause_between_them_does():
 
 def test_without_a_pause_words_meet_in_the_faintest_moment():
     sound = level((10, QUIET), (30, LOUD), (1, LOUD - 9), (30, LOUD), (10, QUIET))
-    [one, other] = edges(sound, [place(14, 30), place(50, 66)])
+    [one, other] = edges(sound, [place(14, 20), place(46, 66)])
     assert one[1] == other[0]
     close([one, other], (10, 40), (40, 71))
 
@@ -151,6 +151,13 @@ def test_noise_alone_is_no_speech(amplitude):
     noise = amplitude * torch.randn(2 * RATE, generator=torch.Generator().manual_seed(0))
     assert np.quantile(level_of(noise), 0.9) < 0.8
     assert np.quantile(level_of(two_words()), 0.6) > 4, "words are"
+
+
+def test_what_is_far_below_the_words_is_no_speech():
+    """A hum that is 55 dB fainter, after words with nothing around them."""
+    words = two_words()
+    hum = words.abs().max() * 10 ** (-55 / 20) * torch.sin(torch.arange(RATE // 2) * 0.1)
+    assert level_of(torch.cat([words, hum, torch.zeros(RATE // 2)]))[len(words) // 160 + 2 :].max() < 1
 
 
 def test_digital_silence_is_a_pause_beside_words_and_alone():
