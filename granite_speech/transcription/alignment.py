@@ -10,6 +10,7 @@ the frames between its neighbours in which the head hears something.
 
 import math
 import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,12 +155,23 @@ def _limit(probabilities: np.ndarray) -> int:
     return _LATIN if probabilities.shape[1] == _KATAKANA_HEAD else probabilities.shape[1]
 
 
-@lru_cache(4096)
 def _labels(character: str, limit: int) -> Labels:
-    """The code points of a character's variants that are labels."""
-    base = "".join(one for one in unicodedata.normalize("NFD", character) if not unicodedata.combining(one))
-    variants = {one for form in (character, base) for one in (form, form.lower(), form.upper()) if len(one) == 1}
-    return tuple(sorted(ord(one) for one in variants if 0 < ord(one) < limit))
+    """The labels that are variants of a character."""
+    return _variants(limit).get(_base(character), ())
+
+
+@lru_cache(8)
+def _variants(limit: int) -> dict[str, Labels]:
+    """The labels, by what is left of them without case and accents."""
+    found = defaultdict(list)
+    for code in range(1, limit):
+        found[_base(chr(code))].append(code)
+    return {base: tuple(codes) for base, codes in found.items()}
+
+
+@lru_cache(4096)
+def _base(character: str) -> str:
+    return "".join(one for one in unicodedata.normalize("NFD", character.lower()) if not unicodedata.combining(one))
 
 
 @lru_cache(8)

@@ -107,7 +107,7 @@ def test_double_letters_are_two():
 
 
 @pytest.mark.parametrize("said", ["über den", "ÜBER DEN", "uber den", "Uber Den"])
-@pytest.mark.parametrize("text", ["Über den", "über, den!", "ÜBER «DEN»", "u\u0308ber den"])
+@pytest.mark.parametrize("text", ["Über den", "über, den!", "ÜBER «DEN»", "u\u0308ber den", "uber den"])
 def test_case_accents_and_punctuation_do_not_matter(said, text):
     places = align(spelled(said, frames=30), text.split())
     assert spans(places) == [(frame(0), frame(3)), (frame(5), frame(7))]
