@@ -9,14 +9,14 @@ __all__ = ["PROMPT_MODES", "check_prompt_mode"]
 PROMPT_MODES = ("default", "speaker_attributed", "word_timestamps")
 
 
-def check_prompt_mode(prompt_mode: Any, prefix_text: Any, *, task: str, prompt: str | None) -> None:
+def check_prompt_mode(prompt_mode: Any, prefix_text: Any, *, task: str) -> None:
     """Refuse what makes no sense with any checkpoint.
 
     Args:
-        prompt_mode, prefix_text, task, prompt: as for `inputs.requests.request_for`.
+        prompt_mode, prefix_text, task: as for `inputs.requests.request_for`.
 
     Raises:
-        InputError: an unknown mode, a prefix_text that is not text, either with a translation, or a mode with a prompt.
+        InputError: an unknown mode, a prefix_text that is not text, or either with a translation.
     """
     if not isinstance(prompt_mode, str) or prompt_mode not in PROMPT_MODES:
         expected = f"one of {', '.join(map(repr, PROMPT_MODES))}"
@@ -26,9 +26,3 @@ def check_prompt_mode(prompt_mode: Any, prefix_text: Any, *, task: str, prompt: 
     given = f"prompt_mode={prompt_mode!r}" if prompt_mode != "default" else "prefix_text" if prefix_text else None
     if given and task == "translate":
         raise InputError(got=f"{given} with task='translate'", expected="task='transcribe'", remedy="Omit one of them")
-    if prompt_mode != "default" and prompt:
-        raise InputError(
-            got=f"prompt_mode={prompt_mode!r} with a prompt",
-            expected="one of them: a prompt_mode is a request of its own",
-            remedy="Omit one; keywords can be added to either",
-        )

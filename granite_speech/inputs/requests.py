@@ -113,7 +113,7 @@ def request_for(
         prompt: a request in other words, to which keywords are added; the task then only matters for what is checked. One that has the
             placeholder gets no other. One that also ends as the chat template ends a prompt is complete.
         prompt_mode: of plus checkpoints: "speaker_attributed" or "word_timestamps" ask for an answer with tags, in which the language
-            is not named. `transcription.tagged_answers` reads them.
+            is not named. `transcription.tagged_answers` reads them. With a prompt, that is the request.
         prefix_text: of plus checkpoints: how the answer begins, as an earlier answer to the beginning of the clip ended, with its tags if
             it has any. The answer is what comes after it.
         model_type: of the model's configuration; None to go by the template and the vocabulary, which tell the releases apart.
@@ -121,10 +121,10 @@ def request_for(
     Raises:
         InputError: another task; an unknown code; a target without translation, or the same as the language; keywords that are not text,
             or come with a prompt that is complete; more than one placeholder; a prompt_mode or prefix_text that the checkpoint was not
-            trained on, or that comes with a translation; a prompt_mode with a prompt.
+            trained on, or that comes with a translation.
     """
     check_choice("task", task, TASKS)
-    check_prompt_mode(prompt_mode, prefix_text, task=task, prompt=prompt)
+    check_prompt_mode(prompt_mode, prefix_text, task=task)
     spoken, target = requested_languages(task, language, target_language)
     terms = _keywords(keywords, processor.audio_token)
     family = _family(processor, model_type)

@@ -120,7 +120,7 @@ class TranscribeOptions:
             object.__setattr__(self, "segmentation", "fixed" if self.chunk_overlap else "energy")
         self._check_choice("segmentation", SEGMENTATIONS)
         self._check_choice("errors", ("raise", "warn"))
-        check_prompt_mode(self.prompt_mode, self.prefix_text, task=self.task, prompt=self.prompt)
+        check_prompt_mode(self.prompt_mode, self.prefix_text, task=self.task)
         self._check_choice("word_timestamps", (True, False))
         if self.word_timestamps and self.task == "translate":
             raise InputError(

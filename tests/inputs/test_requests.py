@@ -124,9 +124,10 @@ def test_requests_for_tags(third, fourth, mode):
     for other in (third, fourth):
         with pytest.raises(InputError, match=f"prompt_mode='{mode}'; expected a plus checkpoint.*granite-speech-4.1-2b-plus"):
             request_for(other, prompt_mode=mode)
-    for wrong in ({"task": "translate"}, {"prompt": "what?"}):
-        with pytest.raises(InputError, match=f"prompt_mode='{mode}' with"):
-            request_for(third, prompt_mode=mode, **wrong, **plus)
+    own = request_for(third, prompt_mode=mode, prompt="Who says what?", **plus)
+    assert own == request_for(third, prompt="Who says what?", **plus)  # the mode says how the answer is read
+    with pytest.raises(InputError, match=f"prompt_mode='{mode}' with"):
+        request_for(third, prompt_mode=mode, task="translate", **plus)
 
 
 @pytest.mark.parametrize("template", [ROLES, ROLES.replace("{% endif %}", "{{ prefix_text or '' }}{% endif %}")])
