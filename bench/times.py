@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.support.known_words import KnownWord, auc, is_right, matched, recording, trimmed
 
 from bench import hours, results
 from granite_speech import Transcriber
@@ -20,6 +19,7 @@ from granite_speech.training import read_manifest
 from granite_speech.training.bundled_checkpoint.synthesis import synthesize
 from granite_speech.training.bundled_checkpoint.vocabulary import VOCABULARY
 from granite_speech.transcription.transcript import Word
+from tests.support.known_words import KnownWord, auc, is_right, matched, recording, trimmed
 from tests.support.long_recordings import Spoken, assemble
 
 __all__ = ["run", "table"]
