@@ -12,7 +12,7 @@ from granite_speech.transcription.overlaps import join
 from granite_speech.transcription.piece import Piece, Setup
 from granite_speech.transcription.repetition import repeats
 from granite_speech.transcription.tagged_answers import TaggedAnswer, parse_tags
-from granite_speech.transcription.text_units import text_units
+from granite_speech.transcription.text_units import single_spaces, text_units
 from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote, Word
 from granite_speech.transcription.windows import halves
 
@@ -173,7 +173,7 @@ def _joined(before: _Text, after: _Text) -> tuple[_Text, _Text]:
     lengths = {"before_seconds": before.end - before.start, "after_seconds": after.end - after.start}
     texts = join(before.text, after.text, overlap=after.overlap, **lengths)
     middle = after.start + after.overlap / 2
-    counts = [sum(1 for _, unit in text_units(" ".join(text.split())) if unit) for text in texts]
+    counts = [sum(1 for _, unit in text_units(single_spaces(text)) if unit) for text in texts]
     first, then = before.words, after.words
     if first is not None and then is not None:
         first, then = first[: counts[0]], then[len(then) - counts[1] :]
