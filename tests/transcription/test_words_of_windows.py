@@ -12,8 +12,8 @@ from granite_speech import Transcriber, Transcript
 from granite_speech.engine.handle import Answer
 from granite_speech.transcription import job
 from granite_speech.transcription.piece import Piece
-from granite_speech.transcription.subtitles import SubtitleOptions, cues, one_line
-from granite_speech.transcription.text_units import text_units
+from granite_speech.transcription.subtitles import SubtitleOptions, cues
+from granite_speech.transcription.text_units import single_spaces, text_units
 from granite_speech.transcription.windows import Window
 from tests.support.spoken import load
 
@@ -70,9 +70,7 @@ def assert_sound(found: Transcript) -> None:
     assert all(one.error is None for one in found.segments)
     latest = 0.0
     for segment in found.segments:
-        assert [one_line(word.word) for word in segment.words if one_line(word.word)] == [
-            unit for _, unit in text_units(one_line(segment.text)) if unit
-        ]
+        assert [one.word for one in segment.words] == [unit for _, unit in text_units(single_spaces(segment.text)) if unit]
         for word in segment.words:
             assert latest <= word.start <= word.end <= found.duration
             latest = word.end
