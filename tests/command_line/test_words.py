@@ -100,6 +100,12 @@ def test_several_recordings_are_plotted_into_a_folder(recordings, plotted, capfd
     assert run(capfd, "one.wav", "--plot", "folder", "--quiet")[2] == ""
 
 
+def test_a_plot_that_takes_long_is_announced(recordings, plotted, capfd):
+    recordings.results["one.wav"].duration = 3601.0
+    assert "granite-speech: one.wav: drawing 61 pages, a second or two for each" in run(capfd, "one.wav", "--plot", "a.pdf")[2].splitlines()
+    assert run(capfd, "one.wav", "--plot", "a.pdf", "--quiet")[2] == ""
+
+
 def test_recordings_of_one_name_have_plots_of_their_own(recordings, plotted, capfd, tmp_path):
     (tmp_path / "one.mp3").touch()
     recordings.results["one.mp3"] = with_words("three")
