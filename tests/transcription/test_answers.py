@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,26 @@ def test_a_lack_of_memory_does_not_end_the_run(transcriber, monkeypatch):
     assert isinstance(first.error, EngineError) and "RuntimeError: no memory" in str(first.error) and not first.is_complete
     assert isinstance(first.error.__cause__, RuntimeError)
     assert second == TEXTS[1] and second.error is None
+
+
+@pytest.mark.parametrize("name", ["encoder.out.weight", "language_model.model.norm.weight"])
+def test_a_model_that_computes_nan_is_an_error_and_not_a_text(name):
+    model, processor = load()
+    with torch.no_grad():
+        model.get_parameter(name)[0] = torch.nan
+    with Transcriber(model, processor) as broken, pytest.raises(EngineError, match="NaN, from a model in float32"):
+        broken.transcribe(CLIPS[0], word_timestamps=True)
+
+
+def test_ctc_probabilities_that_are_nan_are_an_error(transcriber, monkeypatch):
+    def heard(handle: Handle) -> Answer:
+        found = answer(handle)
+        return replace(found, ctc_logprobs=torch.full_like(found.ctc_logprobs, torch.nan))
+
+    answer = Handle.result
+    monkeypatch.setattr(Handle, "result", heard)
+    with pytest.raises(EngineError, match="NaN"):
+        transcriber.transcribe(CLIPS[0], word_timestamps=True)
 
 
 def test_a_window_whose_engine_failed_is_tried_again(transcriber, monkeypatch):
