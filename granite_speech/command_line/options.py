@@ -141,7 +141,8 @@ def _check_words(parser: CommandParser, options: argparse.Namespace) -> None:
             parser.error("--resume skips files whose texts are complete, but does not know of plots: omit --resume or --plot")
         options.word_timestamps = wanted = True
     options.highlight_words = bool(options.highlight_words)
-    if options.highlight_words and not wanted:
+    is_timed = wanted or getattr(options, "prompt_mode", None) == "word_timestamps"
+    if options.highlight_words and not is_timed:
         parser.error("--highlight-words needs the times of words: add --word-timestamps")
 
 
