@@ -5,13 +5,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 from warnings import warn
 
 import torch
 
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError
 from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.inputs.recordings import Recording
 from granite_speech.inputs.requests import window_limit
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from granite_speech.model import GraniteSpeechForConditionalGeneration
@@ -159,6 +160,12 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    @overload  # the first one, because a str is a sequence of str
+    def transcribe(self, audio: Recording, **options: Any) -> TranscriptionResult: ...
+
+    @overload
+    def transcribe(self, audio: Sequence[Recording], **options: Any) -> list[TranscriptionResult]: ...
 
     def transcribe(
         self,

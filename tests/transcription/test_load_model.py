@@ -6,6 +6,7 @@ import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args, get_overloads, get_type_hints
 
 import pytest
 import soundfile
@@ -18,6 +19,7 @@ from granite_speech import (
     CheckpointNotFoundError,
     EngineError,
     InputError,
+    Transcript,
     TranscriptionResult,
     TranscriptWarning,
     TruncatedAnswerWarning,
@@ -153,6 +155,18 @@ def test_a_list_gives_a_list(model):
     results = model.transcribe(FILES)
     assert [one.text for one in results] == [FIRST.text, SECOND.text] and all(type(one) is TranscriptionResult for one in results)
     assert model.transcribe(tuple(FILES[:1]))[0] == results[0] and model.transcribe([]) == []
+
+
+def test_type_checkers_take_a_path_for_one_recording_and_a_list_for_several():
+    for function, result in (
+        (LoadedModel.transcribe, TranscriptionResult),
+        (Transcriber.transcribe, Transcript),
+        (granite_speech.transcribe, Transcript),
+    ):
+        # Checkers take the first one that fits, and a str is a sequence of str.
+        one, several = map(get_type_hints, get_overloads(function)[:2])
+        assert str in get_args(one["audio"]) and one["return"] is result
+        assert several["return"] == list[result]
 
 
 def test_the_rate_of_an_array_has_two_names(model):
