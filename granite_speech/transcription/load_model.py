@@ -211,7 +211,7 @@ class LoadedModel:
             prefix_text: of plus checkpoints: the text, with its tags, of the beginning of the recording. The result is what comes after it.
             keyword_biases: names and terms to expect. `keywords` is the same.
             max_new_tokens: the longest answer for a window; None for that of `TranscribeOptions`.
-            num_beams: 1.
+            num_beams: only 1: decoding is greedy.
             verbose: True prints the text of each segment to standard error.
             chunk_length: the longest window, in seconds; None for the longest that the checkpoint transcribes well.
             segmentation: None for "energy": windows end in pauses. "fixed" cuts every chunk_length seconds, as IBM's package does.

@@ -291,6 +291,9 @@ def test_the_result_can_be_changed_like_a_dictionary():
     result.update({"words": ({"word": "b"},)}, speakers=[])
     assert result["text"] == "b" and result.more.of[0].it == 2 and result.words[0].word == "b" and result.speakers == []
     assert result.setdefault("text", "c") == "b" and result.setdefault("rest", {"x": 1}).x == 1
+    united = result | {"last": {"x": 2}}
+    result |= {"next": {"x": 1}}
+    assert united.last.x == 2 and "last" not in result and result.next.x == 1
     del result.rest
     assert "rest" not in result and type(result.copy().more).__name__ == "Item"
     with pytest.raises(AttributeError, match="rest"):
