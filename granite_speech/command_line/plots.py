@@ -35,7 +35,7 @@ class Plots:
         self._quiet, self.failed = quiet, False
         recordings = list(dict.fromkeys(recordings))
         for one in recordings:
-            if os.path.exists(one) and not os.path.isfile(one):
+            if os.path.exists(one) and not os.path.isfile(one) and not os.path.isdir(one):  # a folder is no recording anyway
                 raise InputError(
                     got=f"--plot with {one}", expected="a file, which can be read again", remedy="Save the recording to a file"
                 )

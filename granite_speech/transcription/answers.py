@@ -58,6 +58,7 @@ class Answers:
 
     def __init__(self, setup: Setup, on_progress: Callable[[float], None] = lambda seconds: None):
         self._setup, self._on_progress = setup, on_progress
+        self._has_words = setup.options.word_timestamps or setup.options.prompt_mode == "word_timestamps"
         self._segments: list[Segment] = []
         self._notes: list[TranscriptNote] = []
         self._errors: list[Exception] = []
@@ -85,13 +86,12 @@ class Answers:
         options, error = self._setup.options, job.error
         if self._errors and len(self._errors) == len(self._segments):
             error = _own(self._errors[0]) if error is None else error
-        has_words = options.word_timestamps or options.prompt_mode == "word_timestamps"
         notes = [*self._setup.notes, *([] if job.audio_warning is None else [TranscriptNote("audio", job.audio_warning)])]
         return Transcript(
             " ".join(one.text for one in self._segments if one.text),
             segments=self._segments,
             warnings=notes + self._notes,
-            words=[word for one in self._segments for word in one.words or ()] if has_words else None,
+            words=[word for one in self._segments for word in one.words] if self._has_words else None,
             confidence=_confidence(self._logprobs),
             language=options.language,
             target_language=(options.target_language or "English") if options.task == "translate" else None,
@@ -159,7 +159,8 @@ class Answers:
             temperature = self._setup.options.temperature
             begin, end = (one.words[0].start, one.words[-1].end) if one.words else (round(one.start, 3), round(one.end, 3))
             others = {"speakers": one.tagged.turns, "raw_text": one.tagged.raw_text, "confidence": _confidence(one.logprobs)}
-            segment = Segment(len(self._segments), begin, end, one.text, temperature, error, one.words, **others)
+            words = () if one.words is None and self._has_words else one.words
+            segment = Segment(len(self._segments), begin, end, one.text, temperature, error, words, **others)
             self._logprobs += one.logprobs
             self._segments.append(segment)
             yield segment

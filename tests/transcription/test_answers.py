@@ -124,7 +124,10 @@ def test_a_failed_window_is_a_warning_and_the_others_have_their_texts(transcribe
     [note] = transcript.warnings
     assert note.type == "window_error" and "no memory" in note.message and abs(note.start - places[1][0]) < 0.3
     with pytest.warns(TranscriptWarning, match="s: this window has no text: .*no memory"):
-        transcriber.transcribe(samples)
+        assert all(one.words is None for one in transcriber.transcribe(samples).segments)
+    with pytest.warns(TranscriptWarning):
+        timed = transcriber.transcribe(samples, word_timestamps=True)
+    assert timed.segments[1].words == () and timed.words == tuple(word for one in timed.segments for word in one.words)
 
 
 def test_if_all_windows_fail_the_recording_has_failed(transcriber, monkeypatch):
