@@ -141,7 +141,8 @@ def _check_words(parser: CommandParser, options: argparse.Namespace) -> None:
             parser.error("--resume skips files whose texts are complete, but does not know of plots: omit --resume or --plot")
         options.word_timestamps = wanted = True
     options.highlight_words = bool(options.highlight_words)
-    if options.highlight_words and not wanted:
+    is_timed = wanted or getattr(options, "prompt_mode", None) == "word_timestamps"
+    if options.highlight_words and not is_timed:
         parser.error("--highlight-words needs the times of words: add --word-timestamps")
 
 
@@ -179,8 +180,10 @@ def _add_writing(parser: CommandParser) -> None:
     add("--output-dir", "-o", metavar="DIR", help="write files into this folder (default: the working directory)")
     for name, what in (("line-width", "characters in a line"), ("line-count", "lines"), ("words-per-line", "words in a line")):
         add(f"--max-{name}", type=or_none(positive), metavar="N", help=f"most {what} of a subtitle")
-    _add_truth_value(add, "word-timestamps", "give each word its time and its confidence, in json, srt and vtt", default=argparse.SUPPRESS)
-    _add_truth_value(add, "highlight-words", "srt and vtt: underline each word while it is spoken; needs --word-timestamps")
+    _add_truth_value(
+        add, "word-timestamps", "give each word its time, in json, srt and vtt, and its confidence, in json", default=argparse.SUPPRESS
+    )
+    _add_truth_value(add, "highlight-words", "srt and vtt: underline each word while it is spoken; needs times of words")
     add(
         "--plot",
         type=_text,
@@ -231,7 +234,12 @@ def _add_request(parser: CommandParser) -> None:
     add("--keywords", **keywords, type=lambda text: text.split(","), metavar="TEXTS", help='several of them: "Ada, Watson"')
     add("--prompt-mode", type=_text, metavar="MODE", help=f"of plus checkpoints: {', '.join(PROMPT_MODES)}")
     add("--prefix-text", type=_text, metavar="TEXT", help="of plus checkpoints: the beginning of the answer, as it ended before this audio")
-    add("--max-new-tokens", type=or_none(positive), metavar="N", help="most tokens in the answer for a window (default: 400)")
+    add(
+        "--max-new-tokens",
+        type=or_none(positive),
+        metavar="N",
+        help="most tokens in the answer for a window (default: 400; 2000 with --prompt-mode word_timestamps)",
+    )
     add("--temperature", type=_number, metavar="T", help="0: the likeliest tokens; above: drawn at random (default: 0)")
 
 

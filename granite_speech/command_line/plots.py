@@ -1,18 +1,19 @@
 """The images that `--plot` asks for: each recording is read again when its words are known."""
 
+import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from granite_speech.command_line.output import message
 from granite_speech.errors import GraniteSpeechError, InputError
-from granite_speech.inputs.audio import AudioWarning
 from granite_speech.transcription.output_names import output_names
-from granite_speech.transcription.plot import check_plot_file, plot_words
+from granite_speech.transcription.plot import PAGE_SECONDS, check_plot_file, plot_words
 from granite_speech.transcription.transcript import Transcript
 
 __all__ = ["Plots"]
+
+_MANY_PAGES = 10
 
 
 class Plots:
@@ -34,7 +35,7 @@ class Plots:
         self._quiet, self.failed = quiet, False
         recordings = list(dict.fromkeys(recordings))
         for one in recordings:
-            if os.path.exists(one) and not os.path.isfile(one):
+            if os.path.exists(one) and not os.path.isfile(one) and not os.path.isdir(one):  # a folder is no recording anyway
                 raise InputError(
                     got=f"--plot with {one}", expected="a file, which can be read again", remedy="Save the recording to a file"
                 )
@@ -58,10 +59,11 @@ class Plots:
             message(f"{name}: not plotted")  # why has been printed
             self.failed = True
             return
+        pages = math.ceil(transcript.duration / PAGE_SECONDS)
+        if pages > _MANY_PAGES and not self._quiet:
+            message(f"{name}: drawing {pages} pages, a second or two for each")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", AudioWarning)  # it is one of the transcript's
-                first, *others = plot_words(transcript, name, path)
+            first, *others = plot_words(transcript, name, path)
         except GraniteSpeechError as error:
             message(f"{name}: {error}")
             self.failed = True

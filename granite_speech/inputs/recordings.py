@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from granite_speech.errors import AudioError
-from granite_speech.inputs.audio import AudioWarning, blocks_with_warning, load_audio, load_with_warning, resample
+from granite_speech.inputs.audio import AudioWarning, blocks_with_warning, load_with_warning, resample
 from granite_speech.inputs.clips import MOST_CHANNELS, check_clips, clips_of_prompt
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.sources import arrays_and_rates, file_of
 
-__all__ = ["Recording", "recording_blocks", "samples_of", "whole_recording"]
+__all__ = ["Recording", "recording_blocks", "samples_of"]
 
 Recording = str | PathLike | BinaryIO | bytes | np.ndarray | Tensor
 
@@ -43,7 +43,7 @@ def samples_of(recording: Any, processor: GraniteSpeechProcessor, sampling_rate:
 
 
 def recording_blocks(
-    recording: Any, processor: GraniteSpeechProcessor, sampling_rate: int | None = None, errors: str = "raise"
+    recording: Any, target: int, sampling_rate: int | None = None, errors: str = "raise"
 ) -> tuple[Iterator[Tensor], Callable[[], str | None]]:
     """One recording, block by block: for files, in memory that does not grow with their length.
 
@@ -51,12 +51,12 @@ def recording_blocks(
         recording: a path, "-" for standard input, a `data:` address, the bytes of a file, or an open binary file; an array, tensor or
             list of numbers `(samples,)`, `(samples, channels)` or `(channels, samples)`; an entry or a decoder of `datasets`. A list with
             one of these is the same.
-        processor: of the model.
-        sampling_rate: of arrays that do not say theirs, in Hz; None for the processor's.
+        target: the rate of the blocks, in Hz.
+        sampling_rate: of arrays that do not say theirs, in Hz; None for `target`.
         errors: "raise", or "warn" to take the intact part of a file whose end is damaged or missing for the whole.
 
     Returns:
-        An iterator of `(samples,)` float32 on the CPU, mono, at the processor's rate: blocks of 2 s of a file, or anything else in one
+        An iterator of `(samples,)` float32 on the CPU, mono, at the rate `target`: blocks of 2 s of a file, or anything else in one
         block. And a function that returns the text of the file's `AudioWarning`, or None, once the iterator has ended.
 
     Raises:
@@ -65,28 +65,12 @@ def recording_blocks(
         InputError: another type, a network address, or an invalid option.
         MissingDependencyError: as `granite_speech.load_audio`.
     """
-    recording = _one_of_list(recording)
+    if _is_list(recording) and len(recording) == 1 and not isinstance(recording[0], Real):
+        recording = recording[0]
     file = file_of(recording)
     if file is not None:
-        return blocks_with_warning(file, processor.audio_processor.sampling_rate, errors=errors)
-    return iter([_whole(recording, processor.audio_processor.sampling_rate, sampling_rate)]), lambda: None
-
-
-def whole_recording(recording: Any, target: int, sampling_rate: int | None = None) -> Tensor:
-    """One recording, as `recording_blocks` takes it: `(samples,)` float32 on the CPU, mono, at `target` Hz.
-
-    Raises:
-        AudioError, InputError, MissingDependencyError: as `recording_blocks`.
-    """
-    recording = _one_of_list(recording)
-    file = file_of(recording)
-    return _whole(recording, target, sampling_rate) if file is None else load_audio(file, target)
-
-
-def _one_of_list(recording: Any) -> Any:
-    """The entry of a list that has one, unless it is a number: then the list is the recording."""
-    one = _is_list(recording) and len(recording) == 1 and not isinstance(recording[0], Real)
-    return recording[0] if one else recording
+        return blocks_with_warning(file, target, errors=errors)
+    return iter([_whole(recording, target, sampling_rate)]), lambda: None
 
 
 def _is_list(recording: Any) -> bool:

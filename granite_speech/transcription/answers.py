@@ -12,7 +12,7 @@ from granite_speech.transcription.overlaps import join
 from granite_speech.transcription.piece import Piece, Setup
 from granite_speech.transcription.repetition import repeats
 from granite_speech.transcription.tagged_answers import TaggedAnswer, parse_tags
-from granite_speech.transcription.text_units import text_units
+from granite_speech.transcription.text_units import single_spaces, text_units
 from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote, Word
 from granite_speech.transcription.windows import halves
 
@@ -58,6 +58,7 @@ class Answers:
 
     def __init__(self, setup: Setup, on_progress: Callable[[float], None] = lambda seconds: None):
         self._setup, self._on_progress = setup, on_progress
+        self._has_words = setup.options.word_timestamps or setup.options.prompt_mode == "word_timestamps"
         self._segments: list[Segment] = []
         self._notes: list[TranscriptNote] = []
         self._errors: list[Exception] = []
@@ -85,13 +86,12 @@ class Answers:
         options, error = self._setup.options, job.error
         if self._errors and len(self._errors) == len(self._segments):
             error = _own(self._errors[0]) if error is None else error
-        has_words = options.word_timestamps or options.prompt_mode == "word_timestamps"
         notes = [*self._setup.notes, *([] if job.audio_warning is None else [TranscriptNote("audio", job.audio_warning)])]
         return Transcript(
             " ".join(one.text for one in self._segments if one.text),
             segments=self._segments,
             warnings=notes + self._notes,
-            words=[word for one in self._segments for word in one.words or ()] if has_words else None,
+            words=[word for one in self._segments for word in one.words] if self._has_words else None,
             confidence=_confidence(self._logprobs),
             language=options.language,
             target_language=(options.target_language or "English") if options.task == "translate" else None,
@@ -159,7 +159,8 @@ class Answers:
             temperature = self._setup.options.temperature
             begin, end = (one.words[0].start, one.words[-1].end) if one.words else (round(one.start, 3), round(one.end, 3))
             others = {"speakers": one.tagged.turns, "raw_text": one.tagged.raw_text, "confidence": _confidence(one.logprobs)}
-            segment = Segment(len(self._segments), begin, end, one.text, temperature, error, one.words, **others)
+            words = () if one.words is None and self._has_words else one.words
+            segment = Segment(len(self._segments), begin, end, one.text, temperature, error, words, **others)
             self._logprobs += one.logprobs
             self._segments.append(segment)
             yield segment
@@ -173,7 +174,7 @@ def _joined(before: _Text, after: _Text) -> tuple[_Text, _Text]:
     lengths = {"before_seconds": before.end - before.start, "after_seconds": after.end - after.start}
     texts = join(before.text, after.text, overlap=after.overlap, **lengths)
     middle = after.start + after.overlap / 2
-    counts = [sum(1 for _, unit in text_units(" ".join(text.split())) if unit) for text in texts]
+    counts = [sum(1 for _, unit in text_units(single_spaces(text)) if unit) for text in texts]
     first, then = before.words, after.words
     if first is not None and then is not None:
         first, then = first[: counts[0]], then[len(then) - counts[1] :]

@@ -57,7 +57,7 @@ class Job:
     def _read(self, add: Callable[[Piece], bool]) -> None:
         setup, options = self._setup, self._setup.options
         with setup.alone():
-            blocks, warning = recording_blocks(self._recording, setup.processor, setup.sampling_rate, options.errors)
+            blocks, warning = recording_blocks(self._recording, setup.rate, setup.sampling_rate, options.errors)
         windows = Windows(
             blocks,
             limit=setup.limit,

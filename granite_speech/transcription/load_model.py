@@ -5,13 +5,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 from warnings import warn
 
 import torch
 
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError
 from granite_speech.inputs.processor import GraniteSpeechProcessor
+from granite_speech.inputs.recordings import Recording
 from granite_speech.inputs.requests import window_limit
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from granite_speech.model import GraniteSpeechForConditionalGeneration
@@ -160,6 +161,12 @@ class LoadedModel:
         """Where the model is."""
         return self.model.device
 
+    @overload  # the first one, because a str is a sequence of str
+    def transcribe(self, audio: Recording, **options: Any) -> TranscriptionResult: ...
+
+    @overload
+    def transcribe(self, audio: Sequence[Recording], **options: Any) -> list[TranscriptionResult]: ...
+
     def transcribe(
         self,
         audio: Any,
@@ -204,7 +211,7 @@ class LoadedModel:
             prefix_text: of plus checkpoints: the text, with its tags, of the beginning of the recording. The result is what comes after it.
             keyword_biases: names and terms to expect. `keywords` is the same.
             max_new_tokens: the longest answer for a window; None for that of `TranscribeOptions`.
-            num_beams: 1.
+            num_beams: only 1: decoding is greedy.
             verbose: True prints the text of each segment to standard error.
             chunk_length: the longest window, in seconds; None for the longest that the checkpoint transcribes well.
             segmentation: None for "energy": windows end in pauses. "fixed" cuts every chunk_length seconds, as IBM's package does.

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from itertools import product
 
+from granite_speech.transcription.text_units import single_spaces
+
 __all__ = ["join"]
 
 _UNTRUSTED = 2  # words at each edge
@@ -25,9 +27,9 @@ def join(before: str, after: str, *, overlap: float, before_seconds: float, afte
         overlap: seconds that both windows have.
         before_seconds, after_seconds: the lengths of the windows, from which the words' durations are estimated.
     """
-    ours, theirs = before.split(), after.split()
-    if overlap <= 0 or not ours or not theirs:
+    if overlap <= 0 or not before.strip() or not after.strip():
         return before, after
+    ours, theirs = (single_spaces(text).split(" ") for text in (before, after))
     left, right = [_plain(word) for word in ours], [_plain(word) for word in theirs]
     expected = _mean(_words_in(overlap, left[::-1], before_seconds), _words_in(overlap, right, after_seconds))
     ends, begins = _common(left, right, expected)

@@ -1,5 +1,6 @@
 """One window of a recording on its way to its text: prepared in a reader's thread, then answered by an engine."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class Piece:
         """Wait for the answer.
 
         Raises:
-            EngineError: the transcriber was closed before the answer was complete.
+            EngineError: the transcriber was closed before the answer was complete, or the model computed NaN.
             Any error of preparing or submitting it, or of the engine.
         """
         if self._error is not None:
@@ -150,6 +151,14 @@ class Piece:
                 got=f"a request cancelled after {len(answer.token_ids)} tokens, because its transcriber was closed",
                 expected="a whole answer",
                 remedy="Transcribe the recording again; that makes a new engine",
+            )
+        heard = answer.ctc_logprobs
+        if any(map(math.isnan, answer.logprobs)) or (heard is not None and bool(heard.isnan().any())):
+            dtype = str(self._setup.model.dtype).removeprefix("torch.")
+            raise EngineError(
+                got=f"probabilities that are NaN, from a model in {dtype}",
+                expected="numbers",
+                remedy="Load the model with dtype='float32', and check its weights",
             )
         return answer
 

@@ -18,7 +18,9 @@ from granite_speech.transcription.transcript import Transcript, Word
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_plot_file", "plot_words"]
+__all__ = ["PAGE_SECONDS", "check_plot_file", "plot_words"]
+
+PAGE_SECONDS = 60
 
 # Suffixes of what matplotlib writes without LaTeX.
 _TYPES = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "gif", "svgz", "eps", "ps")
@@ -112,14 +114,30 @@ def _checked_words(transcript: Transcript) -> list[Word]:
 
 
 def _log_mel(audio: Any, sampling_rate: int | None) -> tuple[Any, float]:
-    """The spectrogram that the encoder sees, `(frames, 80)` float32 at 100 frames a second, and the recording's length in seconds."""
+    """The spectrogram that the encoder sees, `(frames, 80)` float16 at 100 frames a second, and the recording's length in seconds."""
+    import numpy as np
+    import torch
+
     from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
-    from granite_speech.inputs.recordings import whole_recording
+    from granite_speech.inputs.recordings import recording_blocks
 
     extractor = GraniteSpeechFeatureExtractor()
-    samples = whole_recording(audio, extractor.sampling_rate, sampling_rate)
-    features = extractor([samples])["input_features"]
-    return features.view(-1, extractor.melspec_kwargs["n_mels"]).numpy(), len(samples) / extractor.sampling_rate
+    rate, bands = extractor.sampling_rate, extractor.melspec_kwargs["n_mels"]
+
+    def spectrogram(samples: torch.Tensor) -> np.ndarray:
+        return extractor([samples])["input_features"].view(-1, bands).half().numpy()
+
+    # The transcript says what is wrong with the file.
+    blocks, _ = recording_blocks(audio, rate, sampling_rate, errors="warn")
+    # A minute at a time, because an hour at once would take a gigabyte. `pages` shows less than each minute's own range of loudness.
+    mel, waiting, count = [], torch.zeros(0), 0
+    for block in blocks:
+        count += len(block)
+        waiting = torch.cat([waiting, block])
+        while len(waiting) > 2 * PAGE_SECONDS * rate:  # the last part is never too short
+            mel.append(spectrogram(waiting[: PAGE_SECONDS * rate]))
+            waiting = waiting[PAGE_SECONDS * rate :]
+    return np.concatenate([*mel, spectrogram(waiting)]), count / rate
 
 
 def _families(text: str) -> list[str]:

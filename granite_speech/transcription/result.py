@@ -23,6 +23,13 @@ class Item(dict):
         for name, value in dict(*values, **names).items():
             self[name] = value
 
+    def __ior__(self, values: Any) -> Self:
+        self.update(values)
+        return self
+
+    def __or__(self, values: Any) -> Self:
+        return self.copy().__ior__(values)
+
     def setdefault(self, name: str, default: Any = None) -> Any:
         """As that of `dict`."""
         if name not in self:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import accumulate, groupby, islice, pairwise
 
 from granite_speech.errors import InputError
-from granite_speech.transcription.text_units import text_units
+from granite_speech.transcription.text_units import single_spaces, text_units
 from granite_speech.transcription.transcript import Segment, Transcript, Word
 
 __all__ = ["Cue", "SubtitleOptions", "cues", "one_line", "spoken"]
@@ -21,8 +21,6 @@ _LONG_PAUSE = 3000
 
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")  # they have no form in UTF-8
-_SPACES = re.compile(r"\s+")
-_NO_BREAK_SPACES = re.compile("[\u00a0\u2007\u202f]+")
 
 
 @dataclass(frozen=True)
@@ -138,12 +136,8 @@ def spoken(transcript: Transcript) -> list[Segment]:
 
 
 def one_line(text: str) -> str:
-    """The text in one line that any file can hold: single spaces, no line breaks, no control characters.
-
-    No-break spaces stay, as in French before a colon.
-    """
-    text = _CONTROLS.sub("", _SURROGATES.sub("\ufffd", text))
-    return _SPACES.sub(lambda found: found[0] if _NO_BREAK_SPACES.fullmatch(found[0]) else " ", text).strip()
+    """The text in one line that any file can hold: as `single_spaces`, and without control characters."""
+    return single_spaces(_CONTROLS.sub("", _SURROGATES.sub("\ufffd", text)))
 
 
 def _words_of_units(segment: Segment) -> list[Word] | None:

@@ -5,7 +5,10 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import pairwise
 
-__all__ = ["text_units"]
+__all__ = ["single_spaces", "text_units"]
+
+_WHITE_SPACE = re.compile(r"\s+")
+_NO_BREAK_SPACES = re.compile("[\u00a0\u2007\u202f]+")
 
 # Thai to Lao, Burmese, Khmer, Chinese and Japanese: scripts without spaces between words. Korean has them.
 _UNSPACED = re.compile(
@@ -19,11 +22,16 @@ _NOT_LAST = {"Ps", "Pi"} | _SPACES
 _SMALL_KANA = frozenset("ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ")
 
 
+def single_spaces(text: str) -> str:
+    """The text in one line, with single spaces. No-break spaces stay, as in French before a colon: they are inside a word."""
+    return _WHITE_SPACE.sub(lambda found: found[0] if _NO_BREAK_SPACES.fullmatch(found[0]) else " ", text).strip()
+
+
 def text_units(text: str, width: int | None = None) -> Iterator[tuple[str, str]]:
     """The words of a text, and in scripts without spaces what a line break may not divide.
 
     Args:
-        text: in one line, with single spaces.
+        text: in one line, with single spaces, as `single_spaces` makes it.
         width: divide longer units of scripts without spaces between any two characters; None: do not.
 
     Yields:

@@ -1,13 +1,14 @@
 """Recordings to texts in one call."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, overload
 from warnings import warn
 
 import torch
 
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
+from granite_speech.inputs.recordings import Recording
 from granite_speech.transcription.load_model import LoadedModel
 from granite_speech.transcription.transcriber import Transcriber
 from granite_speech.transcription.transcript import Segment, Transcript
@@ -17,8 +18,23 @@ __all__ = ["transcribe"]
 _LOADING = ("device", "dtype", "quantize", "revision", "cache_dir", "local_files_only", "token")
 
 
+_Model = str | PathLike | Transcriber | LoadedModel | None
+
+
+@overload  # the first one, because a str is a sequence of str
+def transcribe(audio: Recording, model: _Model = None, *, stream: Literal[False] = False, **options: Any) -> Transcript: ...
+
+
+@overload
+def transcribe(audio: Sequence[Recording], model: _Model = None, *, stream: Literal[False] = False, **options: Any) -> list[Transcript]: ...
+
+
+@overload
+def transcribe(audio: Any, model: _Model = None, *, stream: Literal[True], **options: Any) -> Iterator[Segment] | Iterator[Transcript]: ...
+
+
 def transcribe(
-    audio: Any, model: str | PathLike | Transcriber | LoadedModel | None = None, *, stream: bool = False, **options: Any
+    audio: Any, model: _Model = None, *, stream: bool = False, **options: Any
 ) -> Transcript | list[Transcript] | Iterator[Segment] | Iterator[Transcript]:
     """The text of one recording, or of each in a list, of any length.
 

@@ -118,6 +118,18 @@ class Transcriber:
             operation.resolve(None, model.device, model.dtype)  # fails here rather than at the first recording
         return cls(model, processor)
 
+    @overload  # before that of a list, because a str is a sequence of str
+    def transcribe(
+        self,
+        audio: Recording,
+        prompt: str | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        sampling_rate: int | None = None,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> Transcript: ...
+
     @overload
     def transcribe(
         self,
@@ -129,18 +141,6 @@ class Transcriber:
         stream: Literal[False] = False,
         **options: Any,
     ) -> list[Transcript]: ...
-
-    @overload
-    def transcribe(
-        self,
-        audio: Recording,
-        prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        *,
-        sampling_rate: int | None = None,
-        stream: Literal[False] = False,
-        **options: Any,
-    ) -> Transcript: ...
 
     @overload
     def transcribe(

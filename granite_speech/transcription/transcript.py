@@ -81,7 +81,7 @@ class Segment(_Named):
         text: what was said; empty if the window failed.
         temperature: 0 for greedy decoding.
         error: why there is no text; None: nothing failed.
-        words: those of the text, in order, if the call asked for word_timestamps; None: it did not, or the window failed.
+        words: those of the text, in order, if the call asked for word_timestamps; none if the window failed. None: it did not ask.
         confidence: from 0 to 1: the geometric mean of the probabilities of the answer's tokens; None: there is no answer.
         speakers: with prompt_mode="speaker_attributed": the turns, each {"speaker": "Speaker 1", "text": …}; None otherwise.
         raw_text: the answer with its tags, with a prompt_mode whose answers have some; None otherwise.

@@ -12,7 +12,7 @@ from granite_speech.engine.handle import Answer
 from granite_speech.generation.token_bytes import TokenBytes
 from granite_speech.transcription.alignment import align
 from granite_speech.transcription.tagged_answers import TaggedAnswer, TaggedWord
-from granite_speech.transcription.text_units import text_units
+from granite_speech.transcription.text_units import single_spaces, text_units
 from granite_speech.transcription.transcript import Word
 from granite_speech.transcription.word_edges import FRAME_SECONDS, edges
 
@@ -35,7 +35,7 @@ def aligned_words(
     units = _units(answer.text) if tagged.raw_text is None else tagged.words
     if not units:
         return []
-    before = [unit for _, unit in text_units(" ".join(prefix.split()))] if prefix else []
+    before = [unit for _, unit in text_units(single_spaces(prefix)) if unit]
     places = align(answer.ctc_logprobs, before + [one.word for one in units])
     times, acoustic = [], []
     for place, (first, last) in zip(places, edges(level.numpy(), places), strict=True):
@@ -96,7 +96,7 @@ def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]]
 def _units(text: str) -> list[TaggedWord]:
     """The units of an answer without tags."""
     units, place = [], 0
-    for _, unit in text_units(" ".join(text.split())):
+    for _, unit in text_units(single_spaces(text)):
         if unit:
             place = text.index(unit, place)
             units.append(TaggedWord(unit, place, place + len(unit)))

@@ -197,6 +197,11 @@ def test_a_plot_implies_word_timestamps():
     assert options.call == {} and options.plot is None and options.highlight_words is False
 
 
+def test_words_whose_times_the_model_writes_can_be_highlighted():
+    options = parse_transcription(["a.wav", "--prompt-mode", "word_timestamps", "--highlight-words", "-f", "srt"])
+    assert options.highlight_words is True and options.call == {"prompt_mode": "word_timestamps"}
+
+
 @pytest.mark.parametrize(
     "line, expected",
     [

@@ -100,6 +100,12 @@ def test_several_recordings_are_plotted_into_a_folder(recordings, plotted, capfd
     assert run(capfd, "one.wav", "--plot", "folder", "--quiet")[2] == ""
 
 
+def test_a_plot_that_takes_long_is_announced(recordings, plotted, capfd):
+    recordings.results["one.wav"].duration = 3601.0
+    assert "granite-speech: one.wav: drawing 61 pages, a second or two for each" in run(capfd, "one.wav", "--plot", "a.pdf")[2].splitlines()
+    assert run(capfd, "one.wav", "--plot", "a.pdf", "--quiet")[2] == ""
+
+
 def test_recordings_of_one_name_have_plots_of_their_own(recordings, plotted, capfd, tmp_path):
     (tmp_path / "one.mp3").touch()
     recordings.results["one.mp3"] = with_words("three")
@@ -108,9 +114,13 @@ def test_recordings_of_one_name_have_plots_of_their_own(recordings, plotted, cap
 
 
 def test_a_recording_that_failed_is_not_plotted_and_the_others_are(recordings, plotted, capfd):
-    status, _, err = run(capfd, "absent.wav", "two.wav", "--plot", "folder/")
+    status, _, err = run(capfd, "absent.wav", ".", "two.wav", "--plot", "folder/")
     assert status == 1 and [audio for _, audio, _ in plotted[0]] == ["two.wav"]
-    assert err.splitlines()[1:] == ["granite-speech: absent.wav: not plotted", "granite-speech: two.wav: plotted to folder/two.png"]
+    assert [line for line in err.splitlines() if "plotted" in line] == [
+        "granite-speech: absent.wav: not plotted",
+        "granite-speech: .: not plotted",
+        "granite-speech: two.wav: plotted to folder/two.png",
+    ]
 
 
 def test_a_plot_that_fails_is_named_and_the_others_are_written(recordings, capfd, tmp_path):

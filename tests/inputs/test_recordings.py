@@ -13,16 +13,10 @@ import torch
 
 from granite_speech.errors import AudioError, InputError
 from granite_speech.inputs.audio import load_audio, resample
-from granite_speech.inputs.processor import GraniteSpeechProcessor
-from granite_speech.inputs.recordings import recording_blocks, whole_recording
+from granite_speech.inputs.recordings import recording_blocks
 from tests.support.made_sounds import encoded, voice
 
 RATE = 16000
-
-
-@pytest.fixture(scope="module")
-def processor() -> GraniteSpeechProcessor:
-    return GraniteSpeechProcessor.from_pretrained("embedded")
 
 
 @pytest.fixture(scope="module")
@@ -35,72 +29,65 @@ def path(tmp_path_factory):
     return path
 
 
-def read(recording, processor, *options) -> tuple[torch.Tensor, str | None]:
-    blocks, warning = recording_blocks(recording, processor, *options)
+def read(recording, *options) -> tuple[torch.Tensor, str | None]:
+    blocks, warning = recording_blocks(recording, RATE, *options)
     blocks = list(blocks)
     assert all(block.ndim == 1 and block.dtype == torch.float32 and block.device.type == "cpu" for block in blocks)
     return torch.cat(blocks), warning()
 
 
-def test_files_come_in_blocks(processor, path):
+def test_files_come_in_blocks(path):
     expected = load_audio(path)
-    blocks, warning = recording_blocks(path, processor)
+    blocks, warning = recording_blocks(path, RATE)
     assert [len(block) for block in blocks] == [2 * RATE] * 35 and warning() is None
     content = path.read_bytes()
     entry = {"bytes": None, "path": str(path), "array": None}
     forms = (path, str(path), content, bytearray(content), memoryview(content), io.BytesIO(content), entry)
     address = "data:audio/wav;base64," + base64.b64encode(content).decode()
     for recording in (*forms, address, {"bytes": content, "path": "another name.wav"}, [path], (content,)):
-        samples, warning = read(recording, processor, 8000)  # a file says its own rate
+        samples, warning = read(recording, 8000)  # a file says its own rate
         assert torch.equal(samples, expected) and warning is None
     with open(path, "rb") as file:
-        assert torch.equal(read(file, processor)[0], expected) and not file.closed
+        assert torch.equal(read(file)[0], expected) and not file.closed
 
 
-def test_a_whole_recording_is_its_blocks_joined(processor, path):
-    sound = voice()
-    for recording in (path, [path], path.read_bytes(), sound, [sound], sound[:500].tolist(), np.stack([sound, sound]), torch.tensor(sound)):
-        for rate in (None, 8000):
-            assert torch.equal(whole_recording(recording, RATE, rate), read(recording, processor, rate)[0])
-
-
-def test_standard_input(processor, path, monkeypatch):
+def test_standard_input(path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(path.read_bytes())))
-    assert torch.equal(read("-", processor)[0], load_audio(path))
+    assert torch.equal(read("-")[0], load_audio(path))
 
 
-def test_files_are_not_read_ahead(processor, path):
+def test_files_are_not_read_ahead(path):
     with open(path, "rb", buffering=0) as file:
-        blocks, _ = recording_blocks(file, processor)
+        blocks, _ = recording_blocks(file, RATE)
         next(blocks)
         assert file.tell() < 40 * RATE * 2
 
 
-def test_samples_are_one_block(processor):
+def test_samples_are_one_block():
     sound = voice().astype(np.float32)
     expected = torch.from_numpy(sound)
     stereo = np.stack([sound, 0.5 * sound])
     decoder = SimpleNamespace(get_all_samples=lambda: SimpleNamespace(data=expected[None], sample_rate=RATE))
     reversed_twice = np.ascontiguousarray(sound[::-1])[::-1]
     for recording in (sound, expected, expected.clone().requires_grad_(), sound[None], sound[:, None], sound.tolist(), reversed_twice):
-        blocks, warning = recording_blocks(recording, processor)
+        blocks, warning = recording_blocks(recording, RATE)
         (block,) = blocks
         assert torch.equal(block, expected) and not block.requires_grad and warning() is None
     for recording in ([sound], tuple(sound.tolist()), [sound.tolist()], decoder, {"array": sound.tolist(), "sampling_rate": RATE}):
-        assert torch.equal(read(recording, processor)[0], expected)
+        assert torch.equal(read(recording)[0], expected)
     integers = (sound * 32768).astype(np.int16)
-    assert torch.equal(read(integers, processor)[0], torch.from_numpy(integers).float() / 32768)
-    torch.testing.assert_close(read(stereo, processor)[0], 0.75 * expected)
-    torch.testing.assert_close(read(torch.from_numpy(stereo.T), processor)[0], 0.75 * expected)
-    torch.testing.assert_close(read(expected.double(), processor)[0], expected)
+    assert torch.equal(read(integers)[0], torch.from_numpy(integers).float() / 32768)
+    torch.testing.assert_close(read(stereo)[0], 0.75 * expected)
+    torch.testing.assert_close(read(torch.from_numpy(stereo.T))[0], 0.75 * expected)
+    torch.testing.assert_close(read(expected.double())[0], expected)
 
 
-def test_samples_are_resampled(processor):
+def test_samples_are_resampled():
     sound = torch.from_numpy(voice(44100).astype(np.float32))
     expected = resample(sound, 44100, RATE)
-    assert torch.equal(read(sound, processor, 44100)[0], expected)
-    assert torch.equal(read({"array": sound.numpy(), "sampling_rate": 44100.0}, processor, 8000)[0], expected)
-    assert torch.equal(read(sound.tolist(), processor, 44100)[0], expected)
+    assert torch.equal(read(sound, 44100)[0], expected)
+    assert torch.equal(read({"array": sound.numpy(), "sampling_rate": 44100.0}, 8000)[0], expected)
+    assert torch.equal(read(sound.tolist(), 44100)[0], expected)
 
 
 class Broken:
@@ -140,28 +127,28 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_a_recording(processor, name):
+def test_what_is_not_a_recording(name):
     recording, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
-        read(recording, processor)
+        read(recording)
 
 
-def test_a_missing_file_is_refused_at_once(processor):
+def test_a_missing_file_is_refused_at_once():
     with pytest.raises(AudioError, match="does not exist"):
-        recording_blocks("no such file.wav", processor)
+        recording_blocks("no such file.wav", RATE)
     with pytest.raises(InputError, match="errors="):
-        recording_blocks(b"RIFF", processor, None, "ignore")
+        recording_blocks(b"RIFF", RATE, None, "ignore")
 
 
 @pytest.mark.filterwarnings("error")
-def test_damaged_files(processor):
+def test_damaged_files():
     content = encoded("flac", "flac", np.concatenate([voice()] * 20))[:-20000]
-    blocks, warning = recording_blocks(content, processor)
+    blocks, warning = recording_blocks(content, RATE)
     intact = []
     with pytest.raises(AudioError, match="cut off"):
         intact.extend(blocks)
     assert len(intact) > 15 and len(intact[0]) == 2 * RATE and warning() is None
-    samples, warning = read(content, processor, None, "warn")
+    samples, warning = read(content, None, "warn")
     assert torch.equal(samples, torch.cat(intact)) and "cut off" in warning
-    samples, warning = read(Path(__file__).parents[1] / "audio_files" / "header_never_filled.wav", processor)
+    samples, warning = read(Path(__file__).parents[1] / "audio_files" / "header_never_filled.wav")
     assert len(samples) and "header was never filled in" in warning

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,7 +124,10 @@ def test_a_failed_window_is_a_warning_and_the_others_have_their_texts(transcribe
     [note] = transcript.warnings
     assert note.type == "window_error" and "no memory" in note.message and abs(note.start - places[1][0]) < 0.3
     with pytest.warns(TranscriptWarning, match="s: this window has no text: .*no memory"):
-        transcriber.transcribe(samples)
+        assert all(one.words is None for one in transcriber.transcribe(samples).segments)
+    with pytest.warns(TranscriptWarning):
+        timed = transcriber.transcribe(samples, word_timestamps=True)
+    assert timed.segments[1].words == () and timed.words == tuple(word for one in timed.segments for word in one.words)
 
 
 def test_if_all_windows_fail_the_recording_has_failed(transcriber, monkeypatch):
@@ -141,6 +145,26 @@ def test_a_lack_of_memory_does_not_end_the_run(transcriber, monkeypatch):
     assert isinstance(first.error, EngineError) and "RuntimeError: no memory" in str(first.error) and not first.is_complete
     assert isinstance(first.error.__cause__, RuntimeError)
     assert second == TEXTS[1] and second.error is None
+
+
+@pytest.mark.parametrize("name", ["encoder.out.weight", "language_model.model.norm.weight"])
+def test_a_model_that_computes_nan_is_an_error_and_not_a_text(name):
+    model, processor = load()
+    with torch.no_grad():
+        model.get_parameter(name)[0] = torch.nan
+    with Transcriber(model, processor) as broken, pytest.raises(EngineError, match="NaN, from a model in float32"):
+        broken.transcribe(CLIPS[0], word_timestamps=True)
+
+
+def test_ctc_probabilities_that_are_nan_are_an_error(transcriber, monkeypatch):
+    def heard(handle: Handle) -> Answer:
+        found = answer(handle)
+        return replace(found, ctc_logprobs=torch.full_like(found.ctc_logprobs, torch.nan))
+
+    answer = Handle.result
+    monkeypatch.setattr(Handle, "result", heard)
+    with pytest.raises(EngineError, match="NaN"):
+        transcriber.transcribe(CLIPS[0], word_timestamps=True)
 
 
 def test_a_window_whose_engine_failed_is_tried_again(transcriber, monkeypatch):

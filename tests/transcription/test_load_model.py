@@ -6,6 +6,7 @@ import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args, get_overloads, get_type_hints
 
 import pytest
 import soundfile
@@ -18,6 +19,7 @@ from granite_speech import (
     CheckpointNotFoundError,
     EngineError,
     InputError,
+    Transcript,
     TranscriptionResult,
     TranscriptWarning,
     TruncatedAnswerWarning,
@@ -155,6 +157,18 @@ def test_a_list_gives_a_list(model):
     assert model.transcribe(tuple(FILES[:1]))[0] == results[0] and model.transcribe([]) == []
 
 
+def test_type_checkers_take_a_path_for_one_recording_and_a_list_for_several():
+    for function, result in (
+        (LoadedModel.transcribe, TranscriptionResult),
+        (Transcriber.transcribe, Transcript),
+        (granite_speech.transcribe, Transcript),
+    ):
+        # Checkers take the first one that fits, and a str is a sequence of str.
+        one, several = map(get_type_hints, get_overloads(function)[:2])
+        assert str in get_args(one["audio"]) and one["return"] is result
+        assert several["return"] == list[result]
+
+
 def test_the_rate_of_an_array_has_two_names(model):
     slow = load_audio(FILES[0])[::2].numpy()
     expected = model.transcribe(slow, sampling_rate=8000)
@@ -277,6 +291,9 @@ def test_the_result_can_be_changed_like_a_dictionary():
     result.update({"words": ({"word": "b"},)}, speakers=[])
     assert result["text"] == "b" and result.more.of[0].it == 2 and result.words[0].word == "b" and result.speakers == []
     assert result.setdefault("text", "c") == "b" and result.setdefault("rest", {"x": 1}).x == 1
+    united = result | {"last": {"x": 2}}
+    result |= {"next": {"x": 1}}
+    assert united.last.x == 2 and "last" not in result and result.next.x == 1
     del result.rest
     assert "rest" not in result and type(result.copy().more).__name__ == "Item"
     with pytest.raises(AttributeError, match="rest"):

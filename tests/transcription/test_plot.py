@@ -7,6 +7,7 @@ from itertools import combinations
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +15,8 @@ from matplotlib.font_manager import FontEntry, fontManager
 from matplotlib.image import imread
 
 import granite_speech
-from granite_speech import AudioError, InputError, MissingDependencyError, OutputError
+from granite_speech import AudioError, GraniteSpeechFeatureExtractor, InputError, MissingDependencyError, OutputError
+from granite_speech.transcription import plot, plot_pages
 from granite_speech.transcription.plot import check_plot_file, plot_words
 from granite_speech.transcription.plot_pages import pages
 from granite_speech.transcription.transcript import Transcript, Word
@@ -159,6 +161,29 @@ def test_other_rates_and_silence(tmp_path):
     assert imread(file).shape[1] == 1540
 
 
+def test_the_spectrogram_of_a_long_recording_is_that_of_its_minutes(monkeypatch):
+    sound = samples(150.3)
+    sound[: 70 * 16_000] *= 0.01
+    whole = GraniteSpeechFeatureExtractor()([torch.from_numpy(sound)])["input_features"].view(-1, 80).numpy()
+    lengths, extract = [], GraniteSpeechFeatureExtractor.__call__
+    monkeypatch.setattr(
+        GraniteSpeechFeatureExtractor, "__call__", lambda self, clips: lengths.append(len(clips[0])) or extract(self, clips)
+    )
+    mel, seconds = plot._log_mel(sound, None)
+    assert seconds == 150.3 and mel.shape == whole.shape and lengths == [60 * 16_000, round(90.3 * 16_000)]
+    darkest = whole.max() - plot_pages._DARKEST
+    differs = np.abs(np.maximum(mel, darkest) - np.maximum(whole, darkest)).max(1) > 1e-3
+    assert set(np.flatnonzero(differs)) <= {5998, 5999, 6000, 6001}, "at the cut alone"
+
+
+def test_a_file_with_a_fault_is_drawn_as_far_as_it_was_transcribed(tmp_path):
+    content = wav_header(data=samples(4.0).astype("<i2").tobytes())
+    (tmp_path / "cut.wav").write_bytes(content[: len(content) // 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot_words(transcript(), tmp_path / "cut.wav", tmp_path / "words.png") == [tmp_path / "words.png"]
+
+
 def test_no_text_and_no_setting_of_the_user_prints_a_warning_or_fails(tmp_path, capfd):
     texts = ["$x_1$", "$\\frac{", "日本語", "ไทย", "عربي", "\U0001f600", "\udce9", "\x00", "a\nb", "", "%&#_{}"]
     words = [Word(text, place * 0.4, place * 0.4 + 0.3, 0.9) for place, text in enumerate(texts)]
@@ -169,8 +194,6 @@ def test_no_text_and_no_setting_of_the_user_prints_a_warning_or_fails(tmp_path, 
 
 
 def test_an_installed_font_is_used_for_characters_that_the_usual_one_lacks(monkeypatch):
-    from granite_speech.transcription import plot
-
     charmaps = {"/usual.ttf": "abc", "/bold.ttf": "日本語", "/cjk.ttf": "日本語ab", "/more.ttf": "日"}
 
     def get_font(file):
