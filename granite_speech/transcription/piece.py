@@ -61,6 +61,11 @@ class Setup:
         return self.processor.audio_processor.sampling_rate
 
     @property
+    def spectrum(self) -> dict[str, Any]:
+        """What kind of mel spectrum the processor computes: n_mels, hop_length and so on."""
+        return self.processor.audio_processor.melspec_kwargs
+
+    @property
     def context(self) -> int:
         """Tokens that the model can attend to."""
         return self.model.config.text_config.max_position_embeddings
@@ -108,7 +113,7 @@ class Piece:
         try:
             self._inputs = setup.inputs(window.samples, is_first)
             if setup.options.word_timestamps:
-                self._level = Reading(loudness(self._inputs["input_features"][0]))
+                self._level = Reading(loudness(self._inputs["input_features"][0], setup.spectrum["n_mels"]))
         except GraniteSpeechError as error:
             self._error = error
 
@@ -170,10 +175,13 @@ class Piece:
             tagged: what it says.
             prefix: the text before it that was said in this window too.
         """
-        options, pieces, start, end = self._setup.options, self._setup.pieces, self.window.start, self.window.end
-        if options.word_timestamps:
-            return aligned_words(answer, tagged, pieces, level=self._level.wait(), start=start, end=end, prefix=prefix)
-        return tagged_words(answer, tagged, pieces, start=start) if options.prompt_mode == "word_timestamps" else None
+        setup, window = self._setup, self.window
+        if not setup.options.word_timestamps:
+            is_tagged = setup.options.prompt_mode == "word_timestamps"
+            return tagged_words(answer, tagged, setup.pieces, start=window.start) if is_tagged else None
+        level, frame_seconds = self._level.wait(), setup.spectrum["hop_length"] / setup.rate
+        place = {"start": window.start, "end": window.end, "prefix": prefix}
+        return aligned_words(answer, tagged, setup.pieces, level=level, frame_seconds=frame_seconds, **place)
 
     def truncation(self, answer: Answer) -> str | None:
         """Which limit ended the answer; None: it is complete."""

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from granite_speech.transcription.alignment import Place
 
-__all__ = ["FRAME_SECONDS", "edges", "loudness"]
-
-FRAME_SECONDS = 0.01
+__all__ = ["edges", "loudness"]
 
 # The quietest frames, as a share, are noise. What is a few decibels above them is speech, but not what is far below the loudest.
 _NOISE, _ABOVE_NOISE, _DEPTH = 0.1, 4.0, 40.0
 _LOUD = 0.95  # the quantile of a window's energy that is its speech
-_BANDS = 80
 # Decibels above the floor, on average over the bands: below it, a frame is a pause. One loud frame counts as much as a few.
 _PAUSE, _MOST = 0.4, 6.0
 # A spectrum of 25 ms hears a sound about this long before it begins, in frames of 10 ms; and after it ends.
@@ -29,7 +26,7 @@ _BLUR = 0.5
 _LONG = 20
 
 
-def loudness(features: Tensor, bands: int = _BANDS) -> Tensor:
+def loudness(features: Tensor, bands: int) -> Tensor:
     """How far each frame is above the noise, in decibels, on average over the bands; 0 is a pause.
 
     Args:

@@ -14,13 +14,21 @@ from granite_speech.transcription.alignment import align
 from granite_speech.transcription.tagged_answers import TaggedAnswer, TaggedWord
 from granite_speech.transcription.text_units import single_spaces, text_units
 from granite_speech.transcription.transcript import Word
-from granite_speech.transcription.word_edges import FRAME_SECONDS, edges
+from granite_speech.transcription.word_edges import edges
 
 __all__ = ["aligned_words", "language_model_confidences", "tagged_words"]
 
 
 def aligned_words(
-    answer: Answer, tagged: TaggedAnswer, pieces: TokenBytes, *, level: Tensor, start: float, end: float, prefix: str = ""
+    answer: Answer,
+    tagged: TaggedAnswer,
+    pieces: TokenBytes,
+    *,
+    level: Tensor,
+    frame_seconds: float,
+    start: float,
+    end: float,
+    prefix: str = "",
 ) -> list[Word]:
     """The words of a window, with times by alignment with the CTC head.
 
@@ -28,7 +36,7 @@ def aligned_words(
         answer: of the window, with `ctc_logprobs`.
         tagged: its text and tags.
         pieces: of the model's tokenizer.
-        level: `loudness` of the window's features.
+        level: `loudness` of the window's features, one for each `frame_seconds`.
         start, end: of the window, in seconds. No word is beyond its end, as the level is, by a frame.
         prefix: text that was said in the window before the answer's, which continues it.
     """
@@ -47,7 +55,7 @@ def aligned_words(
     linguistic = language_model_confidences(answer, [(one.begin, one.stop) for one in units], pieces)
     words = []
     for one, frames, ctc, lm in zip(units, times[len(before) :], acoustic[len(before) :], linguistic, strict=True):
-        first, last = (min(start + frame * FRAME_SECONDS, end) for frame in frames)
+        first, last = (min(start + frame * frame_seconds, end) for frame in frames)
         words.append(_word(one, first, last, ctc, lm, bridged=ctc is None))
     return words
 

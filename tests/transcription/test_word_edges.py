@@ -116,7 +116,7 @@ PROCESSOR = GraniteSpeechProcessor.from_pretrained("embedded")
 
 def level_of(samples: torch.Tensor) -> np.ndarray:
     features = PROCESSOR.audio_processor(samples)["input_features"][0]
-    return loudness(features).numpy()
+    return loudness(features, 80).numpy()
 
 
 def two_words(gap: float = 0.2) -> torch.Tensor:
@@ -168,9 +168,9 @@ def test_digital_silence_is_a_pause_beside_words_and_alone():
 
 def test_a_level_has_two_values_for_each_frame_of_any_dtype_and_width():
     features = PROCESSOR.audio_processor(two_words())["input_features"][0]
-    expected = loudness(features)
+    expected = loudness(features, 80)
     assert expected.shape == (2 * features.shape[0],) and expected.dtype == torch.float32 and float(expected.min()) >= 0
-    assert torch.equal(loudness(torch.cat([features, torch.randn(features.shape[0], 7)], 1)), expected)
-    close_to = loudness(features.bfloat16())
+    assert torch.equal(loudness(torch.cat([features, torch.randn(features.shape[0], 7)], 1), 80), expected)
+    close_to = loudness(features.bfloat16(), 80)
     assert close_to.dtype == torch.float32 and float((close_to - expected).abs().mean()) < 0.5
-    assert loudness(features[:1]).shape == (2,)
+    assert loudness(features[:1], 80).shape == (2,)

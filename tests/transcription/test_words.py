@@ -126,7 +126,7 @@ def aligned(
     answer, pieces = answered([bytes([one]) for one in content], [logprob] * len(content))
     answer = Answer(answer.text, answer.token_ids, "stop", answer.logprobs, spelled(heard, frames=FRAMES))
     said = level(heard, frames=FRAMES)
-    return aligned_words(answer, parse_tags(text, mode), pieces, level=said, start=start, end=end, prefix=prefix)
+    return aligned_words(answer, parse_tags(text, mode), pieces, level=said, frame_seconds=0.01, start=start, end=end, prefix=prefix)
 
 
 def times(words: Sequence[Word]) -> list[tuple[str, float, float]]:
