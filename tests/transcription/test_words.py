@@ -195,7 +195,7 @@ def test_punctuation_alone_takes_no_time_beside_a_word_and_shares_it_among_itsel
 def test_words_that_neither_head_knows_have_no_confidence():
     answer, pieces = answered([b"4", b"2"], [-0.1, -0.1], decoder=decoders.WordPiece())
     answer = Answer(answer.text, answer.token_ids, "stop", answer.logprobs, spelled("hey", frames=FRAMES))
-    given = {"level": level("hey", frames=FRAMES), "start": 0.0, "end": 9.0}
+    given = {"level": level("hey", frames=FRAMES), "frame_seconds": 0.01, "start": 0.0, "end": 9.0}
     words = aligned_words(answer, TaggedAnswer(answer.text), pieces, **given)
     assert answer.text == "4 2"
     assert [(one.confidence, one.ctc_confidence, one.lm_confidence) for one in words] == [(0.0, None, None)] * 2
