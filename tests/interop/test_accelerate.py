@@ -17,7 +17,7 @@ from granite_speech import AccelerationWarning, InputError, accelerate, restore
 from tests.support.live_models import HAS_INNER_MODEL, LIVE_SPECS, batch, language_model, speech
 from tests.support.reference_models import Spec, build_reference, clip_inputs, features, prompt, set_adapter
 
-CLOSE = 2e-5  # of states and logits, relative to the largest
+CLOSE = 5e-5  # of the largest value: how far two orders of summation in float32 may differ, by processor
 
 
 @pytest.fixture(params=LIVE_SPECS, ids=lambda spec: spec.name)
