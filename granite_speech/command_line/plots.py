@@ -64,8 +64,9 @@ class Plots:
             message(f"{name}: drawing {pages} pages, a second or two for each")
         try:
             first, *others = plot_words(transcript, name, path)
-        except GraniteSpeechError as error:
-            message(f"{name}: {error}")
+        except Exception as error:  # whatever a plot fails with, as a lack of memory, the other recordings have their texts
+            reason = error if isinstance(error, GraniteSpeechError) else f"not plotted ({type(error).__name__}: {error})"
+            message(f"{name}: {reason}")
             self.failed = True
             return
         if not self._quiet:

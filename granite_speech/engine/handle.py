@@ -30,14 +30,15 @@ class Answer:
         logprobs: of each token, its natural log-probability after those before it, in the model's own distribution: before temperature,
             penalties and other rules.
         ctc_logprobs: with ctc=True, `(frames, output_dim)` float32 on the CPU: the natural log-probabilities of the encoder's CTC head,
-            50 frames a second, of all clips end to end. None otherwise.
+            50 frames a second, of all clips end to end. None: not asked for, no audio, or max_new_tokens=0. They do not count when
+            answers are compared.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     logprobs: list[float] = field(default_factory=list)
-    ctc_logprobs: Tensor | None = None
+    ctc_logprobs: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 class Handle:

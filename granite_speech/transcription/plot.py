@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EISDIR
 from pathlib import Path
@@ -26,14 +26,16 @@ PAGE_SECONDS = 60
 _TYPES = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "gif", "svgz", "eps", "ps")
 
 
-def plot_words(transcript: Transcript, audio: Any, file: str | os.PathLike[str], *, sampling_rate: int | None = None) -> list[Path]:
+def plot_words(
+    transcript: Transcript | Mapping[str, Any], audio: Any, file: str | os.PathLike[str], *, sampling_rate: int | None = None
+) -> list[Path]:
     """Draw the log-mel spectrogram of a recording, its words from start to end, and their confidences from 0 to 1.
 
     A row has ten seconds and a page has six rows. A PDF has all pages. Of another type, the first page is `file`, "speech.png", and the
     others are "speech.page2.png" and so on. Characters that no installed font has are shown as boxes.
 
     Args:
-        transcript: made with `word_timestamps=True`.
+        transcript: made with `word_timestamps=True`; or what `load_model(…).transcribe` returned, or the content of a json file.
         audio: the recording that was transcribed: whatever `Transcriber.transcribe` takes for one.
         file: the image to write. Its suffix says the type: .png, .svg, .pdf, or another that matplotlib has. Its folder is created.
         sampling_rate: of an array that does not say its own, in Hz; 16,000 if omitted.
@@ -99,12 +101,21 @@ def check_plot_file(file: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _checked_words(transcript: Transcript) -> list[Word]:
-    words = transcript.words
-    if words is None and transcript.text:
+def _checked_words(transcript: Transcript | Mapping[str, Any]) -> list[Word]:
+    if not isinstance(transcript, Transcript | Mapping):
+        raise InputError(got=f"a {type(transcript).__name__}", expected="a transcript", remedy="Pass what transcribe returned")
+    words = transcript.get("words")
+    if words is None and (isinstance(transcript, Mapping) or transcript):
         raise InputError(
             got="a transcript without words", expected="one whose words have times", remedy="Transcribe with word_timestamps=True"
         )
+    if isinstance(transcript, Mapping):
+        try:
+            words = [Word(**one) for one in words]
+        except TypeError as error:
+            raise InputError(
+                got=f"words that cannot be read ({error})", expected="those of a transcript", remedy="Pass what transcribe returned"
+            ) from error
     for one in words or ():
         if not (math.isfinite(one.start) and math.isfinite(one.end)):
             raise InputError(

@@ -131,6 +131,16 @@ def test_a_plot_that_fails_is_named_and_the_others_are_written(recordings, capfd
     assert [one.name for one in (tmp_path / "folder").iterdir()] == ["two.png"]
 
 
+def test_a_lack_of_memory_for_a_plot_does_not_end_the_run(recordings, capfd, monkeypatch):
+    def plot_words(transcript, audio, file):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("granite_speech.command_line.plots.plot_words", plot_words)
+    status, out, err = run(capfd, "one.wav", "two.wav", "--plot", "folder/")
+    assert status == 1 and out.count("one two") == 2
+    assert err.splitlines() == [f"granite-speech: {one}.wav: not plotted (MemoryError: no memory)" for one in ("one", "two")]
+
+
 def test_what_a_plot_would_harm_or_cannot_read_again_is_refused_before_the_model_is_loaded(recordings, capfd, tmp_path):
     (tmp_path / "sound.png").write_bytes((tmp_path / "one.wav").read_bytes())
     assert "which is the recording" in run(capfd, "sound.png", "--plot", "./sound.png")[2]

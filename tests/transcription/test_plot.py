@@ -1,5 +1,6 @@
 """The plot of words: what is drawn where, that it can be read, and that a file is complete or as it was."""
 
+import json
 import sys
 import warnings
 from itertools import combinations
@@ -15,7 +16,14 @@ from matplotlib.font_manager import FontEntry, fontManager
 from matplotlib.image import imread
 
 import granite_speech
-from granite_speech import AudioError, GraniteSpeechFeatureExtractor, InputError, MissingDependencyError, OutputError
+from granite_speech import (
+    AudioError,
+    GraniteSpeechFeatureExtractor,
+    InputError,
+    MissingDependencyError,
+    OutputError,
+    TranscriptionResult,
+)
 from granite_speech.transcription import plot, plot_pages
 from granite_speech.transcription.plot import check_plot_file, plot_words
 from granite_speech.transcription.plot_pages import pages
@@ -138,6 +146,31 @@ def test_an_image_of_a_file_is_written(tmp_path):
     height, width, _ = imread(file).shape
     assert width == 1540 and 250 < height < 500
     assert [one.name for one in file.parent.iterdir()] == ["words.png"]
+
+
+def test_a_result_of_load_model_and_a_json_file_are_plotted_like_the_transcript(tmp_path):
+    result = TranscriptionResult.of(transcript(), {"task": "transcribe", "language": None}, 30.0)
+    images = set()
+    for one in (transcript(), result, json.loads(json.dumps(result)), transcript().to_dict()):
+        (file,) = plot_words(one, samples(2.0), tmp_path / "words.png")
+        images.add(file.read_bytes())
+    assert len(images) == 1
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("one two", "a str"),
+        (None, "a NoneType"),
+        ({"text": "one"}, "without words"),
+        ({}, "without words"),
+        ({"words": ["one"]}, "cannot be read"),
+        ({"words": [{"word": "one"}]}, "cannot be read"),
+    ],
+)
+def test_what_is_no_transcript_is_refused(tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        plot_words(given, samples(2.0), tmp_path / "words.png")
 
 
 @pytest.mark.parametrize("suffix, begin", [(".PDF", b"%PDF"), (".svg", b"<?xml"), (".jpg", b"\xff\xd8"), (".eps", b"%!PS")])

@@ -87,6 +87,12 @@ def test_words_of_any_answers_are_those_of_the_text(transcriber, texts, seconds,
     assert found == transcribed(transcriber, texts, **options)
 
 
+def test_answers_with_ctc_probabilities_can_be_compared_and_printed():
+    one, other = (Answer("one", [1], "stop", [-0.5], torch.full((1500, 348), value)) for value in (0.0, 1.0))
+    assert one == other != Answer("two", [1], "stop", [-0.5], one.ctc_logprobs)
+    assert "tensor" not in repr(one)
+
+
 @pytest.mark.parametrize("overlap", [0.0, 1.0])
 def test_a_no_break_space_is_inside_a_word(transcriber, overlap):
     found = transcribed(transcriber, [NO_BREAK_SPACES, "three four\u00a0!"], 3.0, overlap, 0, word_timestamps=True)
