@@ -20,10 +20,11 @@ from granite_speech import (
     load_audio,
 )
 from granite_speech.engine.handle import Answer, Handle
-from granite_speech.transcription import answers, job
+from granite_speech.transcription import answers
 from granite_speech.transcription.piece import Piece
 from granite_speech.transcription.repetition import compression_ratio, repeats
 from granite_speech.transcription.windows import Window
+from tests.support.given_windows import given
 from tests.support.spoken import SPEECH, load, sentences
 
 SPOKEN = [one for one in sentences() if " " in one.text][:5]
@@ -238,21 +239,6 @@ def looping(monkeypatch, seconds: float) -> list[float]:
 
     monkeypatch.setattr(Piece, "answer", answer)
     return lengths
-
-
-def given(monkeypatch, *windows: Window) -> None:
-    """Every recording is cut into these windows."""
-
-    class Given:
-        duration = windows[-1].end
-
-        def __init__(self, blocks, **options):
-            self._windows = iter(windows)
-
-        def __next__(self) -> Window:
-            return next(self._windows)
-
-    monkeypatch.setattr(job, "Windows", Given)
 
 
 def test_a_window_that_repeats_is_cut_and_tried_again(transcriber, monkeypatch):

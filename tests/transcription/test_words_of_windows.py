@@ -11,11 +11,11 @@ import torch
 
 from granite_speech import InputError, Transcriber, TranscriptWarning
 from granite_speech.engine.handle import Answer
-from granite_speech.transcription import job
 from granite_speech.transcription.piece import Piece
 from granite_speech.transcription.text_units import text_units
 from granite_speech.transcription.transcript import Transcript
 from granite_speech.transcription.windows import Window
+from tests.support.given_windows import given
 from tests.support.known_words import known_words, recording
 from tests.support.long_recordings import Spoken
 from tests.support.random_checkpoint import write_checkpoint
@@ -61,21 +61,6 @@ def check(transcript: Transcript) -> None:
 
 def _units(text: str) -> list[str]:
     return [unit for _, unit in text_units(" ".join(text.split())) if unit]
-
-
-def given(monkeypatch, *windows: Window) -> None:
-    """Every recording is cut into these windows."""
-
-    class Given:
-        duration = windows[-1].end
-
-        def __init__(self, blocks, **options):
-            self._windows = iter(windows)
-
-        def __next__(self) -> Window:
-            return next(self._windows)
-
-    monkeypatch.setattr(job, "Windows", Given)
 
 
 def saying(monkeypatch, *texts: str) -> None:
