@@ -44,14 +44,12 @@ class Place:
 
     Attributes:
         first, last: the frames of its first and last letter.
-        words: how many words.
-        weights: for each, how much of the time it takes: its number of letters; 0 for punctuation alone.
+        weights: for each of the words, how much of the time it takes: its number of letters; 0 for punctuation alone.
         confidence: the geometric mean of the letters' probabilities; None: the words are bridged.
     """
 
     first: int
     last: int
-    words: int
     weights: tuple[int, ...]
     confidence: float | None
 
@@ -83,7 +81,7 @@ def align(log_probabilities: Tensor, words: Sequence[str]) -> list[Place]:
             begin = path[at - 1][1] + 1 if at else 0
             end = path[at + 1][0] if at + 1 < len(path) else len(probabilities)
             first, last, confidence = *_heard(probabilities, begin, end), None
-        places.append(Place(first, last, count, tuple(map(_weight, words[word : word + count])), confidence))
+        places.append(Place(first, last, tuple(map(_weight, words[word : word + count])), confidence))
         at, word = at + len(own), word + count
     return places
 

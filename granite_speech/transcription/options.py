@@ -32,7 +32,7 @@ _NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "fp16": ((None, True), "Pass dtype='float32' where the model is loaded"),
     "logprob_threshold": ((None, -1.0), "Omit it: windows are tried again only if their text repeats itself"),
     "no_speech_threshold": ((None, 0.6), "Omit it: silence is found by its energy, before the model runs"),
-    "prepend_punctuations": (None, ""),  # it, like the next two, is about times of words
+    "prepend_punctuations": (None, ""),  # it, like the next two, is about times of words: see _OF_WORDS
     "append_punctuations": (None, ""),
     "hallucination_silence_threshold": (None, ""),
     "suppress_blank": ((None, True), "Omit it: no token is suppressed"),
@@ -43,6 +43,13 @@ _NOTHING_CHANGES: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "vad_min_silence_duration": ((None, 0.5), _NO_VAD),
     "vad_speech_pad": ((None, 0.2), _NO_VAD),
     "verbose": (None, ""),
+}
+_WORDS_HAVE_MARKS = "Omit it: words are those between spaces, with their punctuation"
+# Those that change the result of whisper together with word_timestamps; in place of the same ones above.
+_OF_WORDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "prepend_punctuations": ((None, "\"'“¿([{-"), _WORDS_HAVE_MARKS),
+    "append_punctuations": ((None, "\"'.。,，!！?？:：”)]}、"), _WORDS_HAVE_MARKS),
+    "hallucination_silence_threshold": ((None,), "Omit it: silence is found by its energy, before the model runs"),
 }
 
 
@@ -103,10 +110,11 @@ class TranscribeOptions:
             InputError: an unknown option, or one that would change the result and cannot.
         """
         known, chosen, names = [one.name for one in fields(cls)], {}, {}
+        others = _NOTHING_CHANGES | (_OF_WORDS if call.get("word_timestamps") else {})
         for name, value in call.items():
             own = _ALIASES.get(name, name)
             if own not in known:
-                _check_other(name, value, known)
+                _check_other(name, value, known, others)
             elif value is not None or own == "compression_ratio_threshold":
                 if own in chosen:
                     got = f"{names[own]} and {name}"
@@ -165,11 +173,11 @@ class TranscribeOptions:
         return value
 
 
-def _check_other(name: str, value: Any, known: Iterable[str]) -> None:
+def _check_other(name: str, value: Any, known: Iterable[str], others: Mapping[str, tuple[tuple[Any, ...] | None, str]]) -> None:
     """Refuse an option that is unknown, or has a value that changes the result elsewhere."""
-    if name not in _NOTHING_CHANGES:
+    if name not in others:
         raise InputError(got=f"the option {name!r:.60}", expected=f"one of {', '.join(known)}", remedy="Correct the name")
-    accepted, remedy = _NOTHING_CHANGES[name]
+    accepted, remedy = others[name]
     if accepted is not None and not any(value is one or value == one for one in accepted):
         raise InputError(got=f"{name}={value!r:.60}, which is not supported here", expected=" or ".join(map(repr, accepted)), remedy=remedy)
 

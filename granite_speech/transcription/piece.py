@@ -123,10 +123,11 @@ class Piece:
             return
         options = self._setup.options
         self._limit = min(options.max_new_tokens, self._setup.context - self._inputs["input_ids"].shape[1])
-        sampling = {"temperature": options.temperature} if options.temperature else {}
-        sampling |= {"stop_on_repetition": options.compression_ratio_threshold is not None, "ctc": options.word_timestamps}
+        asked = {"stop_on_repetition": options.compression_ratio_threshold is not None, "ctc": options.word_timestamps}
+        if options.temperature:
+            asked["temperature"] = options.temperature
         try:
-            self._handle = self._setup.submit(self._inputs, max_new_tokens=self._limit, **sampling)
+            self._handle = self._setup.submit(self._inputs, max_new_tokens=self._limit, **asked)
         except GraniteSpeechError as error:
             self._error = error
         self._inputs = None

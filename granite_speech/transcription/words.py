@@ -50,7 +50,7 @@ def aligned_words(
         total = max(sum(place.weights), 1)
         shares = [first + (last - first) * part / total for part in accumulate(place.weights, initial=0)]
         # Of words without letters, punctuation has its place, and the rest shares the time equally.
-        times += pairwise(shares) if sum(place.weights) else pairwise(np.linspace(first, last, place.words + 1).tolist())
+        times += pairwise(shares) if sum(place.weights) else pairwise(np.linspace(first, last, len(place.weights) + 1).tolist())
         acoustic += [place.confidence if weight else None for weight in place.weights]
     linguistic = language_model_confidences(answer, [(one.begin, one.stop) for one in units], pieces)
     words = []

@@ -99,7 +99,7 @@ def test_words_are_where_their_letters_are():
     places = align(spelled("open two", frames=30), ["open", "two"])
     assert spans(places) == [(frame(0), frame(3)), (frame(5), frame(7))]
     assert [one.confidence for one in places] == pytest.approx([0.9, 0.9], abs=1e-2)
-    assert [(one.words, one.weights) for one in places] == [(1, (4,)), (1, (3,))]
+    assert [one.weights for one in places] == [(4,), (3,)]
 
 
 def test_double_letters_are_two():
@@ -141,13 +141,13 @@ def test_what_cannot_be_spelled_is_bridged_between_its_neighbours(word):
     """At the frames in which something is heard: here, the letters of what was said."""
     places = align(spelled("go__hey__up", frames=40), ["go", word, "up"])
     assert spans(places) == [(frame(0), frame(1)), (frame(4), frame(6)), (frame(9), frame(10))]
-    assert places[1].confidence is None and places[1].words == 1
+    assert places[1].confidence is None and len(places[1].weights) == 1
     assert min(places[0].confidence, places[2].confidence) > 0.85
 
 
 def test_neighbours_that_cannot_be_spelled_are_bridged_together():
     places = align(spelled("go__hey__up", frames=40), ["go", "東", "4", "—", "京都", "up"])
-    assert [one.words for one in places] == [1, 4, 1] and places[1].weights == (1, 1, 0, 2)
+    assert [len(one.weights) for one in places] == [1, 4, 1] and places[1].weights == (1, 1, 0, 2)
     assert spans(places)[1] == (frame(4), frame(6)) and places[1].confidence is None
 
 
@@ -166,16 +166,16 @@ def test_digits_are_spelled_if_the_head_gives_them():
 
 def test_punctuation_alone_is_part_of_the_word_beside_it():
     places = align(spelled("yes no", frames=30), ["—", "yes", "…", "no", "!"])
-    assert [one.words for one in places] == [3, 2] and [one.weights for one in places] == [(0, 3, 0), (2, 0)]
+    assert [one.weights for one in places] == [(0, 3, 0), (2, 0)]
     assert spans(places) == [(frame(0), frame(2)), (frame(4), frame(5))]
     [place] = align(spelled("yes", frames=12), ["…", "—"])
-    assert place == Place(frame(0), frame(2), 2, (0, 0), None)
+    assert place == Place(frame(0), frame(2), (0, 0), None)
 
 
 def test_a_text_too_long_for_its_frames_is_bridged_whole():
     words = ["open", "two", "…", "up"]
     [place] = align(spelled("open", frames=8), words)
-    assert place == Place(frame(0), frame(2), 4, (4, 3, 0, 2), None)
+    assert place == Place(frame(0), frame(2), (4, 3, 0, 2), None)
     assert len(align(spelled("open", frames=9), words)) == 3, "nine letters fit into nine frames"
 
 
@@ -205,8 +205,8 @@ ANY_WORD = st.one_of(SCRIPTS, st.text(min_size=1, max_size=6), st.sampled_from([
 def test_every_word_is_in_one_place_in_order_and_within_the_frames(words, frames, labels, sharpness, seed):
     logits = torch.randn(frames, labels, generator=torch.Generator().manual_seed(seed)) * sharpness
     places = align(logits.log_softmax(-1), words)
-    assert sum(one.words for one in places) == len(words)
-    assert [len(one.weights) for one in places] == [one.words for one in places] and all(one.words for one in places)
+    assert sum(len(one.weights) for one in places) == len(words)
+    assert all(one.weights for one in places)
     for one in places:
         assert one.confidence is None or 0 < one.confidence <= 1
         assert 0 <= one.first <= one.last < frames

@@ -128,6 +128,18 @@ def test_what_changes_nothing_is_accepted_and_the_rest_refused_by_name(name, acc
         TranscribeOptions.of({name: refused})
 
 
+@pytest.mark.parametrize(
+    "option", [{"prepend_punctuations": "("}, {"append_punctuations": "!"}, {"hallucination_silence_threshold": 2.0}], ids=str
+)
+def test_what_only_changes_words_is_refused_with_words_and_accepted_without(option):
+    assert TranscribeOptions.of(option) == TranscribeOptions.of(option | {"word_timestamps": False}) == TranscribeOptions()
+    for call in (option | {"word_timestamps": True}, {"word_timestamps": True} | option):
+        with pytest.raises(InputError, match=f"{next(iter(option))}=.* is not supported"):
+            TranscribeOptions.of(call)
+    whispers = {"prepend_punctuations": "\"'“¿([{-", "append_punctuations": "\"'.。,，!！?？:：”)]}、"}
+    assert TranscribeOptions.of({"word_timestamps": True} | whispers).word_timestamps
+
+
 def test_what_never_changes_anything_is_accepted_with_any_value():
     call = {"patience": 2.0, "length_penalty": 0.5, "append_punctuations": "!", "hallucination_silence_threshold": 2, "verbose": False}
     assert TranscribeOptions.of(call) == TranscribeOptions()

@@ -25,7 +25,7 @@ def level(*parts: tuple[int, float]) -> np.ndarray:
 
 def place(first: int, last: int) -> Place:
     """One word, whose first and last letter are in these frames of 10 ms, which are even."""
-    return Place(first // 2, last // 2, 1, (3,), 0.9)
+    return Place(first // 2, last // 2, (3,), 0.9)
 
 
 def close(found: list[tuple[float, float]], *expected: tuple[float, float]) -> None:
@@ -86,9 +86,9 @@ def test_silence_and_no_place_at_all():
 def places_and_level(draw) -> tuple[np.ndarray, list[Place]]:
     """Any level, and places as `align` gives them: in order, none in a frame of another."""
     cuts = sorted(draw(st.sets(st.integers(0, 59), max_size=16)))
-    places = [Place(first, last, 1, (1,), None) for first, last in zip(cuts[::2], cuts[1::2], strict=False)]
+    places = [Place(first, last, (1,), None) for first, last in zip(cuts[::2], cuts[1::2], strict=False)]
     if cuts and draw(st.booleans()):
-        places.append(Place(cuts[-1] + 1, cuts[-1] + 1, 1, (1,), None))
+        places.append(Place(cuts[-1] + 1, cuts[-1] + 1, (1,), None))
     frames = 2 * draw(st.integers(max([0, *(one.last for one in places)]) + 1, 62))
     values = draw(st.lists(st.sampled_from([0.0, 0.3, 0.5, 2.0, 40.0]), min_size=frames, max_size=frames))
     return np.array(values, np.float32), places
