@@ -1,0 +1,25 @@
+"""What this machine's processor multiplies fast. Needs no Triton."""
+
+from functools import cache
+
+import torch
+
+__all__ = ["has_bfloat16", "has_int8"]
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether products in bfloat16 are several times as fast as in float32: with avx512_bf16, or AMX."""
+    return _has("avx512_bf16") or _has("amx_tile")
+
+
+@cache
+def has_int8() -> bool:
+    """Whether products of 8-bit integers are several times as fast as in float32: with VNNI, or AMX."""
+    return _has("vnni") or _has("amx_tile")
+
+
+def _has(ability: str) -> bool:
+    """Whether the processor has an ability, and PyTorch the library that uses it."""
+    asked = getattr(torch.cpu, f"_is_{ability}_supported", None)  # not a public function
+    return asked is not None and torch.backends.mkldnn.is_available() and bool(asked())
