@@ -22,7 +22,8 @@ from granite_speech.errors import CheckpointError, ConfigError, InputError
 from granite_speech.generation.config import GenerationConfig
 from granite_speech.modules.adapter import attach_adapter
 from granite_speech.modules.adapter_config import AdapterConfig
-from granite_speech.modules.quantized import check_quantize, projections, refuse_quantized
+from granite_speech.modules.int8_layers import layers_to_round, round_to_int8
+from granite_speech.modules.quantized import check_quantize, refuse_quantized
 from granite_speech.modules.side_by_side import arrange, destinations
 from granite_speech.saving import Saving
 from granite_speech.trainer_checkpoints import complete_trainer
@@ -170,9 +171,8 @@ class Pretrained(Saving):
             model.generation_config = generation_config
         elif folder is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        for module in projections(model.decoder) if quantize is not None else ():
-            if module.weight_scale is None:  # its values are not from a file
-                module.store_int8(module.weight.detach())
+        if quantize is not None:
+            round_to_int8(model)  # what was not read from a file; and packs
         arrange(model.decoder, model.get_output_embeddings())  # what was not read into its place
         model._record_dtype()
         model.name_or_path = pretrained_model_name_or_path or ""
@@ -268,7 +268,7 @@ class Pretrained(Saving):
                 stacklevel=4,
             )
         names = {module: f"{path}.weight" for path, module in model.named_modules()}
-        int8 = {names[module]: _int8_store(module, dtype) for module in projections(model.decoder)} if quantize else {}
+        int8 = {names[module]: _int8_store(module, dtype) for module in layers_to_round(model, device)} if quantize else {}
         places = partial(_places, model, device, int8)
         load_into(model, checkpoint, dtype=dtype, device=device, mismatched=mismatched, places=places, store=int8)
         if mismatched:

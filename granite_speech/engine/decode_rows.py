@@ -118,8 +118,7 @@ class DecodeRows:
         if with_vectors or graphs.captured(key) is None:
             if not with_vectors:
                 self.want(key)
-            step = self._eager_step(key, with_vectors)
-            step.choose(step.logits(), 0)
+            self._eager_step(key, with_vectors).run()
         else:
             graphs.replay(key)
         self._launched.append(_Launched(Reading(self._state.record[:1]), self.requests[:used]))

@@ -198,8 +198,12 @@ class Decoding:
             if not self._is_eager and self._replayed(key):
                 break
         else:
-            step, collected = self._eager_step(key), self._records.collected()
-            self._choose(step, step.logits(collected), collected)
+            step = self._eager_step(key)
+            if self._is_eager:
+                collected = self._records.collected()
+                self._choose(step, step.logits(collected), collected)
+            else:
+                step.run()
         self._sent(key, offset)
 
     def _key(self, steps: int) -> StepKey:

@@ -22,6 +22,7 @@ from granite_speech.modules.add_norm import has_kernels
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import PagePool
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
+from granite_speech.modules.int8_layers import pack_layers
 from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.side_by_side import arrange
 from granite_speech.modules.snapshot import Snapshot
@@ -112,6 +113,7 @@ class Runtime:
         """Make pages and graphs fit the model as it is now, after moving its weights side by side if they are not."""
         if not model.training and type(model.decoder) is GraniteModel:
             arrange(model.decoder, model.language_model.lm_head)
+            pack_layers(model)
             encoder = getattr(model, "encoder", None)
             # Without kernels the encoder calls its modules one by one, and does not read their weights as one matrix.
             if isinstance(encoder, GraniteSpeechCTCEncoder) and has_kernels(encoder.out.weight):

@@ -9,7 +9,6 @@ LoRA: Hu et al., arXiv 2106.09685.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,8 @@ from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter_config import AdapterConfig
 from granite_speech.modules.autocast import autocast_dtype, cast
 from granite_speech.modules.hooks import have_hooks
-from granite_speech.modules.quantized import dequantized, int8_rows, refuse_quantized
+from granite_speech.modules.int8_weight import Int8Weight
+from granite_speech.modules.quantized import refuse_quantized
 from granite_speech.modules.transfers import on_device
 
 __all__ = ["Lora", "LoraLinear", "LoraMatrix", "attach_adapter", "attach_to", "merge_adapter"]
@@ -65,7 +65,7 @@ class Lora:
         return self.b.weight.to(dtype) @ self.a.weight.to(dtype) * self.scaling
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(Int8Weight, nn.Linear):
     """`nn.Linear` with low-rank adapters, usually one.
 
     `lora_A` and `lora_B` are None, or the matrices of the active adapter, whose parameters are thus named as in the released adapter
@@ -75,12 +75,10 @@ class LoraLinear(nn.Linear):
     Attributes:
         adapters: all adapters by name.
         adapter_enabled: False turns the active adapter off.
-        weight_scale: `(out_features,)` float32 of an int8 weight, which both keep their dtypes if the layer's is changed; else None.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias)
-        self.register_buffer("weight_scale", None)
         self.lora_A: LoraMatrix | None = None
         self.lora_B: LoraMatrix | None = None
         self.lora_more: nn.ModuleList | None = None  # A and B of further active adapters
@@ -88,23 +86,6 @@ class LoraLinear(nn.Linear):
         self.adapter_enabled = True
         self._active: tuple[Lora, ...] = ()
         self._scaling_tensor: Tensor | None = None
-        self._dtype: torch.dtype | None = None  # that an int8 weight stands for
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """Of the rows that the layer takes, and of new adapters."""
-        return self.weight.dtype if self._dtype is None else self._dtype
-
-    def store_int8(self, values: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
-        """Make the weight int8 (`int8_rows`).
-
-        Args:
-            values: `(out_features, in_features)`, the weight to round.
-            out: int8, the memory to use; allocated if omitted.
-            dtype: of the activations; that of `values` if omitted.
-        """
-        weight, self.weight_scale = int8_rows(values, out)
-        self.weight, self._dtype = nn.Parameter(weight, requires_grad=False), dtype or values.dtype
 
     @property
     def has_adapter(self) -> bool:
@@ -155,29 +136,27 @@ class LoraLinear(nn.Linear):
         """
         lora_a = self.lora_A
         if lora_a is None or not self.adapter_enabled:
-            return F.linear(x, self._weight_for(x), self.bias)
+            return self.product(x)
         a, b = lora_a.weight, self.lora_B.weight
         if self._needs_parts(x, a.dtype != (x.dtype if self._dtype else self.weight.dtype)):
             return self._in_parts(x, adapter_index)
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features), adapter_index).view(*x.shape[:-1], self.out_features)
-        tensors = (x, self._weight_for(x), self.bias, a.unsqueeze(0), b.unsqueeze(0))
+        tensors = (x, self.matrix(x.dtype), self.bias, a.unsqueeze(0), b.unsqueeze(0))
         if (dtype := autocast_dtype(x.device)) is not None:
             tensors = cast(tensors, dtype)
         return OPERATIONS["lora_linear"].run(*tensors, self._scaling_on(x.device), adapter_index)
 
-    def _weight_for(self, x: Tensor) -> Tensor:
-        return self.weight if self._dtype is None else dequantized(self.weight, self.weight_scale, x.dtype)
-
     def _needs_parts(self, x: Tensor, differs: bool) -> bool:
-        """Whether base and adapter cannot be one operation: several adapters, of another dtype (differs), with dropout, or with hooks."""
+        """Whether base and adapter cannot be one operation: several adapters, of another dtype (differs), with dropout, with hooks, or with
+        a packed weight."""
         # With dropout only the adapter's input changes, so base and adapter no longer share x.
-        if differs or len(self._active) > 1 or (self.training and self._active[0].dropout):
+        if differs or self.packed is not None or len(self._active) > 1 or (self.training and self._active[0].dropout):
             return True
         return x.dim() == 3 and have_hooks(self.lora_A, self.lora_B)  # a model with hooks runs padded
 
     def _in_parts(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
-        out = F.linear(x, self._weight_for(x), self.bias)
+        out = self.product(x)
         for one in self._active:
             product = one.product(x, self.training)
             if adapter_index is not None:
@@ -197,19 +176,7 @@ class LoraLinear(nn.Linear):
         for one in self.adapters.values():
             if one not in self._active:
                 one.a._apply(fn), one.b._apply(fn)
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if scale is not None:
-            self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scale.device)).dtype
-            self.weight_scale = self.weight_scale if self.weight_scale.dtype == scale.dtype else scale.to(self.weight_scale.device)
-            self.weight.data = self.weight.data.to(torch.int8)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        given = state_dict.get(f"{prefix}weight")
-        if self.weight_scale is not None and given is not None and given.is_floating_point():
-            refuse_quantized(self, "load_state_dict with floating-point weights")  # they would become integers
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def merge(self) -> None:

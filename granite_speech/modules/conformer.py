@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
+from granite_kernels.int8_cpu import PackedInt8
 from granite_kernels.op import accumulator
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.add_norm import add_norm, has_kernels
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.hooks import have_hooks
+from granite_speech.modules.int8_weight import PointwiseConv1d, whole_of
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.side_by_side import is_plain, side_by_side
 from granite_speech.modules.transfers import on_device
@@ -116,15 +118,25 @@ class GraniteSpeechConformerAttention(nn.Module):
 
     def _attend_packed(self, x: Tensor, clips: Segments, blocks: Tensor | None, weight: Tensor | None) -> Tensor:
         """The same; `weight` is that of q, k and v together, if they are one product."""
-        parts = (self.to_q(x), *self.to_kv(x).chunk(2, dim=1)) if weight is None else F.linear(x, weight).chunk(3, dim=1)
+        packed = None if weight is not None else self._packed()
+        if packed is not None:
+            parts = packed.linear(x).chunk(3, dim=1)
+        else:
+            parts = (self.to_q(x), *self.to_kv(x).chunk(2, dim=1)) if weight is None else F.linear(x, weight).chunk(3, dim=1)
         return self.dropout(self.to_out(self._attend(*self._heads(*parts), weight_of(self.rel_pos_emb), clips, blocks)))
 
     def _joined_weight(self) -> Tensor | None:
         """`(3 * inner, width)`: the weights of q, k and v, if they lie side by side and are all that q, k and v depend on."""
-        modules = (self.to_q, self.to_kv)
-        if torch.is_grad_enabled() or any(type(one) is not LoraLinear or one.has_adapter or one.bias is not None for one in modules):
-            return None
-        return side_by_side(self.to_q.weight, self.to_kv.weight)
+        usable = self._are_alone() and not torch.is_grad_enabled() and self.to_q.weight_scale is self.to_kv.weight_scale is None
+        return side_by_side(self.to_q.weight, self.to_kv.weight) if usable else None
+
+    def _packed(self) -> PackedInt8 | None:
+        """The same for packed int8 weights."""
+        return whole_of([self.to_q.packed, self.to_kv.packed]) if self._are_alone() else None
+
+    def _are_alone(self) -> bool:
+        """Whether q, k and v depend on no more than the weights."""
+        return not any(type(one) is not LoraLinear or one.has_adapter or one.bias is not None for one in (self.to_q, self.to_kv))
 
     def _heads(self, *parts: Tensor) -> Iterator[Tensor]:
         return (one.unflatten(-1, (self.num_heads, self.dim_head)) for one in parts)
@@ -193,12 +205,12 @@ class GraniteSpeechConformerConvModule(nn.Module):
         super().__init__()
         inner = config.hidden_dim * config.conv_expansion_factor
         self.norm = nn.LayerNorm(config.hidden_dim)
-        self.up_conv = nn.Conv1d(config.hidden_dim, inner * 2, 1)
+        self.up_conv = PointwiseConv1d(config.hidden_dim, inner * 2)
         self.glu = nn.GLU(dim=1)
         self.depth_conv = GraniteSpeechConformerDepthWiseConv1d(inner, config.conv_kernel_size)
         self.silu = nn.SiLU()
         self.batch_norm = nn.BatchNorm1d(inner)
-        self.down_conv = nn.Conv1d(inner, config.hidden_dim, 1)
+        self.down_conv = PointwiseConv1d(inner, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: Tensor, *, clips: Segments | None = None) -> Tensor:
@@ -218,7 +230,7 @@ class GraniteSpeechConformerConvModule(nn.Module):
             clips: where each clip lies.
             folded: this module's BatchNorm, of `fold_batch_norms`; None: fold it here, unless it is in training mode.
         """
-        x = F.linear(x, weight_of(self.up_conv).squeeze(2), self.up_conv.bias)
+        x = _pointwise(self.up_conv, x)
         taps, depthwise_conv = weight_of(self.depth_conv.conv).squeeze(1).to(x.dtype), OPERATIONS["depthwise_conv"].run
         if self.batch_norm.training:
             # The batch's own statistics are known only after the convolution: BatchNorm cannot be folded into it.
@@ -226,7 +238,7 @@ class GraniteSpeechConformerConvModule(nn.Module):
         else:
             scale, shift = fold_batch_norms([self.batch_norm])[0] if folded is None else folded
             x = depthwise_conv(x, taps, scale, shift, clips.cu_seqlens)
-        return self.dropout(F.linear(x, weight_of(self.down_conv).squeeze(2), self.down_conv.bias))
+        return self.dropout(_pointwise(self.down_conv, x))
 
     def _convolve_in_steps(self, x: Tensor, clips: Segments) -> Tensor:
         """The same with every module called as in transformers, on `(clips, channels, frames)`, for their hooks."""
@@ -251,6 +263,11 @@ class GraniteSpeechConformerConvModule(nn.Module):
 
     def extra_repr(self) -> str:
         return OPERATIONS["depthwise_conv"].backend(self.up_conv.weight)
+
+
+def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of kernel size 1, channels last; peft may have wrapped it."""
+    return conv.product(x) if type(conv) is PointwiseConv1d else F.linear(x, weight_of(conv).squeeze(2), conv.bias)
 
 
 class GraniteSpeechConformerBlock(nn.Module):

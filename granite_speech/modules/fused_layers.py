@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
+from granite_kernels.int8_cpu import PackedInt8
 from granite_kernels.launch import early_launches
 from granite_kernels.matvec import MAX_HEAD_INPUTS
 from granite_kernels.paths import Path, block_rows, product_path
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from granite_speech.modules.cache import CacheStep, PagePool
 from granite_speech.modules.decoder_layers import GraniteDecoderLayer, GraniteRMSNorm
 from granite_speech.modules.fused_products import Layer, Product, can_be_read
+from granite_speech.modules.int8_layers import packed_head
 from granite_speech.modules.rotary import Rotary, rotary_embedding
 from granite_speech.modules.side_by_side import padded_rows
 from granite_speech.modules.snapshot import Snapshot
@@ -37,6 +39,8 @@ from granite_speech.modules.tokens import Tokens
 __all__ = ["FusedLayers", "LayersInUse", "States", "uses_kernels"]
 
 _MOST_HEAD_DIM = 128  # of the attention kernels
+# Tokens that the rounded head proposes. Its error of a logit is about 1 % of their spread, so the best is among the first few.
+_CANDIDATES = 16
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class FusedLayers:
         head: `(vocabulary, hidden)`.
         padded_head: the same with rows that the library's product needs to be fast, `(more, hidden)`.
         divisor: of the logits.
+        packed_head: a rounded copy of the head, for a CPU.
     """
 
     decoder: Any
@@ -85,6 +90,7 @@ class FusedLayers:
     head: Tensor | None
     padded_head: Tensor | None
     divisor: float
+    packed_head: PackedInt8 | None = None
 
     @classmethod
     def of(cls, decoder: nn.Module, head: nn.Module | None = None, divisor: float = 1.0) -> Self | None:
@@ -105,8 +111,8 @@ class FusedLayers:
                 return None
             layers.append(layer)
         weight = None if head is None else head.weight
-        padded = None if weight is None else padded_rows(weight)
-        return cls(decoder, tuple(layers), weight, weight if padded is None else padded, divisor)
+        padded, packed = (None, None) if weight is None else (padded_rows(weight), packed_head(head))
+        return cls(decoder, tuple(layers), weight, weight if padded is None else padded, divisor, packed)
 
     def _are_matvecs(self, rows: int) -> bool:
         """Whether every product of a layer is one launch that reads the weight once, for this many rows."""
@@ -224,11 +230,20 @@ class FusedLayers:
 
     def candidates(self, states: States) -> Candidates:
         """The tokens among which the best is."""
+        if states.normed is not None and self.packed_head is not None:
+            return self._decided(states.normed, self.packed_head.linear(states.normed))
         if states.normed is not None:
             return Candidates(self.scores(states), None, None, self.divisor)
         norm = self.decoder.norm
         run = OPERATIONS["head_argmax"].run
         return Candidates(*run(states.hidden, self.head, norm.weight, eps=norm.variance_epsilon, divisor=self.divisor), 1.0)
+
+    def _decided(self, normed: Tensor, rounded: Tensor) -> Candidates:
+        """The best tokens by the rounded head, with their logits by the head itself."""
+        ids = rounded.topk(min(_CANDIDATES, rounded.shape[1]), dim=1).indices.sort(dim=1).values  # of equal scores, the first one wins
+        exact = (self.head[ids] @ normed.unsqueeze(2)).squeeze(2) / self.divisor
+        log_sums = torch.logsumexp(rounded.float() / self.divisor, dim=1, keepdim=True)
+        return Candidates(exact, ids.int(), log_sums, 1.0)
 
 
 def _rows_of(tokens: Tokens, rows: slice) -> Tokens:

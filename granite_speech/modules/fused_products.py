@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
+from granite_kernels.int8_cpu import PackedInt8
 from granite_kernels.paths import Path, product_path
 from granite_kernels.split_linear import parts_for
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.decoder_layers import GraniteAttention, GraniteDecoderLayer, GraniteMLP, GraniteRMSNorm
+from granite_speech.modules.int8_weight import PackedRows, whole_of
 from granite_speech.modules.quantized import dequantized
 from granite_speech.modules.side_by_side import is_plain, side_by_side
 
@@ -42,6 +44,7 @@ class Product:
         bias: `(out,)`.
         scale: `(out,)` float32.
         lora_a: `(rank, in)`, the adapters' A side by side.
+        packed: the int8 weight as a CPU multiplies it; `weight` then has no values.
         joined: `(out + rank, in)`, if weight and lora_a lie side by side and one library product can compute both.
     """
 
@@ -50,6 +53,7 @@ class Product:
     scale: Tensor | None = None
     lora_a: Tensor | None = None
     joined: Tensor | None = None
+    packed: PackedInt8 | None = None
 
     def fused(self, x: Tensor, norm: GraniteRMSNorm | None = None, **options: Any) -> Tensor:
         """One launch for few rows; options as for `fused_linear`."""
@@ -63,6 +67,8 @@ class Product:
         if self.joined is not None:
             return F.linear(x, self.joined).split((self.weight.shape[0], self.lora_a.shape[0]), dim=1)
         low = None if self.lora_a is None else F.linear(x, self.lora_a)
+        if self.packed is not None:
+            return self.packed.linear(x, self.bias), low
         weight = self.weight if self.scale is None else dequantized(self.weight, self.scale, x.dtype)
         return F.linear(x, weight, self.bias), low
 
@@ -130,6 +136,7 @@ class _Projection(NamedTuple):
     lora_b: Tensor | None = None
     scaling: float = 0.0
     has_more: bool = False  # further adapters
+    packed: PackedRows | None = None
 
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
@@ -139,11 +146,11 @@ class _Projection(NamedTuple):
             return None
         own, scale = module._parameters, module._buffers["weight_scale"]
         if not module.has_adapter:
-            return cls(own["weight"], own["bias"], scale)
+            return cls(own["weight"], own["bias"], scale, packed=module.packed)
         a, b = module.lora_A._parameters["weight"], module.lora_B._parameters["weight"]
         if not can_be_read(a, dtype) or not can_be_read(b, dtype):
             return None
-        return cls(own["weight"], own["bias"], scale, a, b, module.scaling, module.lora_more is not None)
+        return cls(own["weight"], own["bias"], scale, a, b, module.scaling, module.lora_more is not None, module.packed)
 
 
 def can_be_read(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -153,19 +160,24 @@ def can_be_read(weight: Tensor, dtype: torch.dtype) -> bool:
 
 def _product(*projections: _Projection) -> Product | None:
     """The product of these projections; None if their weights do not lie side by side."""
-    found = []
-    for tensors in zip(*((one.weight, one.bias, one.scale) for one in projections), strict=True):
+    found, packed = [], None
+    if any(one.packed is not None for one in projections):
+        packed = whole_of([one.packed for one in projections])
+        if packed is None:
+            return None
+    for tensors in zip(*((None if packed else one.weight, one.bias, one.scale) for one in projections), strict=True):
         present = [one for one in tensors if one is not None]
         found.append(_joined(present) if len(present) == len(tensors) else None)
         if present and found[-1] is None:
             return None  # also with a bias of some of them alone
     weight, bias, scale = found
+    weight = weight if packed is None else projections[0].weight[:1].expand(packed.shape)
     matrices = [one.lora_a for one in projections if one.lora_a is not None]
     if not matrices:
-        return Product(weight, bias, scale)
+        return Product(weight, bias, scale, packed=packed)
     lora_a = side_by_side(*matrices)
     joined = side_by_side(weight, lora_a) if lora_a is not None and bias is None and scale is None else None
-    return None if lora_a is None else Product(weight, bias, scale, lora_a, joined)
+    return None if lora_a is None else Product(weight, bias, scale, lora_a, joined, packed)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor | None:

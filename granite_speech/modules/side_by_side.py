@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from granite_speech.modules.adapter import LoraLinear
 
-__all__ = ["arrange", "destinations", "is_plain", "padded_rows", "side_by_side"]
+__all__ = ["arrange", "destinations", "is_plain", "padded_rows", "sets", "side_by_side"]
 
 # Projections of the same states: the module that has them, and their names.
 _TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj"), "attn": ("to_q", "to_kv")}
@@ -93,7 +93,7 @@ def arrange(layered: nn.Module, head: nn.Module | None = None) -> None:
         layered: the language model without its head, or the encoder.
         head: the language model's head; padded if it is an `nn.Linear`.
     """
-    for modules in _sets(layered):
+    for modules in sets(layered):
         for slots in _slots(modules):
             if _place(slots) is None and all(map(_can_move, slots)) and len({one.device for one in slots}) == 1:
                 before = _common.get(slots[0].data_ptr()) if has_memory(slots[0]) else None
@@ -119,14 +119,14 @@ def destinations(
     """
     if device.type not in _DEVICES:
         return
-    for modules in _sets(layered):
+    for modules in sets(layered):
         for slots in _slots(modules, dtype_of):
             yield from zip(slots, _allocate(slots, dtype_of(slots[0]), device), strict=True)
     if type(head) is nn.Linear and (dtype := dtype_of(head.weight)) is not None:
         yield head.weight, *_allocate_padded([head.weight], dtype, device)
 
 
-def _sets(layered: nn.Module) -> Iterator[list[LoraLinear]]:
+def sets(layered: nn.Module) -> Iterator[list[LoraLinear]]:
     """The projections of the same input, for each layer."""
     for layer in getattr(layered, "layers", ()):  # a decoder that was put in its place may be of another kind
         for parent, names in _TOGETHER.items():

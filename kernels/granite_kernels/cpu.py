@@ -4,19 +4,25 @@ from functools import cache
 
 import torch
 
-__all__ = ["has_bfloat16", "has_int8"]
+__all__ = ["has_amx", "has_bfloat16", "has_int8"]
+
+
+@cache
+def has_amx() -> bool:
+    """Whether there are units for products of small matrices in bfloat16 and int8."""
+    return _has("amx_tile")
 
 
 @cache
 def has_bfloat16() -> bool:
     """Whether products in bfloat16 are several times as fast as in float32: with avx512_bf16, or AMX."""
-    return _has("avx512_bf16") or _has("amx_tile")
+    return _has("avx512_bf16") or has_amx()
 
 
 @cache
 def has_int8() -> bool:
     """Whether products of 8-bit integers are several times as fast as in float32: with VNNI, or AMX."""
-    return _has("vnni") or _has("amx_tile")
+    return _has("vnni") or has_amx()
 
 
 def _has(ability: str) -> bool:
