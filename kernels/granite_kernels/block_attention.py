@@ -249,4 +249,5 @@ OPERATION = Operation(
     differentiable=("q", "k", "v", "rel_pos_emb"),
     packed=("q", "k", "v"),
     triton=triton_backend("block_attention"),
+    has_cpu=True,
 )

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, called_with, join, nbytes, triton_backend
 
-# The reference computes this many frames or a multiple of them.
-_LENGTHS = 32
+# On a CPU, this many frames or a multiple of them are computed. oneDNN compiles, and keeps, a program for each length that it meets.
+LENGTHS = 32
 
 
 class DepthwiseConvInputs(NamedTuple):
@@ -114,8 +114,7 @@ def depthwise_conv_reference(inputs: DepthwiseConvInputs) -> torch.Tensor:
 
     def convolved(gated: torch.Tensor) -> torch.Tensor:
         length = gated.shape[0]
-        # oneDNN compiles, and keeps, a program for each length that it meets. Zeros after a clip change nothing in it.
-        gated = F.pad(gated, (0, 0, 0, -length % _LENGTHS))
+        gated = F.pad(gated, (0, 0, 0, -length % LENGTHS))  # zeros after a clip change nothing in it
         # Both sides have the same padding, which gives an even kernel one frame too many at the end.
         image = F.conv2d(gated[None, :, None].permute(0, 3, 1, 2), taps, bias, padding=(kernel_size // 2, 0), groups=channels)
         return image[0, :, :length, 0].T
@@ -212,4 +211,5 @@ OPERATION = Operation(
     packed=("x",),
     wide=("scale", "shift"),
     triton=triton_backend("depthwise_conv"),
+    has_cpu=True,
 )

@@ -99,6 +99,8 @@ class Operation:
         name: the name of its file, its public function, its tests and its row in the catalogue.
         call: the public function, which checks its arguments.
         reference: plain PyTorch, and all that `impl="torch"` runs.
+        has_cpu: whether there is a faster function in PyTorch for CPU tensors without gradients, `<op>_cpu` in the file of that name.
+            It takes any call that the reference takes, and passes those on that it is not faster for.
         cost: returns a `Cost`. Reads index tensors on the host.
         cases: the shapes that matter.
         differentiable: the arguments that have gradients, in the order of the call; empty for inference only.
@@ -122,6 +124,7 @@ class Operation:
     wide: tuple[str, ...] = ()
     triton: Callable[..., Results] | None = None
     library: Callable[..., Callable[[], torch.Tensor]] | None = None
+    has_cpu: bool = False
 
     def resolve(self, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """The backend that a call uses: "triton" or "torch".
@@ -159,7 +162,22 @@ class Operation:
     def select(self, impl: str | None, tensor: torch.Tensor) -> Callable[..., Results]:
         """The function of the backend that a call with this tensor uses. Given integers, a call computes in float32."""
         dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
-        return self.triton if self.resolve(impl, tensor.device, dtype) == "triton" else self.reference
+        if self.resolve(impl, tensor.device, dtype) == "triton":
+            return self.triton
+        is_default = self.has_cpu and impl is None and tensor.device.type == "cpu" and _choice() is None
+        return self.on_cpu if is_default else self.reference
+
+    def on_cpu(self, *args: Any, **options: Any) -> Results:
+        """What a call on CPU tensors computes by default: the reference, unless there is a faster function and nobody but the caller
+        sees the call (autograd, torch.compile, fake tensors, a dispatch mode)."""
+        if torch.compiler.is_compiling() or not is_plain(args) or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+            return self.reference(*args, **options)
+        return self.cpu(*args, **options)
+
+    @functools.cached_property
+    def cpu(self) -> Callable[..., Results]:
+        """The function for CPU tensors. Imported when it is first called, because its file imports the operation's."""
+        return getattr(importlib.import_module(f"granite_kernels.{self.name}_cpu"), f"{self.name}_cpu")
 
     def run(self, *args: Any, **options: Any) -> Any:
         """`call` for modules, which know that their arguments are right: the same arguments without `impl`, and no checks.

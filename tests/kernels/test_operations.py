@@ -125,7 +125,8 @@ def test_impl_depends_on_device_dtype_and_whether_triton_is_installed(op: Operat
     assert op.resolve(None, CUDA) == op.resolve("triton", CUDA) == op.resolve("triton", CPU) == "triton"
     assert op.resolve(None, CPU) == op.resolve("torch", CUDA) == op.resolve(None, CUDA, torch.float64) == "torch"
     assert op.select("triton", torch.zeros(1)) is op.triton
-    assert op.select(None, torch.zeros(1)) is op.reference
+    assert op.select(None, torch.zeros(1)) == (op.on_cpu if op.has_cpu else op.reference)
+    assert op.select("torch", torch.zeros(1)) is op.reference
     for integer in (torch.int32, torch.int64):  # an operation on integers has kernels too
         assert op.select("triton", torch.zeros(1, dtype=integer)) is op.triton
     with pytest.raises(KernelError, match=r"impl='triton' for torch.float64; expected one of torch.float32, .*Use impl='torch'"):

@@ -1,0 +1,69 @@
+"""`block_attention` in bfloat16 on a CPU, for inference: scaled_dot_product_attention, with the positions as its mask.
+
+The reference multiplies float32 copies of q, k and v. Here the products are of bfloat16 and PyTorch's softmax and sums of float32, so
+two more values are rounded: the positions' part of a score, and a softmax weight. float32 gains nothing from this: its time is in the
+products, and each query is multiplied with twice as many positions as in the reference.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from granite_kernels.block_attention import BlockAttentionInputs, block_attention_reference
+from granite_kernels.cpu import has_bfloat16
+from granite_kernels.op import bounds, called_with
+
+# The positions' part of the scores of one call, which should still be in a core's cache when it is read: two blocks of 8 heads.
+_MASK_BYTES = 2_560_000
+
+
+@called_with(BlockAttentionInputs)
+def block_attention_cpu(inputs: BlockAttentionInputs) -> Tensor:
+    """`block_attention` for CPU tensors that need no gradient. A clip's bits do not depend on its neighbours."""
+    q, k, v, rel_pos_emb, cu_seqlens, context_size, scale, _ = inputs
+    if q.dtype != torch.bfloat16 or not has_bfloat16():
+        return block_attention_reference(*inputs)
+    frames, num_heads, dim_head = q.shape
+    scale = dim_head**-0.5 if scale is None else scale
+    clips = bounds(cu_seqlens, frames)
+    # Row r is for the distance context_size - 1 - r, so the rows for a query and the keys 0, 1, 2, ... come one after another.
+    max_pos_emb = rel_pos_emb.shape[0] // 2
+    positions = rel_pos_emb[max_pos_emb - context_size + 1 : max_pos_emb + context_size].flip(0) * scale
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out[clips[-1][1] if clips else 0 :] = 0
+    for rows, length in _equal_blocks(clips, context_size, _MASK_BYTES // (num_heads * q.element_size())):
+        blocks = [one[rows].unflatten(0, (-1, length)) for one in (q, k, v)]
+        mask = _position_scores(blocks[0], positions[context_size - length : context_size + length - 1])
+        heads_first = (one.transpose(1, 2) for one in blocks)
+        attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+        out[rows].copy_(attended.transpose(1, 2).flatten(0, 1))
+    return out
+
+
+def _position_scores(q: Tensor, band: Tensor) -> Tensor:
+    """What the positions add to scores, (blocks, num_heads, length, length), of q (blocks, length, num_heads, dim_head) and band
+    (2 · length - 1, dim_head).
+
+    Each query is multiplied with the whole band. Its scores with the keys 0, 1, 2, ... are a window of that, which begins one column
+    earlier for each query: a view.
+    """
+    blocks, length, num_heads, dim_head = q.shape
+    width = band.shape[0]
+    # One product per block, so that no other block changes its bits.
+    scores = torch.bmm(q.reshape(blocks, length * num_heads, dim_head), band.T.expand(blocks, -1, -1))
+    strides = (length * num_heads * width, width, num_heads * width - 1, 1)
+    return scores.as_strided((blocks, num_heads, length, length), strides, length - 1)
+
+
+def _equal_blocks(clips: list[tuple[int, int]], context_size: int, most: int) -> Iterator[tuple[slice, int]]:
+    """The rows of adjacent blocks of one length, and that length. At most `most` elements of `_position_scores` a head, or one block."""
+    starts = ((first, min(context_size, end - first)) for begin, end in clips for first in range(begin, end, context_size))
+    for length, run in groupby(starts, lambda block: block[1]):
+        run = list(run)
+        first, end = run[0][0], run[-1][0] + length
+        step = length * max(1, most // (length * (2 * length - 1)))
+        for start in range(first, end, step):
+            yield slice(start, min(start + step, end)), length
