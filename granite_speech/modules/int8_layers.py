@@ -11,6 +11,7 @@ The head keeps its weight, but a CPU that can multiply 8-bit integers gets a rou
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,6 +50,8 @@ def layers_to_round(model: nn.Module, device: torch.device) -> Iterator[Int8Weig
 
 def pack_layers(model: nn.Module) -> None:
     """Pack every int8 weight that can be packed, those of projections of the same states together. Does nothing the second time."""
+    if not _has_int8(model):
+        return
     for part in (getattr(model, name, None) for name in ("decoder", *_PARTS)):
         for modules in () if part is None else _products(part):
             pack(modules)
@@ -57,6 +60,14 @@ def pack_layers(model: nn.Module) -> None:
         is_wanted = any(one.packed is not None for one in projections(decoder)) and head.weight.is_floating_point()
         if is_wanted and not head.weight.is_inference() and is_packable([head.weight], head.weight.device):
             _heads[head] = _version(head.weight), PackedInt8(*int8_rows(head.weight.detach()))
+
+
+def _has_int8(model: nn.Module) -> bool:
+    """Whether to look further: this runs before every request. A language model has int8 weights in all layers or in none."""
+    decoder = getattr(model, "decoder", None)
+    if decoder is None:
+        return True
+    return any(getattr(one, "weight_scale", None) is not None for one in islice(projections(decoder), 1))
 
 
 def packed_head(head: nn.Module) -> PackedInt8 | None:

@@ -253,5 +253,6 @@ OPERATION = Operation(
     cases=CASES,
     library=decode_attention_library,
     mutates=("k_cache", "v_cache", "counters"),
+    has_cpu=True,
     triton=triton_backend("decode_attention"),
 )

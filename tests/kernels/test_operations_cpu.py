@@ -7,7 +7,7 @@ from granite_kernels.op import CHOICE, Case, Operation
 from granite_kernels.testing import assert_accurate, assert_same_bits, error, in_float64, poisoned_allocations, strided_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HAVE_CPU = [op for op in OPERATIONS.values() if op.has_cpu]
+HAVE_CPU = [op for op in OPERATIONS.values() if op.has_cpu and op.packed]
 ALL = [pytest.param(op, id=op.name) for op in HAVE_CPU]
 SMALL = [pytest.param(op, case, id=f"{op.name}: {case.name}") for op in HAVE_CPU for case in op.cases if not case.released]
 DTYPES = [torch.float32, torch.bfloat16]
