@@ -16,10 +16,10 @@ on the operations' references.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from granite_kernels import OPERATIONS
 from granite_kernels.int8_cpu import PackedInt8
 from granite_kernels.launch import early_launches
@@ -224,9 +224,13 @@ class FusedLayers:
                 return head.fused(states.hidden, self.decoder.norm, multiplier=1 / self.divisor)
         return self.scores(states) / self.divisor
 
+    @cached_property
+    def _head(self) -> Product:
+        return Product(self.padded_head)
+
     def scores(self, states: States) -> Tensor:
         """`(rows, vocabulary)` logits that are not divided."""
-        return F.linear(states.normed, self.padded_head)[:, : self.head.shape[0]]
+        return self._head.plain(states.normed)[0][:, : self.head.shape[0]]
 
     def candidates(self, states: States) -> Candidates:
         """The tokens among which the best is."""

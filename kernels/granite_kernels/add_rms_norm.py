@@ -78,6 +78,8 @@ def add_rms_norm_reference(inputs: AddRmsNormInputs) -> tuple[torch.Tensor, torc
     if delta.ndim == 3:
         delta = delta.sum(0).to(x.dtype)
     total = torch.add(x, delta, alpha=multiplier)
+    if total.dtype == torch.float32:  # nothing is rounded in between
+        return total.contiguous(), F.rms_norm(total, weight.shape, weight, eps)
     return total.contiguous(), weight * F.rms_norm(total, weight.shape, eps=eps)
 
 

@@ -161,11 +161,10 @@ class Operation:
 
     def select(self, impl: str | None, tensor: torch.Tensor) -> Callable[..., Results]:
         """The function of the backend that a call with this tensor uses. Given integers, a call computes in float32."""
+        if impl is None and tensor.device.type == "cpu" and _choice() is None:  # as `resolve`; a step of one token calls this often
+            return self.on_cpu if self.has_cpu else self.reference
         dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
-        if self.resolve(impl, tensor.device, dtype) == "triton":
-            return self.triton
-        is_default = self.has_cpu and impl is None and tensor.device.type == "cpu" and _choice() is None
-        return self.on_cpu if is_default else self.reference
+        return self.triton if self.resolve(impl, tensor.device, dtype) == "triton" else self.reference
 
     def on_cpu(self, *args: Any, **options: Any) -> Results:
         """What a call on CPU tensors computes by default: the reference, unless there is a faster function and nobody but the caller
