@@ -33,13 +33,17 @@ __all__ = [
     "fold_batch_norms",
 ]
 
+# Of a feed-forward's inner tensor on a CPU, at most. The C library takes memory for one of 32 MiB or more from the system, and gives it
+# back, at each call: the system then clears every page of it.
+_HIDDEN_BYTES = 2**24
+
 
 class GraniteSpeechConformerFeedForward(nn.Module):
     """`W₂ SiLU(W₁ norm(x))`."""
 
     def __init__(self, config: GraniteSpeechEncoderConfig):
         super().__init__()
-        inner = config.hidden_dim * config.feedforward_mult
+        self.inner = inner = config.hidden_dim * config.feedforward_mult
         self.pre_norm = nn.LayerNorm(config.hidden_dim)
         self.silu = nn.SiLU()
         self.up_proj = LoraLinear(config.hidden_dim, inner)
@@ -59,6 +63,13 @@ class GraniteSpeechConformerFeedForward(nn.Module):
 
     def after_norm(self, x: Tensor) -> Tensor:
         """All but the norm."""
+        if x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
+            parts = -(-len(x) * self.inner * x.element_size() // _HIDDEN_BYTES)
+            if parts > 1:
+                return torch.cat([self._after_norm(part) for part in x.tensor_split(parts)])
+        return self._after_norm(x)
+
+    def _after_norm(self, x: Tensor) -> Tensor:
         hidden = self.up_proj(x)
         # Packed in place if no gradient needs the input, so that the encoder's widest tensor is not allocated twice.
         hidden = self.silu(hidden) if hidden.dim() == 3 else F.silu(hidden, inplace=not hidden.requires_grad)
@@ -286,9 +297,9 @@ class GraniteSpeechConformerBlock(nn.Module):
         if hidden_states.dim() == 2 and clips is not None and attention_dists is None and has_kernels(hidden_states) and self.is_usual():
             return self.run(hidden_states, self.ff1.pre_norm(hidden_states), clips)[0]
         x = torch.add(hidden_states, self.ff1(hidden_states), alpha=0.5)
-        x = x + self.attn(x, attention_dists=attention_dists, clips=clips)
-        x = x + self.conv(x, clips=clips)
-        x = torch.add(x, self.ff2(x), alpha=0.5)
+        x = _added(x, self.attn(x, attention_dists=attention_dists, clips=clips))
+        x = _added(x, self.conv(x, clips=clips))
+        x = _added(x, self.ff2(x), multiplier=0.5)
         return self.post_norm(x)
 
     def is_usual(self) -> bool:
@@ -331,6 +342,13 @@ class GraniteSpeechConformerBlock(nn.Module):
         x, normed = add_norm(x, self.conv.after_norm(normed, clips, folded), self.ff2.pre_norm)
         added = add_norm(x, self.ff2.run(normed), self.post_norm, next_norm, multiplier=0.5)
         return (added[1], None) if next_norm is None else added
+
+
+def _added(x: Tensor, delta: Tensor, multiplier: float = 1.0) -> Tensor:
+    """`x + multiplier * delta`; in place where no gradient needs x and, because hooks run padded, nobody else has it."""
+    if x.dim() == 2 and x.dtype == delta.dtype and not torch.is_grad_enabled():
+        return x.add_(delta, alpha=multiplier)
+    return torch.add(x, delta, alpha=multiplier)
 
 
 def fold_batch_norms(norms: Sequence[nn.BatchNorm1d]) -> list[tuple[Tensor, Tensor]]:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from granite_kernels.block_attention import BlockAttentionInputs, block_attention_reference
 from granite_kernels.cpu import has_bfloat16
-from granite_kernels.op import bounds, called_with
+from granite_kernels.op import bounds, called_with, join
 
-# The positions' part of the scores of one call, which should still be in a core's cache when it is read: two blocks of 8 heads.
-_MASK_BYTES = 2_560_000
+# The positions' part of the scores of one call, at most: all blocks of a clip of 30 s with 8 heads. On a busy machine each operation
+# takes milliseconds, so a few large ones are better than many whose operands stay in the cache.
+_MASK_BYTES = 10_000_000
 
 
 @called_with(BlockAttentionInputs)
@@ -32,15 +33,14 @@ def block_attention_cpu(inputs: BlockAttentionInputs) -> Tensor:
     # Row r is for the distance context_size - 1 - r, so the rows for a query and the keys 0, 1, 2, ... come one after another.
     max_pos_emb = rel_pos_emb.shape[0] // 2
     positions = rel_pos_emb[max_pos_emb - context_size + 1 : max_pos_emb + context_size].flip(0) * scale
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    out[clips[-1][1] if clips else 0 :] = 0
+    pieces = []
     for rows, length in _equal_blocks(clips, context_size, _MASK_BYTES // (num_heads * q.element_size())):
         blocks = [one[rows].unflatten(0, (-1, length)) for one in (q, k, v)]
         mask = _position_scores(blocks[0], positions[context_size - length : context_size + length - 1])
         heads_first = (one.transpose(1, 2) for one in blocks)
         attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
-        out[rows].copy_(attended.transpose(1, 2).flatten(0, 1))
-    return out
+        pieces.append(attended.transpose(1, 2).flatten(0, 1))
+    return join(pieces, q[clips[-1][1] if clips else 0 :])
 
 
 def _position_scores(q: Tensor, band: Tensor) -> Tensor:
@@ -52,8 +52,7 @@ def _position_scores(q: Tensor, band: Tensor) -> Tensor:
     """
     blocks, length, num_heads, dim_head = q.shape
     width = band.shape[0]
-    # One product per block, so that no other block changes its bits.
-    scores = torch.bmm(q.reshape(blocks, length * num_heads, dim_head), band.T.expand(blocks, -1, -1))
+    scores = q.reshape(-1, dim_head) @ band.T
     strides = (length * num_heads * width, width, num_heads * width - 1, 1)
     return scores.as_strided((blocks, num_heads, length, length), strides, length - 1)
 
