@@ -52,7 +52,10 @@ def spoken(tmp_path_factory):
     return path
 
 
-def first_line(model="embedded", dtype="bfloat16" if has_bfloat16() else "float32"):
+FASTEST = "bfloat16" if has_bfloat16() else "float32"
+
+
+def first_line(model="embedded", dtype=FASTEST):
     return f"granite-speech: {model}, {dtype} on cpu, 1 thread\n"
 
 

@@ -218,12 +218,3 @@ def test_options_of_the_model_reach_from_pretrained(transcriber, line, expected)
     nothing = {"device": None, "dtype": None, "quantize": None, "cache_dir": None, "revision": None, "local_files_only": False}
     assert main(["a.wav", "--model", "m", *line.split()]) == 0
     assert transcriber.loaded == [("m", nothing | expected)]
-
-
-def test_threads_are_set_before_the_model_is_loaded(transcriber, monkeypatch):
-    import torch
-
-    seen = []
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append((count, len(transcriber.loaded))))
-    assert main(["a.wav", "--threads", "3"]) == 0
-    assert seen == [(3, 0)]
