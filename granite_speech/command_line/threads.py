@@ -6,13 +6,17 @@ thread more than there are free cores costs far more than it gains.
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Load", "available_cores", "thread_count"]
+__all__ = ["Load", "available_cores", "no_slower", "set_threads", "thread_count"]
 
 # Where the hierarchies of control groups are mounted, and where the one with the limit on processor time is. Version 2 first.
 _UNIFIED = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
 _VERSION_1 = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
+# How often a product is tried, how many seconds of other work come before it, and how much longer several threads may take than one.
+_TRIES, _PAUSE, _CLEARLY = 6, 0.015, 1.5
 # A load that is measured for less time says little: the kernel counts in steps of 10 ms.
 _SHORTEST = 0.5
 
@@ -30,6 +34,57 @@ def thread_count(asked: int | None, load: "Load") -> int | None:
     if first.isdecimal() and int(first) > 0:  # OpenMP ignores other values
         return None
     return load.free_cores()
+
+
+def set_threads(count: int) -> None:
+    """Set the number of threads for products, and make those of GNU OpenMP sleep while they wait for each other.
+
+    They would spin, and on a busy machine keep the core from the very thread that they wait for: each operation then takes 4 to 16 ms.
+    They sleep if OpenMP has more threads than there are cores, so this thread gets a team too, which has nothing to do.
+    """
+    import torch
+
+    torch.set_num_threads(count)
+    if count > 1:
+        torch.ones(1 << 18).add(1)
+
+
+def no_slower(count: int, model: Any) -> int:
+    """So many threads, or one if products of the model's size take clearly longer with all of them.
+
+    They do on a busy machine, and for a small model on a system that is slow to wake threads.
+
+    Args:
+        count: of threads.
+        model: on a CPU. Its encoder's size and its dtype count.
+    """
+    if count == 1:
+        return 1
+    encoder = model.config.encoder_config
+    with ThreadPoolExecutor(1) as alone:  # the team of threads that a thread gets ends with it
+        size = encoder.hidden_dim, encoder.hidden_dim * encoder.feedforward_mult
+        one, several = alone.submit(_compare, count, size, model.dtype).result()
+    return count if several < _CLEARLY * one else 1
+
+
+def _compare(count: int, size: tuple[int, int], dtype: Any) -> tuple[float, float]:
+    """Seconds of products with one thread and with several, which have had time to fall asleep, as while the model does other work."""
+    import torch
+
+    rows, weight = torch.ones(150, size[0], dtype=dtype), torch.ones(size[1], size[0], dtype=dtype)
+    seconds = []
+    for threads in (1, count):
+        torch.set_num_threads(threads)
+        torch.nn.functional.linear(rows, weight)
+        taken = 0.0
+        for _ in range(_TRIES):
+            time.sleep(_PAUSE if threads > 1 else 0)
+            began = time.perf_counter()
+            for _ in range(2):
+                torch.nn.functional.linear(rows, weight)
+            taken += time.perf_counter() - began
+        seconds.append(taken)
+    return seconds[0], seconds[1]
 
 
 def available_cores(root: Path = Path("/")) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from granite_speech.command_line.output import message, write_line
 from granite_speech.command_line.plots import Plots
 from granite_speech.command_line.progress import Progress
-from granite_speech.command_line.threads import Load, available_cores, thread_count
+from granite_speech.command_line.threads import Load, available_cores, no_slower, set_threads, thread_count
 from granite_speech.errors import GraniteSpeechError
 from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.output_files import OutputFiles
@@ -99,8 +99,7 @@ def _load(options: argparse.Namespace) -> tuple["Transcriber", str]:
     from granite_speech.transcription.transcriber import Transcriber
 
     count = thread_count(options.threads, load)
-    if count is not None:
-        torch.set_num_threads(count)
+    set_threads(torch.get_num_threads() if count is None else count)
     if options.call.get("segmentation") == "silero":
         from granite_speech.transcription.silero import SileroDetector
 
@@ -113,10 +112,12 @@ def _load(options: argparse.Namespace) -> tuple["Transcriber", str]:
     if options.quantize is not None:
         parts[1] = f"{dtype} and {options.quantize} on {device}"
     if device.type == "cpu":
+        if is_chosen := options.threads is None and count is not None:
+            torch.set_num_threads(no_slower(count, transcriber.model))
         threads = torch.get_num_threads()
         parts.append(f"{threads} thread{'s' * (threads > 1)}")
-        if options.threads is None and count is not None and count < (cores := available_cores()):
-            parts.append(f"because other processes are busy (--threads {cores} uses all cores)")
+        if is_chosen and threads < (cores := available_cores()):
+            parts.append(f"because more would be slower now (--threads {cores} uses all cores)")
     return transcriber, ", ".join(parts)
 
 

@@ -2,7 +2,10 @@
 
 import ast
 import os
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ import torch
 from granite_speech import Transcriber
 from granite_speech.cli import main
 from granite_speech.command_line import threads
-from granite_speech.command_line.threads import Load, available_cores, thread_count
+from granite_speech.command_line import transcribe as command
+from granite_speech.command_line.threads import Load, available_cores, no_slower, thread_count
 from tests.support.paths import ROOT
 from tests.support.scripted_transcriber import ScriptedTranscriber, transcript
 
@@ -173,6 +177,53 @@ def test_cores_with_other_numbers_than_in_the_affinity_mask_change_nothing(tmp_p
     assert load.free_cores() == 8
 
 
+# --- what products say ------------------------------------------------------------------------------------------------------------
+
+MODEL = SimpleNamespace(config=SimpleNamespace(encoder_config=SimpleNamespace(hidden_dim=8, feedforward_mult=4)), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "one, several, expected",
+    [(1.0, 0.3, 4), (1.0, 1.4, 4), (1.0, 1.6, 1), (0.1, 16.0, 1)],
+)
+def test_several_threads_that_are_clearly_slower_are_not_used(monkeypatch, one, several, expected):
+    asked = []
+    monkeypatch.setattr(threads, "_compare", lambda *given: asked.append(given) or (one, several))
+    assert no_slower(4, MODEL) == expected and asked == [(4, (8, 32), torch.bfloat16)]
+    assert no_slower(1, MODEL) == 1 and len(asked) == 1, "nothing to compare"
+
+
+def test_products_are_timed_with_one_thread_and_with_several(monkeypatch, set_threads):
+    told, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: told.append(set_threads[-1]) or linear(*given))
+    one, several = threads._compare(2, (8, 32), torch.float32)
+    assert one > 0 and several > 0 and set_threads == [1, 2] and told.count(1) == told.count(2) == 13
+    no_slower(2, MODEL)
+    assert torch.get_num_threads() == 1, "of this thread"
+
+
+WITH_TEAM = """
+import os, sys, torch
+from granite_speech.command_line.threads import set_threads
+from granite_speech.engine import cpu_threads
+torch.set_num_threads(int(sys.argv[1]))  # starts threads of another pool
+before = len(os.listdir("/proc/self/task"))
+set_threads(int(sys.argv[1]))
+print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads(), cpu_threads._gnu_openmp() is not None)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no list of threads")
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_first_thread_has_a_team_so_that_waiting_threads_sleep(count):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-c", WITH_TEAM, str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    new, threads, is_gnu = done.stdout.split()
+    assert int(threads) == count and (is_gnu == "False" or int(new) == count - 1)
+
+
 # --- which wins -------------------------------------------------------------------------------------------------------------------
 
 
@@ -218,17 +269,19 @@ def test_the_command_sets_the_threads_before_it_loads_the_model(transcriber, mon
     assert main(["a.wav"]) == 0
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(threads, "_quota", lambda root: 4)
+    monkeypatch.setattr(command, "no_slower", lambda count, model: count - 1)
     assert main(["a.wav", "--threads", "0"]) == 0, "whisper's default"
-    assert set_threads == [(3, 0), (4, 2)]
+    assert set_threads == [(3, 0), (1, 1), (4, 2), (3, 3)], "OMP_NUM_THREADS is 1 in tests"
 
 
 def test_the_first_line_says_why_there_are_fewer_threads_than_cores(transcriber, monkeypatch, set_threads, capfd):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(Load, "free_cores", lambda self: 2)
+    monkeypatch.setattr(command, "no_slower", lambda count, model: count)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert main(["a.wav", "--model", "m"]) == 0
-    line = "granite-speech: m, bfloat16 on cpu, 2 threads, because other processes are busy (--threads 8 uses all cores)\n"
-    assert capfd.readouterr().err == line and set_threads == [2]
+    line = "granite-speech: m, bfloat16 on cpu, 2 threads, because more would be slower now (--threads 8 uses all cores)\n"
+    assert capfd.readouterr().err == line and set_threads == [2, 2]
     assert main(["a.wav", "--model", "m", "--threads", "2"]) == 0
     assert capfd.readouterr().err == "granite-speech: m, bfloat16 on cpu, 2 threads\n"
 

@@ -251,7 +251,9 @@ def test_options_of_whisper_that_mean_nothing_here_are_warned_of(model):
         assert model.transcribe(FILES[0], condition_on_previous_text=False, best_of=5, verbose=False, stream=False) == result
 
 
-@pytest.mark.parametrize("dtype, fits, other", [("float32", False, "bfloat16"), ("bfloat16", True, "float32"), ("float16", True, "float32")])
+@pytest.mark.parametrize(
+    "dtype, fits, other", [("float32", False, "bfloat16"), ("bfloat16", True, "float32"), ("float16", True, "float32")]
+)
 def test_fp16_of_whisper_is_warned_of_if_the_model_has_another_dtype(dtype, fits, other):
     with granite_speech.load_model("embedded", device="cpu", dtype=dtype) as model, warnings.catch_warnings():
         warnings.simplefilter("error")
