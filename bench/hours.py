@@ -49,7 +49,7 @@ def run(*, manifest: Path, out: Path) -> str:
     utterances, rng = read_utterances(manifest), np.random.default_rng(0)
     pauses = pauses_of_an_hour(utterances, rng)
     endless = _in_turn(utterances, CONTINUOUS, rng)
-    with tempfile.TemporaryDirectory() as name, Transcriber.from_pretrained("embedded") as transcriber:
+    with tempfile.TemporaryDirectory() as name, Transcriber.from_pretrained("embedded", dtype="float32") as transcriber:
         folder = Path(name)
         hour, part, noisy, joined = (folder / f"{name}.wav" for name in ("hour", "part", "noisy", "joined"))
         truth = assemble(hour, utterances, pauses)

@@ -26,7 +26,7 @@ _SAMPLE = Path(granite_speech.__file__).parent / "assets" / "sample.flac"
 def measure(file: str, rounds: int) -> dict[str, Any]:
     """Transcribe `file` several times: the peak of the first time, and the seconds of each, reading included."""
     after_import, seconds = _restart_peak(), []
-    with Transcriber.from_pretrained("embedded") as transcriber:
+    with Transcriber.from_pretrained("embedded", dtype="float32") as transcriber:
         transcriber.transcribe(_SAMPLE)
         loaded = _status("VmRSS")
         for number in range(rounds):

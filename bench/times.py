@@ -49,7 +49,7 @@ def run(*, manifest: Path, utterances: Path, out: Path) -> str:
         out: folder for the result file.
     """
     words = _words(manifest)
-    with tempfile.TemporaryDirectory() as name, Transcriber.from_pretrained("embedded") as transcriber:
+    with tempfile.TemporaryDirectory() as name, Transcriber.from_pretrained("embedded", dtype="float32") as transcriber:
         folder = Path(name)
         measured = {condition: _transcribed(transcriber, words, folder, changes) for condition, changes in CONDITIONS.items()}
         result = {

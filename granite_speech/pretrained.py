@@ -118,7 +118,9 @@ class Pretrained(Saving):
             cache_dir, force_download, local_files_only, token, revision, subfolder: of the hub.
             ignore_mismatched_sizes: give weights whose shape in the file differs from the model's random values, instead of failing.
             variant: read "model.<variant>.safetensors".
-            dtype: of the weights; "auto" and None take the configuration's, or if it has none the file's.
+            dtype: of the weights; "auto" and None take the configuration's, or if it has none the file's. "fastest" is bfloat16 on a CPU
+                that multiplies it faster than float32, and float32 on others; on a GPU, the configuration's if that has 16 bits,
+                otherwise bfloat16.
             torch_dtype: the earlier name of `dtype`.
             device: where the weights go; the CPU if omitted.
             device_map: transformers' name for the same: a device, {"": device}, or "auto" (CUDA if available).
@@ -126,7 +128,8 @@ class Pretrained(Saving):
             generation_config: the options of `generate` that its calls do not set, in place of the folder's.
             output_loading_info: return a tuple of the model and a dictionary of the weights that did not match.
             quantize: "int8" rounds the weights of the language model's layers to 8 bits as they are read (`modules/quantized.py`), so
-                that they need half the memory of bfloat16. Such a model answers; it cannot be trained, merged or saved.
+                that they need half the memory of bfloat16; on a CPU also those of the encoder and the projector, and multiplies in 8
+                bits. Such a model answers; it cannot be trained, merged or saved.
             use_safetensors, weights_only, fusion_config, disable_mmap: of transformers. At their usual values they change nothing here
                 (`call_options`).
             kwargs: values that replace those of config.json (`text_config={"attention_dropout": 0.1}`), and transformers' options
@@ -154,7 +157,7 @@ class Pretrained(Saving):
             del hub["revision"]  # of the adapter
             folder, pretrained_model_name_or_path = base_of_adapter(folder, **hub)
         config, values = cls._config_for_call(config, folder, kwargs)
-        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype})
+        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype}, target)
         mismatched: list[tuple] | None = [] if ignore_mismatched_sizes else None
         if state_dict is not None:
             model = cls._from_state_dict(config, state_dict, dtype=wanted, device=target)
@@ -228,8 +231,8 @@ class Pretrained(Saving):
 
         Args:
             config: of the whole model.
-            kwargs: `dtype` or its earlier name `torch_dtype`, of the weights; the configuration's if omitted, else torch's default.
-                `attn_implementation` and other options of transformers that change nothing here.
+            kwargs: `dtype` or its earlier name `torch_dtype`, of the weights, as for `from_pretrained`; torch's default if neither it nor
+                the configuration says. `attn_implementation` and other options of transformers that change nothing here.
 
         Raises:
             InputError, UnsupportedError: another option.
@@ -239,8 +242,8 @@ class Pretrained(Saving):
         if "attn_implementation" in kwargs:
             config._attn_implementation = kwargs["attn_implementation"]
         check_unused(kwargs, "from_config", known=("dtype", "torch_dtype"))
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(choose_dtype(dtypes[0] if dtypes[0] is not None else dtypes[1], {"dtype": config.dtype}) or before)
+        before, dtype = torch.get_default_dtype(), dtypes[0] if dtypes[0] is not None else dtypes[1]
+        torch.set_default_dtype(choose_dtype(dtype, {"dtype": config.dtype}, torch.get_default_device()) or before)
         try:
             model = cls(config)
         finally:

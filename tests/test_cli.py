@@ -13,6 +13,7 @@ import types
 import wave
 
 import pytest
+from granite_kernels.cpu import has_bfloat16
 
 from granite_speech import Engine, Transcriber, __version__, load_audio
 from granite_speech.cli import main
@@ -51,9 +52,18 @@ def spoken(tmp_path_factory):
     return path
 
 
+FASTEST = "bfloat16" if has_bfloat16() else "float32"
+
+
+def first_line(model="embedded", dtype=FASTEST):
+    return f"granite-speech: {model}, {dtype} on cpu, 1 thread\n"
+
+
 def run(capfd, checkpoint, *arguments):
+    """The exit status, standard output, and standard error without its first line, which says what runs."""
     status = main(["transcribe", "--model", str(checkpoint), "--max-new-tokens", "64", *map(str, arguments)])
-    return status, *capfd.readouterr()
+    out, err = capfd.readouterr()
+    return status, out, err.removeprefix(first_line(checkpoint))
 
 
 def test_standard_output_has_only_the_text(checkpoint, capfd):
@@ -66,7 +76,7 @@ def test_standard_output_has_only_the_text(checkpoint, capfd):
 def test_options_reach_the_model(checkpoint, capfd, spoken):
     _, out, _ = run(capfd, checkpoint, spoken)
     assert run(capfd, checkpoint, spoken, "--prompt", "translate the speech to German.")[1] != out
-    assert run(capfd, checkpoint, spoken, "--device", "cpu", "--dtype", "float32")[1] == out
+    assert run(capfd, checkpoint, spoken, "--device", "cpu", "--dtype", "fastest")[1] == out
     _, shorter, _ = run(capfd, checkpoint, spoken, "--max-new-tokens", "2")
     assert out.startswith(shorter.strip()) and len(shorter) < len(out)
 
@@ -119,6 +129,19 @@ def test_bad_files_do_not_stop_the_others(checkpoint, capfd, spoken, tmp_path):
     assert "text.wav" in lines[0] and "which does not exist" in lines[1] and "which is a folder" in lines[2]
 
 
+def test_the_first_line_says_what_runs_and_quiet_leaves_it_out(checkpoint, capfd, spoken):
+    for dtype in ("float32", "bfloat16", "torch.float32"):
+        assert main([str(spoken), "--model", str(checkpoint), "--max-new-tokens", "2", "--dtype", dtype]) == 1
+        assert capfd.readouterr().err.startswith(first_line(checkpoint, dtype.removeprefix("torch.")))
+    assert main([str(spoken), "--model", str(checkpoint), "--dtype", "auto"]) == 0
+    assert capfd.readouterr().err == first_line(checkpoint, "float32"), "the checkpoint's"
+    assert main([str(spoken), "--model", str(checkpoint), "--quiet", "--quantize", "int8"]) == 0
+    assert capfd.readouterr().err == ""
+    assert main([str(spoken), "--dtype", "float32", "--quantize", "int8"]) == 0
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "granite-speech: embedded, float32 and int8 on cpu, 1 thread" and "no --model given" in second
+
+
 # --- several files at once --------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +165,7 @@ def test_files_are_transcribed_together_and_printed_in_order(monkeypatch, capfd)
 
     monkeypatch.setattr(transcriber, "Engine", make)
     assert main(["transcribe", "--model", "embedded", *map(str, FILES)]) == 0
-    assert capfd.readouterr() == ("\n".join(f"{file}:\n{text}\n" for file, text in zip(FILES, TEXTS, strict=True)), "")
+    assert capfd.readouterr() == ("\n".join(f"{file}:\n{text}\n" for file, text in zip(FILES, TEXTS, strict=True)), first_line())
     [engine] = made
     assert engine.counters().submitted == len(FILES)
     assert engine.counters().rows > 2 * engine.counters().steps, "more than two answers went on at once"
@@ -155,6 +178,7 @@ def test_messages_come_in_order_with_the_lines(tmp_path):
     (tmp_path / "unfinished.wav").write_bytes(unfinished)
     names = [FILES[0], "nowhere.wav", FILES[1], tmp_path / "unfinished.wav", tmp_path, FILES[3]]
     process = start(*names, stderr=subprocess.STDOUT)
+    assert process.stdout.readline() == first_line()
     entries = [entry.splitlines() for entry in process.communicate(timeout=120)[0].split("\n\n")]
     assert [entry[0] for entry in entries] == [f"{name}:" for name in names]
     assert [entries[place][1] for place in (0, 2, 3, 5)] == TEXTS[:4]
@@ -191,7 +215,7 @@ def interrupt(process: subprocess.Popen) -> tuple[str, str]:
 def test_an_interrupt_ends_a_process_that_waits_for_a_file():
     process = start(FILES[0], "-", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert [process.stdout.readline() for _ in range(2)] == [f"{FILES[0]}:\n", f"{TEXTS[0]}\n"]
-    assert interrupt(process) == ("", "")
+    assert interrupt(process) == ("", first_line())
 
 
 COMPUTING = """
@@ -209,7 +233,7 @@ command()
 def test_an_interrupt_does_not_wait_for_the_model():
     process = start(FILES[0], script=("-c", COMPUTING), stderr=subprocess.PIPE)
     assert process.stdout.readline() == "computing\n"
-    assert interrupt(process) == ("", "")
+    assert interrupt(process) == ("", first_line())
 
 
 def test_lines_before_an_interrupt_are_printed(monkeypatch, capfd):
@@ -219,7 +243,7 @@ def test_lines_before_an_interrupt_are_printed(monkeypatch, capfd):
 
     monkeypatch.setattr(Transcriber, "stream_segments", stream_segments)
     assert main(["transcribe", "--model", "embedded", "one.wav"]) == 130
-    assert capfd.readouterr() == ("ready\n", "")
+    assert capfd.readouterr() == ("ready\n", first_line())
 
 
 # --- what cannot be done ----------------------------------------------------------------------------------------------------------

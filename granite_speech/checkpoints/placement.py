@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from granite_kernels.cpu import has_bfloat16
 
 from granite_speech.errors import InputError, UnsupportedError
 
@@ -46,24 +47,31 @@ def choose_device(device: torch.device | str | int | None, device_map: Any) -> t
     return target
 
 
-def choose_dtype(dtype: torch.dtype | str | dict[str, Any] | None, values: Mapping[str, Any]) -> torch.dtype | None:
+def choose_dtype(
+    dtype: torch.dtype | str | dict[str, Any] | None, values: Mapping[str, Any], device: torch.device | None = None
+) -> torch.dtype | None:
     """The dtype of floating-point weights: the requested one or the configuration's; None keeps the file's.
 
     Args:
-        dtype: the requested one; "auto" and None take the configuration's. A dictionary has one for each part, all the same here.
+        dtype: the requested one; "auto" and None take the configuration's. "fastest" is bfloat16 on a CPU that multiplies it faster than
+            float32, and float32 on others; on a GPU, the configuration's if that has 16 bits, otherwise bfloat16. A dictionary has one
+            for each part, all the same here.
         values: of the configuration.
+        device: of the weights, which "fastest" depends on; the CPU if omitted.
 
     Raises:
         InputError: not a dtype of weights.
         UnsupportedError: different dtypes for the parts.
     """
     if isinstance(dtype, dict):
-        chosen = {choose_dtype(one, values) for one in dtype.values()}
+        chosen = {choose_dtype(one, values, device) for one in dtype.values()}
         if len(chosen) > 1:
             raise UnsupportedError(
                 got=f"dtype={dtype!r:.200}", expected="one dtype for all parts of the model", remedy="Pass for example dtype=torch.bfloat16"
             )
         return chosen.pop() if chosen else choose_dtype(None, values)
+    if isinstance(dtype, str) and dtype == "fastest":
+        return _fastest(choose_dtype(None, values), device)
     requested = (values.get("dtype") or values.get("torch_dtype")) if dtype in (None, "auto") else dtype
     if requested is None:
         return None
@@ -71,7 +79,13 @@ def choose_dtype(dtype: torch.dtype | str | dict[str, Any] | None, values: Mappi
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point or chosen.itemsize < 2:
         raise InputError(
             got=f"dtype {requested!r:.100}",
-            expected="torch.float32, torch.bfloat16, torch.float16 or torch.float64, or their names, or 'auto'",
-            remedy="Pass dtype=torch.bfloat16",
+            expected="torch.float32, torch.bfloat16, torch.float16 or torch.float64, or their names, or 'auto' or 'fastest'",
+            remedy="Pass dtype='fastest', or one of the others",
         )
     return chosen
+
+
+def _fastest(configured: torch.dtype | None, device: torch.device | None) -> torch.dtype:
+    if device is None or device.type == "cpu":
+        return torch.bfloat16 if has_bfloat16() else torch.float32
+    return configured if configured is not None and configured.itemsize == 2 else torch.bfloat16

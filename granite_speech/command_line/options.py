@@ -206,10 +206,26 @@ def _add_model(parser: CommandParser) -> None:
     )
     _add_hub_options(add)
     add("--device", type=_text, help="cpu, cuda, cuda:1 … (default: cuda if available)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: the checkpoint's)")
+    add(
+        "--dtype",
+        type=lambda text: text.lower().removeprefix("torch."),
+        choices=("fastest", "auto", "float32", "bfloat16", "float16"),
+        help="of the weights. fastest, the default on a CPU: bfloat16 if the processor multiplies it faster than float32, else float32; "
+        "auto, the default on a GPU: the checkpoint's",
+    )
     _add_truth_value(add, "fp16", "whisper's option; False: the same as --dtype float32")
-    add("--quantize", choices=("int8",), help="round the language model's weights to 8 bits")
-    add("--threads", type=or_none(_count), metavar="N", help="threads for a model on the CPU (default: one for each core)")
+    add(
+        "--quantize",
+        choices=("int8",),
+        help="round the language model's weights to 8 bits; on a CPU also those of the encoder and the projector, and multiply in 8 bits",
+    )
+    add(
+        "--threads",
+        type=or_none(_count),
+        metavar="N",
+        help="threads for a model on the CPU (default: OMP_NUM_THREADS if set, else one for each core that this process may use and "
+        "others leave free)",
+    )
 
 
 def _add_hub_options(add: Callable[..., None]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from granite_speech.command_line.output import message, write_line
 from granite_speech.command_line.plots import Plots
 from granite_speech.command_line.progress import Progress
+from granite_speech.command_line.threads import Load, available_cores, no_slower, set_threads, thread_count
 from granite_speech.errors import GraniteSpeechError
 from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.output_files import OutputFiles
@@ -47,15 +48,18 @@ def transcribe(options: argparse.Namespace) -> int:
         OutputClosedError: standard output takes no more lines.
     """
     TranscribeOptions.of(options.call)  # its errors need not wait for the model
-    if options.ignored:
-        message(f"{', '.join(options.ignored)} ignored: llama.cpp is not used")
-    _warn_of_what_is_not_shown(options)
     results = _Files(options) if options.writes_files else _Lines(options.audio)
     if not results.names:
+        if results.skipped:
+            message(results.skipped)
         return 0
     plots = None if options.plot is None else Plots(results.names, options.plot, options.quiet)
     shown = not options.quiet and sys.stderr.isatty()
-    transcriber = _load(options)
+    transcriber, description = _load(options)
+    if not options.quiet:
+        message(description)
+    for note in _notes(options, results.skipped):
+        message(note)
     with Progress(results.names, shown) as progress:
         events = transcriber.stream_segments(results.names, on_progress=progress.advance, **options.call)
         try:
@@ -72,32 +76,49 @@ def transcribe(options: argparse.Namespace) -> int:
     return 1 if results.failed or (plots is not None and plots.failed) else 0
 
 
-def _warn_of_what_is_not_shown(options: argparse.Namespace) -> None:
+def _notes(options: argparse.Namespace, skipped: str) -> list[str]:
+    """What to say before the first text."""
+    notes = [_NO_MODEL] if options.model is None else []
+    if options.ignored:
+        notes.append(f"{', '.join(options.ignored)} ignored: llama.cpp is not used")
     formats = set(options.output_format or ())
     layout = [f"--{name.replace('_', '-')}" for name in _LAYOUT if getattr(options, name)]
     if layout and not {"srt", "vtt"} & formats:
-        message(f"{', '.join(layout)} ignored: neither srt nor vtt is written")
+        notes.append(f"{', '.join(layout)} ignored: neither srt nor vtt is written")
     if options.call.get("word_timestamps") and options.plot is None and not _WITH_WORDS & formats:
-        message(f"--word-timestamps shows no times: none of {', '.join(sorted(_WITH_WORDS))} is written")
+        notes.append(f"--word-timestamps shows no times: none of {', '.join(sorted(_WITH_WORDS))} is written")
+    return [*notes, skipped] if skipped else notes
 
 
-def _load(options: argparse.Namespace) -> "Transcriber":
+def _load(options: argparse.Namespace) -> tuple["Transcriber", str]:
+    """The model, and a line that says what runs and where."""
+    load = Load()  # while the imports take their seconds
+    import torch
+
     from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
     from granite_speech.transcription.transcriber import Transcriber
 
-    if options.model is None:
-        message(_NO_MODEL)
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
+    count = thread_count(options.threads, load)
+    set_threads(torch.get_num_threads() if count is None else count)
     if options.call.get("segmentation") == "silero":
         from granite_speech.transcription.silero import SileroDetector
 
         SileroDetector()  # an error now, if its package is missing, rather than one for each recording
     names = ("device", "dtype", "quantize", "cache_dir", "revision", "local_files_only")
     settings = {name: getattr(options, name) for name in names}
-    return Transcriber.from_pretrained(EMBEDDED_FOLDER if options.model is None else options.model, **settings)
+    transcriber = Transcriber.from_pretrained(EMBEDDED_FOLDER if options.model is None else options.model, **settings)
+    dtype, device = str(transcriber.model.dtype).removeprefix("torch."), transcriber.model.device
+    parts = [options.model or "embedded", f"{dtype} on {device}"]
+    if options.quantize is not None:
+        parts[1] = f"{dtype} and {options.quantize} on {device}"
+    if device.type == "cpu":
+        if is_chosen := options.threads is None and count is not None:
+            torch.set_num_threads(no_slower(count, transcriber.model))
+        threads = torch.get_num_threads()
+        parts.append(f"{threads} thread{'s' * (threads > 1)}")
+        if is_chosen and threads < (cores := available_cores()):
+            parts.append(f"because more would be slower now (--threads {cores} uses all cores)")
+    return transcriber, ", ".join(parts)
 
 
 class _Lines:
@@ -108,10 +129,11 @@ class _Lines:
     Attributes:
         names: of the recordings to transcribe.
         failed: whether something failed or was cut off.
+        skipped: nothing; as that of `_Files`.
     """
 
     def __init__(self, names: list[str]):
-        self.names, self.failed = names, False
+        self.names, self.failed, self.skipped = names, False, ""
         self._begun = -1
         self._line, self._end = "", 0.0
 
@@ -148,6 +170,7 @@ class _Files:
     Attributes:
         names: of the recordings to transcribe; without those that `--resume` skips.
         failed: whether something failed or was cut off.
+        skipped: what to say of those that `--resume` skips; nothing with `--quiet`.
 
     Raises:
         GraniteSpeechError: the folder cannot be created, or the layout of subtitles makes no sense.
@@ -160,8 +183,9 @@ class _Files:
         self._quiet, self.failed = options.quiet, False
         self._places = [place for place in range(len(recordings)) if not (options.resume and self._files.is_complete(place))]
         self.names = [recordings[place] for place in self._places]
-        if options.resume and not self._quiet:
-            message(f"complete, and skipped: {len(recordings) - len(self.names)} of {len(recordings)} files")
+        count = len(recordings) - len(self.names)
+        says_it = options.resume and not self._quiet
+        self.skipped = f"complete, and skipped: {count} of {len(recordings)} files" if says_it else ""
 
     def flush(self) -> None:
         """Nothing is held back."""

@@ -83,7 +83,7 @@ class EncoderFiles(ModelMethods):
             )
         with torch.device("meta"):
             encoder = cls(config)
-        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype})
+        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype}, target)
         load_into(encoder, replace(checkpoint, entries=own or checkpoint.entries), dtype=wanted, device=target)
         encoder._record_dtype()
         encoder.name_or_path = pretrained_model_name_or_path

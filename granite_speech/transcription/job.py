@@ -81,4 +81,5 @@ class Job:
         self.audio_warning = warning()
         if not count:
             # Silence has no text. What is too short for the model is an error even so.
-            setup.inputs(torch.zeros(min(round(windows.duration * setup.rate), setup.rate)))
+            with setup.alone():
+                setup.inputs(torch.zeros(min(round(windows.duration * setup.rate), setup.rate)))

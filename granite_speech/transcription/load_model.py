@@ -69,8 +69,7 @@ def load_model(
         download_root: the cache for downloads; None for Hugging Face's.
         revision: branch, tag or commit on the hub.
         local_files_only: use only what has been downloaded before.
-        dtype: of the weights; None for the checkpoint's.
-        quantize: "int8" rounds the weights of the language model's layers to 8 bits.
+        dtype, quantize: as for `Transcriber.from_pretrained`.
         token: access token for the hub.
         llama_cpp_binary, llama_cpp_quant, llama_cpp_mmproj, llama_cpp_extra_args, llama_cpp_timeout: of IBM's package; ignored.
 
@@ -238,7 +237,9 @@ class LoadedModel:
         call |= whisper_options
         ignored = [f"{name} ignored: {reason}" for name, reason in _IGNORED.items() if call.pop(name, None) not in (None, False)]
         if fp16 is not None and fp16 != (self.model.dtype != torch.float32):
-            ignored.append(f"fp16={fp16!r:.20} ignored: the model is in {self.model.dtype}. Pass dtype to load_model")
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            remedy = f"Pass dtype='{'bfloat16' if fp16 else 'float32'}' to load_model"
+            ignored.append(f"fp16={fp16!r:.20} ignored: the model is in {dtype}. {remedy}")
         for message in ignored:
             warn(message, UserWarning, stacklevel=2)
         if call.pop("stream", False):

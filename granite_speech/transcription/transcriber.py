@@ -16,6 +16,7 @@ import torch
 from granite_kernels import OPERATIONS
 from torch import nn
 
+from granite_speech.checkpoints.placement import choose_device
 from granite_speech.engine.engine import Engine
 from granite_speech.engine.handle import Handle
 from granite_speech.errors import EngineError, InputError
@@ -102,15 +103,18 @@ class Transcriber:
         Args:
             name_or_path: a folder, or a hub id such as "ibm-granite/granite-speech-3.3-2b".
             device: of the model; None for CUDA if available, else the CPU.
-            dtype: of the weights; None for the checkpoint's.
-            quantize: "int8" rounds the weights of the language model's layers to 8 bits.
+            dtype: of the weights; None for "fastest" on a CPU, which is bfloat16 if the processor multiplies it faster than float32,
+                else float32; and for the checkpoint's on a GPU. "auto" is the checkpoint's.
+            quantize: "int8" rounds the weights of the language model's layers to 8 bits; on a CPU also those of the encoder and the
+                projector, and multiplies in 8 bits.
             download: revision, cache_dir, local_files_only and token, as for the model's `from_pretrained`.
 
         Raises:
             CheckpointError, ConfigError, InputError: a checkpoint, device or dtype that cannot be used.
             KernelError: GRANITE_SPEECH_KERNELS asks for kernels that cannot run on the device.
         """
-        chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = choose_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu", None)
+        dtype = "fastest" if dtype is None and chosen.type == "cpu" else dtype
         processor = GraniteSpeechProcessor.from_pretrained(name_or_path, **download)
         load = GraniteSpeechForConditionalGeneration.from_pretrained
         model = load(name_or_path, device=chosen, dtype=dtype, quantize=quantize, **download)

@@ -10,6 +10,7 @@ import pytest
 
 from granite_speech.command_line.progress import Progress
 from tests.command_line.test_transcribe import LINES, start
+from tests.support.scripted_transcriber import FIRST_LINE
 from tests.support.sound_headers import wav_header
 
 
@@ -56,7 +57,7 @@ def test_the_bar_counts_seconds_of_audio_and_does_not_tear_lines(sound):
     shown, _ = on_terminal("a.wav", "--model", "m", cwd=sound)
     assert re.search(r"\d+/6 s of audio \[.*RTFx \d+\]", shown), shown
     lines = rendered(shown)
-    assert lines[:3] == LINES.splitlines() and lines[3].startswith("100%|"), lines
+    assert lines[:4] == (FIRST_LINE + LINES).splitlines() and lines[4].startswith("100%|"), lines
 
 
 def test_the_bar_without_a_length_and_with_a_pipe_for_text(tmp_path):
@@ -71,7 +72,7 @@ def test_no_bar_if_none_is_wanted(sound, option):
 
 def test_no_bar_without_a_terminal(sound):
     process = start("a.wav", "--model", "m", stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=sound)
-    assert process.communicate(timeout=30) == (LINES, "")
+    assert process.communicate(timeout=30) == (LINES, FIRST_LINE)
 
 
 def test_the_total_is_known_when_all_lengths_are_and_is_corrected_at_the_end(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from granite_speech import AudioError, Transcriber
 from granite_speech.cli import main
 from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote
 from tests.support.paths import ROOT
-from tests.support.scripted_transcriber import ScriptedTranscriber, transcript
+from tests.support.scripted_transcriber import FIRST_LINE, ScriptedTranscriber, transcript
 
 CUT = TranscriptNote("truncated", "the answer was cut off", 2.0, 4.0)
 FAILED_WINDOW = TranscriptNote("window_error", "no memory", 0.0, 2.0)
@@ -44,8 +44,10 @@ def transcriber(monkeypatch, tmp_path):
 
 
 def run(capfd, *arguments):
+    """The exit status, standard output, and standard error without its first line, which says what runs."""
     status = main(["--model", "m", *map(str, arguments)])
-    return status, *capfd.readouterr()
+    out, err = capfd.readouterr()
+    return status, out, err.removeprefix(FIRST_LINE)
 
 
 # --- standard output --------------------------------------------------------------------------------------------------------------
@@ -53,7 +55,7 @@ def run(capfd, *arguments):
 
 def test_one_recording_has_a_line_for_what_is_between_pauses_and_no_name(transcriber, capfd):
     assert run(capfd, "a.wav") == (0, "one\ntwo\n", "")
-    assert main(["transcribe", "--model", "m", "a.wav"]) == 0 and capfd.readouterr() == ("one\ntwo\n", "")
+    assert main(["transcribe", "--model", "m", "a.wav"]) == 0 and capfd.readouterr() == ("one\ntwo\n", FIRST_LINE)
     assert "verify:\n[failed" in run(capfd, "a.wav", "verify")[1], "only the first word is a command"
 
 
@@ -122,7 +124,9 @@ def test_segments_without_a_pause_between_them_are_one_line(transcriber, capfd):
 def test_no_model_is_said(transcriber, capfd):
     assert main(["a.wav"]) == 0
     out, err = capfd.readouterr()
-    assert out == "one\ntwo\n" and "no --model" in err and "70 English words" in err
+    first, second = err.splitlines()
+    assert out == "one\ntwo\n" and "no --model" in second and "70 English words" in second
+    assert first == "granite-speech: embedded, bfloat16 on cpu, 1 thread"
     (name, _) = transcriber.loaded[0]
     assert (name / "config.json").is_file()
 
@@ -203,8 +207,14 @@ SCRIPT = """
 import sys, threading, time, types
 transcriber = types.ModuleType("granite_speech.transcription.transcriber")
 sys.modules[transcriber.__name__] = transcriber
+sys.modules["torch"] = types.SimpleNamespace(get_num_threads=lambda: 1, set_num_threads=lambda count: None)
 from granite_speech.cli import command
 from granite_speech.transcription.transcript import Segment, Transcript
+class Device:
+    type = "cpu"
+    def __str__(self):
+        return "cpu"
+model = types.SimpleNamespace(dtype="torch.bfloat16", device=Device())
 def stream_segments(recordings, on_progress=None, **options):
     for index, name in enumerate(recordings):
         segments = [Segment(place, 2.0 * place, 2.0 * place + 1, f"text {place} of {name}") for place in range(3)]
@@ -213,7 +223,8 @@ def stream_segments(recordings, on_progress=None, **options):
             yield index, segment
             time.sleep(PAUSE)
         yield index, Transcript("x", segments=segments, duration=6.0)
-transcriber.Transcriber = types.SimpleNamespace(from_pretrained=lambda *_, **__: types.SimpleNamespace(stream_segments=stream_segments))
+loaded = types.SimpleNamespace(stream_segments=stream_segments, model=model)
+transcriber.Transcriber = types.SimpleNamespace(from_pretrained=lambda *_, **__: loaded)
 threading.Thread(target=time.sleep, args=[WAIT]).start()
 command()
 """
@@ -243,6 +254,7 @@ def test_a_pipe_that_is_closed_ends_the_run_at_once(environment):
         assert "text 0" in process.stdout.readline()
         process.stdout.close()
         assert process.wait(15) == 1
+        assert process.stderr.readline() == FIRST_LINE.replace(" m,", " embedded,")
         assert "70 English words" in process.stderr.readline() and process.stderr.read() == ""
     assert time.monotonic() - began < 15, "it does not wait for its threads"
 
@@ -259,7 +271,7 @@ def test_help_into_a_closed_pipe_gives_no_traceback():
 def test_a_full_disk_under_standard_output_is_named():
     with open("/dev/full", "w") as full, start("a.wav", "--model", "m", stdout=full, stderr=subprocess.PIPE) as process:
         status, _, err = finish(process)
-    assert status == 1 and err == "granite-speech: standard output cannot be written: No space left on device\n"
+    assert status == 1 and err == FIRST_LINE + "granite-speech: standard output cannot be written: No space left on device\n"
 
 
 def test_streams_that_are_closed_from_the_beginning(tmp_path):
@@ -268,7 +280,7 @@ def test_streams_that_are_closed_from_the_beginning(tmp_path):
     assert (tmp_path / "a.txt").read_text() == LINES, "messages did not get into a file that took the number of a stream"
     status, out, _ = finish(start("a.wav", before="exec 2>&-", stdout=subprocess.PIPE))
     assert (status, out) == (0, LINES), "nor into standard output"
-    status, _, err = finish(start("a.wav", "--model", "m", before="exec >&-", stderr=subprocess.PIPE))
+    status, _, err = finish(start("a.wav", "--model", "m", "--quiet", before="exec >&-", stderr=subprocess.PIPE))
     assert status == 1 and err.startswith("granite-speech: standard output cannot be written: ") and err.count("\n") == 1
 
 
@@ -283,6 +295,8 @@ def test_messages_that_nobody_reads_do_not_end_the_run():
 def test_characters_that_the_encoding_lacks_are_escaped():
     name = os.fsdecode(b"\xff\xe6\x97\xa5.wav")
     for encoding, written in (("ascii", "\\udcff\\u65e5.wav"), ("utf-8", "\\udcff日.wav")):
-        process = start(name, name, "--model", "m", stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONIOENCODING": encoding})
+        process = start(
+            name, name, "--model", "m", "--quiet", stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONIOENCODING": encoding}
+        )
         status, out, err = finish(process)
         assert (status, err, out.splitlines()[0]) == (0, "", f"{written}:")

@@ -9,7 +9,7 @@ import srt
 from granite_speech import Transcriber
 from granite_speech.cli import main
 from granite_speech.transcription.transcript import Segment, Transcript, Word
-from tests.support.scripted_transcriber import ScriptedTranscriber, transcript
+from tests.support.scripted_transcriber import FIRST_LINE, ScriptedTranscriber, transcript
 from tests.support.sound_headers import wav_header
 
 
@@ -23,7 +23,8 @@ def transcriber(monkeypatch, tmp_path):
 
 def run(capfd, *arguments):
     status = main(["--model", "m", *map(str, arguments)])
-    return status, *capfd.readouterr()
+    out, err = capfd.readouterr()
+    return status, out, err.removeprefix(FIRST_LINE)
 
 
 def with_words(*texts: str) -> Transcript:

@@ -1,7 +1,13 @@
 """A stand-in for `Transcriber`, with results that a test writes down, so that tests of the command line need no model."""
 
+from types import SimpleNamespace
+
+import torch
+
 from granite_speech import AudioError
 from granite_speech.transcription.transcript import Segment, Transcript
+
+FIRST_LINE = "granite-speech: m, bfloat16 on cpu, 1 thread\n"
 
 
 def transcript(*texts: str, seconds: float = 2.0, **settings) -> Transcript:
@@ -14,6 +20,7 @@ class ScriptedTranscriber:
     """Gives each recording the transcript that `results` has for its name; an `AudioError` if there is none.
 
     Attributes:
+        model: what the command line says of it is `FIRST_LINE`, if it is asked for "m" with one thread.
         loaded: the arguments of `from_pretrained`, of each call.
         calls: the options of `stream_segments`, of each call.
         taken: the names of the recordings.
@@ -23,6 +30,7 @@ class ScriptedTranscriber:
     def __init__(self, results: dict[str, Transcript]):
         self.results, self.loaded, self.calls, self.taken = results, [], [], []
         self.before_event = lambda event: None
+        self.model = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"))
 
     def from_pretrained(self, name_or_path, **settings) -> "ScriptedTranscriber":
         self.loaded.append((name_or_path, settings))

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import save_file
 
 from granite_speech import GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor
+from granite_speech.checkpoints import placement
 from granite_speech.cli import main
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingDependencyError
 from granite_speech.inputs.audio import load_audio
@@ -120,6 +121,13 @@ def test_transformers_loads_a_new_adapter(manifest, tmp_path, targets):
     base, tuned = (GraniteSpeechForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("base", "out"))
     changed = {name for name, one in base.named_parameters() if not torch.equal(one, tuned.get_parameter(name))}
     assert changed and all(name.startswith("projector.") for name in changed)
+
+
+def test_the_processor_does_not_decide_the_dtype(base, manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "has_bfloat16", lambda: pytest.fail("asked for the fastest dtype"))
+    report = finetune(manifest, base, tmp_path / "out", FinetuneOptions(steps=1), progress=False)
+    saved = GraniteSpeechForConditionalGeneration.from_pretrained(report.folder)
+    assert saved.dtype == GraniteSpeechForConditionalGeneration.from_pretrained(base).dtype == torch.float32
 
 
 # --- the command -------------------------------------------------------------------------------------------------------------------------

@@ -241,14 +241,26 @@ def test_options_that_cannot_be_used_are_named(model, call, message):
 
 
 def test_options_of_whisper_that_mean_nothing_here_are_warned_of(model):
-    ignored = {"condition_on_previous_text": True, "carry_initial_prompt": True, "append_punctuations": "!", "fp16": True}
+    ignored = {"condition_on_previous_text": True, "carry_initial_prompt": True, "append_punctuations": "!"}
     with pytest.warns(UserWarning) as caught:
         result = model.transcribe(FILES[0], **ignored)
     assert result.text == FIRST.text and {one.filename for one in caught} == {__file__}
-    assert [str(one.message).partition(" ignored: ")[0] for one in caught] == [*list(ignored)[:3], "fp16=True"]
+    assert [str(one.message).partition(" ignored: ")[0] for one in caught] == list(ignored)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert model.transcribe(FILES[0], condition_on_previous_text=False, fp16=False, best_of=5, verbose=False, stream=False) == result
+        assert model.transcribe(FILES[0], condition_on_previous_text=False, best_of=5, verbose=False, stream=False) == result
+
+
+@pytest.mark.parametrize(
+    "dtype, fits, other", [("float32", False, "bfloat16"), ("bfloat16", True, "float32"), ("float16", True, "float32")]
+)
+def test_fp16_of_whisper_is_warned_of_if_the_model_has_another_dtype(dtype, fits, other):
+    with granite_speech.load_model("embedded", device="cpu", dtype=dtype) as model, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.transcribe(FILES[0], fp16=fits).text == FIRST.text
+        message = f"fp16={not fits} ignored: the model is in {dtype}. Pass dtype='{other}' to load_model"
+        with pytest.warns(UserWarning, match=message):
+            model.transcribe(FILES[0], fp16=not fits)
 
 
 def test_verbose_prints_the_texts_of_segments(model, capsys):

@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(folder) -> Transcriber:
-    return Transcriber.from_pretrained(folder, device="cpu")
+    return Transcriber.from_pretrained(folder, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
