@@ -8,7 +8,7 @@ import torch
 from bench import shapes
 from bench.turns import torch_dtype
 
-__all__ = ["decoder", "load", "whole", "write"]
+__all__ = ["decoder", "load", "title", "whole", "write"]
 
 _TINY_ENCODER = {"num_layers": 1, "hidden_dim": 64, "num_heads": 2, "output_dim": 16}
 _TINY_PROJECTOR = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "encoder_hidden_size": 64}
@@ -30,6 +30,11 @@ def whole(name: str, part: int) -> dict[str, Any]:
     text["eos_token_id"] = None  # so that every answer is as long as it may be
     values["audio_token_index"] = text["vocab_size"] - 1
     return values
+
+
+def title(name: str, part: int) -> str:
+    """Of such a model in a table."""
+    return f"1/{part} of the layers and tokens of {name}"
 
 
 def write(folder: Path, configuration: dict[str, Any]) -> int:

@@ -34,7 +34,7 @@ def measure(rounds: int, systems: tuple[str, ...] = SYSTEMS, parts: tuple[tuple[
             measured = _measure(models, configuration, rounds)
         text = configuration["text_config"]
         shape = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
-        measurements.append({"what": f"one in {part} layers and tokens of {name}", "float32_bytes": size, "shape": shape} | measured)
+        measurements.append({"what": checkpoints_cpu.title(name, part), "float32_bytes": size, "shape": shape} | measured)
     return measurements
 
 
