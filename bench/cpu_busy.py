@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _transcribe(files: list[str], expected: list[str]) -> float:
             times.append(time.perf_counter())
             lines.append(line.strip())
         errors = process.stderr.read()
-    texts = [text for line, text in zip(lines, lines[1:], strict=False) if line.removesuffix(":") in files]
+    texts = [text for line, text in pairwise(lines) if line.removesuffix(":") in files]
     if process.returncode != 0 or texts != expected:
         raise SystemExit(f"the command line failed, so nothing was timed: exit status {process.returncode}, {len(texts)} texts; {errors}")
     return times[-1] - times[0]

@@ -50,10 +50,10 @@ def _measure(models: dict[str, Any], configuration: dict[str, Any], rounds: int)
     for call in calls.values():
         call()
     taken = seconds_in_turns(calls, rounds)
-    steps = {
-        system: [(long - short) / (NEW_TOKENS - 1) for short, long in zip(taken[f"{system} 1"], taken[f"{system} {NEW_TOKENS}"], strict=True)]
-        for system in models
-    }
+    steps = {}
+    for system in models:
+        both = zip(taken[f"{system} 1"], taken[f"{system} {NEW_TOKENS}"], strict=True)
+        steps[system] = [(long - short) / (NEW_TOKENS - 1) for short, long in both]
     return compared(steps, [one for one in REFERENCES if one in models]) | {"errors": errors}
 
 
