@@ -47,8 +47,8 @@ def _measure(models: dict[str, Any], configuration: dict[str, Any], rounds: int)
         raise SystemExit("decode: other tokens in float32 than in transformers, so nothing was timed")
     errors = _errors(models, prompt, truth[0, PROMPT:], text["logits_scaling"])
     calls = {f"{system} {count}": partial(call, count) for system, call in generate.items() for count in (1, NEW_TOKENS)}
-    for call in calls.values():
-        call()
+    for call in generate.values():
+        call(2)  # a prompt and a step
     taken = seconds_in_turns(calls, rounds)
     steps = {}
     for system in models:

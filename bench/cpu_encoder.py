@@ -48,9 +48,9 @@ def _models(layers: int, systems: tuple[str, ...]) -> dict[str, torch.nn.Module]
         if system not in found:
             found[system] = copy.deepcopy(reference if system in REFERENCES else ours).to(torch_dtype(system))
         if system == "ours int8":
-            from granite_speech.modules.quantized import round_to_int8
+            from granite_speech.modules.int8_layers import round_to_int8
 
-            round_to_int8(found[system])
+            round_to_int8(torch.nn.ModuleDict({"encoder": found[system]}))
     return {system: found[system] for system in systems}
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from granite_kernels.cpu import has_int8
 
 from bench import checkpoints_cpu, cpu, cpu_busy, cpu_decode, cpu_encoder, cpu_memory, cpu_table, cpu_words, embedded, results, turns
 from bench.turns import OURS, SYSTEMS
-from granite_speech.modules import quantized
+from granite_speech.modules import int8_layers
 from tests.bench.test_model import SMALL
 from tests.support.spoken import SPEECH
 
@@ -69,9 +70,13 @@ def small_encoders(monkeypatch):
 
 def test_the_encoder_is_timed_in_every_dtype(small_encoders, monkeypatch):
     rounded = []
-    monkeypatch.setattr(quantized, "round_to_int8", rounded.append, raising=False)
-    found = cpu_encoder.measure(1, 3)
-    assert [next(one.parameters()).dtype for one in rounded] == [turns.torch_dtype("ours int8")]
+    round_to_int8 = int8_layers.round_to_int8
+    monkeypatch.setattr(int8_layers, "round_to_int8", lambda model: rounded.append(model) or round_to_int8(model))
+    found = cpu_encoder.measure(2, 3)
+    (model,) = rounded
+    assert model["encoder"].input_linear.weight.dtype == turns.torch_dtype("ours int8")
+    layers = [one for one in model.modules() if getattr(one, "weight_scale", None) is not None]
+    assert bool(layers) == has_int8()
     assert set(found["errors"]) == {"ours bfloat16", "transformers bfloat16", "ours int8"}
     assert 0 < found["errors"]["ours bfloat16"] < 0.03
     assert [(one["what"], one["audio_seconds"], one["rounds"]) for one in found["measurements"]] == [
@@ -86,7 +91,7 @@ def test_the_encoder_is_timed_in_every_dtype(small_encoders, monkeypatch):
 
 def test_a_wrong_encoder_is_not_timed(small_encoders, monkeypatch):
     monkeypatch.setattr(cpu_encoder, "_measure", lambda *arguments: pytest.fail("it was timed"))
-    monkeypatch.setattr(quantized, "round_to_int8", lambda encoder: torch.nn.init.normal_(encoder.input_linear.weight), raising=False)
+    monkeypatch.setattr(int8_layers, "round_to_int8", lambda model: torch.nn.init.normal_(model["encoder"].input_linear.weight))
     with pytest.raises(SystemExit, match="states of ours int8 have an error of"):
         cpu_encoder.measure(1, 1)
     with torch.no_grad():
