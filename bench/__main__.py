@@ -7,7 +7,9 @@ from pathlib import Path
 from bench import results
 
 DTYPES = ("float32", "bfloat16", "float16")
-PARTS = ("steps", "encoder", "whole", "embedded", "accelerated", "serving")
+# Parts of `model` by where they run.
+ON_CPU = ("cpu", "accelerated", "serving")
+ON_GPU = ("steps", "whole", "encoder", "accelerated", "serving")
 
 
 def main() -> None:
@@ -24,28 +26,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("model", help="time the model and transformers' in one run, in up to six parts")
+    parser = commands.add_parser("model", help="time the model and transformers' in one run, in several parts")
     parser.add_argument(
         "--part",
         action="append",
-        choices=PARTS,
-        help="steps: decode steps fused and module by module, on a GPU; encoder: the 16 x 1024 encoder; whole: released shapes with random "
-        "weights, on a GPU; embedded: the bundled checkpoint from waveform to text, on a CPU; accelerated: transformers' model before and "
-        "after accelerate; serving: many requests over time in one Engine; both with the bundled checkpoint on a CPU and a released shape "
-        "on a GPU (repeatable; default: all that fit the device, steps on request, accelerated and serving by default on a CPU alone)",
+        choices=tuple(dict.fromkeys(ON_CPU + ON_GPU)),
+        help="cpu: float32, bfloat16 and int8 on a CPU: encoder, decode steps, the bundled checkpoint, words, memory, a busy machine; "
+        "steps: decode steps fused and module by module, on a GPU; encoder: the 16 x 1024 encoder on a GPU; whole: released shapes with "
+        "random weights, on a GPU; accelerated: transformers' model before and after accelerate; serving: many requests over time in one "
+        "Engine; both with the bundled checkpoint on a CPU and a released shape on a GPU (repeatable; default: all on a CPU, whole and "
+        "encoder on a GPU)",
     )
     parser.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="timed rounds of encoder, and on a CPU of embedded, accelerated and serving (default: 5)"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of encoder and of the parts on a CPU (default: 5)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default=None,
-        help="of random weights (default: bfloat16 on a GPU, float32 on a CPU)",
+        help="of random weights on a GPU (default: bfloat16); on a CPU, part cpu measures every dtype",
     )
+    _add_unseen(parser)
     _add_out(parser)
 
 
@@ -87,12 +89,7 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
 def _add_words(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("words", help="word error rates of the bundled checkpoint: held-out voices, real people, a new word")
     parser.add_argument("--model", default="embedded", help="a checkpoint's folder or hub id (default: embedded)")
-    parser.add_argument(
-        "--unseen",
-        type=Path,
-        default=Path("build/embedded/unseen/manifest.jsonl"),
-        help="manifest of the held-out voices; synthesized if it does not exist",
-    )
+    _add_unseen(parser)
     parser.add_argument("--word", default="coffee", help="the new word to fine-tune on (default: coffee)")
     _add_out(parser)
 
@@ -114,6 +111,15 @@ def _add_times(commands: argparse._SubParsersAction) -> None:
         file = Path("build", default, "manifest.jsonl")
         parser.add_argument(name, type=Path, default=file, help=f"manifest of {what}; synthesized if it does not exist")
     _add_out(parser)
+
+
+def _add_unseen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--unseen",
+        type=Path,
+        default=Path("build/embedded/unseen/manifest.jsonl"),
+        help="manifest of the held-out voices; synthesized if it does not exist",
+    )
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -184,8 +190,11 @@ def _kernels(options: argparse.Namespace) -> int:
 
 def _model(options: argparse.Namespace) -> int:
     on_cpu = options.device == "cpu"
-    parts = options.part or (("encoder", "embedded", "accelerated", "serving") if on_cpu else ("whole", "encoder"))
-    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    parts = options.part or (ON_CPU if on_cpu else ("whole", "encoder"))
+    elsewhere = [part for part in parts if part not in (ON_CPU if on_cpu else ON_GPU)]
+    if elsewhere:
+        raise SystemExit(f"--part {elsewhere[0]} does not run on {options.device}: choose from {', '.join(ON_CPU if on_cpu else ON_GPU)}")
+    dtype = options.dtype or "bfloat16"
     failed = False
     for part in parts:
         if part == "steps":
@@ -197,7 +206,7 @@ def _model(options: argparse.Namespace) -> int:
         elif part == "encoder":
             from bench import encoder
 
-            sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
+            sizes = {"layers": options.layers, "rounds": options.rounds}
             print(encoder.run(**sizes, device=options.device, dtype=dtype, out=options.out))
         elif part == "whole":
             from bench import released
@@ -222,9 +231,10 @@ def _model(options: argparse.Namespace) -> int:
 
             print(serving_gpu.run(device=options.device, dtype=dtype, out=options.out))
         else:
-            from bench import embedded
+            from bench import cpu
 
-            print(embedded.run(rounds=options.rounds, threads=options.threads, out=options.out))
+            sizes = {"layers": options.layers, "rounds": options.rounds, "threads": options.threads}
+            print(cpu.run(**sizes, unseen=options.unseen, out=options.out))
     return int(failed)
 
 

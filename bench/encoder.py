@@ -1,8 +1,8 @@
-"""Times of the encoder in the released shape and of transformers', on one clip and on a batch of unequal clips.
+"""Times of the encoder in the released shape and of transformers', on one clip and on a batch of unequal clips, on a GPU.
 
-Both run in one process, in alternating order, with the same weights and threads, and only if their outputs agree. The matmul share is
-the time the matrix products would take at the machine's own rate, over the measured time. On a CPU that rate is the feed-forward's
-product, timed in the same rounds; on a GPU it is a large product in a CUDA graph, as in `bench.kernels`.
+Both run in one process, in alternating order, with the same weights, and only if their outputs agree. The matmul share is the time the
+matrix products would take at the machine's own rate, over the measured time; that rate is of a large product in a CUDA graph, as in
+`bench.kernels`. The part for a CPU is in `bench/cpu_encoder.py`.
 """
 
 import statistics
@@ -16,7 +16,18 @@ import torch
 from bench import graphs, results
 from granite_speech import GraniteSpeechCTCEncoder, GraniteSpeechEncoderConfig
 
-__all__ = ["comparisons", "run", "seconds_of", "table"]
+__all__ = [
+    "CLIP_SECONDS",
+    "FRAMES_A_SECOND",
+    "TOLERANCE",
+    "check_agreement",
+    "comparisons",
+    "encoders",
+    "matmul_flops",
+    "run",
+    "seconds_of",
+    "table",
+]
 
 FRAMES_A_SECOND = 50
 CLIP_SECONDS = (3, 6, 9, 12, 18, 21, 27, 30)
@@ -24,32 +35,29 @@ CLIP_SECONDS = (3, 6, 9, 12, 18, 21, 27, 30)
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-def run(*, layers: int, rounds: int, threads: int | None, device: str = "cpu", dtype: str = "float32", out: Path) -> str:
+def run(*, layers: int, rounds: int, device: str, dtype: str, out: Path) -> str:
     """Measure, write the result file, and return its table."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    ours, reference = (encoder.to(device, getattr(torch, dtype)) for encoder in _encoders(layers))
+    ours, reference = (encoder.to(device, getattr(torch, dtype)) for encoder in encoders(layers))
     lengths = [seconds * FRAMES_A_SECOND for seconds in CLIP_SECONDS]
     batch = torch.randn(len(lengths), max(lengths), ours.config.input_dim).to(device, getattr(torch, dtype))
     with torch.inference_mode():
-        _check_agreement(ours, reference, batch, lengths, TOLERANCE[dtype])
+        check_agreement(ours, reference, batch, lengths, TOLERANCE[dtype])
         measurements = [
             _measure(f"one clip of {CLIP_SECONDS[-1]} s", ours, reference, batch[-1:], [lengths[-1]], rounds),
             _measure(f"{len(lengths)} clips of {CLIP_SECONDS[0]} to {CLIP_SECONDS[-1]} s", ours, reference, batch, lengths, rounds),
         ]
-    described = results.describe_run()
-    if device != "cpu":
-        with graphs.side_stream():
-            rate = graphs.matmul_rate(getattr(torch, dtype))
-        measurements = [measured | _share(measured, rate) for measured in measurements]
-        described["machine"] = torch.cuda.get_device_name(device)
+    with graphs.side_stream():
+        rate = graphs.matmul_rate(getattr(torch, dtype))
+    measurements = [measured | _share(measured, rate) for measured in measurements]
+    described = results.describe_run() | {"machine": torch.cuda.get_device_name(device)}
     shape = {"layers": layers, "hidden_dim": ours.config.hidden_dim, "clip_seconds": list(CLIP_SECONDS), "dtype": dtype}
     result = {"kind": "encoder", "run": described, "shape": shape, "rounds": rounds, "measurements": measurements}
     file = results.write(out, "encoder", result)
     return f"{table(result)}\n\n{file}"
 
 
-def _encoders(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+def encoders(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Ours and transformers' in the released shape, with the same random weights, in float32."""
     from transformers import GraniteSpeechEncoderConfig as ReferenceConfig
     from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechCTCEncoder as Reference
 
@@ -61,38 +69,48 @@ def _encoders(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     return ours, reference
 
 
-def _check_agreement(ours: torch.nn.Module, reference: torch.nn.Module, batch: torch.Tensor, lengths: list[int], allowed: float) -> None:
-    """Compare clips of the packed batch with transformers' encoder on each clip alone: the two shortest and the longest."""
+def check_agreement(
+    ours: torch.nn.Module, reference: torch.nn.Module, batch: torch.Tensor, lengths: list[int], allowed: float
+) -> torch.Tensor:
+    """Compare clips of the packed batch with transformers' encoder on each clip alone: the two shortest and the longest.
+
+    Args:
+        ours: the encoder.
+        reference: transformers'.
+        batch: `(clips, frames, input_dim)`.
+        lengths: frames of each clip.
+        allowed: the largest difference over the largest value.
+
+    Returns:
+        Our states of the batch.
+
+    Raises:
+        SystemExit: they differ.
+    """
     packed = ours(batch, lengths).last_hidden_state
-    for clip in (0, 1, len(lengths) - 1):
+    for clip in sorted({0, 1, len(lengths) - 1}):
         alone = reference(batch[clip : clip + 1, : lengths[clip]]).last_hidden_state
         error = float((packed[clip, : lengths[clip]] - alone[0]).abs().max() / alone.abs().max())
         if not error <= allowed:
             raise SystemExit(f"clip {clip} differs from transformers by {error:.1e} (allowed: {allowed:.0e}), so nothing was timed")
+    return packed
 
 
 def _measure(
     what: str, ours: torch.nn.Module, reference: torch.nn.Module, batch: torch.Tensor, lengths: list[int], rounds: int
 ) -> dict[str, Any]:
     calls = {"ours": lambda: ours(batch, lengths), "reference": lambda: reference(batch)}
-    weight = ours.layers[0].ff1.up_proj.weight
-    if batch.device.type == "cpu":
-        frames = torch.randn(sum(lengths), weight.shape[1]).to(weight.dtype)
-        calls["product"] = lambda: torch.nn.functional.linear(frames, weight)
     seconds = _time_rounds(calls, rounds)
     ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["reference"], strict=True)]
-    measured = {
+    return {
         "what": what,
         "audio_seconds": sum(lengths) / FRAMES_A_SECOND,
         "seconds": statistics.median(seconds["ours"]),
         "reference_seconds": statistics.median(seconds["reference"]),
         "ratio": statistics.median(ratios),
         "ratios": [round(ratio, 4) for ratio in ratios],
-        "matmul_flops": _matmul_flops(ours, sum(lengths)),
+        "matmul_flops": matmul_flops(ours, sum(lengths)),
     }
-    if "product" in seconds:
-        measured |= _share(measured, 2 * sum(lengths) * weight.numel() / statistics.median(seconds["product"]))
-    return measured
 
 
 def _time_rounds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -112,7 +130,7 @@ def _share(measured: dict[str, Any], rate: float) -> dict[str, float]:
     return {"machine_matmul_flops_a_second": rate, "matmul_share": measured["matmul_flops"] / measured["seconds"] / rate}
 
 
-def _matmul_flops(encoder: torch.nn.Module, frames: int) -> float:
+def matmul_flops(encoder: torch.nn.Module, frames: int) -> float:
     """FLOPs of the projections, two per multiply-add; attention and the depthwise convolution are not counted."""
     weights = {name: weight for name, weight in encoder.named_parameters() if weight.dim() > 1}
     return (

@@ -8,13 +8,13 @@ There is a new process for each recording, because memory that an earlier one ha
 import json
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import granite_speech
+from bench.resident import restart_peak, status
 from granite_speech import Transcriber
 from granite_speech.inputs import audio, audio_decoding  # noqa: F401  what the import of the package leaves for the first recording
 
@@ -25,34 +25,22 @@ _SAMPLE = Path(granite_speech.__file__).parent / "assets" / "sample.flac"
 
 def measure(file: str, rounds: int) -> dict[str, Any]:
     """Transcribe `file` several times: the peak of the first time, and the seconds of each, reading included."""
-    after_import, seconds = _restart_peak(), []
+    after_import, seconds = restart_peak(), []
     with Transcriber.from_pretrained("embedded", dtype="float32") as transcriber:
         transcriber.transcribe(_SAMPLE)
-        loaded = _status("VmRSS")
+        loaded = status("VmRSS")
         for number in range(rounds):
             begin = time.perf_counter()
             transcript = transcriber.transcribe(file)
             seconds.append(time.perf_counter() - begin)
             if number == 0:
-                peak = _status("VmHWM")
+                peak = status("VmHWM")
     return {
         "transcript": transcript.to_dict(),
         "seconds": seconds,
         "threads": torch.get_num_threads(),
         "memory": {"after import": after_import, "with model": loaded, "peak": peak, "peak above import": peak - after_import},
     }
-
-
-def _restart_peak() -> int:
-    """Resident bytes now. The peak counts from here; where that is not allowed, it includes that of the import."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

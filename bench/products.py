@@ -1,9 +1,10 @@
 """The matrix products of a run on a CPU: their FLOPs, and the time that they take alone."""
 
-import statistics
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ __all__ = ["Products"]
 aten = torch.ops.aten
 # Where the two factors are among the arguments.
 FACTORS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+# Products with packed int8 weights: the rows are the first argument, and the weights are among the others.
+PACKED = (
+    torch.ops.onednn.qlinear_pointwise.default,
+    torch.ops.quantized.linear_dynamic.default,
+    torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default,
+)
 REPEATS = 5
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -25,37 +32,46 @@ class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._found: Counter[tuple[Any, tuple[Layout, ...]]] = Counter()
+        self._packed: Counter[tuple[Any, tuple[int, ...], tuple[int, ...]]] = Counter()
+        self._calls: dict[tuple[Any, tuple[int, ...], tuple[int, ...]], Callable[[], Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if func in FACTORS:
             tensors = args[: FACTORS[func] + 2]
             self._found[func, tuple((tuple(one.shape), tuple(one.stride()), one.dtype) for one in tensors)] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in PACKED:
+            key = func, tuple(args[0].shape), tuple(result.shape)
+            self._packed[key] += 1
+            # The layout of packed weights is the library's own, so the first ones of these shapes are used again.
+            self._calls.setdefault(key, partial(func, *args, **(kwargs or {})))
+        return result
 
     @property
     def flops(self) -> int:
         """Two per multiply-add."""
-        total = 0
+        total = sum(count * 2 * math.prod(rows) * out[-1] for (_, rows, out), count in self._packed.items())
         for (func, layouts), count in self._found.items():
             (a, *_), (b, *_) = layouts[FACTORS[func] :]
-            total += count * 2 * torch.Size(a).numel() * b[-1]
+            total += count * 2 * math.prod(a) * b[-1]
         return total
 
     def seconds(self) -> float:
-        """Time of all of them, each measured alone on random numbers of the same shapes and strides."""
-        return sum(count * _median(_call(func, layouts)) for (func, layouts), count in self._found.items())
+        """Time of all of them, each alone on inputs of the same shapes and strides: the shortest of several."""
+        packed = sum(count * _shortest(self._calls[key]) for key, count in self._packed.items())
+        return packed + sum(count * _shortest(_call(func, layouts)) for (func, layouts), count in self._found.items())
 
 
 def _call(func: Any, layouts: tuple[Layout, ...]) -> Callable[[], Any]:
     tensors = [torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in layouts]
-    return lambda: func(*tensors)
+    return partial(func, *tensors)
 
 
-def _median(call: Callable[[], Any]) -> float:
+def _shortest(call: Callable[[], Any]) -> float:
     call()
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return min(seconds)

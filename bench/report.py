@@ -5,7 +5,7 @@ from typing import Any
 
 from bench import (
     accelerated,
-    embedded,
+    cpu_table,
     encoder,
     hours,
     kernels_cpu,
@@ -34,7 +34,7 @@ def sections() -> list[tuple[Path, str, str]]:
     readme, all_kernels, checkpoint = (ROOT / name for name in ("README.md", "bench/results/README.md", "granite_speech/assets/README.md"))
     return [
         (readme, "report: headline", headline()),
-        (readme, "report", report("encoder", "embedded-cpu", "accelerated", "serving", "whole-model", "decode-steps", "kernels summary")),
+        (readme, "report", report("cpu", "encoder", "accelerated", "serving", "whole-model", "decode-steps", "kernels summary")),
         (all_kernels, "report: kernels", report("kernels", "kernels-cpu")),
         (all_kernels, "report: rehearsal", report("rehearsal")),
         (all_kernels, "report: hours", report("hours")),
@@ -86,10 +86,10 @@ def _place(run: dict[str, Any]) -> tuple[str, str]:
 
 
 _TABLES = {
+    "cpu": cpu_table.table,
     "encoder": encoder.table,
     "whole-model": whole_model.table,
     "decode-steps": steps_gpu.table,
-    "embedded-cpu": embedded.table,
     "accelerated": accelerated.table,
     "serving": serving.table,
     "rehearsal": rehearse.table,

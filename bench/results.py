@@ -10,9 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "describe_run", "file_of", "newest", "replace_section", "time_text", "write"]
+__all__ = ["FOLDER", "describe_run", "file_of", "newest", "processor_text", "replace_section", "time_text", "write"]
 
 FOLDER = Path(__file__).parent / "results"
+# Of a processor's flags, those that decide how fast matrix products are.
+_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 _PACKAGES = ("torch", "torchaudio", "triton", "transformers", "numpy")
 
 
@@ -24,7 +26,8 @@ def describe_run() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "machine": _processor(),
+        "machine": _processor().get("model name") or platform.processor() or platform.machine(),
+        "processor": _described(_processor()),
         "cores": torch.multiprocessing.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -37,13 +40,29 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _processor() -> str:
+def _processor() -> dict[str, str]:
+    """Linux's description of the first core; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _described(cpuinfo: dict[str, str]) -> dict[str, Any]:
+    names = {"vendor": "vendor_id", "family": "cpu family", "model": "model", "stepping": "stepping"}
+    found: dict[str, Any] = {name: cpuinfo[key] for name, key in names.items() if key in cpuinfo}
+    flags = cpuinfo.get("flags", "").split()
+    return found | {"flags": [flag for flag in _FLAGS if flag in flags]}
+
+
+def processor_text(run: dict[str, Any]) -> str:
+    """The machine of a run of `describe_run` with its family, model, stepping and flags, as far as the file has them."""
+    known = run.get("processor", {})
+    numbers = " ".join(f"{name} {known[name]}" for name in ("family", "model", "stepping") if name in known)
+    details = ", ".join(one for one in (known.get("vendor", ""), numbers, " ".join(known.get("flags", ()))) if one)
+    return f"{run['machine']} ({details})" if details else run["machine"]
 
 
 def write(folder: Path, kind: str, result: dict[str, Any]) -> Path:

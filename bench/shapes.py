@@ -10,7 +10,7 @@ from granite_speech import GraniteSpeechConfig, GraniteSpeechForConditionalGener
 from granite_speech.modules.adapter import attach_adapter
 from granite_speech.modules.adapter_config import AdapterConfig
 
-__all__ = ["CLIP_SECONDS", "RELEASED", "build", "configuration", "default_dtype", "request"]
+__all__ = ["AFTER", "BEFORE", "CLIP_SECONDS", "RELEASED", "build", "configuration", "default_dtype", "request"]
 
 CLIP_SECONDS = 10
 FRAMES_A_SECOND = 50

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+from granite_kernels.cpu import has_int8
 
 from bench import __main__ as command_line
-from bench import accelerated, accelerated_gpu, embedded, encoder, released, serving, serving_gpu, shapes, steps_gpu
+from bench import accelerated, accelerated_gpu, cpu, embedded, encoder, released, serving, serving_gpu, shapes, steps_gpu
 from bench.products import Products
 from bench.released import Planned
+from bench.turns import OURS, SYSTEMS
 from granite_speech import GraniteSpeechForConditionalGeneration
 from tests.support.spoken import sentences
 
@@ -42,13 +44,13 @@ STAGES = {"encoder_projector_s", "first_token_s", "decode_step_s", "whole_s", "r
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["encoder cpu float32", "embedded", "accelerated", "serving"]),
+        ([], ["cpu", "accelerated", "serving"]),
         (["--device", "cuda"], ["whole cuda bfloat16", "encoder cuda bfloat16"]),
-        (["--part", "encoder", "--dtype", "float16"], ["encoder cpu float16"]),
+        (["--part", "encoder", "--dtype", "float16", "--device", "cuda"], ["encoder cuda float16"]),
         (["--part", "steps", "--device", "cuda"], ["steps cuda bfloat16"]),
         (["--part", "serving", "--device", "cuda"], ["serving cuda bfloat16"]),
         (["--part", "accelerated", "--device", "cuda"], ["accelerated cuda bfloat16"]),
-        (["--part", "embedded", "--part", "whole", "--device", "cuda"], ["embedded", "whole cuda bfloat16"]),
+        (["--part", "serving", "--part", "whole", "--device", "cuda"], ["serving cuda bfloat16", "whole cuda bfloat16"]),
     ],
 )
 def test_parts_fit_the_device_unless_they_are_named(arguments, expected, monkeypatch, tmp_path):
@@ -56,7 +58,7 @@ def test_parts_fit_the_device_unless_they_are_named(arguments, expected, monkeyp
     monkeypatch.setattr(encoder, "run", lambda *, device, dtype, **_: made.append(f"encoder {device} {dtype}"))
     monkeypatch.setattr(released, "run", lambda *, device, dtype, out: (made.append(f"whole {device} {dtype}"), False))
     monkeypatch.setattr(steps_gpu, "run", lambda *, device, dtype, out: (made.append(f"steps {device} {dtype}"), True))
-    monkeypatch.setattr(embedded, "run", lambda **_: made.append("embedded"))
+    monkeypatch.setattr(cpu, "run", lambda **_: made.append("cpu"))
     monkeypatch.setattr(accelerated, "run", lambda **_: made.append("accelerated"))
     monkeypatch.setattr(accelerated_gpu, "run", lambda *, device, dtype, out: made.append(f"accelerated {device} {dtype}"))
     monkeypatch.setattr(serving, "run", lambda **_: made.append("serving"))
@@ -66,6 +68,13 @@ def test_parts_fit_the_device_unless_they_are_named(arguments, expected, monkeyp
         command_line.main()
     assert made == expected
     assert ended.value.code == int("whole" in " ".join(expected)), "a failed section gives exit status 1, after the other parts"
+
+
+@pytest.mark.parametrize(("part", "device"), [("encoder", "cpu"), ("whole", "cpu"), ("cpu", "cuda")])
+def test_a_part_that_does_not_run_on_the_device_is_refused(part, device, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["bench", "model", "--out", str(tmp_path), "--part", part, "--device", device])
+    with pytest.raises(SystemExit, match=f"--part {part} does not run on {device}: choose from"):
+        command_line.main()
 
 
 # --- the whole model -------------------------------------------------------------------------------------------------------------
@@ -135,27 +144,27 @@ def test_the_recorded_clips_are_those_of_the_tests():
         torch.testing.assert_close(clip, one.waveform(16_000), rtol=0, atol=1e-4)
 
 
-def test_an_embedded_run_writes_its_result(tmp_path, monkeypatch):
+def test_the_bundled_checkpoint_is_timed_in_every_dtype(monkeypatch):
     clips, words = embedded.recorded_clips()
     monkeypatch.setattr(embedded, "recorded_clips", lambda: (clips[:2], words[:2]))
-    monkeypatch.setattr(embedded, "profile_of", lambda call: call() or {"Python": 1.0})  # the real one takes ten seconds a clip
-    text = embedded.run(rounds=1, threads=None, out=tmp_path)
-    (file,) = tmp_path.glob("embedded-cpu-*.json")
-    measured = json.loads(file.read_text())["measurements"]
-    assert [one["what"] for one in measured] == ["2 clips, one by one", "2 clips in a batch", "8 clips in a batch"]
-    for one in measured:
-        assert one["seconds"] > 0 and one["reference_seconds"] > 0 and len(one["ratios"]) == 1
-        assert one["floor_seconds"] * one["matmul_flops_a_second"] == pytest.approx(one["matmul_flops"])
-    assert measured[2]["matmul_flops"] == pytest.approx(4 * measured[1]["matmul_flops"], rel=0.2)
-    assert "| 8 clips in a batch |" in text
+    monkeypatch.setattr(embedded, "profile_of", lambda call: call() and {"Python": 1.0})  # the real one takes seconds a clip
+    found = embedded.measure(1)
+    assert found["clips"] == 2
+    assert [one["what"] for one in found["measurements"]] == ["2 clips, one by one", "2 clips in a batch", "8 clips in a batch"]
+    for one in found["measurements"]:
+        assert list(one["seconds"]) == list(SYSTEMS) and all(seconds > 0 for seconds in one["seconds"].values())
+        assert set(one["floors"]) == set(OURS) and one["profile"] == {"Python": 1.0}
+        for floor in one["floors"].values():
+            assert floor["seconds"] * floor["matmul_flops_a_second"] == pytest.approx(floor["matmul_flops"])
+    counted = [one["floors"]["ours float32"]["matmul_flops"] for one in found["measurements"]]
+    assert counted[2] == pytest.approx(4 * counted[1], rel=0.2)
 
 
-def test_wrong_words_are_not_timed(tmp_path, monkeypatch):
+def test_wrong_words_are_not_timed(monkeypatch):
     clips, words = embedded.recorded_clips()
     monkeypatch.setattr(embedded, "recorded_clips", lambda: (clips[:1], words[1:2]))
-    with pytest.raises(SystemExit, match="so nothing was timed"):
-        embedded.run(rounds=1, threads=None, out=tmp_path)
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="ours float32: 'seven' became 'nine one five seven', so nothing was timed"):
+        embedded.measure(1, ("ours float32",))
 
 
 def test_a_profile_has_the_share_of_each_group():
@@ -173,4 +182,15 @@ def test_products_are_counted_and_timed():
         torch.bmm(torch.randn(2, 3, 4), torch.randn(2, 4, 5))
         a + 1
     assert products.flops == 2 * (3 * 4 * 5 + 3 * 4 * 6 + 2 * 3 * 4 * 5)
+    assert products.seconds() > 0
+
+
+@pytest.mark.skipif(not has_int8(), reason="no library packs int8 weights for this processor")
+def test_products_with_packed_int8_weights_are_counted_and_timed():
+    weight = torch.quantize_per_channel(torch.randn(6, 4), torch.full((6,), 0.1), torch.zeros(6), 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    with torch.no_grad(), Products() as products:
+        for _ in range(2):
+            torch.ops.quantized.linear_dynamic(torch.randn(3, 4), packed, False)
+    assert products.flops == 2 * 2 * (3 * 4 * 6)
     assert products.seconds() > 0

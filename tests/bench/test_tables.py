@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import accelerated, embedded, encoder, kernels_table, report, results, whole_model
+from bench import accelerated, encoder, kernels_table, report, results, whole_model
 
 RUN = {
     "date": "2026-01-01",
@@ -242,23 +242,6 @@ def test_the_whole_model_table_has_captured_eager_and_transformers():
     ]
     assert lines[-1] == "| a | 1 | captured | decode step | 1,651 | 4.20 ms | 3 |"
     assert whole_model.comparisons(captured_run()) == ["| whole run of a, 1 clip of 10 s | 250 ms | 1.00 s | 4.00x |"]
-
-
-def embedded_run():
-    measured = {"what": "12 clips", "seconds": 0.5, "reference_seconds": 1.0, "ratio": 2.0, "floor_seconds": 0.1}
-    return {
-        "kind": "embedded-cpu",
-        "run": RUN,
-        "shape": {"clips": 12, "audio_seconds": 30.2, "dtype": "float32"},
-        "rounds": 5,
-        "measurements": [measured | {"profile": {"Python": 0.4, "norms": 0.3, "copies": 0.2, "attention": 0.06, "views": 0.04}}],
-    }
-
-
-def test_the_embedded_table_has_the_floor_and_the_largest_shares():
-    head, *_, line = embedded.table(embedded_run()).splitlines()
-    assert all(part in head for part in ("12 clips (30 s)", "a GPU", "4 threads", "transformers 5", "01234567", "median of 5"))
-    assert line == "| 12 clips | 500 ms | 1.00 s | 2.00x | 100 ms | Python 40%, norms 30%, copies 20%, attention 6% |"
 
 
 def accelerated_run(*measured, seconds=(0.5, 2.75)):
