@@ -18,7 +18,8 @@ def table(result: dict[str, Any]) -> str:
     threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
     lines = [
         f"On a CPU, in every dtype: {results.processor_text(run)}, {threads}, {versions}, commit {run['commit'][:8]}, median of "
-        f"{result['rounds']} in turns; speedups over transformers in float32; the fastest dtype here is {result['fastest']}:",
+        f"{result['rounds']} in turns (half as many for the encoder's batch and the busy machine); "
+        f"speedups over transformers in float32; the fastest dtype here is {result['fastest']}:",
         "",
         *_times(result),
     ]
