@@ -1,7 +1,7 @@
 """`from_pretrained`: a folder or hub id to a model."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -23,6 +23,7 @@ from granite_speech.generation.config import GenerationConfig
 from granite_speech.modules.adapter import attach_adapter
 from granite_speech.modules.adapter_config import AdapterConfig
 from granite_speech.modules.int8_layers import layers_to_round, round_to_int8
+from granite_speech.modules.int8_weight import Int8Weight, pack
 from granite_speech.modules.quantized import check_quantize, refuse_quantized
 from granite_speech.modules.side_by_side import arrange, destinations
 from granite_speech.saving import Saving
@@ -271,7 +272,8 @@ class Pretrained(Saving):
                 stacklevel=4,
             )
         names = {module: f"{path}.weight" for path, module in model.named_modules()}
-        int8 = {names[module]: _int8_store(module, dtype) for module in layers_to_round(model, device)} if quantize else {}
+        rounded = list(layers_to_round(model, device)) if quantize else []
+        int8 = {names[module]: _int8_store(module, modules, dtype) for modules in rounded for module in modules}
         places = partial(_places, model, device, int8)
         load_into(model, checkpoint, dtype=dtype, device=device, mismatched=mismatched, places=places, store=int8)
         if mismatched:
@@ -320,8 +322,16 @@ def as_config(config: Any) -> GraniteSpeechConfig:
     return converted
 
 
-def _int8_store(module: nn.Module, dtype: torch.dtype | None) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
-    return lambda values, out: module.store_int8(values, out, dtype)
+def _int8_store(
+    module: Int8Weight, together: Sequence[Int8Weight], dtype: torch.dtype | None
+) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
+    """Rounds a weight that is read, and packs it with the others of its product as soon as these are there too."""
+
+    def store(values: torch.Tensor, out: torch.Tensor | None) -> None:
+        module.store_int8(values, out, dtype)
+        pack(together)
+
+    return store
 
 
 def _places(model: nn.Module, device: torch.device, int8: Collection[str], dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:

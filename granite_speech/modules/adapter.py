@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter_config import AdapterConfig
 from granite_speech.modules.autocast import autocast_dtype, cast
+from granite_speech.modules.few_sizes import with_few_sizes
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.int8_weight import Int8Weight
 from granite_speech.modules.quantized import refuse_quantized
@@ -142,10 +143,13 @@ class LoraLinear(Int8Weight, nn.Linear):
             return self._in_parts(x, adapter_index)
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features), adapter_index).view(*x.shape[:-1], self.out_features)
+        rows, x = x.shape[0], with_few_sizes(x)
+        if adapter_index is not None and len(x) > rows:
+            adapter_index = F.pad(adapter_index, (0, len(x) - rows), value=-1)
         tensors = (x, self.matrix(x.dtype), self.bias, a.unsqueeze(0), b.unsqueeze(0))
         if (dtype := autocast_dtype(x.device)) is not None:
             tensors = cast(tensors, dtype)
-        return OPERATIONS["lora_linear"].run(*tensors, self._scaling_on(x.device), adapter_index)
+        return OPERATIONS["lora_linear"].run(*tensors, self._scaling_on(x.device), adapter_index)[:rows]
 
     def _needs_parts(self, x: Tensor, differs: bool) -> bool:
         """Whether base and adapter cannot be one operation: several adapters, of another dtype (differs), with dropout, with hooks, or with

@@ -18,6 +18,7 @@ from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.add_norm import add_norm, has_kernels
 from granite_speech.modules.autocast import autocast_dtype
+from granite_speech.modules.few_sizes import linear
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.int8_weight import PointwiseConv1d, whole_of
 from granite_speech.modules.packing import Segments
@@ -278,7 +279,7 @@ class GraniteSpeechConformerConvModule(nn.Module):
 
 def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of kernel size 1, channels last; peft may have wrapped it."""
-    return conv.product(x) if type(conv) is PointwiseConv1d else F.linear(x, weight_of(conv).squeeze(2), conv.bias)
+    return conv.product(x) if type(conv) is PointwiseConv1d else linear(x, weight_of(conv).squeeze(2), conv.bias)
 
 
 class GraniteSpeechConformerBlock(nn.Module):

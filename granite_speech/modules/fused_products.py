@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.decoder_layers import GraniteAttention, GraniteDecoderLayer, GraniteMLP, GraniteRMSNorm
+from granite_speech.modules.few_sizes import linear
 from granite_speech.modules.int8_weight import PackedRows, whole_of
 from granite_speech.modules.quantized import dequantized
 from granite_speech.modules.side_by_side import is_plain, side_by_side
@@ -84,14 +85,14 @@ class Product:
         if self.joined is not None and wide is not None:
             return F.linear(x.float(), wide).to(x.dtype).split((self.weight.shape[0], self.lora_a.shape[0]), dim=1)
         if self.joined is not None:
-            return F.linear(x, self.joined).split((self.weight.shape[0], self.lora_a.shape[0]), dim=1)
-        low = None if self.lora_a is None else F.linear(x, self.lora_a)
+            return linear(x, self.joined).split((self.weight.shape[0], self.lora_a.shape[0]), dim=1)
+        low = None if self.lora_a is None else linear(x, self.lora_a)
         if self.packed is not None:
             return self.packed.linear(x, self.bias), low
         if wide is not None:
             return F.linear(x.float(), wide).to(x.dtype), low
         weight = self.weight if self.scale is None else dequantized(self.weight, self.scale, x.dtype)
-        return F.linear(x, weight, self.bias), low
+        return linear(x, weight, self.bias), low
 
     def gated(self, x: Tensor) -> Tensor:
         """SiLU of the first half of the product times the second half."""

@@ -31,8 +31,8 @@ _PARTS = ("encoder", "projector")
 _heads: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], PackedInt8]] = WeakKeyDictionary()
 
 
-def layers_to_round(model: nn.Module, device: torch.device) -> Iterator[Int8Weight]:
-    """The layers that get int8 weights if the model is on this device.
+def layers_to_round(model: nn.Module, device: torch.device) -> Iterator[list[Int8Weight]]:
+    """The layers that get int8 weights if the model is on this device; projections of the same states together.
 
     Args:
         model: a whole model, or one with a `decoder`, `encoder` or `projector` alone.
@@ -40,12 +40,13 @@ def layers_to_round(model: nn.Module, device: torch.device) -> Iterator[Int8Weig
     """
     decoder = getattr(model, "decoder", None)
     if decoder is not None:
-        yield from projections(decoder)
+        rounded = set(projections(decoder))
+        yield from (modules for modules in _products(decoder) if modules[0] in rounded)
     for part in (getattr(model, name, None) for name in _PARTS):
         kept = [getattr(part, name, None) for name in _KEPT]
         for modules in () if part is None else _products(part):
             if modules[0] not in kept and is_packable([one.weight for one in modules], device):
-                yield from modules
+                yield modules
 
 
 def pack_layers(model: nn.Module) -> None:
@@ -91,7 +92,9 @@ def _products(part: nn.Module) -> Iterator[list[Int8Weight]]:
 @torch.no_grad()
 def round_to_int8(model: nn.Module) -> None:
     """Give a model in memory the int8 weights that `from_pretrained(quantize="int8")` would give it on its device."""
-    for module in list(layers_to_round(model, next(model.parameters()).device)):
-        if module.weight_scale is None:
-            module.store_int8(module.weight.detach())
+    for modules in list(layers_to_round(model, next(model.parameters()).device)):
+        for module in modules:
+            if module.weight_scale is None:
+                module.store_int8(module.weight.detach())
+        pack(modules)
     pack_layers(model)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from granite_kernels import OPERATIONS
 from granite_kernels.int8_cpu import PackedInt8, can_pack
 from torch import Tensor, nn
 
 from granite_speech.modules.autocast import autocast_dtype
+from granite_speech.modules.few_sizes import linear
 from granite_speech.modules.quantized import dequantized, int8_rows, refuse_quantized
 
 __all__ = ["Int8Weight", "PackedRows", "PointwiseConv1d", "is_packable", "pack", "whole_of"]
@@ -60,7 +60,7 @@ class Int8Weight(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """`x Wᵀ + bias`, channels last: `(..., in)` to `(..., out)`."""
         if self.packed is None:
-            return F.linear(x, self.matrix(x.dtype), self.bias)
+            return linear(x, self.matrix(x.dtype), self.bias)
         dtype = autocast_dtype(x.device)
         return self.packed.linear(x if dtype is None else x.to(dtype), self.bias)
 

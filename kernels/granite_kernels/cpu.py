@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["has_amx", "has_bfloat16", "has_int8"]
+__all__ = ["few_sizes", "has_amx", "has_bfloat16", "has_int8"]
 
 
 @cache
@@ -23,6 +23,12 @@ def has_bfloat16() -> bool:
 def has_int8() -> bool:
     """Whether products of 8-bit integers are several times as fast as in float32: with VNNI, or AMX."""
     return _has("vnni") or has_amx()
+
+
+def few_sizes(rows: int) -> int:
+    """The next of eight numbers between two powers of 2, for what is prepared and kept for each number of rows."""
+    multiple = max(8, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // multiple) * multiple
 
 
 def _has(ability: str) -> bool:

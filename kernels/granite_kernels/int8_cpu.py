@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from granite_kernels.cpu import has_amx, has_int8
+from granite_kernels.cpu import few_sizes, has_amx, has_int8
 
 __all__ = ["PackedInt8", "can_pack"]
 
 _LEVELS = 127
 _ZERO = 128  # of unsigned activations, which both libraries multiply fastest
 _SMALLEST = 1e-30  # scale; that of a row of zeros
+_ANY = 16  # so few rows may have any number
 _ELEMENTS_AT_ONCE = 1 << 18  # rounded together: one MiB in float32, which stays in the cache of a core
 
 
@@ -72,29 +73,33 @@ class PackedInt8:
         return type(self), self.unpack()
 
 
-def round_rows(x: torch.Tensor, offset: float = 0.0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def round_rows(
+    x: torch.Tensor, offset: float = 0.0, dtype: torch.dtype = torch.float32, rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`x / scale + offset` and the scale, with which the largest value of a row is ±127.
 
     Args:
         x: `(rows, in)`.
         offset: added before the conversion to `dtype`, which for integers drops the fraction.
+        rows: of the first result, with zeros after x; as many as x if omitted.
 
     Returns:
         `(rows, in)` of `dtype` and `(rows, 1)`, the scale: in x's dtype if that is bfloat16, so that multiplying by it is exact up to the
         rounding of the product; otherwise float32.
     """
-    q = torch.empty(x.shape, dtype=dtype)
+    q = torch.empty(x.shape if rows is None else (rows, x.shape[1]), dtype=dtype)
+    q[x.shape[0] :] = 0
     scale = torch.empty(x.shape[0], 1, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
     count = max(1, _ELEMENTS_AT_ONCE // x.shape[1])
     for first in range(0, x.shape[0], count):
-        rows = slice(first, first + count)
-        part = x[rows]
+        some = slice(first, min(first + count, x.shape[0]))
+        part = x[some]
         wide = part.float() if part.dtype != torch.float32 else part
         largest = torch.maximum(wide.amax(1, keepdim=True), wide.amin(1, keepdim=True).neg_())
-        scale[rows] = largest.div_(_LEVELS).clamp_(min=_SMALLEST)
-        factor = scale[rows].float().reciprocal()
+        scale[some] = largest.div_(_LEVELS).clamp_(min=_SMALLEST)
+        factor = scale[some].float().reciprocal()
         wide = wide * factor if wide is part else wide.mul_(factor)
-        q[rows] = wide.add_(offset) if offset else wide
+        q[some] = wide.add_(offset) if offset else wide
     return q, scale
 
 
@@ -114,9 +119,11 @@ class _OneDNN:
     @staticmethod
     def linear(x: torch.Tensor, packed: Any, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight, zeros = packed
-        q, row_scale = round_rows(x, _ZERO + 0.5, torch.uint8)
+        # oneDNN keeps what it prepares for each number of rows.
+        count = x.shape[0]
+        q, row_scale = round_rows(x, _ZERO + 0.5, torch.uint8, count if count <= _ANY else few_sizes(count))
         run = torch.ops.onednn.qlinear_pointwise.default
-        y = run(q, 1.0, _ZERO, weight, scale, zeros, None, 1.0, 0, row_scale.dtype, "none", [], "")
+        y = run(q, 1.0, _ZERO, weight, scale, zeros, None, 1.0, 0, row_scale.dtype, "none", [], "")[:count]
         return _scaled(y, row_scale, bias, x.dtype)
 
     @classmethod
