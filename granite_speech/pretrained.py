@@ -14,6 +14,7 @@ from torch import nn
 from granite_speech.checkpoints.adapter_folder import base_of_adapter, is_only_adapter, with_adapter
 from granite_speech.checkpoints.call_options import check_unused, pop_hub_options
 from granite_speech.checkpoints.folder import Checkpoint, load_into, load_json, resolve
+from granite_speech.checkpoints.free_memory import return_free_memory
 from granite_speech.checkpoints.placement import choose_device, choose_dtype
 from granite_speech.checkpoints.weight_names import HEAD, canonical_keys, is_lora, is_optional
 from granite_speech.config import GraniteSpeechConfig
@@ -22,8 +23,8 @@ from granite_speech.errors import CheckpointError, ConfigError, InputError
 from granite_speech.generation.config import GenerationConfig
 from granite_speech.modules.adapter import attach_adapter
 from granite_speech.modules.adapter_config import AdapterConfig
-from granite_speech.modules.int8_layers import layers_to_round, round_to_int8
-from granite_speech.modules.int8_weight import Int8Weight, pack
+from granite_speech.modules.int8_layers import layers_to_round, pack, round_to_int8
+from granite_speech.modules.int8_weight import Int8Weight
 from granite_speech.modules.quantized import check_quantize, refuse_quantized
 from granite_speech.modules.side_by_side import arrange, destinations
 from granite_speech.saving import Saving
@@ -177,6 +178,7 @@ class Pretrained(Saving):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         if quantize is not None:
             round_to_int8(model)  # what was not read from a file; and packs
+            return_free_memory()
         arrange(model.decoder, model.get_output_embeddings())  # what was not read into its place
         model._record_dtype()
         model.name_or_path = pretrained_model_name_or_path or ""

@@ -22,6 +22,7 @@ from granite_speech.modules.adapter import Lora, LoraLinear
 from granite_speech.modules.conformer import GraniteSpeechConformerAttention, GraniteSpeechConformerDepthWiseConv1d
 from granite_speech.modules.decoder_layers import GraniteAttention, GraniteDecoderLayer, GraniteRMSNorm
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
+from granite_speech.modules.int8_weight import PointwiseConv1d
 from granite_speech.modules.language_model import GraniteModel
 from granite_speech.modules.projector import Blip2QFormerMultiHeadAttention, Blip2QFormerOutput, GraniteSpeechEncoderProjector
 from granite_speech.modules.rotary import GraniteRotaryEmbedding
@@ -40,6 +41,7 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     nn.Dropout: ("p",),
 }
 
+_CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
 # Numbers that both have from the configuration, and that must still be equal.
 _EQUAL: dict[type, tuple[str, ...]] = {
     GraniteSpeechCTCEncoder: ("num_layers",),
@@ -48,7 +50,8 @@ _EQUAL: dict[type, tuple[str, ...]] = {
     GraniteSpeechEncoderProjector: ("window_size", "downsample_rate", "num_queries"),
     Blip2QFormerMultiHeadAttention: ("num_attention_heads",),
     GraniteAttention: ("head_dim", "layer_idx"),
-    nn.Conv1d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.Conv1d: _CONVOLUTION,
+    PointwiseConv1d: _CONVOLUTION,
     nn.Embedding: ("max_norm",),
     nn.GLU: ("dim",),
 }
@@ -246,6 +249,8 @@ def _check_kind(ours: nn.Module, theirs: nn.Module, path: str) -> None:
         is_known = kind is type(ACT2FN[ours.name])
     elif isinstance(ours, LoraLinear):
         is_known = kind is nn.Linear
+    elif isinstance(ours, PointwiseConv1d):
+        is_known = kind is nn.Conv1d
     else:
         is_known = name in _NAMES.get(own, (own.__name__,)) and kind.__module__.startswith("transformers.models.")
     if not is_known:

@@ -10,7 +10,7 @@ The head keeps its weight, but a CPU that can multiply 8-bit integers gets a rou
 (`FusedLayers.candidates`); the weight itself decides between these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from weakref import WeakKeyDictionary
 
@@ -18,11 +18,11 @@ import torch
 from granite_kernels.int8_cpu import PackedInt8
 from torch import Tensor, nn
 
-from granite_speech.modules.int8_weight import Int8Weight, is_packable, pack
+from granite_speech.modules.int8_weight import Int8Weight, PackedRows, is_packable, stand_in
 from granite_speech.modules.quantized import int8_rows, projections
-from granite_speech.modules.side_by_side import sets
+from granite_speech.modules.side_by_side import sets, side_by_side
 
-__all__ = ["layers_to_round", "pack_layers", "packed_head", "round_to_int8"]
+__all__ = ["layers_to_round", "pack", "pack_layers", "packed_head", "round_to_int8"]
 
 _KEPT = ("input_linear", "out", "out_mid")  # of the encoder
 _PARTS = ("encoder", "projector")
@@ -87,6 +87,28 @@ def _products(part: nn.Module) -> Iterator[list[Int8Weight]]:
     yield from together
     grouped = {id(one) for modules in together for one in modules}
     yield from ([one] for one in part.modules() if isinstance(one, Int8Weight) and id(one) not in grouped)
+
+
+@torch.no_grad()
+def pack(modules: Sequence[Int8Weight]) -> None:
+    """Pack the int8 weights of projections of the same states as one matrix. Does nothing if they are packed, or cannot be.
+
+    The plain weights are freed, so at most one such matrix is in memory twice.
+    """
+    scales = [one.weight_scale for one in modules]
+    if any(one is None for one in scales) or any(one.packed is not None for one in modules):
+        return
+    weights = [one.weight.detach().flatten(1) for one in modules]
+    if not is_packable(weights, weights[0].device):
+        return
+    joined = side_by_side(*weights)
+    whole = PackedInt8(torch.cat(weights) if joined is None else joined, torch.cat(scales))
+    del weights, joined
+    first = 0
+    for one in modules:
+        last = first + one.weight.shape[0]
+        one.packed, one.weight = PackedRows(whole, slice(first, last)), stand_in(one.weight)
+        first = last
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.few_sizes import linear
 from granite_speech.modules.quantized import dequantized, int8_rows, refuse_quantized
 
-__all__ = ["Int8Weight", "PackedRows", "PointwiseConv1d", "is_packable", "pack", "whole_of"]
+__all__ = ["Int8Weight", "PackedRows", "PointwiseConv1d", "is_packable", "stand_in", "whole_of"]
 
 # Elements of the smallest weight that is packed. For fewer, rounding the activations takes longer than it saves.
 _FEWEST = 1 << 17
@@ -122,7 +122,7 @@ class Int8Weight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.packed is not None:  # the copy of a tensor has memory for every element
-            self.weight = _stand_in(self.weight)
+            self.weight = stand_in(self.weight)
 
 
 class PointwiseConv1d(Int8Weight, nn.Conv1d):
@@ -143,27 +143,6 @@ def is_packable(weights: Sequence[Tensor], device: torch.device) -> bool:
     return is_used and inputs * outputs >= _FEWEST and can_pack(inputs, outputs)
 
 
-@torch.no_grad()
-def pack(modules: Sequence[Int8Weight]) -> None:
-    """Pack the int8 weights of projections of the same states as one matrix. Does nothing if they are packed, or cannot be.
-
-    The plain weights are freed, so at most one such matrix is in memory twice.
-    """
-    scales = [one.weight_scale for one in modules]
-    if any(one is None for one in scales) or any(one.packed is not None for one in modules):
-        return
-    weights = [one.weight.detach().flatten(1) for one in modules]
-    if not is_packable(weights, weights[0].device):
-        return
-    whole = PackedInt8(torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(scales))
-    del weights
-    first = 0
-    for one in modules:
-        last = first + one.weight.shape[0]
-        one.packed, one.weight = PackedRows(whole, slice(first, last)), _stand_in(one.weight)
-        first = last
-
-
 def whole_of(packed: Sequence[PackedRows | None]) -> PackedInt8 | None:
     """The matrix that consists of these rows, one after another; None unless it does."""
     first = 0
@@ -174,6 +153,6 @@ def whole_of(packed: Sequence[PackedRows | None]) -> PackedInt8 | None:
     return packed[0].whole if packed and first == packed[0].whole.shape[0] else None
 
 
-def _stand_in(weight: Tensor) -> nn.Parameter:
+def stand_in(weight: Tensor) -> nn.Parameter:
     """Shape, dtype and device of an int8 weight, without memory for its values."""
     return nn.Parameter(torch.zeros(1, dtype=torch.int8).expand(weight.shape), requires_grad=False)

@@ -1,7 +1,7 @@
-"""int8 weights of the language model's projections: one scale for each row, so `weight ≈ int8 · scale[:, None]`.
+"""int8 weights: one scale for each row, so `weight ≈ int8 · scale[:, None]`. `int8_layers.py` says which layers have them.
 
 `from_pretrained(quantize="int8")` rounds each matrix as it is read. A row's largest value becomes ±127, so the error of a weight is at
-most half a scale. Embeddings, head, norms, biases, adapters, encoder and projector keep their dtype.
+most half a scale.
 """
 
 from collections.abc import Iterator
