@@ -128,8 +128,8 @@ class Int8Weight(nn.Module):
 class PointwiseConv1d(Int8Weight, nn.Conv1d):
     """A convolution of kernel size 1, whose weight may be int8. Channels last, it is a matrix product."""
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 1)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int] = 1, *arguments: Any, **options: Any):
+        super().__init__(in_channels, out_channels, kernel_size, *arguments, **options)  # as nn.Conv1d: peft makes others of this class
 
     def forward(self, x: Tensor) -> Tensor:
         """`(clips, in_channels, frames)` to `(clips, out_channels, frames)`."""

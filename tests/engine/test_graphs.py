@@ -185,7 +185,7 @@ def reads_a_length(step, *arguments):
 
 
 def keeps_scores_for_later(step, scores, *arguments):
-    scores = scores + 0 * getattr(step, "last", scores)
+    scores = scores + 0 * getattr(step, "last", scores).mean()
     step.last = scores
     return FINISH(step, scores, *arguments)
 
