@@ -324,6 +324,9 @@ def as_config(config: Any) -> GraniteSpeechConfig:
     return converted
 
 
+_LARGE = 1 << 24  # bytes of a weight; it takes a millisecond to give memory back
+
+
 def _int8_store(
     module: Int8Weight, together: Sequence[Int8Weight], dtype: torch.dtype | None
 ) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
@@ -332,6 +335,8 @@ def _int8_store(
     def store(values: torch.Tensor, out: torch.Tensor | None) -> None:
         module.store_int8(values, out, dtype)
         pack(together)
+        if module.packed is not None and values.nbytes >= _LARGE:
+            return_free_memory()
 
     return store
 
