@@ -130,8 +130,8 @@ class Pretrained(Saving):
             generation_config: the options of `generate` that its calls do not set, in place of the folder's.
             output_loading_info: return a tuple of the model and a dictionary of the weights that did not match.
             quantize: "int8" rounds the weights of the language model's layers to 8 bits as they are read (`modules/quantized.py`), so
-                that they need half the memory of bfloat16; on a CPU also those of the encoder and the projector, and multiplies in 8
-                bits. Such a model answers; it cannot be trained, merged or saved.
+                that they need half the memory of bfloat16; on a CPU that multiplies 8-bit integers fast, also those of the encoder
+                and the projector, and multiplies in 8 bits. Such a model answers; it cannot be trained, merged or saved.
             use_safetensors, weights_only, fusion_config, disable_mmap: of transformers. At their usual values they change nothing here
                 (`call_options`).
             kwargs: values that replace those of config.json (`text_config={"attention_dropout": 0.1}`), and transformers' options

@@ -217,7 +217,8 @@ def _add_model(parser: CommandParser) -> None:
     add(
         "--quantize",
         choices=("int8",),
-        help="round the language model's weights to 8 bits; on a CPU also those of the encoder and the projector, and multiply in 8 bits",
+        help="round the language model's weights to 8 bits; on a CPU with avx512_vnni or AMX also those of the encoder and the projector, "
+        "and multiply in 8 bits",
     )
     add(
         "--threads",

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from granite_kernels import OPERATIONS
-from granite_kernels.cpu import few_sizes
 from torch import Tensor, nn
 
 from granite_speech.config import GraniteSpeechEncoderConfig
@@ -31,6 +30,7 @@ from granite_speech.modules.add_norm import add_norm, has_kernels
 from granite_speech.modules.checkpointing import GradientCheckpointing, Recomputation
 from granite_speech.modules.conformer import GraniteSpeechConformerBlock, block_distances, fold_batch_norms
 from granite_speech.modules.encoder_files import EncoderFiles
+from granite_speech.modules.few_sizes import with_few_sizes
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import EncoderOutput
 from granite_speech.modules.packing import Segments, pack_clips
@@ -137,8 +137,8 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         """
         wanted = set(self.config.cat_hidden_layers or ())
         exported, rows, logits = [], x.shape[0], None if ctc is None else []
-        if self._pads(x):
-            x = F.pad(x, (0, 0, 0, few_sizes(rows) - rows))
+        if x.dim() == 2 and not self.training:
+            x = with_few_sizes(x)  # once, rather than for every product
         run = self._chained if x.dim() == 2 and has_kernels(x) and self._is_chain() else self._one_by_one
         # Each state is after the CTC feedback is added: transformers adds it in place, so the exported state includes it.
         for number, state in enumerate(run(self.input_linear(x), clips, logits)):
@@ -152,12 +152,6 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
             if number < self.num_layers:
                 yield state
         yield torch.cat([*exported, state], dim=-1) if exported else state
-
-    def _pads(self, x: Tensor) -> bool:
-        """Whether to compute one of a few numbers of frames (`few_sizes.py`), rather than to copy the input of every product."""
-        if x.dim() != 2 or len(x) == 0 or x.device.type != "cpu" or self.training or torch.is_grad_enabled() or has_kernels(x):
-            return False
-        return x.dtype != torch.float32 or any(getattr(one, "packed", None) is not None for one in self.layers.modules())
 
     def _is_chain(self) -> bool:
         """Whether no block has to be called."""
