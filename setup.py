@@ -39,7 +39,7 @@ setup(
         "plot": ["matplotlib>=3.9"],  # `--plot` and `plot_words`
         "train": ["jiwer>=4", "matplotlib>=3.9"],  # `finetune --validation`; the plot of `make embedded`
         "test": [
-            "transformers==5.17.0",
+            "transformers==5.23.0",
             "numpy<2.4",  # with 2.4, Triton 3.6's interpreter cannot loop over a runtime range
             "peft>=0.21",
             "pytest>=8",
