@@ -22,6 +22,7 @@ from granite_speech.modules.few_sizes import linear
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.int8_weight import PointwiseConv1d, whole_of
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.row_parts import number_of_parts
 from granite_speech.modules.side_by_side import is_plain, side_by_side
 from granite_speech.modules.transfers import on_device
 from granite_speech.modules.wrapped_weights import weight_of
@@ -33,10 +34,6 @@ __all__ = [
     "block_distances",
     "fold_batch_norms",
 ]
-
-# Of a feed-forward's inner tensor on a CPU, at most. The C library takes memory for one of 32 MiB or more from the system, and gives it
-# back, at each call: the system then clears every page of it.
-_HIDDEN_BYTES = 2**24
 
 
 class GraniteSpeechConformerFeedForward(nn.Module):
@@ -64,11 +61,8 @@ class GraniteSpeechConformerFeedForward(nn.Module):
 
     def after_norm(self, x: Tensor) -> Tensor:
         """All but the norm."""
-        if x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            parts = -(-len(x) * self.inner * x.element_size() // _HIDDEN_BYTES)
-            if parts > 1:
-                return torch.cat([self._after_norm(part) for part in x.tensor_split(parts)])
-        return self._after_norm(x)
+        parts = number_of_parts(x, self.inner)
+        return self._after_norm(x) if parts == 1 else torch.cat([self._after_norm(part) for part in x.tensor_split(parts)])
 
     def _after_norm(self, x: Tensor) -> Tensor:
         hidden = self.up_proj(x)

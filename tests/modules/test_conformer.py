@@ -15,7 +15,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from granite_speech.config import GraniteSpeechEncoderConfig
-from granite_speech.modules import conformer
 from granite_speech.modules.add_norm import add_norm
 from granite_speech.modules.conformer import fold_batch_norms
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
@@ -287,17 +286,6 @@ def test_a_hook_in_the_projector_may_return_columns(name: str, monkeypatch: pyte
             module.register_forward_hook(lambda module, arguments, output: output.mT.contiguous().mT)
     monkeypatch.setenv(CHOICE, "triton")
     torch.testing.assert_close(projector.project(windows, None), expected, rtol=0, atol=2e-5)
-
-
-@torch.no_grad()
-def test_a_feed_forward_on_a_cpu_computes_many_rows_in_parts(monkeypatch: pytest.MonkeyPatch):
-    feed_forward, x = encoder().layers[0].ff1, torch.randn(23, 32)
-    whole, rows = feed_forward.after_norm(x), []
-    monkeypatch.setattr(conformer, "_HIDDEN_BYTES", 10 * feed_forward.inner * x.element_size())
-    monkeypatch.setattr(feed_forward, "_after_norm", lambda part, compute=feed_forward._after_norm: rows.append(len(part)) or compute(part))
-    torch.testing.assert_close(feed_forward.after_norm(x), whole, rtol=0, atol=1e-6)
-    assert rows == [8, 8, 7]
-    assert feed_forward.after_norm(x[:0]).shape == (0, 32)
 
 
 def test_sums_in_place_change_neither_the_result_nor_the_input():
