@@ -10,7 +10,6 @@ from granite_speech.engine.records import Records
 from granite_speech.engine.rules import Rules
 from granite_speech.generation.beam_search import BeamSearch
 from granite_speech.generation.processors import History
-from granite_speech.modules.fused_layers import LayersInUse
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import GenerateOutput
 from granite_speech.modules.rows import Rows
@@ -42,7 +41,7 @@ def search_beams(model: Any, rules: Rules, prompts: Prompts, rng: torch.Generato
     tokens_of_rows, positions = Rows.single_tokens(len(cache), device), on_device(cache.next_positions, device)
     segments, padded = tokens_of_rows.segments, tokens_of_rows if have_hooks(model.decoder) else None
     adapter_index, rows = model.adapter_index(cache.has_audio, segments), list(range(len(cache)))
-    hidden_states, layers = prompts.hidden_states, LayersInUse(model.decoder)
+    hidden_states = prompts.hidden_states
     while True:
         scores = processors(history, logits.float().log_softmax(-1))
         records.add(scores, logits, hidden_states, rows)
@@ -54,7 +53,7 @@ def search_beams(model: Any, rules: Rules, prompts: Prompts, rng: torch.Generato
         layout = Tokens(segments, positions, adapter_index, cache.begin(segments), rows=padded)
         embeddings = model.embed_tokens(tokens.unsqueeze(1)).squeeze(1)
         hidden_states = records.collected()
-        logits = model.language_model.next_logits(model.language_states(embeddings, layout, hidden_states, layers))
+        logits = model.language_model.next_logits(model.language_states(embeddings, layout, hidden_states))
         positions = positions + 1
     new, sequences_scores, origins = beams.answers()
     output = GenerateOutput(new, sequences_scores=sequences_scores if options.output_scores else None, beam_indices=origins)

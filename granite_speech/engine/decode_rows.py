@@ -147,7 +147,8 @@ class DecodeRows:
         return tokens
 
     def _new_step(self, key: StepKey, with_vectors: bool = False) -> DecodeStep:
-        return DecodeStep(self._model, self._state, key.selection, key.rows, mixed=key.mixed, with_vectors=with_vectors)
+        options = {"mixed": key.mixed, "with_vectors": with_vectors, "layers": self._runtime.layers}
+        return DecodeStep(self._model, self._state, key.selection, key.rows, **options)
 
     def _place_vectors(self) -> bool:
         """Give the state the embeddings of newest tokens that are audio; False if there are none."""

@@ -221,8 +221,11 @@ class Decoding:
         return True
 
     def _want(self, key: StepKey) -> None:
-        make = partial(DecodeStep, self._model, self._state, key.selection, key.rows, mixed=key.mixed, steps=key.steps)
-        self._runtime.decoder_graphs.want(key, make)
+        self._runtime.decoder_graphs.want(key, partial(self._new_step, key, key.steps))
+
+    def _new_step(self, key: StepKey, steps: int = 1) -> DecodeStep:
+        options = {"mixed": key.mixed, "steps": steps, "layers": self._runtime.layers}
+        return DecodeStep(self._model, self._state, key.selection, key.rows, **options)
 
     def _steps(self) -> int:
         """Steps to launch at once: many if none of their tokens can end an answer or must be looked at, else one."""
@@ -234,7 +237,7 @@ class Decoding:
 
     def _eager_step(self, key: StepKey) -> DecodeStep:
         if self._eager is None or self._eager[0] != key:
-            self._eager = key, DecodeStep(self._model, self._state, key.selection, key.rows, mixed=key.mixed)
+            self._eager = key, self._new_step(key)
         return self._eager[1]
 
     def _draw(self) -> int | None:

@@ -32,6 +32,7 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.stop_strings import StopStrings
 from granite_speech.generation.transition_scores import transition_scores
 from granite_speech.modules.cache import PagedCache
+from granite_speech.modules.layers_in_use import LayersInUse
 from granite_speech.modules.outputs import BaseModelOutputWithPooling, GenerateOutput
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import ModelInputs
@@ -232,6 +233,13 @@ class Generation:
         running = self.runtime.running
         # Outside a session another thread may be using the stages.
         return super().encode_packed(frames, clips) if running is None else encode(self, running.encoder_graphs, frames, clips)
+
+    def _kept_layers(self) -> LayersInUse | None:
+        running = self.runtime.running
+        if running is None:
+            return super()._kept_layers()
+        running.layers.follow()
+        return running.layers
 
     def warmup(
         self,

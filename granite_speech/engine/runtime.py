@@ -24,6 +24,7 @@ from granite_speech.modules.cache import PagePool
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.int8_layers import pack_layers
 from granite_speech.modules.language_model import GraniteModel
+from granite_speech.modules.layers_in_use import LayersInUse
 from granite_speech.modules.side_by_side import arrange
 from granite_speech.modules.snapshot import Snapshot
 
@@ -50,6 +51,7 @@ class Runtime:
         decoder_graphs: of the language model: they read pages, and are dropped when those move.
         pool: pages of all answers in progress.
         state: of the decode step, once there was a request.
+        layers: the model's, fused.
     """
 
     def __init__(self, use_graphs: bool = True, page_size: int = 64) -> None:
@@ -67,6 +69,7 @@ class Runtime:
         self.encoder_graphs, self.decoder_graphs = Graphs(None), Graphs(None)
         self.pool: PagePool | None = None
         self.state: DecodeState | None = None
+        self.layers: LayersInUse | None = None
         self._model: Snapshot | None = None
         self._pages: Tensor | None = None
         self._finished: torch.cuda.Event | None = None
@@ -121,6 +124,9 @@ class Runtime:
         if self.pool is None or (self.pool.keys[0].dtype, self.pool.keys[0].device) != (model.dtype, model.device):
             self.clear()
             self.pool = PagePool(model.text_config, dtype=model.dtype, device=model.device, page_size=self.page_size)
+        if self.layers is None or self.layers.model is not model:
+            self.layers = LayersInUse(model)
+        self.layers.forget_copies()
         can_capture = self.use_graphs and _can_be_captured(model)
         if not can_capture or self._model is None or not self._model.is_current():
             capture = self.make_capture(model.device) if can_capture else None

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from granite_kernels import OPERATIONS
 from granite_kernels.launch import early_launches
-from torch import Tensor, nn
+from torch import Tensor
 
 from granite_speech.engine.fixed_shapes import power_of_2
 from granite_speech.engine.state import DecodeState
@@ -19,10 +19,9 @@ from granite_speech.generation.options import GenerationOptions
 from granite_speech.generation.sampling import keep_top_k, keep_top_p, penalize
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import CacheStep
-from granite_speech.modules.fused_layers import FusedLayers, States
-from granite_speech.modules.fused_products import can_be_read
-from granite_speech.modules.hooks import have_hooks
+from granite_speech.modules.fused_layers import States
 from granite_speech.modules.language_model import GraniteModel
+from granite_speech.modules.layers_in_use import LayersInUse
 from granite_speech.modules.packing import Bucket
 from granite_speech.modules.rows import Rows
 from granite_speech.modules.snapshot import Snapshot
@@ -108,6 +107,7 @@ class DecodeStep:
         mixed: whether some of the rows have no audio, and therefore no adapter.
         steps: made by one `run`; more than one only without sampling, whose random numbers are drawn before each step.
         with_vectors: whether the newest token of some row is audio, and its embedding is in the state.
+        layers: of the model, which may be those of other steps too.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class DecodeStep:
         mixed: bool = True,
         steps: int = 1,
         with_vectors: bool = False,
+        layers: LayersInUse | None = None,
     ):
         self._model, self._state, self._selection, self._steps, self._with_vectors = model, state, selection, steps, with_vectors
         self._page_size = state.pool.page_size
@@ -130,27 +131,17 @@ class DecodeStep:
         self._adapter_index = state.adapter_index[:rows] if mixed else None
         self._segments = Bucket(state.cu_seqlens[: rows + 1], rows, 1)
         self._rows = rows
-        self._snapshot: Snapshot | None = None
-        self._follow()
+        self._layers = LayersInUse(model) if layers is None else layers
+        self._followed: Snapshot | None = None
 
     def _follow(self) -> None:
-        """Find out how the layers run, again if the model has changed: other requests, and callbacks of this one, may change it."""
-        model = self._model
-        if self._snapshot is not None and self._snapshot.is_current():
-            return
-        self._snapshot = Snapshot(model.language_model)
-        # Hooks see `(rows, 1, hidden)`.
-        self._padded = Rows.single_tokens(self._rows, self._state.device) if have_hooks(model.decoder) else None
-        self._fused = self._fused_layers()
-
-    def _fused_layers(self) -> FusedLayers | None:
-        model, head = self._model, self._model.language_model.lm_head
-        if self._padded is not None or have_hooks(head) or autocast_dtype(self._state.device) is not None:
-            return None
-        embedding, dtype = model.decoder.embed_tokens, model.decoder.norm.weight.dtype
-        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not can_be_read(embedding.weight, dtype):
-            return None
-        return FusedLayers.of(model.decoder, head, model.language_model.config.logits_scaling)
+        """Run the layers as the model is now."""
+        layers = self._layers
+        self._followed, before = layers.follow(), self._followed
+        self._fused = None if autocast_dtype(self._state.device) is not None else layers.with_head
+        if self._followed is not before:
+            # Hooks see `(rows, 1, hidden)`.
+            self._padded = Rows.single_tokens(self._rows, self._state.device) if layers.has_hooks else None
 
     def run(self) -> None:
         """`steps` times: store the newest token of each answer, and choose the next."""

@@ -12,7 +12,7 @@ same states are one product, on weights that lie side by side (`side_by_side.py`
 | 5 | down and residual | gate, up and their SiLU product, in one launch or after the library's; down, by the library; residual and norm |
 
 `granite_kernels.paths` says which column a product uses. On a CPU, and in any dtype that the kernels do not have, the second column runs
-on the operations' references.
+on the operations' references; a small model on a CPU runs in fewer calls than that (`small_layers.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -33,10 +33,10 @@ from granite_speech.modules.fused_products import Layer, Product, can_be_read
 from granite_speech.modules.int8_layers import packed_head
 from granite_speech.modules.rotary import Rotary, rotary_embedding
 from granite_speech.modules.side_by_side import padded_rows
-from granite_speech.modules.snapshot import Snapshot
+from granite_speech.modules.small_layers import SmallLayers
 from granite_speech.modules.tokens import Tokens
 
-__all__ = ["FusedLayers", "LayersInUse", "States", "uses_kernels"]
+__all__ = ["FusedLayers", "States", "uses_kernels"]
 
 _MOST_HEAD_DIM = 128  # of the attention kernels
 # Tokens that the rounded head proposes. Its error of a logit is about 1 % of their spread, so the best is among the first few.
@@ -114,6 +114,10 @@ class FusedLayers:
         padded, packed = (None, None) if weight is None else (padded_rows(weight), packed_head(head))
         return cls(decoder, tuple(layers), weight, weight if padded is None else padded, divisor, packed)
 
+    def without_copies(self) -> Self:
+        """The same, with the copies of small weights to be made again."""
+        return replace(self, layers=tuple(one.without_copies() for one in self.layers))
+
     def _are_matvecs(self, rows: int) -> bool:
         """Whether every product of a layer is one launch that reads the weight once, for this many rows."""
         if self.head.shape[1] > MAX_HEAD_INPUTS or not all(one.is_fused for one in self.layers):
@@ -132,6 +136,9 @@ class FusedLayers:
         x = embeddings * self.decoder.embedding_multiplier
         frequencies = self.decoder.rotary_emb.frequencies(x.device)
         cos, sin = (one.squeeze(1) for one in rotary_embedding(frequencies, tokens.positions, x.dtype))
+        small = None if tokens.step.has_past else self.small_for(x, tokens)
+        if small is not None:
+            return self.decoder.norm(small.prompt(x, (cos, sin), tokens.step, tokens.segments)).to(x.dtype)
         return self._many_rows(x, (cos, sin), tokens, None).normed
 
     def step(self, x: Tensor, rotary: Rotary, tokens: Tokens, counters: Tensor) -> States:
@@ -143,6 +150,10 @@ class FusedLayers:
             tokens: the layout.
             counters: `(rows * heads,)` int32 zeros, which stay zero.
         """
+        small = self.small_for(x, tokens)
+        if small is not None:
+            hidden = small.step(x, rotary, tokens.step)
+            return States(hidden, self.decoder.norm(hidden).to(x.dtype))
         rows = x.shape[0]
         size = block_rows(rows, int8=self.layers[0].qkv.scale is not None)
         if not uses_kernels(tokens.step.pool) or not self._are_matvecs(size):
@@ -153,6 +164,14 @@ class FusedLayers:
         cos, sin = rotary
         parts = [self._few_rows(x[one], (cos[one], sin[one]), _rows_of(tokens, one), counters).hidden for one in blocks]
         return States(torch.cat(parts), None)
+
+    def small_for(self, x: Tensor, tokens: Tokens) -> SmallLayers | None:
+        """The layers for a pass of x on a CPU, if they are small and every row has the adapter."""
+        return self._small if tokens.adapter_index is None and SmallLayers.run_on(x) else None
+
+    @cached_property
+    def _small(self) -> SmallLayers | None:
+        return SmallLayers.of(self.layers, self.decoder.config.num_attention_heads)
 
     def _few_rows(self, x: Tensor, rotary: Rotary, tokens: Tokens, counters: Tensor) -> States:
         first = self.layers[0]
@@ -261,24 +280,6 @@ def uses_kernels(pool: PagePool) -> bool:
     """Whether the operations run as kernels on these pages, and not as references."""
     keys = pool.keys[0]
     return keys.shape[-1] <= _MOST_HEAD_DIM and OPERATIONS["decode_attention"].resolve(None, keys.device, keys.dtype) == "triton"
-
-
-class LayersInUse:
-    """The layers of a decoder without head, for many passes: on a CPU, finding them for each would cost more than fusing saves."""
-
-    def __init__(self, decoder: nn.Module):
-        self._decoder = decoder
-        self._find()
-
-    def _find(self) -> None:
-        self._snapshot = Snapshot(self._decoder)
-        self._layers = None if self._snapshot.have_hooks() else FusedLayers.of(self._decoder)
-
-    def now(self) -> FusedLayers | None:
-        """Found again if the model has changed; None as for `FusedLayers.of`, and with hooks."""
-        if not self._snapshot.is_current():
-            self._find()
-        return self._layers
 
 
 def _add(layer: Layer, x: Tensor, delta: Tensor, norm: GraniteRMSNorm) -> tuple[Tensor, Tensor]:

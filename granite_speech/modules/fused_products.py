@@ -3,7 +3,7 @@
 Made anew from the modules whenever these have changed; no weight is copied but small ones (`Product.wide`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -142,6 +142,11 @@ class Layer:
         if gate_up is None or down is None:
             gate_up = down = None
         return cls(module, qkv, adapter, o, gate_up, down)
+
+    def without_copies(self) -> Self:
+        """The same, with the copies of small weights to be made again."""
+        products = {name: getattr(self, name) for name in ("qkv", "o", "gate_up", "down")}
+        return replace(self, **{name: replace(one) for name, one in products.items() if one is not None})
 
     @property
     def is_fused(self) -> bool:

@@ -4,12 +4,13 @@ Whatever was prepared from a model (captured graphs, weights that are read as on
 of weights in place do not count: whoever reads memory sees them.
 """
 
-from itertools import chain
+import copy
+from itertools import chain, repeat
 from operator import is_
 from typing import Any
 
 from granite_kernels.launch import has_memory
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Snapshot"]
 
@@ -26,30 +27,32 @@ class Snapshot:
         self._tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
         self._values = self._contents()
         tensors = (one for module in modules for one in (*module._parameters.values(), *module._buffers.values()) if one is not None)
-        self._addresses = [(one, one.data_ptr()) for one in tensors if has_memory(one)]
+        self._tensors = [one for one in tensors if has_memory(one)]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
         self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
         self._attributes = [vars(one) for one in modules]
         self._had_hooks = self.have_hooks()
-        self._switched = [table for table in self._attributes if not _SWITCHES.isdisjoint(table)]
-        self._switches = self._positions()
+        switches = [(table, name) for table in self._attributes for name in _SWITCHES if not _SWITCHES.isdisjoint(table)]
+        self._switches = [table for table, _ in switches], [name for _, name in switches]
+        self._positions = [*map(copy.copy, self._now())]
 
     def have_hooks(self) -> bool:
         """Whether Python code of somebody else runs with a module: a hook, or a forward of the module's own."""
-        return any(self._hook_tables) or any("forward" in one for one in self._attributes)
+        return any(self._hook_tables) or any(map(dict.__contains__, self._attributes, repeat("forward")))
 
     def is_current(self) -> bool:
-        """Whether nothing has changed since."""
+        """Whether nothing has changed since. A small model asks this in every step, so all loops here are Python's own."""
         return (
             self.have_hooks() == self._had_hooks
-            and self._positions() == self._switches
+            and self._now() == self._positions
             and len(contents := self._contents()) == len(self._values)
             and all(map(is_, contents, self._values))
-            and all(tensor.data_ptr() == address for tensor, address in self._addresses)
+            and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
         )
 
     def _contents(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._tables))]
 
-    def _positions(self) -> list[Any]:
-        values = (table[name] for table in self._switched for name in _SWITCHES & table.keys())
-        return [tuple(one.items()) if isinstance(one, dict) else tuple(one) if isinstance(one, list) else one for one in values]
+    def _now(self) -> list[Any]:
+        """The positions of all switches; None for one that is missing."""
+        return [*map(dict.get, *self._switches)]

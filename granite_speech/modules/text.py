@@ -18,8 +18,9 @@ from granite_speech.modules.adapter import merge_adapter
 from granite_speech.modules.autocast import autocast_dtype
 from granite_speech.modules.cache import PagedCache
 from granite_speech.modules.checkpointing import GradientCheckpointing
-from granite_speech.modules.fused_layers import FusedLayers, LayersInUse, uses_kernels
+from granite_speech.modules.fused_layers import FusedLayers, uses_kernels
 from granite_speech.modules.hooks import have_hooks
+from granite_speech.modules.layers_in_use import LayersInUse
 from granite_speech.modules.outputs import BaseModelOutputWithPast, Lazy
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import ModelInputs
@@ -263,37 +264,41 @@ class TextToStates(GradientCheckpointing, nn.Module):
         # A layer that runs again in the backward pass adds its weights to the list again.
         return states, hidden_states, None if attentions is None else [*attentions]
 
-    def language_states(
-        self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None = None, layers: LayersInUse | None = None
-    ) -> Tensor:
+    def language_states(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None = None) -> Tensor:
         """Packed embeddings through the language model, which runs padded if `tokens.rows` says so.
 
         Args:
             embeddings: `(total_tokens, hidden)`, before the embedding multiplier.
             tokens: their layout.
             collected: as for `GraniteModel.run`; it takes packed states.
-            layers: of the decoder, if this is one of many passes.
 
         Returns:
             `(total_tokens, hidden)` after the final norm.
         """
         rows = tokens.rows
         if rows is None:
-            fused = None if collected is not None or tokens.attentions is not None else self._fused_layers(tokens, layers)
+            fused = None if collected is not None or tokens.attentions is not None else self._fused_layers(tokens)
             return self.decoder.run(embeddings, tokens, collected) if fused is None else fused.prompt(embeddings, tokens)
         states = self._padded_pass(rows.pad(embeddings), tokens.for_padded_layers(), collected)
         if collected is not None:
             collected[:] = map(rows.pack, collected)
         return rows.pack(states)
 
-    def _fused_layers(self, tokens: Tokens, layers: LayersInUse | None) -> FusedLayers | None:
+    def _fused_layers(self, tokens: Tokens) -> FusedLayers | None:
         """The layers for a pass that fills or reads a cache; None if gradients are recorded, or modules must run one by one."""
         step = tokens.step
         if step is None or torch.is_grad_enabled() or autocast_dtype(self.device) is not None:
             return None
-        if not step.has_past and not uses_kernels(step.pool):
-            return None  # a prompt without earlier keys is faster with SDPA than with the reference of paged attention
-        return FusedLayers.of(self.decoder) if layers is None else layers.now()
+        kept = self._kept_layers()
+        if step.has_past or uses_kernels(step.pool):
+            return FusedLayers.of(self.decoder) if kept is None else kept.layers
+        # A prompt without earlier keys is faster with SDPA, which modules call, than with the reference of paged attention.
+        is_small = kept is not None and kept.layers is not None and kept.layers.small_for(step.pool.keys[0], tokens) is not None
+        return kept.layers if is_small else None
+
+    def _kept_layers(self) -> LayersInUse | None:
+        """The fused layers that are kept from pass to pass, as they are now; None if each pass looks for its own."""
+        return None
 
     def _padded_pass(self, embeddings: Tensor, tokens: Tokens, collected: list[Tensor] | None) -> Tensor:
         # Called as a module, so that its own hooks run.

@@ -25,7 +25,7 @@ _MASK_BYTES = 10_000_000
 def block_attention_cpu(inputs: BlockAttentionInputs) -> Tensor:
     """`block_attention` for CPU tensors that need no gradient. A clip's bits do not depend on its neighbours."""
     q, k, v, rel_pos_emb, cu_seqlens, context_size, scale, _ = inputs
-    if q.dtype != torch.bfloat16 or not has_bfloat16():
+    if q.dtype != torch.float32 and not (q.dtype == torch.bfloat16 and has_bfloat16()):
         return block_attention_reference(*inputs)
     frames, num_heads, dim_head = q.shape
     scale = dim_head**-0.5 if scale is None else scale
