@@ -32,6 +32,7 @@ _HOMES = {
         "GraniteSpeechPlusConfig",
         "GraniteSpeechPlusEncoderConfig",
     ),
+    "config_ctc": ("GraniteSpeech5CTCConfig", "GraniteSpeech5EncoderConfig"),
     "engine.counters": ("Counters",),
     "engine.engine": ("Engine",),
     "engine.graphs": ("CaptureWarning",),
@@ -84,6 +85,8 @@ if TYPE_CHECKING:
     from granite_speech.config import GraniteSpeechEncoderConfig as GraniteSpeechEncoderConfig
     from granite_speech.config import GraniteSpeechPlusConfig as GraniteSpeechPlusConfig
     from granite_speech.config import GraniteSpeechPlusEncoderConfig as GraniteSpeechPlusEncoderConfig
+    from granite_speech.config_ctc import GraniteSpeech5CTCConfig as GraniteSpeech5CTCConfig
+    from granite_speech.config_ctc import GraniteSpeech5EncoderConfig as GraniteSpeech5EncoderConfig
     from granite_speech.engine.counters import Counters as Counters
     from granite_speech.engine.engine import Engine as Engine
     from granite_speech.engine.graphs import CaptureWarning as CaptureWarning
