@@ -19,8 +19,8 @@ Other spellings, by version of transformers and peft:
                                                                      after loading a folder with an adapter
     language_base_model.model.model.model[.model].layers.*           the same, with a newer adapter file
 
-A name is recognised by its anchor (`encoder`, `projector`, `language_model`, `lm_head`, `ctc_head`); any `model.` before or after the anchor
-is ignored. That is safe because no module below an anchor is called `model`, and it needs no guess about which program wrote
+A name is recognised by its anchor (`encoder`, `projector`, `language_model`, `lm_head`, `ctc_head`); any `model.` before or after it is
+ignored. That is safe because no module below an anchor is called `model`, and it needs no guess about which program wrote
 the file. Two names with the same canonical name are an error, so a file that mixes spellings is refused.
 """
 

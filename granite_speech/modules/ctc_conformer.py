@@ -205,7 +205,7 @@ class GraniteSpeech5EncoderBlock(ConformerBlock):
         clips: Segments | None = None,
         **unknown: Any,
     ) -> Tensor:
-        """Arguments as for `GraniteSpeech5EncoderAttention`; the same layout out, with half of each clip's frames if the block halves them."""
+        """Arguments as for `GraniteSpeech5EncoderAttention`; the same layout out."""
         refuse_arguments(unknown, f"{type(self).__name__}.forward")
         clips = clips_of(hidden_states, attention_mask) if clips is None else clips
         halved = clips.halved() if self.stride == 2 else None

@@ -59,6 +59,7 @@ class GraniteSpeech5Encoder(ConformerEncoder, EncoderFiles):
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        clips: Segments | None = None,
         **unknown: Any,
     ) -> GraniteSpeech5EncoderModelOutput | tuple:
         """Encode a padded batch; it is packed at once, unless there are hooks.
@@ -71,6 +72,7 @@ class GraniteSpeech5Encoder(ConformerEncoder, EncoderFiles):
                 or more numbers, these alone, and None in place of the others. If omitted, as the configuration says.
             output_attentions: accepted. The attention's weights are never in memory, and transformers returns none for this model either.
             return_dict: False returns a tuple of the fields that are not None; if omitted, as the configuration says.
+            clips: what `attention_mask` says, known on the host; used in its place.
 
         Returns:
             `last_hidden_state` `(clips, frames left, hidden_size)`, zero beyond a clip's end; so are `hidden_states`. Every subsampling
@@ -80,7 +82,7 @@ class GraniteSpeech5Encoder(ConformerEncoder, EncoderFiles):
             InputError, UnsupportedError: features or a mask of another shape; padding that is not after the frames.
         """
         refuse_arguments(unknown, "GraniteSpeech5Encoder.forward")
-        clips = self.clips(input_features, attention_mask)
+        clips = self.clips(input_features, attention_mask) if clips is None else clips
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         collected: list[tuple[Tensor, Segments]] | None = [] if wanted else None
         is_padded = have_hooks(*self.children())
@@ -117,6 +119,12 @@ class GraniteSpeech5Encoder(ConformerEncoder, EncoderFiles):
                 remedy="Make them with GraniteSpeech5FeatureExtractor or GraniteSpeech5Processor",
             )
         return clips_of(input_features, attention_mask)
+
+    def clips_left(self, clips: Segments) -> Segments:
+        """Where the clips' frames lie after all blocks."""
+        for _ in range(self.config.subsamplings):
+            clips = clips.halved()
+        return clips
 
     def frames_left(self, frames: int, blocks: int | None = None) -> int:
         """Of a clip of so many frames, after the first blocks, or after all."""

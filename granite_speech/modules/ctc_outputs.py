@@ -1,10 +1,11 @@
 """Outputs of TurboCTC, with the fields of transformers' classes in their order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from granite_speech.modules.outputs import ModelOutput
+from granite_speech.modules.packing import Segments
 
 __all__ = ["CausalLMOutput", "GraniteSpeech5CTCGenerateOutput", "GraniteSpeech5EncoderModelOutput"]
 
@@ -36,12 +37,15 @@ class CausalLMOutput(ModelOutput):
         logits: `(clips, frames left, vocabulary)`; zero beyond a clip's end.
         hidden_states: as of the encoder.
         attentions: None.
+        packed_logits, clips: for `generate`: the logits of frames alone, and where each clip's lie. Not among the keys.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    packed_logits: torch.Tensor | None = field(default=None, repr=False, metadata={"internal": True})
+    clips: Segments | None = field(default=None, repr=False, metadata={"internal": True})
 
 
 @dataclass
