@@ -45,7 +45,7 @@ def test_strided_views_give_the_same_bits(op: Operation, case: Case):
             assert torch.equal(bit_view(views[name]), bit_view(plain[name])), name
 
 
-@pytest.mark.parametrize(("op", "case"), [pair for pair in SMALL if pair.values[1].shape.get("padding")])
+@pytest.mark.parametrize(("op", "case"), [pair for pair in SMALL if pair.values[0].packed and pair.values[1].shape.get("padding")])
 def test_padding_is_zero_in_results_and_gradients(op: Operation, case: Case):
     inputs = case.inputs(torch.float32)
     results = outcome_of(op, call(op), inputs)
