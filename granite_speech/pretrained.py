@@ -212,7 +212,7 @@ class Pretrained(Saving):
             raise ConfigError(
                 got=f"a config.json of {config.model_type!r} for {cls.__name__}",
                 expected=f"{cls.config_class.model_type!r}",
-                remedy="Load it with the class of that model; of a part, load the whole model",
+                remedy="If it is part of a model, load the whole model; otherwise use the class of that model",
             )
         unused = config.override(options)
         config.refuse_unused(unused, "from_pretrained", known=tuple(signature(cls.from_pretrained).parameters))

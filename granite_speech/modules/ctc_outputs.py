@@ -1,4 +1,4 @@
-"""Outputs of TurboCTC, with the fields of transformers' classes in their order."""
+"""Outputs of TurboCTC, with the fields of transformers' classes in the order of its keys and tuples."""
 
 from dataclasses import dataclass, field
 
@@ -17,15 +17,16 @@ class GraniteSpeech5EncoderModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: `(clips, frames left, hidden_size)`; zero beyond a clip's end.
         pooler_output, attentions: None, as in transformers.
-        hidden_states: input projection and every block, each `(clips, frames left there, hidden_size)`, if requested.
         attention_mask: `(clips, frames left)` int32, 1 for frames, if a mask was given.
+        hidden_states: input projection and every block, each `(clips, frames left there, hidden_size)`, if requested. Last, because
+            transformers adds them to its output when that is made.
     """
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     attention_mask: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
 
 
 @dataclass
