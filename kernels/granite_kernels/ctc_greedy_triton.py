@@ -11,17 +11,18 @@ from torch import Tensor
 from granite_kernels.launch import ARCHITECTURES, Tile, architecture, launch, launching, register
 from granite_kernels.tiles import TileTable, predicted
 
-# Columns of a row in registers at a time, 32 of them in each thread: the logits of the released model at once.
+# Columns of a row at a time, 16 of them in each thread. All of a released row at once would take so many registers that only one program
+# fits on a multiprocessor.
 _TILES = TileTable(
     "ctc_greedy",
     "rows",
-    {(chip,): predicted(Tile({"BLOCK": 16384}, 16), "2026-11-28") for chip in ARCHITECTURES},
-    candidates=lambda key: [Tile({"BLOCK": 32 * warps * each}, warps) for warps in (4, 8, 16) for each in (16, 32)],
+    {(chip,): predicted(Tile({"BLOCK": 4096}, 8), "2026-11-28") for chip in ARCHITECTURES},
+    candidates=lambda key: [Tile({"BLOCK": 32 * warps * each}, warps) for warps in (4, 8, 16) for each in (8, 16, 32)],
 )
 # Frames of a clip at a time. A clip of 30 s has 375 frames in the released model, so most are done in one or two steps.
 _CLIP_TILE = Tile({"BLOCK": 256}, 4)
-# An id plus this says that the id's logit is the largest. An id without it says that the logit is NaN, which is larger still.
-_NUMBER = tl.constexpr(1 << 30)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -38,31 +39,36 @@ def _ctc_best_kernel(
     is_frame = row < tl.load(cu_seqlens_ptr + num_clips)
     logits_ptr += row * stride_logits
     best = tl.cast(float("-inf"), tl.float32)
-    place = _NUMBER
-    # Of the columns so far, with p = exp(logit − shift): Σ p and Σ p · (logit − shift).
+    place = 0
+    # Of the columns so far, with y = log2(e) · (logit − shift): Σ 2^y and Σ 2^y · y.
     shift = tl.cast(0.0, tl.float32)
     total = tl.cast(0.0, tl.float32)
     moment = tl.cast(0.0, tl.float32)
     for start in range(0, tl.where(is_frame, vocab, 0), BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-        is_number = x == x
-        largest = tl.max(tl.where(is_number, x, float("-inf")), axis=0)
-        where = tl.min(tl.where(is_number, tl.where(x == largest, column + _NUMBER, 2147483647), column), axis=0)
-        place = tl.where((place >= _NUMBER) & ((where < _NUMBER) | (largest > best)), where, place)
+        largest = tl.max(x, axis=0)  # of numbers: NaN is passed over
+        where = tl.min(tl.where(x == largest, column, 2147483647), axis=0)
+        is_better = (largest > best) & (total == total)
         best = tl.maximum(best, largest)
         # The difference of two infinities is no number.
-        moved = shift - tl.where(tl.abs(best) < float("inf"), best, 0.0)
-        shift -= moved
-        p = tl.exp(x - shift)
-        factor = tl.where(total == 0.0, 0.0, tl.exp(moved))  # of no columns, or only of −∞, `moved` means nothing
-        moment = factor * (moment + moved * total) + tl.sum(p * tl.where(p > 0.0, x - shift, 0.0), axis=0)
-        total = factor * total + tl.sum(p, axis=0)
+        moved = (shift - tl.where(tl.abs(best) < float("inf"), best, 0.0)) * _LOG2_E
+        shift = tl.where(tl.abs(best) < float("inf"), best, 0.0)
+        y = (x - shift) * _LOG2_E
+        p = tl.exp2(y)
+        added = tl.sum(p, axis=0)
+        factor = tl.where(total == 0.0, 0.0, tl.exp2(moved))  # of no columns, or only of −∞, `moved` means nothing
+        moment = factor * (moment + moved * total) + tl.sum(p * tl.maximum(y, -200.0), axis=0)  # 2^y is 0 from there on down to −∞
+        if (added != added) & (total == total):  # the first NaN of the row
+            place = tl.min(tl.where(x != x, column, 2147483647), axis=0)
+        else:
+            place = tl.where(is_better, where, place)
+        total = factor * total + added
     best, total = tl.where(is_frame, best, 0.0), tl.where(is_frame, total, 1.0)
     logarithm = tl.log(total)
-    tl.store(ids_ptr + row, tl.where(is_frame, place & (_NUMBER - 1), -1))
+    tl.store(ids_ptr + row, tl.where(is_frame, place, -1))
     tl.store(logprobs_ptr + row, best - shift - logarithm)
-    tl.store(entropy_ptr + row, logarithm - moment / total)
+    tl.store(entropy_ptr + row, logarithm - moment / total * _LN_2)
     tl.store(tokens_ptr + row, -1)
     tl.store(token_logprobs_ptr + row, 0.0)
     tl.store(first_frames_ptr + row, -1)
