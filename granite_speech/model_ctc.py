@@ -18,11 +18,11 @@ from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.checkpointing import GradientCheckpointing
 from granite_speech.modules.ctc_encoder import GraniteSpeech5Encoder
+from granite_speech.modules.ctc_frames import FramesToPath
 from granite_speech.modules.ctc_loss import blank_of, checked_targets, ctc_loss
 from granite_speech.modules.ctc_outputs import CausalLMOutput, GraniteSpeech5CTCGenerateOutput
 from granite_speech.modules.hooks import have_hooks
 from granite_speech.modules.outputs import Lazy
-from granite_speech.modules.packing import Bucket, Segments
 from granite_speech.modules.prompts import refuse_arguments
 from granite_speech.pretrained import Pretrained
 from granite_speech.trainer_checkpoints import complete_trainer
@@ -30,7 +30,7 @@ from granite_speech.trainer_checkpoints import complete_trainer
 __all__ = ["GraniteSpeech5ForCTC"]
 
 
-class GraniteSpeech5ForCTC(GradientCheckpointing, Pretrained):
+class GraniteSpeech5ForCTC(GradientCheckpointing, Pretrained, FramesToPath):
     """Audio features in, the scores of CTC's entries for each frame out: a drop-in for transformers' class of this name.
 
     Args:
@@ -137,28 +137,7 @@ class GraniteSpeech5ForCTC(GradientCheckpointing, Pretrained):
             return sequences
         return GraniteSpeech5CTCGenerateOutput(sequences=sequences, logits=output.logits, hidden_states=output.hidden_states)
 
-    def encode_packed(self, frames: Tensor, clips: Segments | Bucket) -> tuple[Tensor, Segments | Bucket]:
-        """The encoder's states of packed frames, from which `ctc_head` computes logits.
-
-        Args:
-            frames: `(total_frames, 4 * num_mel_bins)`.
-            clips: where each clip lies.
-
-        Returns:
-            `(frames left, hidden_size)`, and where each clip's lie.
-        """
-        return self.encoder.encode(frames, clips)
-
     # --- parts -------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.out.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, except those of BatchNorm, which may be float32."""
-        return self.encoder.out.weight.dtype
 
     def get_encoder(self, modality: str | None = None) -> GraniteSpeech5Encoder:
         """The encoder; audio is the only modality."""

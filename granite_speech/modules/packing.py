@@ -123,7 +123,7 @@ class Bucket:
     def pairs(self, halved: "Bucket") -> Tensor:
         """As `Segments.pairs`; −1 for padding."""
         rows = torch.arange(halved.total, dtype=torch.int32, device=self.cu_seqlens.device)
-        segment = torch.searchsorted(halved.cu_seqlens[1:], rows, right=True).clamp_(max=len(self.cu_seqlens) - 2)
+        segment = torch.searchsorted(halved.cu_seqlens[1:], rows, right=True).clamp(max=len(self.cu_seqlens) - 2)
         first = self.cu_seqlens[segment] + 2 * (rows - halved.cu_seqlens[segment])
         return first.masked_fill(rows >= halved.cu_seqlens[-1], -1)
 
