@@ -15,9 +15,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from granite_speech.config import GraniteSpeechEncoderConfig
-from granite_speech.modules import conformer
+from granite_speech.modules import conformer_parts
 from granite_speech.modules.add_norm import add_norm
-from granite_speech.modules.conformer import fold_batch_norms
+from granite_speech.modules.conformer_parts import fold_batch_norms
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.projector import GraniteSpeechEncoderProjector
@@ -293,7 +293,7 @@ def test_a_hook_in_the_projector_may_return_columns(name: str, monkeypatch: pyte
 def test_a_feed_forward_on_a_cpu_computes_many_rows_in_parts(monkeypatch: pytest.MonkeyPatch):
     feed_forward, x = encoder().layers[0].ff1, torch.randn(23, 32)
     whole, rows = feed_forward.after_norm(x), []
-    monkeypatch.setattr(conformer, "_HIDDEN_BYTES", 10 * feed_forward.inner * x.element_size())
+    monkeypatch.setattr(conformer_parts, "_CPU_BYTES", 10 * feed_forward.inner * x.element_size())
     monkeypatch.setattr(feed_forward, "_after_norm", lambda part, compute=feed_forward._after_norm: rows.append(len(part)) or compute(part))
     torch.testing.assert_close(feed_forward.after_norm(x), whole, rtol=0, atol=1e-6)
     assert rows == [8, 8, 7]
