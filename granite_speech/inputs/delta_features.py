@@ -186,6 +186,7 @@ class GraniteSpeech5FeatureExtractor(Spectrogram, Extractor):
             InputError: neither an array nor a list, no such device, or a length that does not fit the options.
         """
         check_choice("return_tensors", return_tensors, (None, "pt", "np"))
+        check_choice("truncation", truncation, (True, False, None))
         self._check_rate(sampling_rate)
         arrays, rates = arrays_and_rates(raw_speech, None, self.sampling_rate)
         for rate in rates:

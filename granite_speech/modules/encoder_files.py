@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from granite_speech.checkpoints.call_options import pop_hub_options
+from granite_speech.checkpoints.call_options import check_unused, pop_hub_options
 from granite_speech.checkpoints.folder import Checkpoint, load_into, resolve
 from granite_speech.checkpoints.placement import choose_device, choose_dtype
 from granite_speech.checkpoints.upload import saving
@@ -89,6 +89,16 @@ class EncoderFiles(ModelMethods):
         encoder._record_dtype()
         encoder.name_or_path = pretrained_model_name_or_path
         return encoder.eval()
+
+    @classmethod
+    def _from_config(
+        cls, config: Config, dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None, **kwargs: Any
+    ) -> Self:
+        """An encoder with random weights. kwargs: options of transformers that change nothing here."""
+        check_unused(kwargs, "from_config", known=("dtype", "torch_dtype"))
+        encoder = cls(config)
+        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype}, torch.get_default_device())
+        return encoder if wanted is None else encoder.to(wanted)
 
     def save_pretrained(
         self,
