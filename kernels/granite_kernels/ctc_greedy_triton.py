@@ -25,7 +25,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_clips"])
 def _ctc_best_kernel(
     logits_ptr, cu_seqlens_ptr, ids_ptr, logprobs_ptr, entropy_ptr, tokens_ptr, token_logprobs_ptr, first_frames_ptr, last_frames_ptr,
     num_clips, vocab, stride_logits,
