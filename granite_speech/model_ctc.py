@@ -179,10 +179,6 @@ class GraniteSpeech5ForCTC(GradientCheckpointing, Pretrained, FramesToPath):
             renamed |= dict.fromkeys((one, other), found[0]) if found else {}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
-    def canonical_state_dict(self) -> dict[str, Tensor]:
-        state = super().canonical_state_dict()
-        return {name: tensor for name, tensor in state.items() if not (self._is_tied() and name in self.tied_names)}
-
     def _is_tied(self) -> bool:
         return self.ctc_head.weight is self.encoder.out.weight
 

@@ -88,7 +88,8 @@ def ctc_loss(logits: Tensor, clips: Segments, targets: Targets, config: GraniteS
     """
     if not config.ctc_zero_infinity:
         _check_lengths(clips, targets)
-    log_probabilities = clips.pad(F.log_softmax(logits, dim=-1, dtype=torch.float32), clips.longest).transpose(0, 1)
+    frames = max(1, clips.longest)  # PyTorch's function does not take none at all
+    log_probabilities = clips.pad(F.log_softmax(logits, dim=-1, dtype=torch.float32), frames).transpose(0, 1)
     with torch.backends.cudnn.flags(enabled=False):  # its CTC has limits of its own, and takes the first entry as the blank
         return F.ctc_loss(
             log_probabilities,
