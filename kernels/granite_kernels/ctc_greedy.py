@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from granite_kernels.op import Arguments, Case, Cost, Draw, Operation, accumulator, bounds, called_with, nbytes, triton_backend
 
-# The reference widens this many rows of logits at a time.
-_ROWS = 256
+# The reference widens this many logits at a time, at most: 2 MB, which stay in a cache.
+_WIDENED = 2**19
 
 
 class CtcGreedyInputs(NamedTuple):
@@ -123,10 +123,12 @@ def ctc_greedy_reference(inputs: CtcGreedyInputs) -> tuple[torch.Tensor, ...]:
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best id of each row, its log-probability, and the row's entropy."""
     pieces = []
-    for part in logits.split(_ROWS):
-        ids = part.argmax(dim=1, keepdim=True)
+    for part in logits.split(max(_WIDENED // logits.shape[1], 1)):
+        ids = part.max(dim=1, keepdim=True).indices  # on a CPU three times as fast as argmax
         logprobs = part.to(accumulator(part.dtype)).log_softmax(dim=1)
-        pieces.append((ids[:, 0].to(torch.int32), logprobs.gather(1, ids)[:, 0], torch.special.entr(logprobs.exp()).sum(1)))
+        least = torch.finfo(logprobs.dtype).min  # a probability of 0 times −∞ is NaN
+        entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp(min=least), dim=1)
+        pieces.append((ids[:, 0].to(torch.int32), logprobs.gather(1, ids)[:, 0], entropy))
     return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 

@@ -8,6 +8,8 @@ from granite_kernels import OPERATIONS, KernelError, depthwise_conv, depthwise_c
 from granite_kernels.launch import launch, recorded_launches
 from granite_kernels.op import Draw
 from granite_kernels.testing import assert_operation_accurate, outcome, poisoned_allocations
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 OPERATION = OPERATIONS["depthwise_conv"]
@@ -66,6 +68,26 @@ def test_a_stride_of_2_gives_the_bits_of_every_other_frame(kernel_size: int, fra
             assert torch.equal(triton(**{**inputs, "stride": 2}), every)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=4), kernel_size=st.integers(1, 31), padding=st.integers(0, 3), normalised=st.booleans()
+)
+def test_any_batch_with_a_stride_of_2_is_every_other_frame_of_its_clips(
+    lengths: list[int], kernel_size: int, padding: int, normalised: bool
+):
+    inputs = draw(tuple(lengths), 3, kernel_size, normalised=normalised, padding=padding)
+    inputs["x"][sum(lengths) :] = torch.nan
+    clips = triton(**inputs).split([*lengths, padding])[:-1]
+    expected = torch.cat([*(clip[::2][: len(clip) // 2] for clip in clips), torch.empty(0, 3)])
+    with poisoned_allocations():
+        halved = triton(**{**inputs, "stride": 2})
+    assert halved.shape == (len(inputs["x"]) // 2, 3)
+    assert torch.equal(halved[: len(expected)], expected)
+    assert not halved[len(expected) :].any()
+    reference = depthwise_conv(**{**inputs, "stride": 2}, impl="torch")
+    torch.testing.assert_close(halved, reference, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("normalised", [True, False])
 def test_a_stride_of_2_gives_the_gradients_of_every_other_frame(normalised: bool):
     lengths, names = (67, 1, 34, 9), OPERATION.differentiable if normalised else OPERATION.differentiable[:2]
@@ -80,9 +102,9 @@ def test_a_stride_of_2_gives_the_gradients_of_every_other_frame(normalised: bool
 
 def test_where_clips_begin_in_the_result_is_computed_on_the_device():
     inputs = draw((9, 4, 1, 6), 3, 7, stride=2)
-    given = torch.tensor([0, 4, 6, 6, 9], dtype=torch.int32)
-    assert torch.equal(triton(**inputs), triton(**inputs, cu_seqlens_out=given))
-    for cu_seqlens_out in (None, given):
+    places = torch.tensor([0, 4, 6, 6, 9], dtype=torch.int32)
+    assert torch.equal(triton(**inputs), triton(**inputs, cu_seqlens_out=places))
+    for cu_seqlens_out in (None, places):
         meta = {name: one.to("meta") if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
         meta["cu_seqlens_out"] = None if cu_seqlens_out is None else cu_seqlens_out.to("meta")  # a value that is read raises
         with recorded_launches(90) as recorded:
