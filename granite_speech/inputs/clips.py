@@ -50,6 +50,8 @@ def clips_of_batch(audios) -> list[torch.Tensor]:
         arrays = [audios]
     else:
         arrays = list(audios) if audios.ndim in (2, 3) else [audios]
+    if not arrays:
+        raise _no_clips()
     clips = []
     for index, array in enumerate(arrays):
         axis = _channel_axis(tuple(array.shape))
@@ -135,7 +137,7 @@ def _as_arrays(audios) -> list[np.ndarray | torch.Tensor]:
 def check_clips(clips: Sequence[torch.Tensor]) -> None:
     """Refuses clips that have no features. Reads all samples once; clips on an accelerator cost one wait for each device."""
     if not clips:
-        raise AudioError(got="no clips", expected="at least one", remedy="Omit audio for a request without sound")
+        raise _no_clips()
     for index, clip in enumerate(clips):
         if clip.ndim != 1 or clip.dtype != torch.float32:
             raise _bad_clip(index, f"shape {tuple(clip.shape)}, {clip.dtype}", "(samples,) in torch.float32")
@@ -166,6 +168,10 @@ def _as_float32(audio: np.ndarray | torch.Tensor, index: int) -> torch.Tensor:
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(audio, dtype=np.float32)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _no_clips() -> AudioError:
+    return AudioError(got="no clips", expected="at least one", remedy="Omit audio for a request without sound")
 
 
 def _bad_clip(index: int, got: str, expected: str) -> AudioError:

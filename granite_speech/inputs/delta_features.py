@@ -192,6 +192,8 @@ class GraniteSpeech5FeatureExtractor(Spectrogram, Extractor):
         for rate in rates:
             self._check_rate(rate)
         clips = clips_of_batch(arrays)
+        if padding == "max_length" and max_length is None:
+            raise InputError(got="padding='max_length' without max_length", expected="max_length in samples", remedy="Pass max_length")
         padding, limit = padding_and_limit(padding, max_length, UNLIMITED, cut=truncation)
         if truncation and limit is not None:
             clips = [clip[:limit] for clip in clips]
@@ -209,8 +211,6 @@ class GraniteSpeech5FeatureExtractor(Spectrogram, Extractor):
 
     def _batch_length(self, samples: list[int], padding: str | None, max_length: int | None, multiple: int | None) -> int:
         """Samples to which all clips are padded."""
-        if padding == "max_length" and max_length is None:
-            raise InputError(got="padding='max_length' without max_length", expected="max_length in samples", remedy="Pass max_length")
         if padding is None and min(samples) != max(samples):
             raise InputError(
                 got=f"clips of {min(samples)} to {max(samples)} samples with padding=False",
