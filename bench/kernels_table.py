@@ -16,6 +16,7 @@ LIBRARY = {
     "attention_blocks": "searchsorted alone",
     "begin_step": "the embedding alone",
     "block_attention": "SDPA on padded blocks, position bias already in memory",
+    "ctc_greedy": "argmax alone",
     "decode_attention": "SDPA on keys and values already gathered",
     "depthwise_conv": "conv1d alone, on gated frames",
     "exponential_noise": "exponential_ with one generator for all rows",

@@ -33,7 +33,7 @@ ONE = {
     *("arange", "arange.start", "arange.start_step"),
     *("sum", "sum.dim_IntList", "mean", "mean.dim", "amax", "amin", "max", "min", "argmax", "any", "any.dim", "all", "all.dim"),
     *("_softmax", "_log_softmax", "native_layer_norm", "_fused_rms_norm", "roll", "cumsum"),
-    *("gather", "index.Tensor", "index_select", "embedding"),
+    *("gather", "index.Tensor", "index_select", "embedding", "searchsorted.Tensor"),
     *("index_copy_", "scatter_.src", "scatter_.value", "scatter_add_", "index_add_"),
     # cuBLAS adds a bias in the product's epilogue.
     *("mm", "addmm", "bmm", "baddbmm"),

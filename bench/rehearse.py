@@ -20,7 +20,11 @@ from bench import results, shapes, steps
 from bench.counting_gpu import CountingGPU, Counts
 from bench.steps import CONTEXT, INT8, MODELS
 from granite_speech import GraniteSpeechConfig
+from granite_speech.config_ctc import GraniteSpeech5CTCConfig
+from granite_speech.model_ctc import GraniteSpeech5ForCTC
+from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import ModelInputs
+from granite_speech.modules.side_by_side import arrange
 
 __all__ = ["WORK", "Rehearsal", "count", "of_a_layer", "run", "table"]
 
@@ -29,7 +33,9 @@ CLIPS = (1, 128)
 ROWS = (1, 8, 16, 128)  # of a decode step
 NEW_TOKENS = 4
 DEVICE = torch.device("cuda")
+TURBOCTC = "5.0-470m-turboctc"
 ENCODER, PREFILL = "encoder and projector", "encoder, projector and prefill"
+PATH = "encoder, CTC head and best path"  # of TurboCTC
 STEP, STEP_OF_MODULES = "decode step", "decode step, module by module"
 # For the predictions, which are not measurements. Of an H200: bytes a second (bench/results/kernels-nvidia-h200-*.json) and FLOPs a second
 # of the encoder's products (57 TFLOP in 81 ms, in the profile of bench/results/whole-model-nvidia-h200-*.json); and what a launch of a CUDA
@@ -66,6 +72,16 @@ class Rehearsal:
         model, features = self.model(), self.inputs()["input_features"]
         return lambda: model.encode_audio(features, None)
 
+    def path(self) -> Callable[[], object]:
+        """TurboCTC from packed features to the tokens of each clip."""
+        values = {} if self.layers is None else {"encoder_config": {"num_hidden_layers": self.layers}}
+        with shapes.default_dtype(torch.bfloat16), DEVICE:
+            model = GraniteSpeech5ForCTC(GraniteSpeech5CTCConfig(**values)).eval()
+        arrange(model.encoder)
+        lengths = (shapes.CLIP_SECONDS * shapes.FRAMES_A_SECOND,) * self.clips
+        frames = torch.zeros(sum(lengths), model.encoder.input_linear.in_features, dtype=torch.bfloat16, device=DEVICE)
+        return lambda: model.greedy_packed(*model.encode_packed(frames, Segments(lengths, DEVICE)))
+
     def prefill(self) -> Callable[[], object]:
         model, inputs = self.model(), self.inputs()
         return lambda: model.states(ModelInputs(**inputs, use_cache=True))
@@ -101,6 +117,7 @@ class Rehearsal:
 # What is rehearsed: how to prepare it, and whose layers are counted.
 WORK: dict[str, tuple[Callable[[Rehearsal], Callable[[], object]], str | None]] = {
     ENCODER: (Rehearsal.encoder, "encoder"),
+    PATH: (Rehearsal.path, "encoder"),
     PREFILL: (Rehearsal.prefill, "language model"),
     STEP: (Rehearsal.step, "language model"),
     STEP_OF_MODULES: (Rehearsal.step_of_modules, "language model"),
@@ -131,8 +148,9 @@ def count(work: str, name: str, clips: int, layers: int | None = None) -> Counts
 
 def measurements() -> Iterator[dict[str, Any]]:
     """Counts of every part of the work, model and batch."""
-    for name in (*MODELS, f"4.1-2b{INT8}"):
-        for work, (_, layers) in WORK.items() if name in MODELS else {STEP: WORK[STEP]}.items():
+    for name in (*MODELS, f"4.1-2b{INT8}", TURBOCTC):
+        for work in _work_of(name):
+            layers = WORK[work][1]
             for clips in ROWS if work in _STEPS else CLIPS:
                 counts = count(work, name, clips)
                 entry = {"model": name, "work": work, "clips": clips, "launches": counts.launches.total()}
@@ -144,6 +162,13 @@ def measurements() -> Iterator[dict[str, Any]]:
                 elif layers is not None:
                     entry |= {"moved": counts.moved, "predicted_ms": round(1e3 * seconds(counts), 3)}
                 yield entry | {"operations": dict(counts.launches.most_common())}
+
+
+def _work_of(name: str) -> list[str]:
+    """What is rehearsed of a model."""
+    if name == TURBOCTC:
+        return [PATH]
+    return [work for work in WORK if work != PATH] if name in MODELS else [STEP]
 
 
 @functools.cache  # a prefill asks for the encoder's again
@@ -235,11 +260,11 @@ def _layers_table(result: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for one in result["measurements"]:
-        if one["work"] in (ENCODER, PREFILL):
+        if one["work"] in (ENCODER, PATH, PREFILL):
             old = earlier.get((one["model"], one["work"], one["clips"]), {})
             names = ("launches_per_layer", "moved_per_layer", "predicted_us_per_layer", "predicted_ms")
             cells = [_both(_rounded(one), _rounded(old), name) for name in names]
-            layer = "encoder" if one["work"] == ENCODER else "prefill"
+            layer = "prefill" if one["work"] == PREFILL else "encoder"
             lines.append(f"| {one['model']} | {layer} | {one['clips']} | {' | '.join(cells)} |")
     return lines
 

@@ -18,6 +18,7 @@ _HOMES = {
         "AutoConfig",
         "AutoFeatureExtractor",
         "AutoModel",
+        "AutoModelForCTC",
         "AutoModelForMultimodalLM",
         "AutoModelForSeq2SeqLM",
         "AutoModelForSpeechSeq2Seq",
@@ -32,6 +33,7 @@ _HOMES = {
         "GraniteSpeechPlusConfig",
         "GraniteSpeechPlusEncoderConfig",
     ),
+    "config_ctc": ("GraniteSpeech5CTCConfig", "GraniteSpeech5EncoderConfig"),
     "engine.counters": ("Counters",),
     "engine.engine": ("Engine",),
     "engine.graphs": ("CaptureWarning",),
@@ -51,10 +53,14 @@ _HOMES = {
     ),
     "generation.config": ("GenerationConfig",),
     "inputs.audio": ("AudioWarning", "load_audio", "read_blocks"),
+    "inputs.ctc_processor": ("GraniteSpeech5Processor",),
+    "inputs.delta_features": ("GraniteSpeech5FeatureExtractor",),
     "inputs.features": ("GraniteSpeechFeatureExtractor",),
     "inputs.processor": ("GraniteSpeechProcessor",),
     "interop.accelerate": ("AccelerationWarning", "accelerate", "restore"),
     "model": ("GraniteSpeechForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusForConditionalGeneration"),
+    "model_ctc": ("GraniteSpeech5ForCTC",),
+    "modules.ctc_encoder": ("GraniteSpeech5Encoder",),
     "modules.encoder": ("GraniteSpeechCTCEncoder",),
     "transcription.load_model": ("available_models", "load_model"),
     "transcription.options": ("TranscribeOptions",),
@@ -73,6 +79,7 @@ if TYPE_CHECKING:
     from granite_speech.auto import AutoConfig as AutoConfig
     from granite_speech.auto import AutoFeatureExtractor as AutoFeatureExtractor
     from granite_speech.auto import AutoModel as AutoModel
+    from granite_speech.auto import AutoModelForCTC as AutoModelForCTC
     from granite_speech.auto import AutoModelForMultimodalLM as AutoModelForMultimodalLM
     from granite_speech.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
     from granite_speech.auto import AutoModelForSpeechSeq2Seq as AutoModelForSpeechSeq2Seq
@@ -84,6 +91,8 @@ if TYPE_CHECKING:
     from granite_speech.config import GraniteSpeechEncoderConfig as GraniteSpeechEncoderConfig
     from granite_speech.config import GraniteSpeechPlusConfig as GraniteSpeechPlusConfig
     from granite_speech.config import GraniteSpeechPlusEncoderConfig as GraniteSpeechPlusEncoderConfig
+    from granite_speech.config_ctc import GraniteSpeech5CTCConfig as GraniteSpeech5CTCConfig
+    from granite_speech.config_ctc import GraniteSpeech5EncoderConfig as GraniteSpeech5EncoderConfig
     from granite_speech.engine.counters import Counters as Counters
     from granite_speech.engine.engine import Engine as Engine
     from granite_speech.engine.graphs import CaptureWarning as CaptureWarning
@@ -104,6 +113,8 @@ if TYPE_CHECKING:
     from granite_speech.inputs.audio import AudioWarning as AudioWarning
     from granite_speech.inputs.audio import load_audio as load_audio
     from granite_speech.inputs.audio import read_blocks as read_blocks
+    from granite_speech.inputs.ctc_processor import GraniteSpeech5Processor as GraniteSpeech5Processor
+    from granite_speech.inputs.delta_features import GraniteSpeech5FeatureExtractor as GraniteSpeech5FeatureExtractor
     from granite_speech.inputs.features import GraniteSpeechFeatureExtractor as GraniteSpeechFeatureExtractor
     from granite_speech.inputs.processor import GraniteSpeechProcessor as GraniteSpeechProcessor
     from granite_speech.interop.accelerate import AccelerationWarning as AccelerationWarning
@@ -112,6 +123,8 @@ if TYPE_CHECKING:
     from granite_speech.model import GraniteSpeechForConditionalGeneration as GraniteSpeechForConditionalGeneration
     from granite_speech.model import GraniteSpeechModel as GraniteSpeechModel
     from granite_speech.model import GraniteSpeechPlusForConditionalGeneration as GraniteSpeechPlusForConditionalGeneration
+    from granite_speech.model_ctc import GraniteSpeech5ForCTC as GraniteSpeech5ForCTC
+    from granite_speech.modules.ctc_encoder import GraniteSpeech5Encoder as GraniteSpeech5Encoder
     from granite_speech.modules.encoder import GraniteSpeechCTCEncoder as GraniteSpeechCTCEncoder
     from granite_speech.transcription.load_model import available_models as available_models
     from granite_speech.transcription.load_model import load_model as load_model

@@ -1,5 +1,6 @@
 """Configurations in files: config.json of a folder or hub id, and the class that its `model_type` names."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 from warnings import warn
@@ -11,11 +12,10 @@ from granite_speech.errors import CheckpointError, ConfigError, UnsupportedError
 
 __all__ = ["ConfigFiles", "config_from_dict"]
 
-_OTHER_FAMILIES = {
-    "granite_speech_nar": "a non-autoregressive checkpoint (granite-speech-4.1-2b-nar)",
-    "granite_speech5_ctc": "a TurboCTC checkpoint (granite-speech-5.0-470m-turboctc)",
-}
+_NON_AUTOREGRESSIVE = "a non-autoregressive checkpoint (granite-speech-4.1-2b-nar)"
 _KINDS: dict[str, type["ConfigFiles"]] = {}  # by model_type; each configuration class registers itself
+_HOMES = ("granite_speech.config", "granite_speech.config_ctc")
+_MODEL_TYPES = "'granite_speech', 'granite_speech_plus' or 'granite_speech5_ctc'"
 
 
 class ConfigFiles(PushToHub):
@@ -121,7 +121,7 @@ class ConfigFiles(PushToHub):
 
 def _of_kind(cls: type[ConfigFiles], values: dict[str, Any]) -> ConfigFiles:
     """The configuration of class `cls` in a config.json: the whole, or a part of it."""
-    kind = _KINDS.get(values.get("model_type")) if isinstance(values.get("model_type"), str) else None
+    kind = _kind(values.get("model_type"))
     parts = (
         {} if kind is None or issubclass(kind, cls) else {name: part for name, part in kind.sub_configs.items() if issubclass(part, cls)}
     )
@@ -137,6 +137,13 @@ def _of_kind(cls: type[ConfigFiles], values: dict[str, Any]) -> ConfigFiles:
     return config
 
 
+def _kind(model_type: Any) -> type[ConfigFiles] | None:
+    """The class of a `model_type`, or None."""
+    for home in _HOMES:  # imported here because they import this module
+        import_module(home)
+    return _KINDS.get(model_type) if isinstance(model_type, str) else None
+
+
 def config_from_dict(values: dict[str, Any]) -> ConfigFiles:
     """The configuration in a config.json, of the class that its `model_type` names.
 
@@ -146,19 +153,19 @@ def config_from_dict(values: dict[str, Any]) -> ConfigFiles:
     """
     model_type = values.get("model_type")
     name = model_type if isinstance(model_type, str) else ""
-    if name in _KINDS:
+    if (kind := _kind(name)) is not None:
         if "auto_map" in values:
             warn(
                 "config.json has auto_map, which names code in the checkpoint. That code is not run: the model is loaded with the code "
                 "of this package, and saved without auto_map.",
                 stacklevel=3,
             )
-        return _KINDS[name].from_dict({name: value for name, value in values.items() if name != "auto_map"})
+        return kind.from_dict({name: value for name, value in values.items() if name != "auto_map"})
     if model_type is None:
-        raise ConfigError(got="a config.json without model_type", expected="'granite_speech'", remedy="Check that the folder holds a model")
-    other = _OTHER_FAMILIES.get("granite_speech_nar" if "nar" in name.split("_") else name)
+        raise ConfigError(got="a config.json without model_type", expected=_MODEL_TYPES, remedy="Check that the folder holds a model")
+    other = _NON_AUTOREGRESSIVE if "nar" in name.split("_") else None
     raise UnsupportedError(
         got=f"model_type {shown(model_type)}" + (f", {other}" if other else ""),
-        expected="'granite_speech' or 'granite_speech_plus'",
+        expected=_MODEL_TYPES,
         remedy="Run this checkpoint with the code its model card names",
     )

@@ -18,6 +18,7 @@ from granite_speech.checkpoints.free_memory import return_free_memory
 from granite_speech.checkpoints.placement import choose_device, choose_dtype
 from granite_speech.checkpoints.weight_names import HEAD, canonical_keys, is_lora, is_optional
 from granite_speech.config import GraniteSpeechConfig
+from granite_speech.config_base import Config
 from granite_speech.config_files import config_from_dict
 from granite_speech.errors import CheckpointError, ConfigError, InputError
 from granite_speech.generation.config import GenerationConfig
@@ -34,13 +35,22 @@ __all__ = ["Pretrained", "as_config"]
 
 
 class Pretrained(Saving):
-    """Initialising, loading and saving weights, for the two public models."""
+    """Initialising, loading and saving weights, for the public models."""
 
-    def __init__(self, config: GraniteSpeechConfig):
+    def __init__(self, config: Config):
         super().__init__()
-        self.config = as_config(config)
+        self.config = self._as_config(config)
         self.config.validate()
         self.config.complete_attention("sdpa")  # what transformers chooses if nothing is given
+
+    @classmethod
+    def _as_config(cls, config: Any) -> Config:
+        """`as_config`, for the configuration class of this model."""
+        return as_config(config, cls.config_class)
+
+    def _arranged(self) -> tuple[nn.Module, nn.Module | None]:
+        """The layers whose weights lie side by side, and a head (`side_by_side.arrange`)."""
+        return self.decoder, self.get_output_embeddings()
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -84,7 +94,7 @@ class Pretrained(Saving):
         cls,
         pretrained_model_name_or_path: str | Path | None,
         *model_args: Any,
-        config: GraniteSpeechConfig | Mapping[str, Any] | str | Path | None = None,
+        config: Config | Mapping[str, Any] | str | Path | None = None,
         cache_dir: str | Path | None = None,
         ignore_mismatched_sizes: bool = False,
         force_download: bool = False,
@@ -179,14 +189,14 @@ class Pretrained(Saving):
         if quantize is not None:
             round_to_int8(model)  # what was not read from a file; and packs
             return_free_memory()
-        arrange(model.decoder, model.get_output_embeddings())  # what was not read into its place
+        arrange(*model._arranged())  # what was not read into its place
         model._record_dtype()
         model.name_or_path = pretrained_model_name_or_path or ""
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(mismatched or ()), "error_msgs": []}
         return (model.eval(), info) if output_loading_info else model.eval()
 
     @classmethod
-    def _config_for_call(cls, given: Any, folder: Path | None, options: dict[str, Any]) -> tuple[GraniteSpeechConfig, Mapping[str, Any]]:
+    def _config_for_call(cls, given: Any, folder: Path | None, options: dict[str, Any]) -> tuple[Config, Mapping[str, Any]]:
         """The configuration that a call names, changed by the options of the call; and the contents of its file, if it has one."""
         values: Mapping[str, Any] = {}
         if given is None and folder is None:
@@ -194,15 +204,15 @@ class Pretrained(Saving):
         if given is None:
             values = load_json(folder / "config.json")
         elif isinstance(given, str | Path):
-            values = GraniteSpeechConfig.get_config_dict(given)[0]
+            values = cls.config_class.get_config_dict(given)[0]
         elif isinstance(given, Mapping):
             values = given
-        config = config_from_dict(values) if values else copy.deepcopy(as_config(given))
-        if not isinstance(config, GraniteSpeechConfig):
+        config = config_from_dict(values) if values else copy.deepcopy(cls._as_config(given))
+        if not isinstance(config, cls.config_class):
             raise ConfigError(
-                got=f"a config.json of {config.model_type!r}, which is part of a model",
-                expected="'granite_speech'",
-                remedy="Load the whole model",
+                got=f"a config.json of {config.model_type!r} for {cls.__name__}",
+                expected=f"{cls.config_class.model_type!r}",
+                remedy="If it is part of a model, load the whole model; otherwise use the class of that model",
             )
         unused = config.override(options)
         config.refuse_unused(unused, "from_pretrained", known=tuple(signature(cls.from_pretrained).parameters))
@@ -210,14 +220,14 @@ class Pretrained(Saving):
 
     @classmethod
     def _from_state_dict(
-        cls, config: GraniteSpeechConfig, state_dict: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None, device: torch.device
+        cls, config: Config, state_dict: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None, device: torch.device
     ) -> Self:
         """A model with these weights. All must be there, except the head of a tied model."""
         names = canonical_keys(state_dict)
         floating = [tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()]
         model = cls._from_config(config, dtype=dtype or (floating[0] if floating else None))
         own = dict(zip(model.canonical_state_dict(), model.state_dict(), strict=True))
-        unknown = [key for key, name in names.items() if name not in own and name != HEAD]
+        unknown = [key for key, name in names.items() if name not in own and name not in cls.tied_names]
         found = {own[name]: state_dict[key] for key, name in names.items() if name in own}
         missing = [name for name in model.load_state_dict(found, strict=False).missing_keys if not is_optional(name)]
         if unknown or missing:
@@ -229,7 +239,7 @@ class Pretrained(Saving):
         return model.to(device)
 
     @classmethod
-    def _from_config(cls, config: GraniteSpeechConfig, **kwargs: Any) -> Self:
+    def _from_config(cls, config: Config, **kwargs: Any) -> Self:
         """A model with random weights.
 
         Args:
@@ -240,7 +250,7 @@ class Pretrained(Saving):
         Raises:
             InputError, UnsupportedError: another option.
         """
-        config = as_config(config)
+        config = cls._as_config(config)
         dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         if "attn_implementation" in kwargs:
             config._attn_implementation = kwargs["attn_implementation"]
@@ -257,7 +267,7 @@ class Pretrained(Saving):
     @classmethod
     def _load(
         cls,
-        config: GraniteSpeechConfig,
+        config: Config,
         checkpoint: Checkpoint,
         *,
         dtype: torch.dtype | None,
@@ -267,7 +277,7 @@ class Pretrained(Saving):
         quantize: bool = False,
     ) -> Self:
         model = cls.without_weights(config, checkpoint, values)
-        if checkpoint.adapter_config is None and config.has_lora_adapter:
+        if checkpoint.adapter_config is None and getattr(config, "has_lora_adapter", False):
             warn(
                 f"{checkpoint.folder} has no adapter, although its configuration has has_lora_adapter; the model runs without one. "
                 "If this is a released 3.x model, add adapter_config.json and adapter_model.safetensors.",
@@ -283,7 +293,7 @@ class Pretrained(Saving):
         return model
 
     @classmethod
-    def without_weights(cls, config: GraniteSpeechConfig, checkpoint: Checkpoint, values: Mapping[str, Any]) -> Self:
+    def without_weights(cls, config: Config, checkpoint: Checkpoint, values: Mapping[str, Any]) -> Self:
         """The checkpoint's model on the meta device, its adapter attached.
 
         Args:
@@ -291,11 +301,7 @@ class Pretrained(Saving):
             checkpoint: the opened files.
             values: the contents of config.json.
         """
-        # The weights decide whether the head is tied: the two generations of config.json say so in two places and contradict
-        # themselves. A head counts as missing only if both places say "not tied".
-        says_untied = values.get("tie_word_embeddings") is False and not config.text_config.tie_word_embeddings
-        tied = checkpoint.head_is_tied() and (HEAD in checkpoint.entries or not says_untied)
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+        cls._tie_as_stored(config, checkpoint, values)
         with torch.device("meta"):
             model = cls(config)
         if checkpoint.adapter_config is not None:
@@ -304,22 +310,37 @@ class Pretrained(Saving):
             attach_adapter(model, model.adapter_config, [name.removesuffix(suffix) for name in checkpoint.entries if name.endswith(suffix)])
         return model
 
+    @classmethod
+    def _tie_as_stored(cls, config: Config, checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
+        """Set the configuration's `tie_word_embeddings` to match the checkpoint, as for `without_weights`.
 
-def as_config(config: Any) -> GraniteSpeechConfig:
+        The weights decide whether the head is tied: the two generations of config.json say so in two places and contradict themselves. A
+        head counts as missing only if both places say "not tied".
+        """
+        says_untied = values.get("tie_word_embeddings") is False and not config.text_config.tie_word_embeddings
+        tied = checkpoint.head_is_tied() and (HEAD in checkpoint.entries or not says_untied)
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+
+
+def as_config(config: Any, kind: type[Config] = GraniteSpeechConfig) -> Config:
     """A configuration of this package: the given one, or one with the values of transformers' configuration or a dictionary.
+
+    Args:
+        config: any of these.
+        kind: the class that it must be of.
 
     Raises:
         InputError: something else.
     """
-    if isinstance(config, GraniteSpeechConfig):
+    if isinstance(config, kind):
         return config
     values = config if isinstance(config, Mapping) else getattr(config, "to_dict", dict)()
     converted = config_from_dict(dict(values)) if values else None
-    if not isinstance(converted, GraniteSpeechConfig):
+    if not isinstance(converted, kind):
         raise InputError(
             got=f"config of type {type(config).__name__}",
-            expected="a GraniteSpeechConfig, of this package or of transformers",
-            remedy="Build it with GraniteSpeechConfig(...), or load it with AutoConfig.from_pretrained",
+            expected=f"a {kind.__name__}, of this package or of transformers",
+            remedy=f"Build it with {kind.__name__}(...), or load it with AutoConfig.from_pretrained",
         )
     return converted
 
@@ -341,15 +362,15 @@ def _int8_store(
     return store
 
 
-def _places(model: nn.Module, device: torch.device, int8: Collection[str], dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Memory for weights of the language model that lie side by side, by their names among `dtypes`; those of `int8` become int8."""
+def _places(model: Pretrained, device: torch.device, int8: Collection[str], dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Memory for weights that lie side by side, by their names among `dtypes`; those of `int8` become int8."""
     dtypes = dtypes | {name: torch.int8 for name in dtypes if name in int8}
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in dtypes}
-    found = destinations(model.decoder, model.get_output_embeddings(), lambda one: dtypes.get(names.get(id(one))), device)
+    found = destinations(*model._arranged(), lambda one: dtypes.get(names.get(id(one))), device)
     return {names[id(parameter)]: place for parameter, place in found}
 
 
-def _check_tied(wanted: bool | None, config: GraniteSpeechConfig) -> None:
+def _check_tied(wanted: bool | None, config: Config) -> None:
     """Refuse a call that contradicts the weights, which decide whether the head is the embedding."""
     if wanted is not None and wanted != config.tie_word_embeddings:
         raise InputError(

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from granite_speech.adapters.methods import Adapters
 from granite_speech.checkpoints.upload import saving
-from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical_keys, is_lora, is_optional
+from granite_speech.checkpoints.weight_names import TIED, canonical_keys, is_lora, is_optional
 from granite_speech.checkpoints.writing import save
-from granite_speech.config import GraniteSpeechConfig
+from granite_speech.config_base import Config
 from granite_speech.errors import CheckpointError, InputError
 from granite_speech.generation.config import WithGenerationConfig
 from granite_speech.modules.adapter import LoraLinear
@@ -21,9 +21,14 @@ __all__ = ["Saving"]
 
 
 class Saving(ModelMethods, WithGenerationConfig, Adapters):
-    """Saving weights, configurations and adapters, for the two public models."""
+    """Saving weights, configurations and adapters, for the public models.
 
-    config: GraniteSpeechConfig
+    Attributes:
+        tied_names: weights that may be the same parameters as others → the others.
+    """
+
+    config: Config
+    tied_names: ClassVar[Mapping[str, str]] = TIED
 
     def save_pretrained(
         self,
@@ -69,7 +74,7 @@ class Saving(ModelMethods, WithGenerationConfig, Adapters):
         base = {name: tensor for name, tensor in tensors.items() if not is_lora(name)}
         self.config.architectures = [type(self).__name__]
         self._record_dtype()
-        names = {"has_lora_adapter": bool(lora)}
+        names = {"has_lora_adapter": bool(lora)} if hasattr(self.config, "has_lora_adapter") else {}
         stored = str(next(iter(base.values())).dtype).removeprefix("torch.")
         # transformers 4.x reads `torch_dtype`, and 5.x `dtype`.
         config = self.config.to_diff_dict() | names | {"dtype": stored, "torch_dtype": stored}
@@ -86,6 +91,7 @@ class Saving(ModelMethods, WithGenerationConfig, Adapters):
                 adapter_config=adapter,
                 max_shard_size=max_shard_size or "50GB",
                 variant=variant,
+                tied=self.tied_names,
             )
             self.generation_config.save_pretrained(folder)
 
@@ -105,13 +111,14 @@ class Saving(ModelMethods, WithGenerationConfig, Adapters):
             )
 
     def _given_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A caller's state dict with canonical names. A head that is the embedding is left out."""
+        """A caller's state dict with canonical names. A tied head is left out."""
         own, given = self.canonical_state_dict(), {name: state_dict[key] for key, name in canonical_keys(state_dict).items()}
-        tied = HEAD in own and own[HEAD].data_ptr() == own[EMBEDDING].data_ptr()
-        if tied and HEAD in given and EMBEDDING in given and torch.equal(given[HEAD], given[EMBEDDING]):
-            del given[HEAD]  # a copy of the embedding, as state dicts gathered from several processes have it
+        tied = {one: other for one, other in self.tied_names.items() if one in own and own[one].data_ptr() == own[other].data_ptr()}
+        for one, other in tied.items():
+            if one in given and other in given and torch.equal(given[one], given[other]):
+                del given[one]  # a copy of the other, as state dicts gathered from several processes have it
         unknown = sorted(given.keys() - own.keys())
-        missing = [name for name in own if name not in given and not (is_optional(name) or is_lora(name) or (tied and name == HEAD))]
+        missing = [name for name in own if name not in given and not (is_optional(name) or is_lora(name) or name in tied)]
         if unknown or missing:
             raise CheckpointError(
                 got=f"a state_dict with {len(unknown)} unknown names {unknown[:3]} and without {len(missing)} weights {missing[:3]}",

@@ -84,7 +84,7 @@ def test_each_auto_class_loads_its_part(folder):
     assert granite_speech.AutoModelForSpeechSeq2Seq.from_config(config).config is config
 
 
-AUTO = tuple(name for name in granite_speech.__all__ if name.startswith("Auto"))
+AUTO = tuple(name for name in granite_speech.__all__ if name.startswith("Auto") and name != "AutoModelForCTC")  # test_auto_ctc.py
 
 
 @pytest.mark.parametrize("name", AUTO)
@@ -92,7 +92,7 @@ def test_another_model_is_refused_by_name(folder, tmp_path, name):
     for file in folder.glob("*.json*"):
         shutil.copy(file, tmp_path)
     load = getattr(granite_speech, name).from_pretrained
-    for model_type in ("whisper", "granite_speech5_ctc", "granite_speech_nar"):
+    for model_type in ("whisper", "granite_speech_nar"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         with pytest.raises(UnsupportedError, match=f"model_type '{model_type}'"):
             load(tmp_path)
@@ -101,6 +101,13 @@ def test_another_model_is_refused_by_name(folder, tmp_path, name):
     with pytest.raises(InputError, match="trust_remote_cod"):
         load(folder, trust_remote_cod=True)
     assert load(folder, trust_remote_code=True, revision="main") is not None
+
+
+@pytest.mark.parametrize("name", ["AutoModelForSpeechSeq2Seq", "AutoModel"])
+def test_a_part_of_a_model_is_no_model(folder, tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "granite"}))
+    with pytest.raises(UnsupportedError, match=r"'granite' for .*part of a model.*Pass the folder of the whole checkpoint"):
+        getattr(granite_speech, name).from_pretrained(tmp_path)
 
 
 def test_part_of_a_model_is_refused_and_a_processor_needs_no_model(folder, tmp_path):

@@ -362,8 +362,7 @@ def test_wrong_model_types_are_refused():
     assert GraniteSpeechPlusEncoderConfig(model_type="granite_speech_encoder").model_type == "granite_speech_plus_encoder"
 
 
-NOT_AUTOREGRESSIVE = {name: "non-autoregressive" for name in ("granite_speech_nar", "nar", "granite_nar_speech")}
-FAMILIES = NOT_AUTOREGRESSIVE | {"granite_speech5_ctc": "TurboCTC"}
+FAMILIES = {name: "non-autoregressive" for name in ("granite_speech_nar", "nar", "granite_nar_speech")}
 OTHERS = ["whisper", "GRANITE_SPEECH", "", ["granite_speech"], {"a": 1}, 7, True]
 
 

@@ -181,7 +181,7 @@ DAMAGE = {
     "extra": (lambda f: change_weights(f, lambda t: t.update({"encoder.new": torch.ones(2)})), CheckpointError, r"encoder\.new"),
     "shape": (lambda f: change_config(f, window_size=10), CheckpointError, r"projector\.query.*\(1, 3, 24\).*\(1, 2, 24\)"),
     "nar": (lambda f: change_config(f, model_type="granite_speech_nar"), UnsupportedError, "non-autoregressive"),
-    "turboctc": (lambda f: change_config(f, model_type="granite_speech5_ctc"), UnsupportedError, "TurboCTC"),
+    "turboctc": (lambda f: (f / "config.json").write_text('{"model_type": "granite_speech5_ctc"}'), ConfigError, "class of that model"),
     "another model": (lambda f: change_config(f, model_type="whisper"), UnsupportedError, "whisper"),
     "no model type": (lambda f: change_config(f, model_type=None), ConfigError, "model_type"),
     "only a part": (lambda f: (f / "config.json").write_text('{"model_type": "granite_speech_encoder"}'), ConfigError, "part of a model"),

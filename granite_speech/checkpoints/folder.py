@@ -129,13 +129,17 @@ class Checkpoint:
         return cls(folder, entries, load_json(folder / ADAPTER_CONFIG) if has_config else None)
 
     def head_is_tied(self) -> bool:
-        """Whether the output head is the input embedding: the file has only one of the two, or both with the same bytes.
+        """Whether the language model's head is its input embedding."""
+        return self.is_tied(HEAD, EMBEDDING)
+
+    def is_tied(self, name: str, other: str) -> bool:
+        """Whether a weight is the same as another: the file has only one of the two, or both with the same bytes.
 
         The weights decide, because `tie_word_embeddings` is in different places by version, and they may contradict each other.
         """
-        if HEAD not in self.entries or EMBEDDING not in self.entries:
+        if name not in self.entries or other not in self.entries:
             return True
-        return same_values(self.entries[HEAD], self.entries[EMBEDDING])
+        return same_values(self.entries[name], self.entries[other])
 
 
 def read_adapter(folder: str | Path, *, whole_modules: bool = False) -> tuple[dict, dict[str, TensorEntry]]:
@@ -272,7 +276,7 @@ def load_into(
     for name, _, shape in mismatched or ():
         names = [other for other, tensor in wanted.items() if tensor is wanted[name]]
         _replace(module, names, torch.empty(shape, dtype=dtype or checkpoint.entries[name].dtype, device=device))
-    dtypes = {names[0]: dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype for entry, names in plan}
+    dtypes = {names[0]: _dtype_of(module, names[0], entry, dtype) for entry, names in plan}
     memory, store = {} if places is None else places(dtypes), store or {}
     staging = staging_buffer(device)
     for path, tensors in groupby(plan, key=lambda item: item[0].file):
@@ -295,6 +299,17 @@ def load_into(
         )
 
 
+def _dtype_of(module: nn.Module, name: str, entry: TensorEntry, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor of a file becomes in the module."""
+    if is_optional(name):
+        return torch.int64  # transformers may have stored this counter as a floating-point number
+    if not entry.dtype.is_floating_point:
+        return entry.dtype
+    chosen = dtype or entry.dtype
+    kept = getattr(module, "_keep_in_fp32_modules_strict", ())
+    return torch.float32 if chosen.itemsize < 4 and any(f".{one}." in f".{name}" for one in kept) else chosen
+
+
 def _plan(module: nn.Module, checkpoint: Checkpoint, mismatched: list | None) -> list[tuple[TensorEntry, list[str]]]:
     """The tensors to read and their names in the module, in the order of the files. Raises if file and module do not match."""
     wanted = module.state_dict(keep_vars=True)  # with keep_vars, a tied parameter is one object under its names
@@ -314,7 +329,8 @@ def _plan(module: nn.Module, checkpoint: Checkpoint, mismatched: list | None) ->
             continue
         for name in stored:
             entry, tensor = checkpoint.entries[name], wanted[name]
-            if entry.shape != tensor.shape or entry.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            is_same_kind = entry.dtype.is_floating_point == tensor.dtype.is_floating_point or is_optional(name)
+            if entry.shape != tensor.shape or not is_same_kind:
                 there, here = f"{tuple(entry.shape)} {entry.dtype}", f"{tuple(tensor.shape)} {tensor.dtype}"
                 wrong.append(f"{name} (in the file {there}, in the model {here})")
             elif name != stored[0] and not same_values(checkpoint.entries[stored[0]], entry):

@@ -6,6 +6,7 @@ Canonical names are those of the released folders and of this package's modules:
     projector.*                                      the Q-Former
     language_model.model.{embed_tokens,layers,norm}  the Granite decoder
     language_model.lm_head.weight                    its head, if not tied to the embedding
+    ctc_head.*                                       TurboCTC's head, if not tied to encoder.out
     <path of a linear layer>.lora_A.weight           (rank, in_features), and .lora_B.weight, (out_features, rank)
 
 Other spellings, by version of transformers and peft:
@@ -18,8 +19,8 @@ Other spellings, by version of transformers and peft:
                                                                      after loading a folder with an adapter
     language_base_model.model.model.model[.model].layers.*           the same, with a newer adapter file
 
-A name is recognised by its anchor (`encoder`, `projector`, `language_model`, `lm_head`); any `model.` before or after the anchor
-is ignored. That is safe because no module below an anchor is called `model`, and it needs no guess about which program wrote
+A name is recognised by its anchor (`encoder`, `projector`, `language_model`, `lm_head`, `ctc_head`); any `model.` before or after it is
+ignored. That is safe because no module below an anchor is called `model`, and it needs no guess about which program wrote
 the file. Two names with the same canonical name are an error, so a file that mixes spellings is refused.
 """
 
@@ -28,10 +29,11 @@ from collections.abc import Iterable
 
 from granite_speech.errors import CheckpointError
 
-__all__ = ["EMBEDDING", "HEAD", "canonical", "canonical_keys", "canonical_path", "is_lora", "is_optional"]
+__all__ = ["EMBEDDING", "HEAD", "TIED", "canonical", "canonical_keys", "canonical_path", "is_lora", "is_optional"]
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
+TIED = {HEAD: EMBEDDING}
 
 _WRAPPERS = re.compile(r"^(?:base_model\.)?(?:model\.)*")
 _LANGUAGE_MODEL = re.compile(r"^language_(?:base_)?model\.(?:model\.)*")
@@ -64,7 +66,7 @@ def canonical_path(key: str) -> str | None:
         return f"language_model.{inside}"
     if inside != name:
         return f"language_model.model.{inside}"
-    return name if name.startswith(("encoder.", "projector.")) else None
+    return name if name.startswith(("encoder.", "projector.", "ctc_head.")) else None
 
 
 def canonical_keys(keys: Iterable[str]) -> dict[str, str]:

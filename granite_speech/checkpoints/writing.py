@@ -3,13 +3,13 @@
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from granite_speech.checkpoints.folder import ADAPTER, ADAPTER_CONFIG, file_names, list_up_to_ten
-from granite_speech.checkpoints.weight_names import EMBEDDING, HEAD, canonical, is_lora
+from granite_speech.checkpoints.weight_names import TIED, canonical, is_lora
 from granite_speech.errors import CheckpointError, InputError
 
 __all__ = ["save"]
@@ -26,6 +26,7 @@ def save(
     adapter_config: dict | None = None,
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
+    tied: Mapping[str, str] = TIED,
 ) -> None:
     """Write a checkpoint in the layout of the released folders, which every version of transformers reads.
 
@@ -35,13 +36,14 @@ def save(
 
     Args:
         folder: created if missing.
-        tensors: canonical name → weight, without LoRA matrices. A head that shares the embedding's memory is not written.
+        tensors: canonical name → weight, without LoRA matrices.
         config: contents of config.json.
         adapter_tensors: canonical name → LoRA matrix; None without an adapter.
         adapter_config: contents of adapter_config.json; required with adapter_tensors.
         max_shard_size: bytes, or a number with KB, MB, GB or TB (powers of 1000), KiB, MiB, GiB or TiB (of 1024). A larger tensor
             gets a shard of its own.
         variant: of the weights' file names, as of `Checkpoint.open`.
+        tied: names of weights → those of others. One that shares the other's memory, as a tied head does, is not written.
 
     Raises:
         CheckpointError: a name that is not canonical, a tensor without memory, an adapter without its weights or its
@@ -54,8 +56,8 @@ def save(
         raise CheckpointError(
             got="an adapter's weights without its configuration, or the reverse", expected="both or neither", remedy="Pass both"
         )
-    if HEAD in tensors and EMBEDDING in tensors and tensors[HEAD].data_ptr() == tensors[EMBEDDING].data_ptr():
-        tensors = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    shared = {one for one, other in tied.items() if tensors.keys() >= {one, other} and tensors[one].data_ptr() == tensors[other].data_ptr()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
     shards = list(_split(tensors, _bytes_of(max_shard_size)))
     model, index = file_names(variant)
     stem = model.removesuffix(".safetensors")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.inputs.text_options import TextOptions
 
-__all__ = ["CallArguments", "chat_arguments", "only_one"]
+__all__ = ["CallArguments", "chat_arguments", "group", "only_one", "refuse_other_modalities"]
 
 _TEXT = {one.name for one in fields(TextOptions)} | {
     "text_pair",
@@ -58,8 +58,8 @@ class CallArguments(NamedTuple):
         if not options:  # most calls
             return cls(text, None, device, sampling_rate)
         options = dict(options)
-        text_kwargs, audio_kwargs, common = (_group(options, name) for name in _GROUPS[:3])
-        _refuse_other_modalities(options)
+        text_kwargs, audio_kwargs, common = (group(options, name) for name in _GROUPS[:3])
+        refuse_other_modalities(options)
         if unknown := sorted(options.keys() - _CALL):
             raise InputError(
                 got=f"unknown options {unknown}", expected="text, audio, device, sampling_rate and text options", remedy="Remove them"
@@ -77,14 +77,16 @@ class CallArguments(NamedTuple):
         return cls(text, audio, *_audio_options(device, sampling_rate, common, audio_kwargs))
 
 
-def _group(options: dict[str, Any], name: str) -> dict[str, Any]:
+def group(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """Removes a dictionary of options, such as text_kwargs, from a call's options and returns a copy; empty if there is none."""
     group = options.pop(name, None)
     if not isinstance(group, Mapping | None):
         raise InputError(got=f"{name} of type {type(group).__name__}", expected="a dictionary of options", remedy="Pass one")
     return dict(group or {})
 
 
-def _refuse_other_modalities(options: dict[str, Any]) -> None:
+def refuse_other_modalities(options: dict[str, Any]) -> None:
+    """Removes options of images and videos, and those that change nothing, from a call's options; UnsupportedError if one is in use."""
     for name in _MODALITIES:
         value = options.pop(name, None)
         if value is not None and not (hasattr(value, "__len__") and len(value) == 0):

@@ -9,7 +9,7 @@ import torch
 from granite_speech.errors import AudioError, InputError
 from granite_speech.inputs.channels import mix
 
-__all__ = ["as_clips", "check_clips", "clips_of_prompt", "wrong_clips"]
+__all__ = ["as_clips", "check_clips", "clips_of_batch", "clips_of_prompt", "wrong_clips"]
 
 # Only an axis of this length or less can be channels.
 MOST_CHANNELS = 8
@@ -30,6 +30,35 @@ def as_clips(audios) -> list[torch.Tensor]:
         if audio.ndim != 1 and not (audio.ndim == 2 and audio.shape[0] == 1):
             raise _bad_clip(index, f"shape {tuple(audio.shape)}", "one channel: (samples,) or (1, samples)")
         clips.append(_as_float32(audio, index).reshape(-1))
+    return clips
+
+
+def clips_of_batch(audios) -> list[torch.Tensor]:
+    """The clips of a batch without prompts, each as float32 `(samples,)`; several channels become one (`channels.mix`).
+
+    Args:
+        audios: an array or tensor `(samples,)`, `(clips, samples)` or `(clips, samples, channels)`; `(samples, channels)` if its rows are
+            too short for clips; or a list with one array for each clip, with or without channels.
+
+    Raises:
+        AudioError: samples or a shape that cannot be used.
+        InputError: neither an array nor a list.
+    """
+    if not isinstance(audios, (np.ndarray, torch.Tensor)):
+        arrays = _as_arrays(audios)
+    elif audios.ndim == 2 and audios.shape[1] <= MOST_CHANNELS < audios.shape[0]:
+        arrays = [audios]
+    else:
+        arrays = list(audios) if audios.ndim in (2, 3) else [audios]
+    if not arrays:
+        raise _no_clips()
+    clips = []
+    for index, array in enumerate(arrays):
+        axis = _channel_axis(tuple(array.shape))
+        if axis is None:
+            channels = f"(samples, channels) or (channels, samples) with at most {MOST_CHANNELS} channels"
+            raise _bad_clip(index, f"shape {tuple(array.shape)}", f"(samples,), {channels}")
+        clips.append(_as_mono(array, index, axis))
     return clips
 
 
@@ -61,11 +90,7 @@ def clips_of_prompt(audios, expected: int, runs: int = 0) -> list[torch.Tensor] 
     layouts = [_channel_axis(tuple(array.shape)) for array in arrays]
     if None in layouts or not (len(arrays) == expected or 0 < runs <= len(arrays) < expected):
         return None
-    clips = []
-    for index, (array, axis) in enumerate(zip(arrays, layouts, strict=True)):
-        clip = _as_float32(array, index)
-        clips.append(clip if axis < 0 else mix(clip if axis == 0 else clip.T))
-    return clips
+    return [_as_mono(array, index, axis) for index, (array, axis) in enumerate(zip(arrays, layouts, strict=True))]
 
 
 def wrong_clips(audios, placeholders: int, audio_token: str) -> AudioError:
@@ -90,6 +115,12 @@ def _channel_axis(shape: tuple[int, ...]) -> int | None:
     return axis if 1 <= shape[axis] <= MOST_CHANNELS else None
 
 
+def _as_mono(array: np.ndarray | torch.Tensor, index: int, axis: int) -> torch.Tensor:
+    """A clip as float32 `(samples,)`, from channels along `axis` (`_channel_axis`)."""
+    clip = _as_float32(array, index)
+    return clip if axis < 0 else mix(clip if axis == 0 else clip.T)
+
+
 def _as_arrays(audios) -> list[np.ndarray | torch.Tensor]:
     if not isinstance(audios, Sequence) or isinstance(audios, (str, bytes)):
         raise InputError(
@@ -106,7 +137,7 @@ def _as_arrays(audios) -> list[np.ndarray | torch.Tensor]:
 def check_clips(clips: Sequence[torch.Tensor]) -> None:
     """Refuses clips that have no features. Reads all samples once; clips on an accelerator cost one wait for each device."""
     if not clips:
-        raise AudioError(got="no clips", expected="at least one", remedy="Omit audio for a request without sound")
+        raise _no_clips()
     for index, clip in enumerate(clips):
         if clip.ndim != 1 or clip.dtype != torch.float32:
             raise _bad_clip(index, f"shape {tuple(clip.shape)}, {clip.dtype}", "(samples,) in torch.float32")
@@ -137,6 +168,10 @@ def _as_float32(audio: np.ndarray | torch.Tensor, index: int) -> torch.Tensor:
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(audio, dtype=np.float32)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _no_clips() -> AudioError:
+    return AudioError(got="no clips", expected="at least one", remedy="Omit audio for a request without sound")
 
 
 def _bad_clip(index: int, got: str, expected: str) -> AudioError:

@@ -11,7 +11,7 @@ from granite_speech.inputs.padding import need_pad_token, padded, round_up
 from granite_speech.inputs.text_options import UNLIMITED, TextOptions, check_choice, padding_and_limit
 from granite_speech.inputs.vocabulary import Vocabulary
 
-__all__ = ["Coder"]
+__all__ = ["Coder", "plain_ids"]
 
 # The backend holds how texts are cut and whether special tokens are split, so calls take turns.
 _ENCODING = threading.Lock()
@@ -282,7 +282,8 @@ class Coder(Vocabulary):
         Args:
             token_ids: the ids.
             skip_special_tokens: leave out the tokens that tokenizer.json marks as special.
-            clean_up_tokenization_spaces: as in transformers, has no effect on byte-level BPE, which keeps spaces; True is warned about.
+            clean_up_tokenization_spaces: remove spaces before punctuation (`clean_up_tokenization`); None for the tokenizer's own
+                setting. As in transformers, it has no effect on BPE, which keeps the text's own spaces; True is warned about.
             options: add_special_tokens, spaces_between_special_tokens and use_source_tokenizer, which have no effect.
 
         Raises:
@@ -294,14 +295,15 @@ class Coder(Vocabulary):
                 expected="skip_special_tokens and clean_up_tokenization_spaces",
                 remedy="Remove them",
             )
-        if clean_up_tokenization_spaces:
-            warnings.warn(
-                "clean_up_tokenization_spaces has no effect: byte-level BPE already gives the text's own spaces.", UserWarning, stacklevel=2
-            )
-        ids = _plain(token_ids)
+        is_bpe = type(self.backend.model).__name__ == "BPE"
+        if clean_up_tokenization_spaces and is_bpe:
+            warnings.warn("clean_up_tokenization_spaces has no effect: BPE already gives the text's own spaces.", UserWarning, stacklevel=2)
+        chosen = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        clean = self.clean_up_tokenization if chosen and not is_bpe else str
+        ids = plain_ids(token_ids)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
-            return [self._text(row, skip_special_tokens) for row in ids]
-        return self._text([ids] if isinstance(ids, int) else ids, skip_special_tokens)
+            return [clean(self._text(row, skip_special_tokens)) for row in ids]
+        return clean(self._text([ids] if isinstance(ids, int) else ids, skip_special_tokens))
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None, **options: Any
@@ -309,7 +311,7 @@ class Coder(Vocabulary):
         """Texts of several sequences of token ids; see `decode`."""
         texts = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces, **options)
         if isinstance(texts, str):
-            return [texts] if len(_plain(sequences)) else []
+            return [texts] if len(plain_ids(sequences)) else []
         return texts
 
     def _text(self, ids: Any, skip_special_tokens: bool) -> str:
@@ -326,7 +328,7 @@ class Coder(Vocabulary):
         return " ".join(tokens) if self.backend.decoder is None else self.backend.decoder.decode(list(tokens))
 
     def clean_up_tokenization(self, text: str) -> str:
-        """Removes spaces before punctuation and English contractions, which WordPiece tokenizers leave; this one needs it never."""
+        """Removes spaces before punctuation and English contractions, which tokenizers other than BPE leave."""
         for mark in (".", "?", "!", ","):
             text = text.replace(f" {mark}", mark)
         text = text.replace(" ' ", "'")
@@ -369,12 +371,12 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(one, str | list | tuple) for one in value)
 
 
-def _plain(ids: Any) -> Any:
+def plain_ids(ids: Any) -> Any:
     """An integer, or lists of them, for tensors, arrays, numbers of numpy, and lists of those."""
     if hasattr(ids, "tolist"):
         return ids.tolist()
     if isinstance(ids, Mapping) and "input_ids" in ids:
-        return _plain(ids["input_ids"])
+        return plain_ids(ids["input_ids"])
     if isinstance(ids, list | tuple):
-        return list(ids) if all(type(one) is int for one in ids) else [_plain(one) for one in ids]
+        return list(ids) if all(type(one) is int for one in ids) else [plain_ids(one) for one in ids]
     return ids

@@ -3,33 +3,27 @@
 The counterpart of transformers' `GraniteSpeechProcessor`. Reads and writes the files of transformers 4.x and 5.x.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from granite_speech.checkpoints.call_options import hub_options
-from granite_speech.checkpoints.folder import resolve
-from granite_speech.checkpoints.upload import PushToHub, saving
 from granite_speech.errors import InputError
-from granite_speech.inputs.audio import resample
 from granite_speech.inputs.batch import BatchEncoding, BatchFeature
 from granite_speech.inputs.call_arguments import CallArguments, chat_arguments, only_one
 from granite_speech.inputs.chat import audio_of, render_conversations, select_template, text_masks
-from granite_speech.inputs.chat_template import write_chat_template
-from granite_speech.inputs.clips import check_clips, clips_of_prompt, wrong_clips
+from granite_speech.inputs.clips import clips_of_prompt, wrong_clips
 from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
 from granite_speech.inputs.placeholders import count_placeholders, expand, moved, tokens_for
-from granite_speech.inputs.processor_files import EXTRACTOR, PROCESSOR, read_configuration, write_json
-from granite_speech.inputs.sources import arrays_and_rates
+from granite_speech.inputs.processor_base import ProcessorBase
+from granite_speech.inputs.sources import arrays_and_rates, resampled
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 
 __all__ = ["BatchFeature", "GraniteSpeechProcessor"]
 
 
-class GraniteSpeechProcessor(PushToHub):
+class GraniteSpeechProcessor(ProcessorBase):
     """A feature extractor and a tokenizer that agree on the number of audio tokens.
 
     Args:
@@ -38,6 +32,10 @@ class GraniteSpeechProcessor(PushToHub):
         audio_token: the placeholder for one clip in a prompt.
         chat_template: replaces the tokenizer's.
     """
+
+    extractor_class = GraniteSpeechFeatureExtractor
+    tokenizer_class = GraniteSpeechTokenizer
+    attributes = ("audio_processor", "tokenizer")
 
     def __init__(
         self,
@@ -115,7 +113,7 @@ class GraniteSpeechProcessor(PushToHub):
         clips = clips_of_prompt(arrays, placeholders, len(runs))
         if clips is None:
             raise wrong_clips(arrays, placeholders, self.audio_token)
-        clips = self._resampled(clips, rates)
+        clips = resampled(clips, rates, self.audio_processor.sampling_rate)
         counts = tokens_for(runs, [self.audio_processor.count_frames(clip.numel()).tokens for clip in clips])
         if counts is None:
             raise wrong_clips(clips, placeholders, self.audio_token)
@@ -126,15 +124,6 @@ class GraniteSpeechProcessor(PushToHub):
             self._check_audio_tokens(encoded, sum(counts))
         return encoded, features, counts
 
-    def _resampled(self, clips: list[torch.Tensor], rates: list[int | None]) -> list[torch.Tensor]:
-        """The clips at the model's rate. They are checked before they are resampled, because a filter would spread a NaN."""
-        if all(rate is None for rate in rates):
-            return clips
-        check_clips(clips)
-        rates = rates * len(clips) if len(rates) < len(clips) else rates  # of the rows of one array
-        pairs = zip(clips, rates, strict=True)
-        return [clip if rate is None else resample(clip, rate, self.audio_processor.sampling_rate) for clip, rate in pairs]
-
     def _check_audio_tokens(self, encoded: BatchEncoding, expected: int) -> None:
         audio_id = self.tokenizer.convert_tokens_to_ids(self.audio_token)
         left = sum(one.ids.count(audio_id) for one in encoded.encodings)
@@ -144,22 +133,6 @@ class GraniteSpeechProcessor(PushToHub):
                 expected="all of them, because each is the place of a part of a clip",
                 remedy="Raise max_length, or split the recording",
             )
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> str | list[str]:
-        """See `GraniteSpeechTokenizer.decode`."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens, **options)
-
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
-        """See `GraniteSpeechTokenizer.batch_decode`."""
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens, **options)
-
-    def post_process_multimodal_output(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, generation_mode: str | None = None, **options: Any
-    ) -> str | list[str]:
-        """The text of what `generate` returned. generation_mode is "text" or None; options are of `decode`."""
-        if generation_mode not in (None, "text"):
-            raise InputError(got=f"generation_mode={generation_mode!r:.40}", expected="'text', which the model writes", remedy="Omit it")
-        return self.decode(generated_outputs, skip_special_tokens, **options)
 
     def apply_chat_template(
         self,
@@ -238,7 +211,7 @@ class GraniteSpeechProcessor(PushToHub):
         token: str | bool | None = None,
         revision: str | None = None,
         **options: Any,
-    ) -> "GraniteSpeechProcessor":
+    ) -> Self:
         """Loads the processor of a folder or hub id.
 
         5.x keeps the feature extractor inside processor_config.json, 4.x in preprocessor_config.json.
@@ -256,60 +229,20 @@ class GraniteSpeechProcessor(PushToHub):
             UnsupportedError: the feature extractor of another model.
             InputError: unknown options.
         """
-        options |= {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
-        options["revision"] = revision
-        settings = GraniteSpeechTokenizer.pop_settings(options)
-        changes = {name: options.pop(name) for name in GraniteSpeechFeatureExtractor.SETTINGS if name in options}
+        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
         audio_token = options.pop("audio_token", None)
-        folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechProcessor.from_pretrained"))
-        entries, config = read_configuration(folder)
-        extractor = GraniteSpeechFeatureExtractor.from_dict(entries, **changes)
-        tokenizer = GraniteSpeechTokenizer.from_folder(folder, **settings, name_or_path=str(pretrained_model_name_or_path))
+        extractor, tokenizer, config = cls._load(pretrained_model_name_or_path, options | hub | {"revision": revision})
         return cls(extractor, tokenizer, audio_token=audio_token or config["audio_token"])
 
     @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The contents of processor_config.json with the feature extractor's entries, and an empty dictionary: no option is left over."""
-        folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechProcessor.get_processor_dict"))
-        entries, config = read_configuration(folder)
-        return {**config, "audio_processor": entries}, {}
-
-    @classmethod
-    def from_args_and_dict(cls, args: Sequence[Any], processor_dict: Mapping[str, Any], **changes: Any) -> "GraniteSpeechProcessor":
+    def from_args_and_dict(cls, args: Sequence[Any], processor_dict: Mapping[str, Any], **changes: Any) -> Self:
         """A processor of a feature extractor and a tokenizer, `args`, with the audio_token and chat_template of a dictionary."""
         entries = {**processor_dict, **changes}
         return cls(*args, **{name: entries[name] for name in ("audio_token", "chat_template") if entries.get(name) is not None})
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
-        """Writes processor_config.json (5.x), preprocessor_config.json (4.x), the tokenizer's files and the chat template.
-
-        Args:
-            save_directory: created if missing.
-            push_to_hub: also upload the files.
-            options: of the upload: repo_id, commit_message, private, token …
-
-        Returns:
-            The path of processor_config.json, in a list.
-        """
-        with saving(save_directory, "GraniteSpeechProcessor.save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
-            self.tokenizer.save_pretrained(folder)
-            write_chat_template(folder, self.chat_template)
-            self.to_json_file(folder / PROCESSOR)
-            write_json(folder / EXTRACTOR, {**self.audio_processor.to_dict(), "processor_class": type(self).__name__})
-        return [str(folder / PROCESSOR)]
-
     def to_dict(self) -> dict[str, Any]:
         """The contents of processor_config.json."""
-        entries = {"audio_token": self.audio_token, "audio_processor": self.audio_processor.to_dict()}
-        return {"processor_class": type(self).__name__, **entries}
-
-    def to_json_string(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    def to_json_file(self, json_file_path: str | Path) -> None:
-        """Writes processor_config.json under any name."""
-        write_json(Path(json_file_path), self.to_dict())
+        return super().to_dict() | {"audio_token": self.audio_token}
 
     @property
     def feature_extractor(self) -> GraniteSpeechFeatureExtractor:
@@ -320,12 +253,3 @@ class GraniteSpeechProcessor(PushToHub):
     def model_input_names(self) -> list[str]:
         """Names of the model's inputs that the parts make."""
         return [*self.audio_processor.model_input_names, *self.tokenizer.model_input_names]
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        """Names of the parts."""
-        return ["audio_processor", "tokenizer"]
-
-    def __repr__(self) -> str:
-        parts = "".join(f"- {name}: {getattr(self, name)!r}\n" for name in self.get_attributes())
-        return f"{type(self).__name__}:\n{parts}\n{self.to_json_string()}"

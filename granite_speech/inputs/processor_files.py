@@ -8,10 +8,9 @@ from typing import Any
 from granite_speech.checkpoints.folder import load_json
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 
-__all__ = ["EXTRACTOR", "EXTRACTOR_TYPE", "PROCESSOR", "extractor_arguments", "read_configuration", "write_json"]
+__all__ = ["EXTRACTOR", "PROCESSOR", "extractor_arguments", "read_configuration", "write_json"]
 
 PROCESSOR, EXTRACTOR = "processor_config.json", "preprocessor_config.json"
-EXTRACTOR_TYPE = "GraniteSpeechFeatureExtractor"
 
 
 def read_configuration(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -45,16 +44,18 @@ def read_configuration(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return extractor, {**config, "audio_token": audio_token}
 
 
-def extractor_arguments(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The feature extractor's arguments.
+def extractor_arguments(entries: Mapping[str, Any], expected: str) -> dict[str, Any]:
+    """The arguments of the feature extractor of this name.
 
     Raises:
         UnsupportedError: the feature extractor of another model.
     """
     arguments = {name: value for name, value in entries.items() if name not in ("processor_class", "feature_extractor_type", "auto_map")}
-    kind = entries.get("feature_extractor_type", EXTRACTOR_TYPE)
-    if kind != EXTRACTOR_TYPE:
-        raise UnsupportedError(got=f"feature_extractor_type = {kind!r}", expected=EXTRACTOR_TYPE, remedy="Name a Granite Speech checkpoint")
+    kind = entries.get("feature_extractor_type", expected)
+    if kind != expected:
+        raise UnsupportedError(
+            got=f"feature_extractor_type = {kind!r}", expected=expected, remedy="Name the checkpoint that this feature extractor belongs to"
+        )
     return arguments
 
 

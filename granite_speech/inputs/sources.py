@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from granite_speech.errors import AudioError, InputError
-from granite_speech.inputs.audio import load_audio
+from granite_speech.inputs.audio import load_audio, resample
+from granite_speech.inputs.clips import check_clips
 
-__all__ = ["arrays_and_rates", "file_of"]
+__all__ = ["arrays_and_rates", "file_of", "resampled"]
 
 Array = np.ndarray | torch.Tensor
 
@@ -44,6 +45,26 @@ def arrays_and_rates(audio: Any, sampling_rate: int | None, target: int) -> tupl
         return [array for array, _ in pairs], [rate for _, rate in pairs]
     array, rate = _one(audio, sampling_rate, target)
     return [array], [rate]
+
+
+def resampled(clips: Sequence[torch.Tensor], rates: Sequence[int | None], target: int) -> list[torch.Tensor]:
+    """Clips `(samples,)` at the rate `target`. They are checked before they are resampled, because a filter would spread a NaN.
+
+    Args:
+        clips: float32.
+        rates: of `arrays_and_rates`.
+        target: in Hz.
+
+    Raises:
+        AudioError: a clip that cannot be used, or an impossible rate.
+        MissingDependencyError: another rate, and torchaudio cannot be imported.
+    """
+    if all(rate is None for rate in rates):
+        return list(clips)
+    check_clips(clips)
+    rates = list(rates) * len(clips) if len(rates) < len(clips) else rates  # of the rows of one array
+    pairs = zip(clips, rates, strict=True)
+    return [clip if rate is None else resample(clip, rate, target) for clip, rate in pairs]
 
 
 def _each(items: Any, sampling_rate: int | None, target: int):

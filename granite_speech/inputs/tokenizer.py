@@ -6,7 +6,7 @@ roles of special tokens, lengths, the padding side and the chat template.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from granite_speech.checkpoints.call_options import hub_options
 from granite_speech.checkpoints.folder import resolve
@@ -48,6 +48,8 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
         CheckpointError: padding_side or truncation_side is neither "left" nor "right".
     """
 
+    # transformers follows tokenizer.json with this class. For GPT2Tokenizer, version 5 uses the vocabulary alone.
+    written_class: ClassVar[str] = "PreTrainedTokenizerFast"
     is_fast = True
     verbose = False
     pad_token_type_id = 0
@@ -110,7 +112,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
     # --- files --------------------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_folder(cls, folder: str | Path, **settings: Any) -> "GraniteSpeechTokenizer":
+    def from_folder(cls, folder: str | Path, **settings: Any) -> Self:
         """Reads tokenizer.json, tokenizer_config.json, the legacy special_tokens_map.json and added_tokens.json, and the template.
 
         Args:
@@ -140,7 +142,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
         revision: str | None = None,
         trust_remote_code: bool = False,
         **options: Any,
-    ) -> "GraniteSpeechTokenizer":
+    ) -> Self:
         """Loads the tokenizer of a folder or hub id.
 
         Args:
@@ -158,7 +160,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
         options |= {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
         options["revision"] = revision
         settings = cls.pop_settings(options)
-        folder = resolve(pretrained_model_name_or_path, **hub_options(options, "GraniteSpeechTokenizer.from_pretrained"))
+        folder = resolve(pretrained_model_name_or_path, **hub_options(options, f"{cls.__name__}.from_pretrained"))
         return cls.from_folder(folder, **settings | {"name_or_path": str(pretrained_model_name_or_path)})
 
     @staticmethod
@@ -204,18 +206,19 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
             InputError: an unknown option.
         """
         check_choice("save_format", save_format, (None, "hf"))
-        with saving(save_directory, "GraniteSpeechTokenizer.save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
+        with saving(save_directory, f"{type(self).__name__}.save_pretrained", push_to_hub=push_to_hub, options=options) as folder:
             names = ("padding_side", "truncation_side", "model_max_length", "model_input_names", "clean_up_tokenization_spaces")
             settings = {name: getattr(self, name) for name in names if name in self.config or name in ("padding_side", "model_input_names")}
             if self.truncation_side != "right" or self.model_max_length != UNLIMITED:
                 settings |= {"truncation_side": self.truncation_side, "model_max_length": self.model_max_length}
+            settings["tokenizer_class"] = self.written_class
             files = write_files(folder, self, self.config, settings, f"{filename_prefix}-" if filename_prefix else "")
             files += write_chat_template(folder, self.chat_template)
         return tuple(map(str, files))
 
     def save_vocabulary(self, save_directory: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes vocab.json and merges.txt, without added tokens. Returns the paths."""
-        with saving(save_directory, "GraniteSpeechTokenizer.save_vocabulary") as folder:
+        with saving(save_directory, f"{type(self).__name__}.save_vocabulary") as folder:
             return tuple(self.backend.model.save(str(folder), filename_prefix))
 
     @property

@@ -55,19 +55,16 @@ def read_files(folder: Path) -> "tuple[tokenizers.Tokenizer, dict[str, Any], str
 def write_files(folder: Path, vocabulary: Vocabulary, config: Mapping[str, Any], settings: Mapping[str, Any], prefix: str) -> list[Path]:
     """Writes tokenizer.json and tokenizer_config.json, as transformers 4.x and 5.x read them. Returns the files.
 
-    The class is written as PreTrainedTokenizerFast, which follows tokenizer.json. For GPT2Tokenizer, transformers 5.x uses the
-    vocabulary alone and ignores how tokenizer.json splits text.
-
     Args:
         folder: must exist.
         vocabulary: tokens and roles as they are now.
         config: what was read.
-        settings: entries that replace those.
+        settings: entries that replace those, with tokenizer_class.
         prefix: of the files' names; "" for none.
     """
     files = [folder / f"{prefix}{name}" for name in (CONFIG, BACKEND)]
     entries = {name: value for name, value in config.items() if name not in _NOT_SAVED and name not in named_roles(config)}
-    entries |= {"tokenizer_class": "PreTrainedTokenizerFast", **settings, **vocabulary.special_tokens}
+    entries |= {**settings, **vocabulary.special_tokens}
     if isinstance(config.get("extra_special_tokens"), dict):
         entries["extra_special_tokens"] = {role: token for role, token in vocabulary.special_tokens.items() if role not in ROLES}
     if extra := vocabulary.extra_special_tokens:

@@ -20,7 +20,7 @@ from granite_speech.modules.adapter import LoraLinear
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.prompts import refuse_arguments
 from granite_speech.modules.rotary import GraniteRotaryEmbedding, Rotary, rotary_embedding, rotate
-from granite_speech.modules.row_parts import number_of_parts
+from granite_speech.modules.row_parts import in_parts
 from granite_speech.modules.tokens import Tokens
 
 __all__ = ["GraniteAttention", "GraniteDecoderLayer", "GraniteMLP", "GraniteRMSNorm"]
@@ -185,11 +185,12 @@ class GraniteMLP(nn.Module):
         self.act_fn = Activation(config.hidden_act)
 
     def forward(self, x: Tensor, *, adapter_index: Tensor | None = None) -> Tensor:
-        parts = number_of_parts(x, self.inner)
-        if parts == 1:
+        is_packed = x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled()
+        parts = in_parts(x, self.inner) if is_packed else (x,)
+        if len(parts) == 1:
             return self._forward(x, adapter_index)
-        indices = [None] * parts if adapter_index is None else adapter_index.tensor_split(parts)
-        return torch.cat([self._forward(*part) for part in zip(x.tensor_split(parts), indices, strict=True)])
+        indices = [None] * len(parts) if adapter_index is None else adapter_index.tensor_split(len(parts))
+        return torch.cat([self._forward(*part) for part in zip(parts, indices, strict=True)])
 
     def _forward(self, x: Tensor, adapter_index: Tensor | None) -> Tensor:
         hidden = self.act_fn(self.gate_proj(x, adapter_index=adapter_index)) * self.up_proj(x, adapter_index=adapter_index)

@@ -19,16 +19,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from granite_kernels import OPERATIONS
 from torch import Tensor, nn
 
 from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.errors import UnsupportedError
 from granite_speech.modules.adapter import LoraLinear
-from granite_speech.modules.add_norm import add_norm, has_kernels
-from granite_speech.modules.checkpointing import GradientCheckpointing, Recomputation
-from granite_speech.modules.conformer import GraniteSpeechConformerBlock, block_distances, fold_batch_norms
+from granite_speech.modules.conformer import GraniteSpeechConformerBlock
+from granite_speech.modules.conformer_parts import block_distances
+from granite_speech.modules.conformer_stack import ConformerEncoder
 from granite_speech.modules.encoder_files import EncoderFiles
 from granite_speech.modules.few_sizes import with_few_sizes
 from granite_speech.modules.hooks import have_hooks
@@ -39,7 +37,7 @@ from granite_speech.modules.prompts import refuse_arguments
 __all__ = ["GraniteSpeechCTCEncoder"]
 
 
-class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
+class GraniteSpeechCTCEncoder(ConformerEncoder, EncoderFiles):
     """Log-mel frames to audio states, 50 per second."""
 
     main_input_name = "input_features"
@@ -53,7 +51,7 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         self.layers = nn.ModuleList([GraniteSpeechConformerBlock(config) for _ in range(config.num_layers)])
         self.out = LoraLinear(config.hidden_dim, config.output_dim)
         self.out_mid = LoraLinear(config.output_dim, config.hidden_dim)
-        self.recomputation: Recomputation | None = None
+        self.recomputation = None
 
     @property
     def attention_dists(self) -> Tensor:
@@ -139,9 +137,8 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
         exported, rows, logits = [], x.shape[0], None if ctc is None else []
         if x.dim() == 2 and not self.training:
             x = with_few_sizes(x)  # once, rather than for every product
-        run = self._chained if x.dim() == 2 and has_kernels(x) and self._is_chain() else self._one_by_one
         # Each state is after the CTC feedback is added: transformers adds it in place, so the exported state includes it.
-        for number, state in enumerate(run(self.input_linear(x), clips, logits)):
+        for number, (state, _) in enumerate(self._states(self.input_linear(x), clips, logits)):
             state = state[:rows] if len(state) > rows else state
             if number in wanted:
                 exported.append(state)
@@ -153,49 +150,9 @@ class GraniteSpeechCTCEncoder(GradientCheckpointing, EncoderFiles):
                 yield state
         yield torch.cat([*exported, state], dim=-1) if exported else state
 
-    def _is_chain(self) -> bool:
-        """Whether no block has to be called."""
-        if self.training and self.recomputation is not None:
-            return False
-        return all(isinstance(one, GraniteSpeechConformerBlock) and one.is_usual() for one in self.layers)
-
-    def _one_by_one(self, x: Tensor, clips: Segments, ctc: list[Tensor] | None) -> Iterator[Tensor]:
-        """The input and every block's output, from calls of the blocks: for hooks, wrappers, gradient checkpointing, and on a CPU."""
-        recomputation = self.recomputation if self.training else None
-        yield x
-        for number, layer in enumerate(self.layers, 1):
-            x = layer(x, clips=clips) if recomputation is None else recomputation.run(layer, number - 1, x, clips=clips)
-            if number == self.num_layers // 2:
-                x = self._with_feedback(x, ctc)
-            yield x
-
-    def _chained(self, x: Tensor, clips: Segments, ctc: list[Tensor] | None) -> Iterator[Tensor]:
-        """The same, packed, with kernels: a block ends with the first norm of the next."""
-        yield x
-        folds = not any(one.conv.batch_norm.training for one in self.layers)
-        folded = fold_batch_norms([one.conv.batch_norm for one in self.layers]) if folds else [None] * self.num_layers
-        table = {"total_frames": x.shape[0], "context_size": self.config.context_size}
-        blocks = OPERATIONS["attention_blocks"].run(clips.cu_seqlens, **table)  # read in every layer
-        following = [*(one.ff1.pre_norm for one in self.layers[1:]), None]
-        normed = self.layers[0].ff1.pre_norm(x)
-        for number, (layer, norm) in enumerate(zip(self.layers, following, strict=True), 1):
-            has_feedback = number == self.num_layers // 2
-            x, normed = layer.run(x, normed, clips, blocks=blocks, folded=folded[number - 1], next_norm=None if has_feedback else norm)
-            if has_feedback:
-                x, normed = add_norm(x, self.out_mid(self._ctc_probabilities(x, ctc)), norm)
-            yield x
-
-    def _with_feedback(self, x: Tensor, ctc: list[Tensor] | None) -> Tensor:
-        """The middle block's output and, projected back, what the CTC head makes of it."""
+    def _with_feedback(self, x: Tensor, taken: list[Tensor] | None) -> Tensor:
         # Padded: there are hooks. One that keeps this block's output finds the feedback in it afterwards, because transformers adds in
         # place. autograd forbids that where a backward hook has made the output a view.
         if x.dim() == 2 or x._is_view():
-            return x + self.out_mid(self._ctc_probabilities(x, ctc))
-        return x.add_(self.out_mid(self._ctc_probabilities(x.clone(), ctc)))
-
-    def _ctc_probabilities(self, x: Tensor, ctc: list[Tensor] | None) -> Tensor:
-        """Softmax of the CTC head, `(..., output_dim)`; computed at least in float32 and rounded once to x's dtype."""
-        logits = self.out(x)
-        if ctc is not None:
-            ctc.append(logits)
-        return F.softmax(logits, dim=-1).to(x.dtype)  # float32 under autocast
+            return super()._with_feedback(x, taken)
+        return x.add_(self._feedback(x.clone(), taken))

@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from granite_speech.checkpoints.call_options import pop_hub_options
+from granite_speech.checkpoints.call_options import check_unused, pop_hub_options
 from granite_speech.checkpoints.folder import Checkpoint, load_into, resolve
 from granite_speech.checkpoints.placement import choose_device, choose_dtype
 from granite_speech.checkpoints.upload import saving
 from granite_speech.checkpoints.weight_names import is_lora
 from granite_speech.checkpoints.writing import save
 from granite_speech.config import GraniteSpeechEncoderConfig
+from granite_speech.config_base import Config
 from granite_speech.errors import CheckpointError, UnsupportedError
 from granite_speech.modules.model_methods import ModelMethods
 
@@ -23,10 +24,10 @@ _PREFIX = "encoder."  # of its weights in the files of a whole model
 
 
 class EncoderFiles(ModelMethods):
-    """`from_pretrained` and `save_pretrained` of the encoder."""
+    """`from_pretrained` and `save_pretrained` of the encoders."""
 
-    config: GraniteSpeechEncoderConfig
-    config_class: ClassVar[type[GraniteSpeechEncoderConfig]] = GraniteSpeechEncoderConfig
+    config: Config
+    config_class: ClassVar[type[Config]] = GraniteSpeechEncoderConfig
     main_input_name: ClassVar[str] = "input_features"
 
     @classmethod
@@ -34,7 +35,7 @@ class EncoderFiles(ModelMethods):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        config: GraniteSpeechEncoderConfig | None = None,
+        config: Config | None = None,
         cache_dir: str | Path | None = None,
         ignore_mismatched_sizes: bool = False,
         force_download: bool = False,
@@ -71,7 +72,7 @@ class EncoderFiles(ModelMethods):
         kwargs |= {"use_safetensors": use_safetensors, "fusion_config": fusion_config, "ignore_mismatched_sizes": ignore_mismatched_sizes}
         hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only, "token": token}
         folder = resolve(pretrained_model_name_or_path, **hub | {"revision": revision} | pop_hub_options(kwargs))
-        config = GraniteSpeechEncoderConfig.from_pretrained(folder) if config is None else config
+        config = cls.config_class.from_pretrained(folder) if config is None else config
         config.refuse_unused(config.override(kwargs), f"{cls.__name__}.from_pretrained", known=("config", "variant", "dtype", "device"))
         checkpoint = Checkpoint.open(folder, variant)
         own = {name.removeprefix(_PREFIX): entry for name, entry in checkpoint.entries.items() if name.startswith(_PREFIX)}
@@ -88,6 +89,16 @@ class EncoderFiles(ModelMethods):
         encoder._record_dtype()
         encoder.name_or_path = pretrained_model_name_or_path
         return encoder.eval()
+
+    @classmethod
+    def _from_config(
+        cls, config: Config, dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None, **kwargs: Any
+    ) -> Self:
+        """An encoder with random weights. kwargs: options of transformers that change nothing here."""
+        check_unused(kwargs, "from_config", known=("dtype", "torch_dtype"))
+        encoder = cls(config)
+        wanted = choose_dtype(dtype if dtype is not None else torch_dtype, {"dtype": config.dtype}, torch.get_default_device())
+        return encoder if wanted is None else encoder.to(wanted)
 
     def save_pretrained(
         self,

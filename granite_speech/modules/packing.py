@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from granite_speech.errors import InputError
@@ -51,6 +52,15 @@ class Segments:
         """`(total,)` int64: the new place of each packed row if segment i is moved to begin at row `places[i]`."""
         rows = [torch.arange(place, place + length) for place, length in zip(places, self.lengths, strict=True)]
         return on_device(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), self.device)
+
+    def halved(self) -> "Segments":
+        """Where the segments lie once each has half of its rows, rounded down."""
+        return Segments(tuple(length // 2 for length in self.lengths), self.device)
+
+    def pairs(self, halved: "Segments") -> Tensor:
+        """`(halved.total,)` int32: for each row of `halved()`, the first of the two rows of the same segment that it comes from."""
+        rows = [torch.arange(start, start + 2 * length, 2) for start, length in zip(self.starts, halved.lengths, strict=False)]
+        return on_device(torch.cat(rows) if rows else torch.empty(0), self.device, torch.int32)
 
     @classmethod
     def of_batch(cls, padded: Tensor) -> "Segments":
@@ -103,6 +113,19 @@ class Bucket:
     cu_seqlens: Tensor
     total: int
     longest: int
+
+    def halved(self) -> "Bucket":
+        """As `Segments.halved`, computed on the device."""
+        lengths = self.cu_seqlens.diff() // 2
+        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return Bucket(cu_seqlens, self.total // 2, self.longest // 2)
+
+    def pairs(self, halved: "Bucket") -> Tensor:
+        """As `Segments.pairs`; −1 for padding."""
+        rows = torch.arange(halved.total, dtype=torch.int32, device=self.cu_seqlens.device)
+        segment = torch.searchsorted(halved.cu_seqlens[1:], rows, right=True).clamp(max=len(self.cu_seqlens) - 2)
+        first = self.cu_seqlens[segment] + 2 * (rows - halved.cu_seqlens[segment])
+        return first.masked_fill(rows >= halved.cu_seqlens[-1], -1)
 
 
 def host_lengths(lengths: list[int] | tuple[int, ...] | Tensor, clips: int, longest: int, name: str) -> tuple[int, ...]:

@@ -1,17 +1,16 @@
-"""A feed-forward's inner tensor is its widest by far. On a CPU it is computed for some of the rows at a time."""
+"""Some tensors are much wider than the states they come from and go back to, and soon freed: they are computed for some rows at a time."""
 
-import torch
 from torch import Tensor
 
-__all__ = ["number_of_parts"]
+__all__ = ["in_parts"]
 
-# Of the inner tensor, at most. The C library takes memory for one of 32 MiB or more from the system, and gives it back, at each call:
-# the system then clears every page of it.
-_BYTES = 2**24
+# Of a wide tensor, at most. On a CPU, the C library takes memory for one of 32 MiB or more from the system, and gives it back, at each
+# call: the system then clears every page of it.
+_CPU_BYTES, _GPU_BYTES = 2**24, 2**29
 
 
-def number_of_parts(x: Tensor, inner: int) -> int:
-    """Into how many parts to split the rows `(rows, width)` of a feed-forward whose inner width is `inner`; 1 if not at all."""
-    if x.dim() != 2 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return 1
-    return max(1, -(-len(x) * inner * x.element_size() // _BYTES))
+def in_parts(x: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Rows `(rows, ...)`, in parts so short that a tensor `(rows, width)` of their dtype stays small."""
+    limit = _CPU_BYTES if x.device.type == "cpu" else _GPU_BYTES
+    parts = -(-len(x) * width * x.element_size() // limit)
+    return x.tensor_split(parts) if parts > 1 else (x,)

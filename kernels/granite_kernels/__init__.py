@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from granite_kernels.attention_blocks import attention_blocks
     from granite_kernels.begin_step import begin_step
     from granite_kernels.block_attention import block_attention
+    from granite_kernels.ctc_greedy import ctc_greedy
     from granite_kernels.decode_attention import decode_attention
     from granite_kernels.depthwise_conv import depthwise_conv
     from granite_kernels.exponential_noise import exponential_noise
@@ -45,6 +46,7 @@ __all__ = [
     "attention_blocks",
     "begin_step",
     "block_attention",
+    "ctc_greedy",
     "decode_attention",
     "depthwise_conv",
     "exponential_noise",
@@ -66,6 +68,7 @@ _OPERATIONS = (
     "attention_blocks",
     "begin_step",
     "block_attention",
+    "ctc_greedy",
     "decode_attention",
     "depthwise_conv",
     "exponential_noise",

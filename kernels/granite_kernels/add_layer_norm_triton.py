@@ -56,16 +56,27 @@ def _standardised(y, inside, width, eps):
     return centred * scale, scale
 
 
+@triton.jit
+def _pair_mean(x_ptr, stride_x, pair, column, inside):
+    """The mean of rows `pair` and `pair` + 1, rounded to x's dtype; zero if `pair` is -1."""
+    there = inside & (pair >= 0)
+    x_ptr += pair.to(tl.int64) * stride_x + column
+    one = tl.load(x_ptr, mask=there, other=0.0).to(tl.float32)
+    other = tl.load(x_ptr + stride_x, mask=there, other=0.0).to(tl.float32)
+    return rounded((one + other) * 0.5, x_ptr.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _add_layer_norm_fwd_kernel(
-    x_ptr, delta_ptr, weight_ptr, bias_ptr, next_weight_ptr, next_bias_ptr, first_ptr, second_ptr, rows, width, stride_x, stride_delta,
-    eps, multiplier, next_eps,
+    x_ptr, delta_ptr, pairs_ptr, weight_ptr, bias_ptr, next_weight_ptr, next_bias_ptr, first_ptr, second_ptr, rows, width, stride_x,
+    stride_delta, eps, multiplier, next_eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of both results.
 
-    Grid: (⌈rows / ROWS⌉,). x and delta (rows, width), strides (stride_x, 1) and (stride_delta, 1). weight, bias, and next_weight and
-    next_bias or None: (width,). first and second (rows, width), contiguous: sum and normed, or normed and its norm.
+    Grid: (⌈rows / ROWS⌉,). x and delta (rows, width), strides (stride_x, 1) and (stride_delta, 1); with pairs (rows,) int32, x has any
+    number of rows. weight, bias, and next_weight and next_bias or None: (width,). first and second (rows, width), contiguous: sum and
+    normed, or normed and its norm.
     """
     column = tl.arange(0, BLOCK)
     exists = column < width
@@ -82,7 +93,11 @@ def _add_layer_norm_fwd_kernel(
     for r in tl.static_range(ROWS):
         row = begin + r
         inside = exists & (row < rows)
-        xs += (tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0),)
+        if pairs_ptr is not None:
+            pair = tl.load(pairs_ptr + row, mask=row < rows, other=-1)
+            xs += (_pair_mean(x_ptr, stride_x, pair, column, exists),)
+        else:
+            xs += (tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0),)
         deltas += (tl.load(delta_ptr + row * stride_delta + column, mask=inside, other=0.0),)
     for r in tl.static_range(ROWS):
         row = begin + r
@@ -100,15 +115,16 @@ def _add_layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _add_layer_norm_bwd_kernel(
-    x_ptr, delta_ptr, weight_ptr, grad_normed_ptr, grad_sum_ptr, grad_x_ptr, grad_delta_ptr, partial_ptr, rows, width, stride_x,
-    stride_delta, eps, multiplier,
+    x_ptr, delta_ptr, pairs_ptr, weight_ptr, grad_normed_ptr, grad_sum_ptr, grad_x_ptr, grad_delta_ptr, partial_ptr, rows, width,
+    stride_x, stride_delta, eps, multiplier,
     PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one norm for every PROGRAMS-th row, and this program's part of those of weight and bias.
 
     Grid: (min(PROGRAMS, rows),). x and delta (rows, width), strides (stride_x, 1) and (stride_delta, 1); without delta, x is the sum.
     weight (width,). grad_normed, grad_sum or None, grad_x, grad_delta or None: (rows, width), contiguous. partial (programs, 2, width)
-    float32: weight, bias.
+    float32: weight, bias. With pairs (rows,) int32, grad_x and, if there is a delta, x have any number of rows, and only those of a pair
+    are written.
     """
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -118,7 +134,12 @@ def _add_layer_norm_bwd_kernel(
     dtype: tl.constexpr = grad_x_ptr.dtype.element_ty
     for number in range(tl.program_id(0), rows, PROGRAMS):
         row = tl.cast(number, tl.int64)
-        total = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+        if pairs_ptr is not None:
+            pair = tl.load(pairs_ptr + row)
+        if pairs_ptr is not None and delta_ptr is not None:
+            total = _pair_mean(x_ptr, stride_x, pair, column, inside).to(tl.float32)
+        else:
+            total = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
         if delta_ptr is not None:
             delta = tl.load(delta_ptr + row * stride_delta + column, mask=inside, other=0.0).to(tl.float32)
             total = rounded(total + multiplier * delta, dtype).to(tl.float32)
@@ -131,7 +152,13 @@ def _add_layer_norm_bwd_kernel(
         grad = scale * (grad - tl.sum(grad, axis=0) / width - standard * along)
         if grad_sum_ptr is not None:
             grad += tl.load(grad_sum_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_x_ptr + row * width + column, rounded(grad, dtype), mask=inside)
+        if pairs_ptr is not None:
+            there = inside & (pair >= 0)
+            pair_ptr = grad_x_ptr + pair.to(tl.int64) * width + column
+            tl.store(pair_ptr, rounded(grad * 0.5, dtype), mask=there)
+            tl.store(pair_ptr + width, rounded(grad * 0.5, dtype), mask=there)
+        else:
+            tl.store(grad_x_ptr + row * width + column, rounded(grad, dtype), mask=inside)
         if grad_delta_ptr is not None:
             tl.store(grad_delta_ptr + row * width + column, rounded(multiplier * grad, dtype), mask=inside)
     partial_ptr += tl.program_id(0) * 2 * width
@@ -156,13 +183,14 @@ def _add_layer_norm(
     eps: float = 1e-5,
     multiplier: float = 1.0,
     next_eps: float | None = None,
+    pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` by the Triton kernel.
 
     Raises:
         KernelError: the rows are wider than MAX_WIDTH.
     """
-    rows, width = x.shape
+    rows, width = delta.shape
     if width > MAX_WIDTH:
         remedy = f"Use impl='torch' or {CHOICE}=torch to run the PyTorch reference"
         raise KernelError(got=f"add_layer_norm: x has {width} columns", expected=f"at most {MAX_WIDTH}", remedy=remedy)
@@ -170,9 +198,9 @@ def _add_layer_norm(
     if launching(x) and width:
         tile = _tile(_FEW_TILES if rows <= _FEW_ROWS else _TILES, x)
         launch(
-            _add_layer_norm_fwd_kernel, (triton.cdiv(rows, tile.blocks["ROWS"]),), tile, x_ptr=x, delta_ptr=delta, weight_ptr=weight,
-            bias_ptr=bias, next_weight_ptr=next_weight, next_bias_ptr=next_bias, first_ptr=first, second_ptr=second, rows=rows,
-            width=width, stride_x=x.stride(0), stride_delta=delta.stride(0), eps=eps, multiplier=multiplier,
+            _add_layer_norm_fwd_kernel, (triton.cdiv(rows, tile.blocks["ROWS"]),), tile, x_ptr=x, delta_ptr=delta, pairs_ptr=pairs,
+            weight_ptr=weight, bias_ptr=bias, next_weight_ptr=next_weight, next_bias_ptr=next_bias, first_ptr=first, second_ptr=second,
+            rows=rows, width=width, stride_x=x.stride(0), stride_delta=delta.stride(0), eps=eps, multiplier=multiplier,
             next_eps=eps if next_eps is None else next_eps,
         )  # fmt: skip
     return first, second
@@ -186,23 +214,26 @@ def _add_layer_norm_backward(
     weight: Tensor,
     eps: float,
     multiplier: float | None,
+    pairs: Tensor | None,
+    rows_of_x: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, delta, weight and bias of one norm, given contiguous gradients of its results.
 
-    Without delta, x is the sum. Without multiplier, the gradient of delta is empty.
+    Without delta, x is the sum, even with pairs; the gradient of x then has rows_of_x rows all the same. Without multiplier, the gradient
+    of delta is empty.
     """
-    rows, width = x.shape
+    rows, width = grad_normed.shape
     tile = _tile(_BACKWARD_TILES, x)
     programs = min(tile.blocks["PROGRAMS"], rows)
-    grad_x = x.new_empty(rows, width)
+    grad_x = x.new_empty(rows, width) if pairs is None else x.new_zeros(rows_of_x, width)
     grad_delta = x.new_empty((rows, width) if multiplier is not None else (0,))
     partial = x.new_empty(programs, 2, width, dtype=torch.float32)
     if launching(x) and width:
         launch(
-            _add_layer_norm_bwd_kernel, (programs,), tile, x_ptr=x, delta_ptr=delta, weight_ptr=weight, grad_normed_ptr=grad_normed,
-            grad_sum_ptr=grad_sum, grad_x_ptr=grad_x, grad_delta_ptr=None if multiplier is None else grad_delta, partial_ptr=partial,
-            rows=rows, width=width, stride_x=x.stride(0), stride_delta=0 if delta is None else delta.stride(0), eps=eps,
-            multiplier=1.0 if multiplier is None else multiplier,
+            _add_layer_norm_bwd_kernel, (programs,), tile, x_ptr=x, delta_ptr=delta, pairs_ptr=pairs, weight_ptr=weight,
+            grad_normed_ptr=grad_normed, grad_sum_ptr=grad_sum, grad_x_ptr=grad_x,
+            grad_delta_ptr=None if multiplier is None else grad_delta, partial_ptr=partial, rows=rows, width=width, stride_x=x.stride(0),
+            stride_delta=0 if delta is None else delta.stride(0), eps=eps, multiplier=1.0 if multiplier is None else multiplier,
         )  # fmt: skip
     grad_weight, grad_bias = partial.sum(0).to(weight.dtype).unbind(0)
     return grad_x, grad_delta, grad_weight.clone(), grad_bias.clone()
@@ -213,23 +244,24 @@ _backward_op = register(_add_layer_norm_backward)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, delta, weight, _, next_weight, _, ctx.eps, ctx.multiplier, ctx.next_eps = inputs
+    x, delta, weight, _, next_weight, _, ctx.eps, ctx.multiplier, ctx.next_eps, pairs = inputs
+    ctx.rows_of_x = x.shape[0]
     # A sum that is returned is the residual stream, which lives on anyway.
     kept = (output[0], None) if next_weight is None else (x, delta)
-    ctx.save_for_backward(*kept, weight, next_weight, None if next_weight is None else output[0])
+    ctx.save_for_backward(*kept, weight, next_weight, None if next_weight is None else output[0], pairs)
 
 
 def _backward(ctx: Any, grad_first: Tensor, grad_second: Tensor) -> tuple[Tensor | None, ...]:
     # Detached, so that asking for a second derivative, which does not exist, raises.
-    x, delta, weight, next_weight, normed = (None if one is None else one.detach() for one in ctx.saved_tensors)
+    x, delta, weight, next_weight, normed, pairs = (None if one is None else one.detach() for one in ctx.saved_tensors)
     grad_first, grad_second = grad_first.detach().contiguous(), grad_second.detach().contiguous()
     of_next = (None, None)
     if next_weight is not None:
         next_eps = ctx.eps if ctx.next_eps is None else ctx.next_eps
-        grad_second, _, *of_next = _backward_op(grad_second, grad_first, normed, None, next_weight, next_eps, None)
+        grad_second, _, *of_next = _backward_op(grad_second, grad_first, normed, None, next_weight, next_eps, None, None, len(normed))
         grad_first = None
-    gradients = _backward_op(grad_second, grad_first, x, delta, weight, ctx.eps, ctx.multiplier)
-    return *gradients, *of_next, None, None, None
+    gradients = _backward_op(grad_second, grad_first, x, delta, weight, ctx.eps, ctx.multiplier, pairs, ctx.rows_of_x)
+    return *gradients, *of_next, None, None, None, None
 
 
 add_layer_norm_triton.register_autograd(_backward, setup_context=_save)

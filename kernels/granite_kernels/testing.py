@@ -115,13 +115,14 @@ def outcome_of(operation: Operation, function: Callable[..., Any], inputs: dict[
 def assert_same_bits(operation: Operation, inputs: dict[str, Any], impl: str | None = None) -> None:
     """Fails unless each sequence gets the same bits alone, in this batch, in the batch reversed, and in it twice over."""
     name = next(name for name in inputs if name.startswith("cu_seqlens"))
-    lengths = inputs[name].diff().tolist()
+    lengths = [length // inputs.get("stride", 1) for length in inputs[name].diff().tolist()]
     everything = list(range(len(lengths)))
     with torch.no_grad():
         expected = operation.call(**inputs, impl=impl)[: sum(lengths)].split(lengths)
         for order in [*([one] for one in everything), everything[::-1], everything * 2] if everything else []:
             out = operation.call(**with_sequences(operation, inputs, order), impl=impl)
-            for place, (sequence, rows) in enumerate(zip(order, out.split([lengths[one] for one in order]), strict=True)):
+            parts = [lengths[one] for one in order]
+            for place, (sequence, rows) in enumerate(zip(order, out[: sum(parts)].split(parts), strict=True)):
                 if not torch.equal(rows, expected[sequence]):
                     raise AssertionError(f"{operation.name}: sequence {sequence} gets other bits at position {place} of the batch {order}")
 
@@ -193,8 +194,9 @@ def with_sequences(operation: Operation, inputs: dict[str, Any], order: list[int
     spans = [slice(offsets[sequence], offsets[sequence + 1]) for sequence in order]
     changed = {packed: torch.cat([inputs[packed][span] for span in spans]) for packed in operation.packed}
     lengths = torch.tensor([0, *(span.stop - span.start for span in spans)]).cumsum(0).to(inputs[name])
-    # Every other index tensor has one entry per sequence.
-    each = {other: value[order] for other, value in inputs.items() if other != name and _is_index(value)}
+    # Every other index tensor has one entry per sequence, or is computed from the offsets if omitted.
+    others = {other: value for other, value in inputs.items() if other != name and _is_index(value)}
+    each = {other: None if other.startswith("cu_seqlens") else value[order] for other, value in others.items()}
     return {**inputs, **changed, **each, name: lengths}
 
 

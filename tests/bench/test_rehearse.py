@@ -124,6 +124,18 @@ def test_the_encoder_launches_the_same_for_any_number_of_clips_of_one_path(commi
     assert one.launches.total() + recorded["launches_per_layer"] * (16 - 2) == recorded["launches"]
 
 
+@pytest.mark.parametrize(("clips", "most"), [(1, 16), (128, 14)])
+def test_turboctc_waits_for_nothing_and_a_block_launches_little(clips, most, committed):
+    counts = counted(rehearse.PATH, rehearse.TURBOCTC, clips, layers=4)
+    assert counts.waits == [] and counts.late_reads == 0
+    assert counts.launches["_ctc_best_kernel"] == counts.launches["_ctc_collapse_kernel"] == 1
+    recorded = figures(committed["measurements"], rehearse.PATH, rehearse.TURBOCTC, clips)
+    found = rehearse.of_a_layer(rehearse.PATH, rehearse.TURBOCTC, clips)
+    assert {one: recorded[one] for one in found} == found
+    assert found["launches_per_layer"] <= most and recorded["waits"] == 0
+    assert counts.launches.total() + recorded["launches_per_layer"] * (16 - 4) == recorded["launches"]
+
+
 @pytest.mark.parametrize(
     ("profile", "work"), [("4.1-2b decode step, batch 1", "decode step"), ("encoder+projector 1 x 10 s", "encoder and projector")]
 )

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import granite_speech
+from granite_speech.inputs.ctc_tokenizer import GraniteSpeech5Tokenizer
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 
 # The only reasons to leave a parameter or a method out.
@@ -16,11 +17,18 @@ MOST = 60  # parameters
 NAMES = (
     "AutoConfig",
     "AutoFeatureExtractor",
+    "AutoModelForCTC",
     "AutoModelForSpeechSeq2Seq",
     "AutoProcessor",
     "AutoTokenizer",
     "Blip2QFormerConfig",
     "GraniteConfig",
+    "GraniteSpeech5CTCConfig",
+    "GraniteSpeech5Encoder",
+    "GraniteSpeech5EncoderConfig",
+    "GraniteSpeech5FeatureExtractor",
+    "GraniteSpeech5ForCTC",
+    "GraniteSpeech5Processor",
     "GraniteSpeechCTCEncoder",
     "GraniteSpeechConfig",
     "GraniteSpeechEncoderConfig",
@@ -34,6 +42,7 @@ NAMES = (
 )
 PAIRS = {name: (getattr(granite_speech, name), getattr(transformers, name)) for name in NAMES} | {
     "GraniteSpeechTokenizer": (GraniteSpeechTokenizer, transformers.PreTrainedTokenizerFast),
+    "GraniteSpeech5Tokenizer": (GraniteSpeech5Tokenizer, transformers.ParakeetTokenizer),
     "GenerationConfig": (granite_speech.GenerationConfig, transformers.GenerationConfig),
 }
 

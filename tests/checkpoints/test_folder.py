@@ -110,7 +110,7 @@ def test_all_mismatches_are_in_one_error_and_nothing_is_loaded(tmp_path):
     tensors = weights()
     del tensors["encoder.out.bias"], tensors["projector.query"]
     tensors["encoder.out.weight"] = torch.zeros(4, 2)
-    tensors["encoder.norm.num_batches_tracked"] = torch.zeros(())
+    tensors["encoder.norm.num_batches_tracked"] = torch.zeros(2)
     tensors |= {f"encoder.extra.{i:02}": torch.zeros(1) for i in range(12)}
     module = on_meta()
     with pytest.raises(CheckpointError) as caught:
@@ -120,7 +120,7 @@ def test_all_mismatches_are_in_one_error_and_nothing_is_loaded(tmp_path):
     assert "12 weights unknown to the model: encoder.extra.00, " in message
     assert "encoder.extra.09 and 2 more;" in message
     assert "encoder.out.weight (in the file (4, 2) torch.float32, in the model (4, 3) torch.float32)" in message
-    assert "num_batches_tracked (in the file () torch.float32, in the model () torch.int64)" in message
+    assert "num_batches_tracked (in the file (2,) torch.float32, in the model () torch.int64)" in message
     assert all(tensor.is_meta for tensor in module.state_dict().values())
 
 

@@ -37,6 +37,31 @@ def test_the_results_match_the_formula(next_eps: float | None):
     torch.testing.assert_close(add_layer_norm(**single, **OPTIONS), formula(**single), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_mean_of_a_pair_has_the_bits_of_the_pooling_of_transformers(dtype: torch.dtype, impl: str):
+    given = draw(9, 20, twice=False, dtype=dtype)
+    given["x"][8] = torch.nan  # the odd frame after four pairs
+    pooled = given["x"][None].unfold(1, 2, 2).mean(-1)[0]
+    given |= {"delta": torch.zeros_like(given["x"][:6]), "pairs": torch.tensor([0, 2, 4, 6, -1, -1], dtype=torch.int32)}
+    total, normed = add_layer_norm(**given, **OPTIONS, impl=impl)
+    assert torch.equal(total[:4], pooled)
+    assert not total[4:].any()
+    assert torch.equal(normed[4:], given["bias"].expand(2, 20))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_with_pairs_it_is_the_sum_with_their_means(twice: bool, impl: str):
+    given = draw(7, 20, twice, torch.float32)
+    places = [5, 0, 3]  # in any order, and row 2 is in none
+    given["delta"] = given["delta"][:3]
+    means = torch.stack([(given["x"][one] + given["x"][one + 1]) / 2 for one in places])
+    expected = add_layer_norm(**given | {"x": means}, **OPTIONS)
+    results = add_layer_norm(**given, **OPTIONS, pairs=torch.tensor(places, dtype=torch.int32), impl=impl)
+    torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_bits_are_those_of_eager_code(dtype: torch.dtype):
     given = draw(dtype=dtype)
@@ -62,6 +87,9 @@ def test_the_bits_are_those_of_eager_code(dtype: torch.dtype):
         ({"next_bias": torch.zeros(19).double()}, {}, r"next_bias has shape \(19,\); expected \(width\) with width = 20 as in x"),
         ({"next_weight": torch.zeros(20)}, {}, "next_weight has dtype torch.float32; expected torch.float64"),
         ({"delta": torch.zeros(5, 1).double()}, {}, r"delta has shape \(5, 1\); expected"),
+        ({"pairs": torch.zeros(4, dtype=torch.int32)}, {}, r"pairs has shape \(4,\); expected \(rows\) with rows = 5 as in delta"),
+        ({"pairs": torch.zeros(5, dtype=torch.int64)}, {}, "pairs has dtype torch.int64; expected torch.int32"),
+        ({"pairs": torch.zeros(5, dtype=torch.int32), "x": torch.zeros(9, 3).double()}, {}, "delta has shape .* with width = 3 as in x"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict, options: dict, message: str):
@@ -72,3 +100,6 @@ def test_wrong_arguments_are_refused(change: dict, options: dict, message: str):
 def test_the_cost_moves_every_tensor_once():
     cost = add_layer_norm_cost(**draw(dtype=torch.bfloat16), **OPTIONS)
     assert cost.bytes == 2 * (4 * 5 * 20 + 4 * 20)
+    given = draw(dtype=torch.bfloat16)
+    given |= {"delta": given["delta"][:2], "pairs": torch.tensor([0, 2], dtype=torch.int32)}
+    assert add_layer_norm_cost(**given, **OPTIONS).bytes == 2 * ((4 + 3 * 2) * 20 + 4 * 20) + 2 * 4

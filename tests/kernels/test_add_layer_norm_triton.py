@@ -1,6 +1,7 @@
 """The kernels of the residual sum and its norms: rounding, large means, gradients, and what is launched."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -80,6 +81,34 @@ def test_gradients_match_autograd_of_the_formula(twice: bool, used: tuple[int, .
         torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_gradients_of_pairs_match_autograd_and_other_frames_have_none(twice: bool):
+    given = draw(9, 21, twice, torch.float32)
+    given["delta"] = given["delta"][:5]
+    pairs = torch.tensor([6, 1, -1, 3, -1], dtype=torch.int32)
+    incoming = list(torch.randn(2, 5, 21, generator=torch.Generator().manual_seed(1)))
+
+    def expected(x: torch.Tensor, **others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        means = torch.stack([(x[one] + x[one + 1]) / 2 if one >= 0 else torch.zeros_like(x[0]) for one in pairs.tolist()])
+        return formula(means, **others)
+
+    with _BACKWARD_TILES.using({(80, 4, 1024): Tile({"PROGRAMS": 2}, 1)}):
+        ours = gradients(partial(triton, pairs=pairs), given, incoming)
+    for one, truth in zip(ours, gradients(expected, widened(given), incoming), strict=True):
+        torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-5)
+    assert not ours[0][[0, 5, 8]].any() and ours[0][[1, 2, 3, 4, 6, 7]].any(1).all()
+
+
+def test_nan_in_a_frame_without_a_pair_reaches_no_result_or_gradient():
+    given = draw(5, 21, True, torch.float32)
+    given["x"][4], given["delta"] = torch.nan, given["delta"][:2]
+    pairs = torch.tensor([0, 2], dtype=torch.int32)
+    for twice in (False, True):
+        some = given if twice else {name: one for name, one in given.items() if not name.startswith("next")}
+        results = [*triton(**some, pairs=pairs), *gradients(partial(triton, pairs=pairs), some, [torch.ones(2, 21)] * 2)]
+        assert all(one.isfinite().all() for one in results)
+
+
 def test_incoming_gradients_may_have_stride_0():
     given = draw(3, 8, True, torch.float32)
     dense = gradients(triton, given, [torch.ones(3, 8)] * 2)
@@ -118,3 +147,7 @@ def test_inference_is_one_launch_and_each_norm_one_more_in_the_backward(rows: in
         with recorded_launches(90) as launches:
             gradients(triton, given, [given["x"]] * 2)
         assert len(launches) == (3 if twice else 2)
+        pairs = torch.empty(rows, dtype=torch.int32, device="meta")
+        with recorded_launches(90) as launches:
+            triton(**given | {"x": torch.empty(2 * rows + 1, 1024, dtype=torch.bfloat16, device="meta")}, pairs=pairs)
+        assert [one.grid for one in launches] == [(grid,)]

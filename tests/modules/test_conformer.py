@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from granite_speech.config import GraniteSpeechEncoderConfig
 from granite_speech.modules.add_norm import add_norm
-from granite_speech.modules.conformer import fold_batch_norms
+from granite_speech.modules.conformer_parts import fold_batch_norms
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.packing import Segments
 from granite_speech.modules.projector import GraniteSpeechEncoderProjector

@@ -15,7 +15,7 @@ from tests.support.small_models import small_model
 @pytest.fixture
 def ten_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of at most ten rows of 64 or 128 values in float32."""
-    monkeypatch.setattr(row_parts, "_BYTES", 10 * 128 * 4)
+    monkeypatch.setattr(row_parts, "_CPU_BYTES", 10 * 128 * 4)
 
 
 def rows_of(module: nn.Module, call: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:

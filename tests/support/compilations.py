@@ -17,13 +17,14 @@ from bench.audit import specialization
 
 
 def compilations(op: Operation, calls: Iterable[dict]) -> dict[str, int]:
-    """The number of times that Triton would compile each kernel and tile for these calls on meta tensors."""
+    """The number of times that Triton would compile each kernel, tile and choice of optional arguments for these calls on meta tensors."""
     found = defaultdict(set)
     with recorded_launches(90) as launches, torch.no_grad():
         for inputs in calls:
             op.call(**inputs, impl="triton")
     for launch in launches:
-        found[f"{launch.kernel.__name__} {launch.tile}"].add(specialization(launch))
+        absent = [name for name, value in launch.arguments.items() if value is None]
+        found[f"{launch.kernel.__name__} {launch.tile} without {absent}"].add(specialization(launch))
     return {name: len(keys) for name, keys in found.items()}
 
 
@@ -67,6 +68,18 @@ def changing_calls(name: str) -> Iterator[dict]:
         for windows in sizes:
             for rows in (1, windows):
                 yield released(op, "projector, 10 s", windows=windows, rows=rows)
+    elif name == "ctc_greedy":
+        for size in sizes:
+            yield released(op, "turboctc, 30 s", clips=(size,) * size, padding=size)
+    elif name == "add_layer_norm":
+        for size in sizes:
+            yield released(op, "encoder, 10 s", rows=size)
+            yield released(op, "turboctc, 8 clips to 30 s, pairs", clips=(size,) * size, rows=size)
+    elif name == "depthwise_conv":
+        for stride in (1, 2):
+            for size in sizes:
+                yield released(op, "encoder, 10 s", clips=(size,), stride=stride)
+                yield released(op, "encoder, 10 s", clips=(7,) * size, padding=size, stride=stride)
     elif "rows" in op.cases[0].shape or "tokens" in op.cases[0].shape:
         for size in sizes:
             yield released(op, op.cases[0].name, **{"rows" if "rows" in op.cases[0].shape else "tokens": size})
