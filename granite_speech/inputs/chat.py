@@ -11,7 +11,7 @@ from granite_speech.errors import InputError, UnsupportedError
 from granite_speech.inputs.chat_template import render_chat_template, render_with_spans
 from granite_speech.inputs.tool_schema import tool_schemas
 
-__all__ = ["Prompts", "audio_of", "message_ids", "render_conversations", "select_template", "text_masks"]
+__all__ = ["Prompts", "audio_of", "message_ids", "refuse_sanitizing", "render_conversations", "select_template", "text_masks"]
 
 # How a template reads the parts of a message's content. One without any of these takes text only.
 _READS_PARTS = re.compile(r"""\[\s*['"](?:type|text)['"]\s*\]|\.(?:type|text)\b|\(\s*['"](?:type|text)['"]""")
@@ -29,6 +29,16 @@ class Prompts(NamedTuple):
     texts: list[str]
     spans: list[list[tuple[int, int]]]
     batched: bool
+
+
+def refuse_sanitizing(wanted: bool) -> None:
+    """Raise UnsupportedError if a call wants special tokens in its messages encoded as plain text, as transformers 5.23 can."""
+    if wanted:
+        raise UnsupportedError(
+            got="sanitize_control_tokens=True",
+            expected="False: special tokens in a message are special tokens in the prompt",
+            remedy="Remove them from messages that you do not trust",
+        )
 
 
 def select_template(own: str | Mapping[str, str] | None, chat_template: str | None, tools: Any = None) -> str:

@@ -12,7 +12,7 @@ import torch
 from granite_speech.errors import InputError
 from granite_speech.inputs.batch import BatchEncoding, BatchFeature
 from granite_speech.inputs.call_arguments import CallArguments, chat_arguments, only_one
-from granite_speech.inputs.chat import audio_of, render_conversations, select_template, text_masks
+from granite_speech.inputs.chat import audio_of, refuse_sanitizing, render_conversations, select_template, text_masks
 from granite_speech.inputs.clips import clips_of_prompt, wrong_clips
 from granite_speech.inputs.features import GraniteSpeechFeatureExtractor
 from granite_speech.inputs.placeholders import count_placeholders, expand, moved, tokens_for
@@ -147,6 +147,7 @@ class GraniteSpeechProcessor(ProcessorBase):
         return_tensors: str | None = None,
         return_dict: bool = False,
         load_audio_from_video: bool = False,
+        sanitize_control_tokens: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
         **names: Any,
     ) -> Any:
@@ -158,6 +159,7 @@ class GraniteSpeechProcessor(ProcessorBase):
                 path may also be called "path" or "url".
             chat_template: a template, or the name of one of this processor's; None for its own.
             tools, documents, add_generation_prompt, continue_final_message: as in `GraniteSpeechTokenizer.apply_chat_template`.
+            sanitize_control_tokens: must be False.
             return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
             tokenize: whether to return token ids, not text. As in transformers, the default is text.
             return_tensors: "pt", "np", or None for token ids in lists.
@@ -170,6 +172,7 @@ class GraniteSpeechProcessor(ProcessorBase):
             InputError, AudioError, UnsupportedError: as `__call__` and `GraniteSpeechTokenizer.apply_chat_template`.
         """
         options, names = chat_arguments(processor_kwargs, names, return_tensors, load_audio_from_video)
+        refuse_sanitizing(sanitize_control_tokens)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise InputError(
                 got="return_assistant_tokens_mask without token ids", expected="tokenize=True and return_dict=True", remedy="Pass them"

@@ -12,7 +12,7 @@ from granite_speech.checkpoints.call_options import hub_options
 from granite_speech.checkpoints.folder import resolve
 from granite_speech.checkpoints.upload import PushToHub, saving
 from granite_speech.errors import CheckpointError, InputError, UnsupportedError
-from granite_speech.inputs.chat import message_ids, render_conversations, select_template, text_masks
+from granite_speech.inputs.chat import message_ids, refuse_sanitizing, render_conversations, select_template, text_masks
 from granite_speech.inputs.chat_template import LONGEST_PROMPT, render_chat_template, write_chat_template
 from granite_speech.inputs.coding import Coder
 from granite_speech.inputs.text_options import UNLIMITED, check_choice
@@ -247,6 +247,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
         tokenize: bool = True,
+        sanitize_control_tokens: bool = False,
         padding: bool | str = False,
         truncation: bool | str | None = False,
         max_length: int | None = None,
@@ -267,6 +268,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
             tokenize: whether to return the result of `__call__` for the prompt (only input_ids if return_dict is False) or text.
             padding, truncation, max_length, return_tensors: as in `__call__`.
             return_dict: whether to return more than input_ids.
+            sanitize_control_tokens: must be False.
             return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
             tokenizer_kwargs: more options of `__call__`.
             **names: passed to the template.
@@ -276,6 +278,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
                 LONGEST_PROMPT characters.
             UnsupportedError: a part of a message that is neither text nor audio.
         """
+        refuse_sanitizing(sanitize_control_tokens)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise InputError(
                 got="return_assistant_tokens_mask without token ids", expected="tokenize=True and return_dict=True", remedy="Pass them"

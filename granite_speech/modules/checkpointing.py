@@ -108,6 +108,16 @@ class GradientCheckpointing:
         """Keep all activations again."""
         self._set_recomputation(None)
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """`gradient_checkpointing_enable`, by the name that transformers has had for it since version 5.23."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable`, by its later name."""
+        self.gradient_checkpointing_disable()
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether layers run again in the backward pass."""

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError
+from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedError
 from granite_speech.inputs.tokenizer import LONGEST_PROMPT, GraniteSpeechTokenizer, render_chat_template
 from tests.support.small_tokenizer import AUDIO_TOKEN, CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
@@ -259,6 +259,11 @@ def test_template_refusals(ours):
     bare = GraniteSpeechTokenizer(ours.backend, ours.config)
     with pytest.raises(InputError, match="no chat template"):
         bare.apply_chat_template(MESSAGES)
+
+
+def test_special_tokens_in_messages_are_not_sanitized_silently(ours):
+    with pytest.raises(UnsupportedError, match="sanitize_control_tokens=True"):
+        ours.apply_chat_template([{"role": "user", "content": AUDIO_TOKEN}], sanitize_control_tokens=True)
 
 
 def test_the_small_tokenizer_has_its_special_tokens(folder, ours, tmp_path):

@@ -74,6 +74,14 @@ def test_it_keeps_less_and_can_be_switched_off():
     assert not model.is_gradient_checkpointing and passed(model)[1] == all_kept
 
 
+def test_the_later_names_do_the_same():
+    model = small_model()
+    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
+    assert model.is_gradient_checkpointing and model.encoder.recomputation.every_n_layers == 2
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder", "model"])
 def test_parts_switch_their_own_layers(part):
     model = small_model()
