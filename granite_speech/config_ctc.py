@@ -30,7 +30,7 @@ class GraniteSpeech5EncoderConfig(Config):
         num_key_value_heads: as many as `num_attention_heads`, or None.
         num_mel_bins: mel bands. A frame has four times as many features: two mel frames, each with its delta.
         head_dim: width of a head; `hidden_size // num_attention_heads` if None.
-        hidden_act: of the feed-forwards and the convolution module.
+        hidden_act: of the feed-forwards; the convolution module's is always SiLU.
         max_position_embeddings: largest relative distance that has an embedding; at least `context_size`.
         context_size: frames per attention block.
         conv_kernel_size: taps of the depthwise convolution.

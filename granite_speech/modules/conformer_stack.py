@@ -37,7 +37,7 @@ class ConformerEncoder(GradientCheckpointing, nn.Module):
         Args:
             x: the first block's input, packed, `(total_frames, width)`, or padded, `(clips, frames, width)`.
             clips: where each clip lies.
-            taken: a list for `_with_feedback`.
+            taken: a list that takes the head's logits of the middle block's output, if there is a middle.
         """
         is_chain = x.dim() == 2 and has_kernels(x) and self._is_chain()
         return (self._chained if is_chain else self._one_by_one)(x, clips, taken)
@@ -100,7 +100,7 @@ class ConformerEncoder(GradientCheckpointing, nn.Module):
 
         Args:
             x: the middle block's output.
-            taken: a list that takes what `_to_take` says.
+            taken: as for `_states`.
         """
         is_whole = x.dim() != 2 or torch.is_grad_enabled() or taken is not None
         parts = (x,) if is_whole else in_parts(x, self.out_mid.in_features)

@@ -159,6 +159,7 @@ class GraniteSpeech5Encoder(ConformerEncoder, EncoderFiles):
         return number - 1 in self.config.subsample_layers
 
     def _feedback(self, x: Tensor, taken: list[Tensor] | None) -> Tensor:
+        # What is asked for here is not the logits but the block's output, which transformers records before the feedback is added.
         if taken is not None:
             taken.append(x)
         return super()._feedback(x, None)
