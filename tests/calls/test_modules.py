@@ -88,12 +88,12 @@ def speculative(lib: Library) -> list[Tensor]:
 
 
 @torch.no_grad()
-def cropped(lib: Library) -> list:
+def cropped(lib: Library, columns: int) -> list:
     """A step that checks a draft, and forgets the tokens that it refuses."""
     model, states = decoder(lib), embeddings(14)
     cache = model(inputs_embeds=states[:, :6], use_cache=True).past_key_values
     model(inputs_embeds=states[:, 6:11], past_key_values=cache)
-    cache.crop(8)
+    cache.crop(columns)
     return [cache.get_seq_length(), model(inputs_embeds=states[:, 11:], past_key_values=cache).last_hidden_state]
 
 
@@ -195,7 +195,8 @@ LANGUAGE_MODEL = {
     "right padding": Call(lambda lib: decoder(lib)(inputs_embeds=embeddings(), attention_mask=RIGHT)[0][RIGHT.bool()]),
     "positions": Call(lambda lib: decoder(lib)(inputs_embeds=embeddings(), position_ids=2 * torch.arange(11)[None]).last_hidden_state),
     "the notebook of speculative decoding": Call(speculative),
-    "a draft that is refused": Call(lambda lib: cropped(lib)),
+    "a draft that is refused": Call(lambda lib: cropped(lib, -3)),
+    "a cache cut to a length": Call(lambda lib: cropped(lib, 8), differs="transformers 5.23 takes only the number of tokens to remove"),
     "a causal mask of rank 4": Call(
         lambda lib: decoder(lib)(inputs_embeds=embeddings(), attention_mask=torch.ones(2, 1, 11, 11).tril()),
         refused=InputError,
