@@ -20,6 +20,8 @@ from granite_speech.model import GraniteForCausalLM, GraniteSpeechForConditional
 from granite_speech.modules.activations import Activation
 from granite_speech.modules.adapter import Lora, LoraLinear
 from granite_speech.modules.conformer import GraniteSpeechConformerAttention, GraniteSpeechConformerDepthWiseConv1d
+from granite_speech.modules.ctc_conformer import GraniteSpeech5EncoderAttention, GraniteSpeech5EncoderFeedForward
+from granite_speech.modules.ctc_encoder import GraniteSpeech5Encoder
 from granite_speech.modules.decoder_layers import GraniteAttention, GraniteDecoderLayer, GraniteRMSNorm
 from granite_speech.modules.encoder import GraniteSpeechCTCEncoder
 from granite_speech.modules.int8_weight import PointwiseConv1d
@@ -36,6 +38,7 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     GraniteDecoderLayer: ("residual_multiplier",),
     GraniteAttention: ("scaling",),
     GraniteRMSNorm: ("variance_epsilon",),
+    GraniteSpeech5EncoderFeedForward: ("activation_dropout",),
     nn.LayerNorm: ("eps",),
     nn.BatchNorm1d: ("eps", "momentum"),
     nn.Dropout: ("p",),
@@ -209,7 +212,9 @@ def _follow(ours: nn.Module, given: nn.Module, path: str, is_called: bool, adapt
 
 def _has_two_modes(ours: nn.Module, theirs: nn.Module) -> bool:
     """Whether a module computes something else in training mode."""
-    return isinstance(ours, nn.BatchNorm1d | LoraLinear) or bool(getattr(theirs, "attention_dropout", getattr(theirs, "p", 0.0)))
+    if isinstance(ours, nn.BatchNorm1d | LoraLinear):
+        return True
+    return any(bool(getattr(theirs, name, 0.0)) for name in ("attention_dropout", "activation_dropout", "p"))
 
 
 def _follow_numbers(ours: nn.Module, theirs: nn.Module, path: str) -> None:
@@ -221,11 +226,31 @@ def _follow_numbers(ours: nn.Module, theirs: nn.Module, path: str) -> None:
             raise NotFollowedError(f"{name} of {path} was changed")
     if kind is GraniteSpeechConformerAttention and theirs.scale != ours.dim_head**-0.5:
         raise NotFollowedError(f"scale of {path} was changed")
+    if kind is GraniteSpeech5EncoderAttention:
+        _follow_speech5_attention(ours, theirs, path)
+    if kind is GraniteSpeech5Encoder and set(theirs.config.subsample_layers) != set(ours.config.subsample_layers):
+        raise NotFollowedError(f"subsample_layers of {path} was changed")
+    if kind is GraniteSpeech5Encoder and theirs.config.num_hidden_layers != len(ours.layers):
+        raise NotFollowedError(f"num_hidden_layers of {path} was changed")
     if kind in (GraniteAttention, Blip2QFormerMultiHeadAttention):
         _check_attention(kind, theirs, path)
         ours.attention_dropout = getattr(theirs, "attention_dropout", 0.0)  # a module inside it, if it is not a number
     if kind is GraniteRotaryEmbedding:
         _follow_rotary(ours, theirs, path)
+
+
+def _follow_speech5_attention(ours: GraniteSpeech5EncoderAttention, theirs: nn.Module, path: str) -> None:
+    """Check the numbers that transformers reads from the configuration in each call, too."""
+    heads = theirs.config.num_attention_heads
+    given = {"num_attention_heads": heads, "head_dim": theirs.head_dim, "context_size": theirs.context_size, "scaling": theirs.scaling}
+    expected = (ours.num_heads, ours.dim_head, ours.context_size, ours.dim_head**-0.5)
+    for (name, value), usual in zip(given.items(), expected, strict=True):
+        if value != usual:
+            raise NotFollowedError(f"{name} of {path} was changed")
+    if theirs.training and theirs.attention_dropout:
+        raise NotFollowedError(f"{path} has attention_dropout in training mode")
+    _check_attention(type(ours), theirs, path)
+    ours.attention_dropout = theirs.attention_dropout
 
 
 def _check_attention(kind: type, theirs: nn.Module, path: str) -> None:

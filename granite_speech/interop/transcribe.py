@@ -5,26 +5,23 @@ from typing import Any
 from torch import nn
 
 from granite_speech.errors import InputError, UnsupportedError
-from granite_speech.interop.follow import Follower, NotFollowedError, Twin, check_code
+from granite_speech.interop.follow import Follower, NotFollowedError, check_code
 from granite_speech.interop.generate import is_customised
 
 __all__ = ["TranscriptionTwin"]
-
-_PARTS = ("encoder", "projector", "language_model", "lm_head")
 
 
 class TranscriptionTwin:
     """A twin for transcripts, made when it is first needed.
 
-    It is not the twin of `generate`, whose logits are those of the installed transformers. From 5.10 on, transformers does not divide
-    logits by `logits_scaling`: greedy tokens are the same, but probabilities are not. Here logits are always divided, as when IBM trained
-    the model, so that confidences and temperatures are those of the same checkpoint in this package.
+    It is not the twin of `generate`, whose settings are those of the installed transformers (`Acceleration.prepare_transcripts`), and which
+    another thread may be using.
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Twin, Follower]] = {}  # by the size of the vocabulary, which an engine has its buffers for
+        self._made: dict[int, tuple[nn.Module, Follower]] = {}  # by the size of the vocabulary, which an engine has its buffers for
 
-    def follow(self, acceleration: Any) -> Twin:
+    def follow(self, acceleration: Any) -> nn.Module:
         """The twin, with everything that may have changed in the live model taken over. Threads may call this at the same time.
 
         Args:
@@ -40,9 +37,7 @@ class TranscriptionTwin:
             for module in acceleration.whole:
                 _check_methods(module)
             twin, follower = self._twin(acceleration)
-            # Before it answers a prompt with audio, transformers' `generate` switches adapters on that it loaded itself.
-            adapters_on = getattr(live, "_hf_peft_config_loaded", False)
-            trains = [part for part in _PARTS if follower.follow(part, None, adapters_on)]
+            trains = [part for part in acceleration.parts if follower.follow(part, None, acceleration.adapters_on)]
         except NotFollowedError as reason:
             raise UnsupportedError(
                 got=f"an accelerated model that this package cannot run, because {reason}",
@@ -52,23 +47,15 @@ class TranscriptionTwin:
         if live.training or trains:
             what = "a model" if live.training else f"an accelerated model with a module of the {trains[0]}"
             raise InputError(got=f"{what} in training mode", expected="evaluation mode", remedy="Call model.eval() first")
-        text = acceleration.text.config
-        twin.config.audio_token_index = live.config.audio_token_index
-        twin.config.text_config.logits_scaling = getattr(text, "text_config", text).logits_scaling
-        options = live.generation_config
-        if callable(getattr(options, "to_diff_dict", None)):
-            options = options.to_diff_dict()  # to_dict has transformers' defaults too
-        twin.generation_config = options
+        acceleration.prepare_transcripts(twin)
         return twin
 
-    def _twin(self, acceleration: Any) -> tuple[Twin, Follower]:
-        head = getattr(acceleration.text.lm_head, "weight", None)
+    def _twin(self, acceleration: Any) -> tuple[nn.Module, Follower]:
+        head = getattr(acceleration.head, "weight", None)
         size = 0 if head is None else head.shape[0]
         made = self._made.get(size)
         if made is None:
-            twin, follower = acceleration.new_twin()
-            twin.config.text_config.vocab_size = size
-            made = self._made.setdefault(size, (twin, follower))  # another thread may have been faster
+            made = self._made.setdefault(size, acceleration.new_twin())  # another thread may have been faster
             self._made = {size: made}
         return made
 

@@ -12,6 +12,7 @@ from bench.accelerated import JOBS, time_in_turns
 from granite_speech import AccelerationWarning
 from granite_speech.engine import runtime
 from granite_speech.interop.accelerate import Acceleration
+from granite_speech.interop.speech import SpeechAcceleration
 from tests.bench.test_model import SMALL
 
 SYSTEMS = {"transformers", "accelerated", "ours"}
@@ -222,7 +223,7 @@ def test_a_step_that_was_not_captured_is_not_timed(gpu, tmp_path, monkeypatch):
 
 
 def test_a_step_of_transformers_loop_is_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(Acceleration, "generates", lambda self: False)
+    monkeypatch.setattr(SpeechAcceleration, "generates", lambda self: False)
     with pytest.raises(SystemExit, match="generate was not accelerated"):
         run_small(tmp_path)
 
