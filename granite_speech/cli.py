@@ -35,7 +35,7 @@ def _parse_finetune(arguments: Sequence[str]) -> argparse.Namespace:
     finetune = argparse.ArgumentParser(
         prog="granite-speech finetune",
         description="Tune a checkpoint on a manifest: JSON lines with audio (a path, relative to the manifest), text and an "
-        'optional prompt, such as {"audio": "one.wav", "text": "turn left"}.',
+        'optional prompt, such as {"audio": "one.wav", "text": "turn left"}. A CTC model takes no prompts.',
         epilog="On several GPUs: torchrun --nproc-per-node 4 -m granite_speech.cli finetune … --accumulate 4. "
         "Exit status: 0 the folder was written, 2 it was not (usage, manifest, model), 130 interrupted.",
     )
@@ -46,8 +46,8 @@ def _parse_finetune(arguments: Sequence[str]) -> argparse.Namespace:
     finetune.add_argument("--resume", action="store_true", help="resume from the training checkpoint in DIR, or start if it has none")
     finetune.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if available; under torchrun, one GPU per process)")
     for one in fields(FinetuneOptions):
-        several = isinstance(one.default, tuple)
-        shown = ",".join(one.default) if several else one.default
+        several = one.metadata["kind"] is tuple
+        shown = ",".join(one.default) if isinstance(one.default, tuple) else one.default
         finetune.add_argument(
             "--" + one.name.replace("_", "-"),
             type=(lambda text: tuple(text.split(","))) if several else one.metadata["kind"],

@@ -4,9 +4,9 @@
 
     finetune("train.jsonl", "ibm-granite/granite-speech-3.3-2b", "tuned", FinetuneOptions(epochs=1), validation="held-out.jsonl")
 
-The same parts build other recipes: `prepare` selects what trains, `SpeechData` and `TextData` make packed batches, `ctc_loss`,
-`speech_loss` and `text_loss` compute a loss, and `Trainer` runs the loop. `augment` varies recordings. Names are imported on first use,
-so the command line can read the options without importing torch.
+The same parts build other recipes: `prepare` selects what trains, `SpeechData`, `CTCData` and `TextData` make packed batches,
+`ctc_loss`, `ctc_head_loss`, `speech_loss` and `text_loss` compute a loss, and `Trainer` runs the loop. `augment` varies recordings. Names
+are imported on first use, so the command line can read the options without importing torch.
 """
 
 from importlib import import_module
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "augmentation": ("augment",),
     "batches": ("Batch", "BatchSource", "plan_batches"),
+    "ctc_data": ("CTCData",),
     "data": ("SpeechData", "TextData"),
     "dialogue": ("Dialogue",),
-    "evaluation": ("ctc_transcripts", "transcripts", "word_error_rate"),
+    "evaluation": ("best_path_transcripts", "ctc_transcripts", "transcripts", "word_error_rate"),
     "finetuning": ("FinetuneReport", "finetune"),
-    "losses": ("LossValue", "ctc_loss", "label_loss", "speech_loss", "text_loss"),
+    "losses": ("LossValue", "ctc_head_loss", "ctc_loss", "label_loss", "speech_loss", "text_loss"),
     "manifest": ("Utterance", "read_manifest"),
     "optimizer": ("ParameterGroup", "learning_rate", "parameter_groups"),
     "options": ("PARTS", "FinetuneOptions", "TrainerOptions"),
@@ -35,15 +36,18 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ does
     from granite_speech.training.batches import Batch as Batch
     from granite_speech.training.batches import BatchSource as BatchSource
     from granite_speech.training.batches import plan_batches as plan_batches
+    from granite_speech.training.ctc_data import CTCData as CTCData
     from granite_speech.training.data import SpeechData as SpeechData
     from granite_speech.training.data import TextData as TextData
     from granite_speech.training.dialogue import Dialogue as Dialogue
+    from granite_speech.training.evaluation import best_path_transcripts as best_path_transcripts
     from granite_speech.training.evaluation import ctc_transcripts as ctc_transcripts
     from granite_speech.training.evaluation import transcripts as transcripts
     from granite_speech.training.evaluation import word_error_rate as word_error_rate
     from granite_speech.training.finetuning import FinetuneReport as FinetuneReport
     from granite_speech.training.finetuning import finetune as finetune
     from granite_speech.training.losses import LossValue as LossValue
+    from granite_speech.training.losses import ctc_head_loss as ctc_head_loss
     from granite_speech.training.losses import ctc_loss as ctc_loss
     from granite_speech.training.losses import label_loss as label_loss
     from granite_speech.training.losses import speech_loss as speech_loss

@@ -23,9 +23,9 @@ class Row:
     """One utterance or text as token ids.
 
     Attributes:
-        ids: the prompt with its audio tokens, then the answer.
+        ids: the prompt with its audio tokens, then the answer; empty for a model without a language model.
         answer_length: number of ids at the end that are the answer.
-        characters: the answer as labels of the CTC head; empty without a CTC loss.
+        characters: the answer as labels of the CTC head, which are tokens if that has a tokenizer; empty without a CTC loss.
         name: manifest and line, for messages.
     """
 

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from granite_speech.errors import MissingDependencyError
+from granite_speech.inputs.ctc_processor import GraniteSpeech5Processor
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.requests import transcript_request
 from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.model_ctc import GraniteSpeech5ForCTC
 from granite_speech.modules.packing import Segments
 from granite_speech.training.manifest import Utterance
 
-__all__ = ["Change", "ctc_transcripts", "transcripts", "word_error_rate"]
+__all__ = ["Change", "best_path_transcripts", "ctc_transcripts", "transcripts", "word_error_rate"]
 
 Change = Callable[[Tensor, int], Tensor]
 
@@ -62,7 +64,8 @@ def transcripts(
         AudioError: a sound file that cannot be used; names the line.
     """
     answers: dict[int, str] = {}
-    for indices, waveforms in _by_length(processor, utterances, batch_seconds, change):
+    rate = processor.audio_processor.sampling_rate
+    for indices, waveforms in _by_length(rate, utterances, batch_seconds, change):
         chosen = [utterances[index] for index in indices]
         requests = [transcript_request(processor, one.prompt, model.config.model_type) for one in chosen]
         inputs = processor(requests, waveforms, device=model.device).to(model.device)
@@ -87,11 +90,35 @@ def ctc_transcripts(
     Arguments and errors are those of `transcripts`.
     """
     answers: dict[int, str] = {}
-    for indices, waveforms in _by_length(processor, utterances, batch_seconds, change):
+    rate = processor.audio_processor.sampling_rate
+    for indices, waveforms in _by_length(rate, utterances, batch_seconds, change):
         frames, lengths = processor.audio_processor.extract_packed(waveforms, model.device)
         states = model.encoder.encode(frames.to(model.dtype), Segments(tuple(lengths), model.device))
         labels = model.encoder.ctc_logits(states).argmax(1).cpu()
         answers |= dict(zip(indices, map(_collapsed, labels.split(lengths)), strict=True))
+    return [answers[index] for index in range(len(utterances))]
+
+
+@torch.no_grad()
+def best_path_transcripts(
+    model: GraniteSpeech5ForCTC,
+    processor: GraniteSpeech5Processor,
+    utterances: Sequence[Utterance],
+    *,
+    batch_seconds: float = 60.0,
+    change: Change | None = None,
+) -> list[str]:
+    """The text of TurboCTC: each frame's best token, without repeats and blanks.
+
+    Arguments and errors are those of `transcripts`.
+    """
+    answers: dict[int, str] = {}
+    for indices, waveforms in _by_length(processor.feature_extractor.sampling_rate, utterances, batch_seconds, change):
+        frames, lengths = processor.feature_extractor.extract_packed(waveforms, model.device)
+        states, left = model.encode_packed(frames.to(model.dtype), Segments(tuple(lengths), model.device))
+        path = model.greedy_packed(states, left)
+        for index, tokens, count in zip(indices, path.tokens.cpu().split(left.lengths), path.counts.tolist(), strict=True):
+            answers[index] = processor.tokenizer.decode(tokens[:count].tolist(), skip_special_tokens=True, group_tokens=False).strip()
     return [answers[index] for index in range(len(utterances))]
 
 
@@ -100,10 +127,9 @@ def _collapsed(labels: Tensor) -> str:
 
 
 def _by_length(
-    processor: GraniteSpeechProcessor, utterances: Sequence[Utterance], batch_seconds: float, change: Change | None
+    rate: int, utterances: Sequence[Utterance], batch_seconds: float, change: Change | None
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Batches of similar length, as indices and waveforms."""
-    rate = processor.audio_processor.sampling_rate
     samples = [one.count_samples(rate) for one in utterances]
 
     def load(indices: list[int]) -> tuple[list[int], list[Tensor]]:

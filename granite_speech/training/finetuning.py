@@ -1,28 +1,36 @@
 """Fine-tuning: a checkpoint and a manifest in, a checkpoint out."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from granite_speech.auto import AutoProcessor
 from granite_speech.checkpoints.hub import resolve
 from granite_speech.errors import InputError
+from granite_speech.inputs.ctc_processor import GraniteSpeech5Processor
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.model_ctc import GraniteSpeech5ForCTC
+from granite_speech.training.ctc_data import CTCData
 from granite_speech.training.data import Augment, SpeechData
 from granite_speech.training.dialogue import Dialogue
-from granite_speech.training.evaluation import transcripts, word_error_rate
-from granite_speech.training.losses import speech_loss
+from granite_speech.training.evaluation import best_path_transcripts, transcripts, word_error_rate
+from granite_speech.training.losses import ctc_head_loss, speech_loss
 from granite_speech.training.manifest import Utterance, read_manifest
 from granite_speech.training.optimizer import parameter_groups
 from granite_speech.training.options import FinetuneOptions
-from granite_speech.training.preparation import attach_fresh_adapter, has_adapter, prepare
+from granite_speech.training.preparation import Model, attach_fresh_adapter, has_adapter, prepare
 from granite_speech.training.processes import gather, process_group, rank, share_of, shared_errors
 from granite_speech.training.trainer import Trainer
 
 __all__ = ["FinetuneReport", "finetune"]
+
+Processor = GraniteSpeechProcessor | GraniteSpeech5Processor
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ def finetune(
 ) -> FinetuneReport:
     """Tune a checkpoint on a manifest and write the result as a folder that `from_pretrained` and transformers load.
 
+    A checkpoint without a language model, `GraniteSpeech5ForCTC`, learns its tokenizer's ids of each text with CTC. It takes no prompts.
+
     Manifests and the output folder are checked before the model is loaded, and every line before the first step. During training,
     `output/training` has the log and the last training checkpoint; the model's files are written at the end.
 
@@ -98,10 +108,13 @@ def finetune(
                 _check_output(output, model, resume)
                 resolve(model)  # process 0 downloads, and the others find the files in the cache
         with shared_errors():
-            loaded, processor = _load(model, options, own_device)
+            processor = AutoProcessor.from_pretrained(model)
+            parts = options.ctc_parts if isinstance(processor, GraniteSpeech5Processor) else options.parts
+            loaded = _load(model, processor, options, own_device)
             source = {"model": str(model), "manifest": _digest(utterances), "augmented": augment is not None}
             data = _data(utterances, loaded, processor, options, augment)
-            trainer = _trainer(loaded, processor, data, held_out, options, output, source, progress)
+            trained = _trained(loaded, parts, options)
+            trainer = _trainer(loaded, processor, data, trained, held_out, options, output, source, progress)
         if resume:
             trainer.resume()
         trainer.run()
@@ -121,44 +134,43 @@ def _read_validation(manifest: str | Path | None) -> list[Utterance] | None:
 
 
 def _data(
-    utterances: list[Utterance],
-    model: GraniteSpeechForConditionalGeneration,
-    processor: GraniteSpeechProcessor,
-    options: FinetuneOptions,
-    augment: Augment | None,
-) -> SpeechData:
-    return SpeechData(
-        utterances,
-        Dialogue(processor, model.config),
-        batch_seconds=options.batch_seconds,
-        seed=options.seed,
-        device=model.device,
-        ctc=options.ctc_weight > 0,
-        augment=augment,
-    )
+    utterances: list[Utterance], model: Model, processor: Processor, options: FinetuneOptions, augment: Augment | None
+) -> SpeechData | CTCData:
+    common = {"batch_seconds": options.batch_seconds, "seed": options.seed, "device": model.device, "augment": augment}
+    if isinstance(model, GraniteSpeech5ForCTC):
+        return CTCData(utterances, processor, model.config, **common)
+    return SpeechData(utterances, Dialogue(processor, model.config), ctc=options.ctc_weight > 0, **common)
+
+
+def _trained(model: Model, parts: Sequence[str], options: FinetuneOptions) -> dict[str, nn.Parameter]:
+    """The parameters that train; an adapter that was asked for by name is added if there is none."""
+    if "adapter" in parts and "all" not in (options.train or ()) and not has_adapter(model):
+        attach_fresh_adapter(model, rank=options.lora_rank, alpha=options.lora_alpha, targets=options.lora_targets, seed=options.seed)
+    return prepare(model, parts)
 
 
 def _trainer(
-    model: GraniteSpeechForConditionalGeneration,
-    processor: GraniteSpeechProcessor,
-    data: SpeechData,
+    model: Model,
+    processor: Processor,
+    data: SpeechData | CTCData,
+    trained: dict[str, nn.Parameter],
     held_out: list[Utterance] | None,
     options: FinetuneOptions,
     output: Path,
     source: dict[str, object],
     progress: bool,
 ) -> Trainer:
-    if "adapter" in options.train and not has_adapter(model):
-        attach_fresh_adapter(model, rank=options.lora_rank, alpha=options.lora_alpha, targets=options.lora_targets, seed=options.seed)
-    trained = prepare(model, options.parts)
+    is_ctc = isinstance(model, GraniteSpeech5ForCTC)
+    answers_of = best_path_transcripts if is_ctc else transcripts
+    middle = 0.5 if options.ctc_middle is None else options.ctc_middle
 
-    def validate(model: GraniteSpeechForConditionalGeneration) -> dict[str, float]:
-        answers = transcripts(model, processor, held_out, batch_seconds=options.batch_seconds)
+    def validate(model: Model) -> dict[str, float]:
+        answers = answers_of(model, processor, held_out, batch_seconds=options.batch_seconds)
         return {"wer": word_error_rate([one.text for one in held_out], answers)}
 
     return Trainer(
         model,
-        partial(speech_loss, ctc_weight=options.ctc_weight, ctc_middle=options.ctc_middle),
+        ctc_head_loss if is_ctc else partial(speech_loss, ctc_weight=options.ctc_weight, ctc_middle=middle),
         data,
         parameter_groups(trained, options.weight_decay),
         options,
@@ -194,12 +206,10 @@ def _check_output(output: Path, model: str | Path, resume: bool) -> None:
         )
 
 
-def _load(
-    model: str | Path, options: FinetuneOptions, device: str | torch.device
-) -> tuple[GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor]:
+def _load(model: str | Path, processor: Processor, options: FinetuneOptions, device: str | torch.device) -> Model:
     dtype = options.dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
-    processor = GraniteSpeechProcessor.from_pretrained(model)
-    return GraniteSpeechForConditionalGeneration.from_pretrained(model, device=device, dtype=dtype), processor
+    kind = GraniteSpeech5ForCTC if isinstance(processor, GraniteSpeech5Processor) else GraniteSpeechForConditionalGeneration
+    return kind.from_pretrained(model, device=device, dtype=dtype)
 
 
 def _digest(utterances: list[Utterance]) -> str:

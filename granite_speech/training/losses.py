@@ -6,7 +6,7 @@ sizes differ.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,13 @@ from granite_kernels.op import accumulator
 from torch import Tensor
 
 from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.model_ctc import GraniteSpeech5ForCTC
+from granite_speech.modules.ctc_loss import blank_of
+from granite_speech.modules.packing import Segments
 from granite_speech.modules.tokens import Tokens
 from granite_speech.training.batches import Batch
 
-__all__ = ["LossFunction", "LossValue", "ctc_loss", "label_loss", "speech_loss", "text_loss"]
+__all__ = ["LossFunction", "LossValue", "ctc_head_loss", "ctc_loss", "label_loss", "speech_loss", "text_loss"]
 
 Model = GraniteSpeechForConditionalGeneration
 
@@ -34,7 +37,7 @@ class LossValue(NamedTuple):
     parts: dict[str, Tensor]
 
 
-LossFunction = Callable[[Model, Batch, Mapping[str, int]], LossValue]
+LossFunction = Callable[[Any, Batch, Mapping[str, int]], LossValue]
 
 
 def ctc_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, middle: float = 0.5) -> LossValue:
@@ -51,6 +54,19 @@ def ctc_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, middle: f
     """
     _, heads = _encode(model, batch)
     return _ctc_value(heads, batch, counts, middle)
+
+
+def ctc_head_loss(model: GraniteSpeech5ForCTC, batch: Batch, counts: Mapping[str, int]) -> LossValue:
+    """CTC of a model without a language model, in nats per label. As in transformers, only the last layer's prediction is trained.
+
+    Args:
+        model: TurboCTC.
+        batch: of `CTCData`.
+        counts: sums of `Batch.counts` over the step.
+    """
+    states, left = model.encode_packed(batch.frames.to(model.dtype), batch.clips)
+    loss = _ctc_sum(model.ctc_head(states), left, batch, blank_of(model.config)) / counts["characters"]
+    return LossValue(loss, {"ctc": loss})
 
 
 def speech_loss(model: Model, batch: Batch, counts: Mapping[str, int], *, ctc_weight: float = 0.0, ctc_middle: float = 0.5) -> LossValue:
@@ -111,20 +127,26 @@ def _encode(model: Model, batch: Batch, *, heads: bool = True) -> tuple[Tensor, 
 
 
 def _ctc_value(heads: list[Tensor], batch: Batch, counts: Mapping[str, int], middle: float) -> LossValue:
-    sums = [_ctc_sum(logits, batch) / counts["characters"] for logits in heads]
+    sums = [_ctc_sum(logits, batch.clips, batch, 0) / counts["characters"] for logits in heads]
     if len(sums) == 1:  # an encoder with one layer has no middle
         return LossValue(sums[0], {"ctc": sums[0]})
     inner, last = sums
     return LossValue((1 - middle) * last + middle * inner, {"ctc": last, "ctc_middle": inner})
 
 
-def _ctc_sum(logits: Tensor, batch: Batch) -> Tensor:
-    """Negative log probability of all clips' characters: a scalar, in float32 or wider."""
-    clips = batch.clips
+def _ctc_sum(logits: Tensor, clips: Segments, batch: Batch, blank: int) -> Tensor:
+    """Negative log probability of all clips' characters: a scalar, in float32 or wider.
+
+    Args:
+        logits: packed.
+        clips: where each clip's lie.
+        batch: has the characters.
+        blank: CTC's.
+    """
     log_probabilities = F.log_softmax(logits, dim=-1, dtype=accumulator(logits.dtype))
     padded = clips.pad(log_probabilities, clips.longest).transpose(0, 1)
     # Augmentation may leave a clip too short for its text. Its loss would be infinite, and counts as 0.
-    options = {"blank": 0, "reduction": "sum", "zero_infinity": True}
+    options = {"blank": blank, "reduction": "sum", "zero_infinity": True}
     return F.ctc_loss(padded, batch.characters, clips.lengths, batch.character_lengths, **options)
 
 

@@ -7,10 +7,13 @@ from typing import Any
 from granite_speech.config_values import integer, number, optional, shown
 from granite_speech.errors import InputError
 
-__all__ = ["PARTS", "FinetuneOptions", "TrainerOptions"]
+__all__ = ["CTC_PARTS", "PARTS", "FinetuneOptions", "TrainerOptions"]
 
 PARTS = ("encoder", "projector", "adapter", "language_model")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CTC_PARTS = ("encoder", "adapter")  # of a model without a language model; its head is part of the encoder
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# The projections of the language model, or of a CTC model's encoder.
+TARGETS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj", "linear1", "linear2", "pointwise_lin1", "pointwise_lin2")
 
 _POSITIVE, _STEPS = number(0.0, 1e9, open_low=True), integer(0, 1 << 40)
 
@@ -76,25 +79,55 @@ class FinetuneOptions(TrainerOptions):
         InputError: an invalid value, or a CTC weight without training the encoder.
     """
 
-    train: tuple[str, ...] = _option(("projector", "adapter"), _names((*PARTS, "all")), str, f"parts to train: {', '.join(PARTS)}, or all")
+    train: tuple[str, ...] | None = _option(
+        None,
+        optional(_names((*PARTS, "all"))),
+        tuple,
+        f"parts to train: {', '.join(PARTS)}, or all (default: projector,adapter, or encoder of a CTC model)",
+    )
     batch_seconds: float = _option(60.0, _POSITIVE, float, "most seconds of audio in a batch")
     ctc_weight: float = _option(0.0, number(0.0, 1e6), float, "weight of the encoder's CTC loss; the language model's loss has weight 1")
-    ctc_middle: float = _option(0.5, number(0.0, 1.0), float, "weight of the encoder's middle prediction in the CTC loss")
+    ctc_middle: float | None = _option(
+        None, optional(number(0.0, 1.0)), float, "weight of the encoder's middle prediction in the CTC loss (default: 0.5)"
+    )
     lora_rank: int = _option(64, integer(1, 1 << 16), int, "rank of the adapter added to a model without one")
     lora_alpha: float = _option(32.0, _POSITIVE, float, "alpha of a new adapter, whose scaling is alpha / rank")
-    lora_targets: tuple[str, ...] = _option(("q_proj", "v_proj"), _names(TARGETS), str, "projections that a new adapter changes")
+    lora_targets: tuple[str, ...] = _option(("q_proj", "v_proj"), _names(TARGETS), tuple, "projections that a new adapter changes")
     dtype: str | None = _option(None, _dtype, str, "float32 or bfloat16, for the computation (default: bfloat16 on a GPU, else float32)")
 
     def __post_init__(self):
         super().__post_init__()
         if self.ctc_weight and "encoder" not in self.parts:
             raise InputError(
-                got=f"ctc_weight = {self.ctc_weight:g} with train = {','.join(self.train)}",
+                got=f"ctc_weight = {self.ctc_weight:g} with train = {','.join(self.parts)}",
                 expected="encoder in train: the CTC loss has no effect on other parts",
                 remedy="Add encoder to train, or set ctc_weight to 0",
             )
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts that train, with "all" expanded."""
-        return PARTS if "all" in self.train else self.train
+        """The parts that train of a model with a language model, with "all" expanded."""
+        chosen = self.train or ("projector", "adapter")
+        return PARTS if "all" in chosen else chosen
+
+    @property
+    def ctc_parts(self) -> tuple[str, ...]:
+        """The parts that train of a CTC model, with "all" expanded.
+
+        Raises:
+            InputError: parts, or values of other options, that such a model does not have.
+        """
+        parts = f"some of {', '.join(CTC_PARTS)}, or all"
+        for name, is_wrong, expected in (
+            ("train", not set(self.train or ()) <= {*CTC_PARTS, "all"}, parts),
+            ("ctc_weight", self.ctc_weight, "none: the only loss is CTC's"),
+            ("ctc_middle", self.ctc_middle is not None, "none: the loss is that of the last layer, as in transformers"),
+        ):
+            if is_wrong:
+                raise InputError(
+                    got=f"{name} = {shown(getattr(self, name))} for a model without a language model",
+                    expected=expected,
+                    remedy=f"Correct or omit {name}",
+                )
+        chosen = self.train or ("encoder",)
+        return CTC_PARTS if "all" in chosen else chosen
