@@ -73,6 +73,7 @@ def finetune(
     """Tune a checkpoint on a manifest and write the result as a folder that `from_pretrained` and transformers load.
 
     A checkpoint without a language model, `GraniteSpeech5ForCTC`, learns its tokenizer's ids of each text with CTC. It takes no prompts.
+    Its adapter is merged when the folder is written: it is never off, and transformers cannot load one for a model with tied heads.
 
     Manifests and the output folder are checked before the model is loaded, and every line before the first step. During training,
     `output/training` has the log and the last training checkpoint; the model's files are written at the end.
@@ -120,6 +121,8 @@ def finetune(
         trainer.run()
         with shared_errors():
             if rank() == 0:
+                if isinstance(loaded, GraniteSpeech5ForCTC) and has_adapter(loaded):
+                    loaded.merge_adapter()
                 loaded.eval().save_pretrained(output)
                 processor.save_pretrained(output)
         return gather(_report(output, trainer, validated=held_out is not None))[0]

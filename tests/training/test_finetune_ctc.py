@@ -3,7 +3,6 @@
 import json
 import re
 
-import peft  # noqa: F401 (transformers loads adapters through it)
 import pytest
 import torch
 import transformers
@@ -91,22 +90,18 @@ def test_the_loss_is_that_of_transformers_for_the_same_labels(base, manifest):
     assert torch.allclose(ours.total, expected, rtol=1e-4) and batch.counts["characters"] == (inputs["labels"] != 0).sum()
 
 
-def test_an_adapter_alone_trains_with_fixed_statistics_and_transformers_reads_it(base, manifest, tmp_path):
-    options = FinetuneOptions(
-        train=("adapter",), steps=3, learning_rate=1e-2, lora_rank=3, lora_alpha=5, lora_targets=("q_proj", "linear1", "pointwise_lin2")
-    )
+def test_an_adapter_alone_trains_its_targets_and_is_merged(base, manifest, tmp_path):
+    targets = ("q_proj", "linear1", "pointwise_lin2")
+    options = FinetuneOptions(train=("adapter",), steps=3, learning_rate=1e-2, lora_rank=3, lora_alpha=5, lora_targets=targets)
     report = finetune(manifest, base, tmp_path / "out", options, progress=False)
     before, after = (GraniteSpeech5ForCTC.from_pretrained(one) for one in (base, report.folder))
-    names = dict(after.named_parameters())
-    assert all(torch.equal(one, names[name]) for name, one in before.named_parameters())
-    assert all(torch.equal(one, dict(after.named_buffers())[name]) for name, one in before.named_buffers())
-    # two feed-forwards have a linear1
+    changed = {name for name, one in before.state_dict().items() if not torch.equal(one, after.state_dict()[name])}
+    assert {name.split(".")[-2] for name in changed} == set(targets), "and no statistics"
+    assert len(changed) == 4 * 4, "two of the feed-forwards' in a layer"
     reference = transformers.GraniteSpeech5ForCTC.from_pretrained(report.folder).eval()
-    assert sum("lora_B" in name for name, _ in reference.named_parameters()) == 3 * 4 and (report.folder / "adapter_config.json").is_file()
     inputs = {"input_features": torch.randn(1, 40, 320)}
     with torch.no_grad():
         assert torch.allclose(reference(**inputs).logits, after(**inputs).logits, atol=3e-4)
-        assert not torch.allclose(before(**inputs).logits, after(**inputs).logits, atol=1e-3)
 
 
 def test_the_encoder_trains_its_statistics_in_float32_and_an_untied_head(base):
