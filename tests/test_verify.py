@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from granite_speech import GraniteSpeechFeatureExtractor, GraniteSpeechForConditionalGeneration, GraniteSpeechProcessor, verify
+from granite_speech import (
+    GraniteSpeechFeatureExtractor,
+    GraniteSpeechForConditionalGeneration,
+    GraniteSpeechProcessor,
+    verify,
+    verify_runs,
+    verify_speech,
+)
 from granite_speech.cli import main
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from tests.bench.test_audit import compiled
@@ -131,16 +138,16 @@ def test_undivided_logits_are_a_miss(float32_folder, monkeypatch):
 def test_nan_and_a_wrong_shape_miss():
     assert verify.Stage("x", float("nan"), 1.0).missed and verify.Stage("x", float("inf"), 1.0).missed
     assert not verify.Stage("x", 0.0, 0.0).missed
-    assert verify._relative_rms(torch.ones(2, 3), torch.ones(3, 3)) == float("inf") == verify._relative_rms(None, torch.ones(2))
+    assert verify_runs.relative_rms(torch.ones(2, 3), torch.ones(3, 3)) == float("inf") == verify_runs.relative_rms(None, torch.ones(2))
 
 
 def test_only_ties_may_be_broken_differently():
     logits = torch.tensor([1.0, 1.0 - 1e-6, 0.5])
-    theirs = verify._Run({}, torch.tensor([2, 0, 1]), [torch.tensor([0.0, 0.0, 9.0]), logits, logits], 0.0, "")
-    assert verify._regret(torch.tensor([2, 0, 1]), theirs) == 0.0
-    assert 0 < verify._regret(torch.tensor([2, 1, 2]), theirs) < verify.TIE, "tokens after a tie are not compared"
-    assert verify._regret(torch.tensor([2, 2, 1]), theirs) == 0.5
-    assert verify._regret(torch.tensor([2, 0]), theirs) == float("inf")
+    theirs = verify_runs.Run({}, torch.tensor([2, 0, 1]), [torch.tensor([0.0, 0.0, 9.0]), logits, logits], 0.0, "")
+    assert verify_speech.regret(torch.tensor([2, 0, 1]), theirs) == 0.0
+    assert 0 < verify_speech.regret(torch.tensor([2, 1, 2]), theirs) < verify_runs.TIE, "tokens after a tie are not compared"
+    assert verify_speech.regret(torch.tensor([2, 2, 1]), theirs) == 0.5
+    assert verify_speech.regret(torch.tensor([2, 0]), theirs) == float("inf")
 
 
 @pytest.mark.parametrize("absent", ["transformers", "peft"])
@@ -160,7 +167,7 @@ def test_a_failed_run_is_not_a_miss(float32_folder, capfd, monkeypatch, error, m
     def fail(side, device):
         raise error
 
-    monkeypatch.setattr(verify, "_stage_values", fail)
+    monkeypatch.setattr(verify_speech, "_stage_values", fail)
     status, out, err = run(capfd, float32_folder)
     assert (status, out) == (2, "")
     assert message in err and str(error) in err
@@ -215,25 +222,25 @@ def test_kernels_are_compiled_while_transformers_runs(monkeypatch, folder):
         assert transformers_has_run.wait(60)
         launches.append(([one.kernel.__name__ for one in recorded], device))
 
-    def run(load, dtype, device, max_new_tokens):
+    def run(load, measure, dtype, device):
         assert compiling.wait(60), "a model ran before the compilation began"
         transformers_has_run.set()
-        return verify._Run({"logits": torch.zeros(1, 2)}, torch.zeros(1, dtype=torch.int64), [torch.zeros(2)], 0.0, "")
+        return verify_runs.Run({"logits": torch.zeros(1, 2)}, torch.zeros(1, dtype=torch.int64), [torch.zeros(2)], 0.0, "")
 
     monkeypatch.setattr(verify, "choose_device", lambda *given: torch.device("cuda"))
     monkeypatch.setattr(verify, "architecture", lambda device: 90)
     monkeypatch.setattr(verify, "precompile_launches", compile_launches)
-    monkeypatch.setattr(verify, "_run", run)
+    monkeypatch.setattr(verify, "run", run)
     assert len(verify.verify(folder)) == len(launches) == 2
     for names, device in launches:
         assert device.type == "cuda" and {"_block_attention_fwd_kernel", "_paged_attention_decode_kernel"} <= set(names)
 
 
 def test_nothing_is_compiled_if_the_references_run(monkeypatch, folder):
-    run = verify._Run({"logits": torch.zeros(1, 2)}, torch.zeros(1, dtype=torch.int64), [torch.zeros(2)], 0.0, "")
+    run = verify_runs.Run({"logits": torch.zeros(1, 2)}, torch.zeros(1, dtype=torch.int64), [torch.zeros(2)], 0.0, "")
     monkeypatch.setenv("GRANITE_SPEECH_KERNELS", "torch")
     monkeypatch.setattr(verify, "choose_device", lambda *given: torch.device("cuda"))
     monkeypatch.setattr(verify, "architecture", lambda device: 90)
     monkeypatch.setattr(verify, "precompile_launches", lambda launches, device: pytest.fail("compiled"))
-    monkeypatch.setattr(verify, "_run", lambda *given: run)
+    monkeypatch.setattr(verify, "run", lambda *given: run)
     assert len(verify.verify(folder)) == 2

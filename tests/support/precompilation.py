@@ -31,7 +31,8 @@ from granite_speech.checkpoints.folder import Checkpoint, load_json
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.requests import transcript_request
-from granite_speech.verify import RECORDING, _launches
+from granite_speech.verify import RECORDING
+from granite_speech.verify_speech import launches_of_run
 
 TOKENS, STEPS = 100, 24  # within so many steps the number of keys becomes a multiple of 16, and a page is full
 
@@ -101,7 +102,7 @@ def main(dtype: torch.dtype) -> dict:
     values = load_json(EMBEDDED_FOLDER / "config.json")
     config, checkpoint = GraniteSpeechConfig.from_pretrained("embedded"), Checkpoint.open(EMBEDDED_FOLDER)
     model = GraniteSpeechForConditionalGeneration.without_weights(config, checkpoint, values).to(dtype).eval()
-    predicted = _launches(model, inputs, 90, TOKENS)
+    predicted = launches_of_run(model, inputs, 90, TOKENS)
 
     compiled = []
     triton.knobs.compilation.listener = lambda **given: compiled.append(given["src"].name)
