@@ -6,15 +6,17 @@ import re
 import pytest
 import torch
 import transformers
+from granite_kernels.cpu import has_int8
 from torch import nn
 
 from granite_speech import GraniteSpeech5ForCTC, GraniteSpeech5Processor
 from granite_speech.cli import main
 from granite_speech.config_ctc import GraniteSpeech5CTCConfig
-from granite_speech.errors import AudioError, InputError
+from granite_speech.errors import AudioError, InputError, UnsupportedError
 from granite_speech.inputs.audio import load_audio
 from granite_speech.inputs.ctc_tokenizer import GraniteSpeech5Tokenizer
 from granite_speech.inputs.delta_features import GraniteSpeech5FeatureExtractor
+from granite_speech.modules import int8_weight
 from granite_speech.training import CTCData, FinetuneOptions, best_path_transcripts, ctc_head_loss, finetune, prepare, read_manifest
 from tests.support import tiny_speech
 from tests.support.ctc_tokenizers import write_ctc_tokenizer
@@ -189,3 +191,10 @@ def test_a_clip_that_augmentation_leaves_too_short_is_named(base, manifest):
     short = data(base, manifest, augment=lambda waveform, generator, epoch: waveform[:1000])
     with pytest.raises(AudioError, match=r"line 1: 1 frames of audio \(0\.06 s\) for \d+ labels"):
         short.load(0, [0])
+
+
+@pytest.mark.skipif(not has_int8(), reason="a processor that is not fast at products of 8-bit integers")
+def test_int8_weights_are_not_trained(base, monkeypatch):
+    monkeypatch.setattr(int8_weight, "_FEWEST", 1)
+    with pytest.raises(UnsupportedError, match="training"):
+        prepare(GraniteSpeech5ForCTC.from_pretrained(base, quantize="int8"), ("encoder",))
