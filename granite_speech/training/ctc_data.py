@@ -12,7 +12,7 @@ from granite_speech.training.batches import Batch, Row
 from granite_speech.training.data import AudioData, Augment
 from granite_speech.training.manifest import Utterance
 
-__all__ = ["CTCData"]
+__all__ = ["CTCData", "refuse_prompts"]
 
 
 class CTCData(AudioData):
@@ -51,12 +51,7 @@ class CTCData(AudioData):
         self._rows = [self._row(*pair) for pair in zip(self.utterances, self.samples, strict=True)]
 
     def _row(self, utterance: Utterance, samples: int) -> Row:
-        if utterance.prompt is not None:
-            raise InputError(
-                got=f"{utterance.where}: the prompt {utterance.prompt!r:.100}",
-                expected="none: a CTC model transcribes and takes no prompts",
-                remedy="Remove the key, or tune a model with a language model",
-            )
+        refuse_prompts([utterance])
         labels = self.processor(text=utterance.text)["labels"]
         known = range(self.config.vocab_size)
         wrong = sorted({one for one in labels if one == self._blank or one not in known})
@@ -79,3 +74,14 @@ class CTCData(AudioData):
             samples = min(len(frames) * 2 * self.extractor.hop_length, self.budget)
             self.check_fits(self.utterances[index], samples, len(frames) >> self.config.encoder_config.subsamplings, row.characters)
         return Batch.pack(rows, features, audio_token=-1, audio_seconds=self.seconds(indices), device=self.device)
+
+
+def refuse_prompts(utterances: Sequence[Utterance]) -> None:
+    """Raises InputError for a line with a prompt, which a CTC model does not take; names the line."""
+    for one in utterances:
+        if one.prompt is not None:
+            raise InputError(
+                got=f"{one.where}: the prompt {one.prompt!r:.100}",
+                expected="none: a CTC model transcribes and takes no prompts",
+                remedy="Remove the key, or tune a model with a language model",
+            )

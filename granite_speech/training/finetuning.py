@@ -16,7 +16,7 @@ from granite_speech.inputs.ctc_processor import GraniteSpeech5Processor
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.model import GraniteSpeechForConditionalGeneration
 from granite_speech.model_ctc import GraniteSpeech5ForCTC
-from granite_speech.training.ctc_data import CTCData
+from granite_speech.training.ctc_data import CTCData, refuse_prompts
 from granite_speech.training.data import Augment, SpeechData
 from granite_speech.training.dialogue import Dialogue
 from granite_speech.training.evaluation import best_path_transcripts, transcripts, word_error_rate
@@ -110,7 +110,10 @@ def finetune(
                 resolve(model)  # process 0 downloads, and the others find the files in the cache
         with shared_errors():
             processor = AutoProcessor.from_pretrained(model)
-            parts = options.ctc_parts if isinstance(processor, GraniteSpeech5Processor) else options.parts
+            parts = options.parts
+            if isinstance(processor, GraniteSpeech5Processor):
+                parts = options.ctc_parts
+                refuse_prompts([*utterances, *(held_out or [])])
             loaded = _load(model, processor, options, own_device)
             source = {"model": str(model), "manifest": _digest(utterances), "augmented": augment is not None}
             data = _data(utterances, loaded, processor, options, augment)

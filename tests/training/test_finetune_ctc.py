@@ -161,6 +161,15 @@ def test_options_of_other_models_are_refused_by_name(base, manifest, tmp_path, c
     assert (status, out) == (2, "") and err.startswith("granite-speech: ") and err.count("\n") == 1 and message in err
 
 
+def test_a_prompt_of_the_validation_is_refused(base, manifest, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    write_sound(tmp_path / "one.wav", "one")
+    held_out.write_text(json.dumps({"audio": "one.wav", "text": "one", "prompt": "translate"}))
+    with pytest.raises(InputError, match=r"held-out\.jsonl, line 1: the prompt 'translate'"):
+        finetune(manifest, base, tmp_path / "out", validation=held_out, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_projections_of_an_encoder_are_refused_for_a_language_model(manifest, tmp_path):
     tiny_speech.write_model(tmp_path / "base", adapter=False)
     with pytest.raises(InputError, match="an adapter for linear1; expected projections of the language model"):
