@@ -175,6 +175,7 @@ class GraniteSpeechProcessor(PushToHub):
         return_dict: bool = False,
         load_audio_from_video: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **names: Any,
     ) -> Any:
         """Formats messages as a prompt; with tokenize=True, also processes it and the recordings in the messages.
@@ -191,6 +192,7 @@ class GraniteSpeechProcessor(PushToHub):
             return_dict: whether to return the result of `__call__`, not input_ids alone.
             load_audio_from_video: must be False.
             processor_kwargs: options of `__call__`.
+            sanitize_control_tokens: must be False.
             **names: options of `__call__`, or names for the template.
 
         Raises:
@@ -211,6 +213,7 @@ class GraniteSpeechProcessor(PushToHub):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             with_spans=return_assistant_tokens_mask,
+            sanitize_control_tokens=sanitize_control_tokens,
         )
         if not tokenize:
             return prompts.texts if prompts.batched else prompts.texts[0]

@@ -58,10 +58,10 @@ METHODS = {
         get_adapter_state_dict get_decoder get_encoder get_input_embeddings get_output_embeddings init_weights initialize_weights
         load_adapter resize_token_embeddings set_adapter set_decoder set_encoder set_input_embeddings set_output_embeddings
         tie_weights""",
-    INTERNAL: """adjust_generation_fn check_argument_for_proper_class convert_rope_params_to_dict dict_dtype_to_str
+    INTERNAL: """adjust_generation_fn check_argument_for_proper_class convert_rope_params_to_dict default_config_fields dict_dtype_to_str
         generation_config_class get_compiled_call get_correct_attn_implementation get_expanded_tied_weights_keys
         get_init_context get_text_with_replacements is_backend_compatible
-        mark_tied_weights_as_initialized named_non_persistent_buffers prepare_inputs_layout replace_audio_token
+        mark_tied_weights_as_initialized named_non_persistent_buffers nested_rope_parameter_keys prepare_inputs_layout replace_audio_token
         retrieve_modules_from_names standardize_rope_params valid_processor_kwargs validate_architecture
         validate_init_kwargs validate_inputs validate_layer_type validate_output_attentions validate_rope validate_token_ids
 """,
