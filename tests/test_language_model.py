@@ -74,9 +74,7 @@ def test_pieces_through_the_cache(model, given):
     assert headless.past_key_values is cache and cache.get_seq_length() == 13
 
 
-@pytest.mark.parametrize(
-    ("crop", "kept"), [(11, 11), (-4, 11), (9, 9), (2, 2), (-15, 0), (-99, 0), (0, 15), (15, 15), (99, 15)]
-)
+@pytest.mark.parametrize(("crop", "kept"), [(11, 11), (-4, 11), (9, 9), (2, 2), (-15, 0), (-99, 0), (0, 15), (15, 15), (99, 15)])
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_as_if_the_columns_had_never_been(model, crop, kept):
     language, everything = model.language_model, ids(width=15)

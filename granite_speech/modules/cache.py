@@ -184,7 +184,8 @@ class PagedCache:
             tokens_to_remove: columns to remove, as a negative number: the name in transformers 5.17 and 5.23.
 
         Raises:
-            InputError: no integer, both arguments, tokens_to_remove above 0, or a cache whose sequences share pages that would be written again.
+            InputError: no integer, both arguments, tokens_to_remove above 0, or a cache whose sequences share pages that would be
+                written again.
         """
         [*given] = (one for one in (max_length, tokens_to_remove) if one is not None)
         if len(given) != 1 or type(given[0]) is not int or (tokens_to_remove or 0) > 0:

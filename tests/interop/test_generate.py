@@ -1,5 +1,6 @@
 """`generate` of an accelerated model: which calls the captured step serves, and that all others are transformers' own."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
