@@ -141,14 +141,15 @@ def test_embeddings(pair: Pair):
 def test_a_penalty_for_padded_embeddings_is_that_of_the_prompt_alone(pair: Pair):
     ids = batch_of(pair[0], [17, 33])
     embeddings = pair[2].get_input_embeddings()(ids["input_ids"].masked_fill(ids["input_ids"] == 119, 3)).detach()
-    options = {"max_new_tokens": 9, "min_new_tokens": 9, "repetition_penalty": 0.1}
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "repetition_penalty": 3.0}
     padded = pair[2].generate(inputs_embeds=embeddings, attention_mask=ids["attention_mask"], **options)
     for row, answer in enumerate(padded):
         own = embeddings[row : row + 1, ids["attention_mask"][row].bool()]
         [alone] = pair[2].generate(inputs_embeds=own, **options)
         assert torch.equal(alone, answer)
     options["repetition_penalty"] = 1.0
-    assert not torch.equal(padded, pair[2].generate(inputs_embeds=embeddings, attention_mask=ids["attention_mask"], **options))
+    plain = pair[2].generate(inputs_embeds=embeddings, attention_mask=ids["attention_mask"], **options)
+    assert not torch.equal(padded[0], plain[0]), "the padded prompt's answer has a token twice, so that the penalty counts"
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
