@@ -147,7 +147,6 @@ def test_a_penalty_for_padded_embeddings_is_that_of_the_prompt_alone(pair: Pair)
         own = embeddings[row : row + 1, ids["attention_mask"][row].bool()]
         [alone] = pair[2].generate(inputs_embeds=own, **options)
         assert torch.equal(alone, answer)
-    options["repetition_penalty"] = 1.0
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
