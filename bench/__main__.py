@@ -34,8 +34,8 @@ def _add_model(commands: argparse._SubParsersAction) -> None:
         help="cpu: float32, bfloat16 and int8 on a CPU: encoder, TurboCTC, decode steps, the bundled checkpoint, words, memory, a busy "
         "machine; steps: decode steps fused and module by module, on a GPU; encoder: the 16 x 1024 encoder on a GPU; turboctc: TurboCTC on "
         "a GPU, up to 512 clips; whole: released shapes with random weights, on a GPU; accelerated: transformers' model before and after "
-        "accelerate; serving: many requests over time in one Engine; both with the bundled checkpoint on a CPU and a released shape on a GPU "
-        "(repeatable; default: all on a CPU, whole and encoder on a GPU)",
+        "accelerate; serving: many requests over time in one Engine; both with the bundled checkpoint on a CPU and a released shape on a "
+        "GPU (repeatable; default: all on a CPU, whole and encoder on a GPU)",
     )
     parser.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of encoder and of the parts on a CPU (default: 5)")

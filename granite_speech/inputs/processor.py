@@ -149,6 +149,7 @@ class GraniteSpeechProcessor(ProcessorBase):
         load_audio_from_video: bool = False,
         sanitize_control_tokens: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **names: Any,
     ) -> Any:
         """Formats messages as a prompt; with tokenize=True, also processes it and the recordings in the messages.
@@ -166,6 +167,7 @@ class GraniteSpeechProcessor(ProcessorBase):
             return_dict: whether to return the result of `__call__`, not input_ids alone.
             load_audio_from_video: must be False.
             processor_kwargs: options of `__call__`.
+            sanitize_control_tokens: must be False.
             **names: options of `__call__`, or names for the template.
 
         Raises:
@@ -187,6 +189,7 @@ class GraniteSpeechProcessor(ProcessorBase):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             with_spans=return_assistant_tokens_mask,
+            sanitize_control_tokens=sanitize_control_tokens,
         )
         if not tokenize:
             return prompts.texts if prompts.batched else prompts.texts[0]

@@ -255,6 +255,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
         return_dict: bool = True,
         return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **names: Any,
     ) -> Any:
         """Formats messages as the prompt that the model was trained on. The defaults are those of transformers.
@@ -271,12 +272,13 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
             sanitize_control_tokens: must be False.
             return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
             tokenizer_kwargs: more options of `__call__`.
+            sanitize_control_tokens: must be False.
             **names: passed to the template.
 
         Raises:
             InputError: no messages, no template, options that exclude each other, or a template that fails or writes more than
                 LONGEST_PROMPT characters.
-            UnsupportedError: a part of a message that is neither text nor audio.
+            UnsupportedError: a part of a message that is neither text nor audio, or sanitize_control_tokens.
         """
         refuse_sanitizing(sanitize_control_tokens)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
@@ -293,6 +295,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             with_spans=return_assistant_tokens_mask,
+            sanitize_control_tokens=sanitize_control_tokens,
         )
         prompt = prompts.texts if prompts.batched else prompts.texts[0]
         if not tokenize:

@@ -64,7 +64,7 @@ def accelerate(model: Model) -> Model:
     As a context manager, `with accelerate(model): …`, it undoes itself at the end of the block.
 
     Args:
-        model: a `GraniteSpeechForConditionalGeneration` or `GraniteSpeechPlusForConditionalGeneration` of transformers 4.56 to 5.17, or a
+        model: a `GraniteSpeechForConditionalGeneration` or `GraniteSpeechPlusForConditionalGeneration` of transformers 4.56 to 5.23, or a
             peft model around one.
 
     Returns:
