@@ -75,7 +75,6 @@ def render_conversations(
     add_generation_prompt: bool = False,
     continue_final_message: bool | str = False,
     with_spans: bool = False,
-    sanitize_control_tokens: bool = False,
 ) -> Prompts:
     """Renders one conversation, or several.
 
@@ -90,18 +89,11 @@ def render_conversations(
         tools, documents, add_generation_prompt: passed to the template; functions in tools as their schemas.
         continue_final_message: end with the last message's content, or with its field of this name, so that the model continues it.
         with_spans: whether to find the {% generation %} blocks.
-        sanitize_control_tokens: must be False.
 
     Raises:
         InputError: no messages, messages that are not dictionaries, options that exclude each other, or a template that fails.
-        UnsupportedError: a part that is neither text nor audio, for a template that takes text only; or sanitize_control_tokens.
+        UnsupportedError: a part that is neither text nor audio, for a template that takes text only.
     """
-    if sanitize_control_tokens:
-        raise UnsupportedError(
-            got="sanitize_control_tokens=True",
-            expected="False: special tokens in messages are encoded as such",
-            remedy="Remove special tokens, such as <|audio|>, from untrusted text before the call",
-        )
     if continue_final_message and (add_generation_prompt or with_spans):
         other = "add_generation_prompt" if add_generation_prompt else "return_assistant_tokens_mask"
         raise InputError(got=f"continue_final_message with {other}", expected="one of them", remedy="Omit one")

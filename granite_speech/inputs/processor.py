@@ -147,7 +147,6 @@ class GraniteSpeechProcessor(ProcessorBase):
         return_tensors: str | None = None,
         return_dict: bool = False,
         load_audio_from_video: bool = False,
-        sanitize_control_tokens: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
         **names: Any,
@@ -160,7 +159,6 @@ class GraniteSpeechProcessor(ProcessorBase):
                 path may also be called "path" or "url".
             chat_template: a template, or the name of one of this processor's; None for its own.
             tools, documents, add_generation_prompt, continue_final_message: as in `GraniteSpeechTokenizer.apply_chat_template`.
-            sanitize_control_tokens: must be False.
             return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
             tokenize: whether to return token ids, not text. As in transformers, the default is text.
             return_tensors: "pt", "np", or None for token ids in lists.
@@ -189,7 +187,6 @@ class GraniteSpeechProcessor(ProcessorBase):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             with_spans=return_assistant_tokens_mask,
-            sanitize_control_tokens=sanitize_control_tokens,
         )
         if not tokenize:
             return prompts.texts if prompts.batched else prompts.texts[0]

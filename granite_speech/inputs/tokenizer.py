@@ -247,7 +247,6 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
         tokenize: bool = True,
-        sanitize_control_tokens: bool = False,
         padding: bool | str = False,
         truncation: bool | str | None = False,
         max_length: int | None = None,
@@ -269,7 +268,6 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
             tokenize: whether to return the result of `__call__` for the prompt (only input_ids if return_dict is False) or text.
             padding, truncation, max_length, return_tensors: as in `__call__`.
             return_dict: whether to return more than input_ids.
-            sanitize_control_tokens: must be False.
             return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
             tokenizer_kwargs: more options of `__call__`.
             sanitize_control_tokens: must be False.
@@ -295,7 +293,6 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             with_spans=return_assistant_tokens_mask,
-            sanitize_control_tokens=sanitize_control_tokens,
         )
         prompt = prompts.texts if prompts.batched else prompts.texts[0]
         if not tokenize:
