@@ -9,7 +9,7 @@ from bench import results
 DTYPES = ("float32", "bfloat16", "float16")
 # Parts of `model` by where they run.
 ON_CPU = ("cpu", "accelerated", "serving")
-ON_GPU = ("steps", "whole", "encoder", "accelerated", "serving")
+ON_GPU = ("steps", "whole", "encoder", "turboctc", "accelerated", "serving")
 
 
 def main() -> None:
@@ -31,11 +31,11 @@ def _add_model(commands: argparse._SubParsersAction) -> None:
         "--part",
         action="append",
         choices=tuple(dict.fromkeys(ON_CPU + ON_GPU)),
-        help="cpu: float32, bfloat16 and int8 on a CPU: encoder, decode steps, the bundled checkpoint, words, memory, a busy machine; "
-        "steps: decode steps fused and module by module, on a GPU; encoder: the 16 x 1024 encoder on a GPU; whole: released shapes with "
-        "random weights, on a GPU; accelerated: transformers' model before and after accelerate; serving: many requests over time in one "
-        "Engine; both with the bundled checkpoint on a CPU and a released shape on a GPU (repeatable; default: all on a CPU, whole and "
-        "encoder on a GPU)",
+        help="cpu: float32, bfloat16 and int8 on a CPU: encoder, TurboCTC, decode steps, the bundled checkpoint, words, memory, a busy "
+        "machine; steps: decode steps fused and module by module, on a GPU; encoder: the 16 x 1024 encoder on a GPU; turboctc: TurboCTC on "
+        "a GPU, up to 512 clips; whole: released shapes with random weights, on a GPU; accelerated: transformers' model before and after "
+        "accelerate; serving: many requests over time in one Engine; both with the bundled checkpoint on a CPU and a released shape on a "
+        "GPU (repeatable; default: all on a CPU, whole and encoder on a GPU)",
     )
     parser.add_argument("--layers", type=int, default=16, help="encoder blocks (default: the released models' 16)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of encoder and of the parts on a CPU (default: 5)")
@@ -208,6 +208,10 @@ def _model(options: argparse.Namespace) -> int:
 
             sizes = {"layers": options.layers, "rounds": options.rounds}
             print(encoder.run(**sizes, device=options.device, dtype=dtype, out=options.out))
+        elif part == "turboctc":
+            from bench import turboctc_gpu
+
+            print(turboctc_gpu.run(device=options.device, dtype=dtype, out=options.out))
         elif part == "whole":
             from bench import released
 

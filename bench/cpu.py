@@ -1,8 +1,8 @@
 """This package and transformers side by side on a CPU, in float32, bfloat16 and int8, in one run.
 
-The encoder in the released size, decode steps at batch 1, the bundled checkpoint from waveforms to text, word error rates, peak memory,
-and the command line on a busy machine. Results are checked before anything is timed. The result file is written after every section, so
-a failure costs only the sections after it.
+The encoder and TurboCTC in the released size, decode steps at batch 1, the bundled checkpoint from waveforms to text, word error rates,
+peak memory, and the command line on a busy machine. Results are checked before anything is timed. The result file is written after every
+section, so a failure costs only the sections after it.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import cpu_busy, cpu_decode, cpu_encoder, cpu_memory, cpu_table, cpu_words, embedded, results
+from bench import cpu_busy, cpu_ctc, cpu_decode, cpu_encoder, cpu_memory, cpu_table, cpu_words, embedded, results
 from bench.turns import fastest
 
 __all__ = ["run"]
@@ -32,6 +32,7 @@ def run(*, rounds: int, layers: int, threads: int | None, unseen: Path, out: Pat
         torch.set_num_threads(threads)
     sections: dict[str, Callable[[], Any]] = {
         "encoder": partial(cpu_encoder.measure, layers, rounds),
+        "turboctc": partial(cpu_ctc.measure, rounds),
         "decode": partial(cpu_decode.measure, rounds),
         "embedded": partial(embedded.measure, rounds),
         "words": lambda: cpu_words.measure(cpu_words.held_out(unseen)),

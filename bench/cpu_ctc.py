@@ -13,7 +13,7 @@ from bench.turns import REFERENCES, SYSTEMS, compared, error, seconds_in_turns, 
 from granite_speech.config_ctc import GraniteSpeech5CTCConfig
 from granite_speech.model_ctc import GraniteSpeech5ForCTC
 
-__all__ = ["measure"]
+__all__ = ["measure", "pair"]
 
 # Largest error of the logits, relative to ours in float32. transformers in float32 is compared clip by clip.
 TOLERANCES = {"transformers float32": 1e-4, "ours bfloat16": 6e-2, "transformers bfloat16": 6e-2, "ours int8": 1.5e-1}
@@ -44,15 +44,21 @@ def measure(rounds: int, systems: tuple[str, ...] = SYSTEMS, configuration: dict
     return {"layers": config.num_hidden_layers, "hidden_dim": config.hidden_size, "errors": errors, "measurements": measurements}
 
 
-def _models(systems: tuple[str, ...], configuration: dict[str, Any]) -> dict[str, Any]:
+def pair(configuration: dict[str, Any]) -> tuple[Any, Any]:
+    """Ours and transformers', with the same random weights, in float32."""
     import transformers
-
-    from granite_speech.modules.int8_layers import round_to_int8
 
     torch.manual_seed(0)
     reference = transformers.GraniteSpeech5ForCTC(transformers.GraniteSpeech5CTCConfig(**configuration)).eval()
     ours = GraniteSpeech5ForCTC(GraniteSpeech5CTCConfig(**configuration)).eval()
     ours.load_state_dict(reference.state_dict())
+    return ours, reference
+
+
+def _models(systems: tuple[str, ...], configuration: dict[str, Any]) -> dict[str, Any]:
+    from granite_speech.modules.int8_layers import round_to_int8
+
+    ours, reference = pair(configuration)
     found = {"ours float32": ours, "transformers float32": reference}
     for system in systems:
         if system not in found:

@@ -23,7 +23,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         *_times(result),
     ]
-    for name, show in (("embedded", _floors), ("words", _accuracy), ("memory", _memory), ("busy", _busy)):
+    for name, show in (("embedded", _floors), ("turboctc", _times_real), ("words", _accuracy), ("memory", _memory), ("busy", _busy)):
         if name in result:
             lines += ["", *show(result)]
     return "\n".join(lines)
@@ -46,6 +46,7 @@ def _timed(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     name = f"encoder, {encoder['layers']} x {encoder['hidden_dim']}"
     return [
         *((f"{name}, {one['what']}", one) for one in encoder["measurements"]),
+        *((f"TurboCTC, {one['what']}", one) for one in result.get("turboctc", {}).get("measurements", ())),
         *((f"a token, {one['what']} ({one['float32_bytes'] / 1e9:.2f} GB in float32)", one) for one in result.get("decode", ())),
         *((f"bundled checkpoint, {one['what']}", one) for one in result.get("embedded", {}).get("measurements", ())),
     ]
@@ -72,6 +73,22 @@ def _floors(result: dict[str, Any]) -> list[str]:
             shares = ", ".join(f"{name} {share:.0%}" for name, share in list(measured.get("profile", {}).items())[:4])
             lines.append(f"| {what} | {' | '.join(cells)} | {shares or '–'} |")
     return lines
+
+
+def _times_real(result: dict[str, Any]) -> list[str]:
+    """Of TurboCTC, whose errors are here too."""
+    ctc = result["turboctc"]
+    lines = [
+        f"TurboCTC, {ctc['layers']} x {ctc['hidden_dim']}, random weights, from features to the best path: seconds of audio a second, and "
+        "root mean square errors of the logits, relative to float32 here:",
+        "",
+        f"| input | {' | '.join((*REFERENCES, *OURS))} |",
+        "|---" * (1 + len(OURS) + len(REFERENCES)) + "|",
+    ]
+    for one in ctc["measurements"]:
+        cells = [f"{one['rtfx'][system]:.1f}" if system in one["rtfx"] else "–" for system in (*REFERENCES, *OURS)]
+        lines.append(f"| {one['what']} | {' | '.join(cells)} |")
+    return [*lines, f"| error | {' | '.join(_error(ctc['errors'].get(system)) for system in (*REFERENCES, *OURS))} |"]
 
 
 def _floor_of_each(measured: dict[str, Any]) -> dict[str, float]:

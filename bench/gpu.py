@@ -45,6 +45,7 @@ def steps(out: Path) -> list[Step]:
         # It ends before its limit, so that its rows are in the log.
         Step("tune", [python, "-m", "bench", "tune", str(out), "--seconds", "225"], 240),
         Step("kernels", [*kernels, str(out), "--no-compiled"], 240),
+        Step("turboctc", [*model, "--part", "turboctc"], 90),
         Step("accelerated", [*model, "--part", "accelerated"], 120),
         Step("serving", [*model, "--part", "serving"], 90),
     ]

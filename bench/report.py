@@ -15,6 +15,7 @@ from bench import (
     serving,
     steps_gpu,
     times,
+    turboctc_gpu,
     whole_model,
     words,
 )
@@ -34,7 +35,11 @@ def sections() -> list[tuple[Path, str, str]]:
     readme, all_kernels, checkpoint = (ROOT / name for name in ("README.md", "bench/results/README.md", "granite_speech/assets/README.md"))
     return [
         (readme, "report: headline", headline()),
-        (readme, "report", report("cpu", "encoder", "accelerated", "serving", "whole-model", "decode-steps", "kernels summary")),
+        (
+            readme,
+            "report",
+            report("cpu", "turboctc", "encoder", "accelerated", "serving", "whole-model", "decode-steps", "kernels summary"),
+        ),
         (all_kernels, "report: kernels", report("kernels", "kernels-cpu")),
         (all_kernels, "report: rehearsal", report("rehearsal")),
         (all_kernels, "report: hours", report("hours")),
@@ -90,6 +95,7 @@ _TABLES = {
     "encoder": encoder.table,
     "whole-model": whole_model.table,
     "decode-steps": steps_gpu.table,
+    "turboctc": turboctc_gpu.table,
     "accelerated": accelerated.table,
     "serving": serving.table,
     "rehearsal": rehearse.table,

@@ -354,7 +354,7 @@ class GraniteSpeechForConditionalGeneration(Pretrained, _Generating, Embeddings,
                 as in transformers.
             num_items_in_batch: the labels of all batches of one optimizer step. The loss is then the sum over this batch's labels,
                 divided by this number, so that the losses of the batches add up to the mean over all their labels. transformers'
-                Trainer passes it. transformers 5.17 ignores it for this model and returns the batch's own mean, which makes the
+                Trainer passes it. transformers 5.23 ignores it for this model and returns the batch's own mean, which makes the
                 gradients 4 times too large with 4 accumulation steps.
 
         Raises:

@@ -74,15 +74,14 @@ def test_pieces_through_the_cache(model, given):
     assert headless.past_key_values is cache and cache.get_seq_length() == 13
 
 
-@pytest.mark.parametrize("crop", [11, -4, 9, 2, 0, -15, 15, 99])
+@pytest.mark.parametrize(("crop", "kept"), [(11, 11), (-4, 11), (9, 9), (2, 2), (-15, 0), (-99, 0), (0, 15), (15, 15), (99, 15)])
 @torch.no_grad()
-def test_a_cropped_cache_goes_on_as_if_the_columns_had_never_been(model, crop):
+def test_a_cropped_cache_goes_on_as_if_the_columns_had_never_been(model, crop, kept):
     language, everything = model.language_model, ids(width=15)
     mask = torch.cat((MASK, torch.ones(2, 6, dtype=torch.int64)), dim=1)
     cache = language(everything[:, :10], attention_mask=mask[:, :10]).past_key_values
     language(everything[:, 10:], attention_mask=mask, past_key_values=cache)
     cache.crop(crop)
-    kept = min(15, crop if crop >= 0 else 15 + crop)
     assert cache.get_seq_length() == kept
     new = torch.full((2, 3), 7)
     seen = torch.cat((mask[:, :kept], torch.ones_like(new)), dim=1)
@@ -94,8 +93,10 @@ def test_a_cropped_cache_goes_on_as_if_the_columns_had_never_been(model, crop):
 @torch.no_grad()
 def test_crops_that_are_refused(model):
     cache = model.language_model(ids(width=70)).past_key_values
-    with pytest.raises(InputError, match="crop"):
-        cache.crop(2.5)
+    for arguments, names in (((2.5,), {}), ((True,), {}), ((), {}), ((-1,), {"tokens_to_remove": -1}), ((), {"tokens_to_remove": 1})):
+        with pytest.raises(InputError, match="crop"):
+            cache.crop(*arguments, **names)
+    assert cache.get_seq_length() == 70
     cache.reorder([0, 0, 1])
     cache.crop(66)  # in the last page, of which each row has its own
     with pytest.raises(InputError, match="reorder"):

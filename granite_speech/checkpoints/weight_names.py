@@ -13,9 +13,10 @@ Other spellings, by version of transformers and peft:
 
     model.encoder.*, model.language_model.layers.*, lm_head.weight   the state dict of transformers 5.10 and later
     language_model.layers.*                                          the state dict of its GraniteSpeechModel
-    language_model.model.model.layers.*                              a folder saved by 5.17 from a model built from its config
+    language_model.model.model.layers.*                              a folder saved by 5.17 from a model built from its config;
+                                                                     5.23 writes the canonical names there
     *.base_layer.weight, *.lora_A.<adapter>.weight                   a folder saved with a peft adapter attached
-    base_model.model.<any of these>                                  peft's adapter files, and whole folders that 5.17 saved
+    base_model.model.<any of these>                                  peft's adapter files, and whole folders that 5.17 and 5.23 saved
                                                                      after loading a folder with an adapter
     language_base_model.model.model.model[.model].layers.*           the same, with a newer adapter file
 

@@ -224,7 +224,8 @@ class Decoding:
         self._runtime.decoder_graphs.want(key, partial(self._new_step, key, key.steps))
 
     def _new_step(self, key: StepKey, steps: int = 1) -> DecodeStep:
-        options = {"mixed": key.mixed, "steps": steps, "layers": self._runtime.layers}
+        is_watched = self._streamer is not None or self._history is not None
+        options = {"mixed": key.mixed, "steps": steps, "layers": self._runtime.layers, "may_change": is_watched or bool(self._stopping)}
         return DecodeStep(self._model, self._state, key.selection, key.rows, **options)
 
     def _steps(self) -> int:

@@ -108,6 +108,7 @@ class DecodeStep:
         steps: made by one `run`; more than one only without sampling, whose random numbers are drawn before each step.
         with_vectors: whether the newest token of some row is audio, and its embedding is in the state.
         layers: of the model, which may be those of other steps too.
+        may_change: whether the model may change between two runs: somebody else's code runs there, or there are other requests.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class DecodeStep:
         steps: int = 1,
         with_vectors: bool = False,
         layers: LayersInUse | None = None,
+        may_change: bool = True,
     ):
         self._model, self._state, self._selection, self._steps, self._with_vectors = model, state, selection, steps, with_vectors
         self._page_size = state.pool.page_size
@@ -133,9 +135,12 @@ class DecodeStep:
         self._rows = rows
         self._layers = LayersInUse(model) if layers is None else layers
         self._followed: Snapshot | None = None
+        self._may_change = may_change
 
     def _follow(self) -> None:
         """Run the layers as the model is now."""
+        if self._followed is not None and not self._may_change:
+            return
         layers = self._layers
         self._followed, before = layers.follow(), self._followed
         self._fused = None if autocast_dtype(self._state.device) is not None else layers.with_head

@@ -159,7 +159,10 @@ class PrefixConstrainedLogitsProcessor:
                     remedy="Let it return the end token where nothing may follow",
                 )
             forbidden[row, on_device(allowed.flatten(), scores.device)] = 0.0
-        return scores + forbidden
+        result = scores + forbidden
+        # Where other rules forbid every allowed token of a prompt, this rule wins, as in transformers 5.23.
+        is_stuck = result.amax(dim=1).isneginf().view(-1, self._num_beams).all(dim=1).repeat_interleave(self._num_beams)
+        return torch.where(is_stuck[:, None], forbidden, result)
 
 
 class ForcedBOSTokenLogitsProcessor:
@@ -202,6 +205,7 @@ class ExponentialDecayLengthPenalty:
             return scores
         ends = on_device(inside, scores.device, torch.int64)
         raised = scores[:, ends].abs() * (self._factor**late - 1)
+        raised = raised.masked_fill(~raised.isfinite(), 0.0)  # an end that another rule forbids stays forbidden
         return scores + torch.zeros_like(scores).index_copy(1, ends, raised)
 
 

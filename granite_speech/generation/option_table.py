@@ -1,4 +1,4 @@
-"""What becomes of each option of transformers 5.17's GenerationConfig: implemented, accepted without effect, or refused.
+"""What becomes of each option of transformers 5.23's GenerationConfig: implemented, accepted without effect, or refused.
 
 Implemented are the fields of `GenerationOptions`. None never has an effect, except that in a call it undoes what a configuration set.
 """
@@ -49,7 +49,7 @@ ACCEPTED = frozenset(
         "decoder_start_token_id",
         "transformers_version",
         "_from_model_config",
-        "_commit_hash",
+        "_commit_hash",  # written by versions before 5.23
     ]
 )
 

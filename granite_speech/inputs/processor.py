@@ -147,8 +147,8 @@ class GraniteSpeechProcessor(ProcessorBase):
         return_tensors: str | None = None,
         return_dict: bool = False,
         load_audio_from_video: bool = False,
-        sanitize_control_tokens: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **names: Any,
     ) -> Any:
         """Formats messages as a prompt; with tokenize=True, also processes it and the recordings in the messages.
@@ -159,13 +159,13 @@ class GraniteSpeechProcessor(ProcessorBase):
                 path may also be called "path" or "url".
             chat_template: a template, or the name of one of this processor's; None for its own.
             tools, documents, add_generation_prompt, continue_final_message: as in `GraniteSpeechTokenizer.apply_chat_template`.
-            sanitize_control_tokens: must be False.
             return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
             tokenize: whether to return token ids, not text. As in transformers, the default is text.
             return_tensors: "pt", "np", or None for token ids in lists.
             return_dict: whether to return the result of `__call__`, not input_ids alone.
             load_audio_from_video: must be False.
             processor_kwargs: options of `__call__`.
+            sanitize_control_tokens: must be False.
             **names: options of `__call__`, or names for the template.
 
         Raises:

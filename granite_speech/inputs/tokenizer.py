@@ -247,7 +247,6 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
         tokenize: bool = True,
-        sanitize_control_tokens: bool = False,
         padding: bool | str = False,
         truncation: bool | str | None = False,
         max_length: int | None = None,
@@ -255,6 +254,7 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
         return_dict: bool = True,
         return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **names: Any,
     ) -> Any:
         """Formats messages as the prompt that the model was trained on. The defaults are those of transformers.
@@ -268,15 +268,15 @@ class GraniteSpeechTokenizer(Coder, PushToHub):
             tokenize: whether to return the result of `__call__` for the prompt (only input_ids if return_dict is False) or text.
             padding, truncation, max_length, return_tensors: as in `__call__`.
             return_dict: whether to return more than input_ids.
-            sanitize_control_tokens: must be False.
             return_assistant_tokens_mask: whether to add assistant_masks, 1 for each token in a {% generation %} block of the template.
             tokenizer_kwargs: more options of `__call__`.
+            sanitize_control_tokens: must be False.
             **names: passed to the template.
 
         Raises:
             InputError: no messages, no template, options that exclude each other, or a template that fails or writes more than
                 LONGEST_PROMPT characters.
-            UnsupportedError: a part of a message that is neither text nor audio.
+            UnsupportedError: a part of a message that is neither text nor audio, or sanitize_control_tokens.
         """
         refuse_sanitizing(sanitize_control_tokens)
         if return_assistant_tokens_mask and not (tokenize and return_dict):

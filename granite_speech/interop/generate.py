@@ -154,7 +154,7 @@ def _resolved(settings: dict[str, Any], of_call: GenerationConfig | None, of_mod
     given = {name: value for one in (of_model, of_call) if one is not None for name, value in vars(one).items() if value is not None}
     given |= settings
     # A temperature of 0 is an error of transformers. The others change nothing here, but in transformers the rounding, and in its version
-    # 4.56 the answer: it runs the prompt in pieces without the audio.
+    # 4.56 the answer: it runs the prompt in pieces without the audio. 5.23 refuses to split a prompt with audio.
     if not all(isinstance(one, _PLAIN) for one in given.values()):
         raise _NotServedError
     if given.get("temperature") == 0 or not given.get("use_cache", True) or given.get("prefill_chunk_size"):
@@ -169,7 +169,8 @@ def _is_captured(options: GenerationOptions, ids: Tensor | None, mask: Tensor | 
     """Whether a captured step could serve a call. Without graphs, transformers' own loop is as fast as one here."""
     if options.num_beams > 1 or options.return_dict_in_generate or options.rules or options.max_new_tokens == 0:
         return False
-    # Here a penalty leaves padding out, so that an answer does not depend on its neighbours; in transformers it does not.
+    # Here a penalty leaves padding out, so that an answer does not depend on its neighbours. transformers 4.56 and 5.17 punish it, and 5.23
+    # does not punish the tokens of an answer to embeddings that are padded.
     if options.repetition_penalty == 1 or (ids is None and mask is None):
         return True
     return bool((ids != options.fill if mask is None else mask).all())

@@ -176,18 +176,24 @@ class PagedCache:
         self._positions = torch.cat((self._positions, positions), dim=1)
         self.columns, self.next_positions = self._positions.shape[1], next_positions
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, max_length: int | None = None, *, tokens_to_remove: int | None = None) -> None:
         """Forget the last columns, as a step that checks a draft does with the tokens that it refuses.
 
         Args:
-            max_length: columns to keep; negative: columns to remove.
+            max_length: columns to keep; negative: columns to remove. 0 removes none, as in transformers 5.
+            tokens_to_remove: columns to remove, as a negative number: the name in transformers 5.17 and 5.23.
 
         Raises:
-            InputError: no integer, or a cache whose sequences share pages that would be written again.
+            InputError: no integer, both arguments, tokens_to_remove above 0, or a cache whose sequences share pages that would be
+                written again.
         """
-        if not isinstance(max_length, int) or isinstance(max_length, bool):
-            raise InputError(got=f"crop({max_length!r:.60})", expected="an integer", remedy="Pass the number of columns to keep")
-        kept = self._positions[:, : max(0, self.columns + max_length) if max_length < 0 else max_length]
+        [*given] = (one for one in (max_length, tokens_to_remove) if one is not None)
+        if len(given) != 1 or type(given[0]) is not int or (tokens_to_remove or 0) > 0:
+            values = ", ".join(f"{one!r:.60}" for one in given)
+            remedy = "Pass the number of columns to keep, or the number to remove as a negative one"
+            raise InputError(got=f"crop({values})", expected="one integer, at most 0 for tokens_to_remove", remedy=remedy)
+        [columns] = given
+        kept = self._positions[:, : columns if columns > 0 else max(0, self.columns + columns)]
         if kept.shape[1] == self._positions.shape[1]:
             return
         lengths = (kept != PADDING).sum(1).tolist()

@@ -104,24 +104,29 @@ class GradientCheckpointing:
         if getattr(self, "main_input_name", "input_ids") == "input_ids":
             self.enable_input_require_grads()
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """`gradient_checkpointing_enable` by the name that transformers 5.23 and its Trainer use."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
         self._set_recomputation(None)
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """`gradient_checkpointing_enable`, by the name that transformers has had for it since version 5.23."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
-
     def activation_checkpointing_disable(self) -> None:
-        """`gradient_checkpointing_disable`, by its later name."""
+        """`gradient_checkpointing_disable` by transformers 5.23's name."""
         self.gradient_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether layers run again in the backward pass."""
         return any(getattr(one, "recomputation", None) is not None for one in self.modules())
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """`is_gradient_checkpointing` by transformers 5.23's name."""
+        return self.is_gradient_checkpointing
 
     def _set_recomputation(self, value: Recomputation | None) -> None:
         for module in self.modules():

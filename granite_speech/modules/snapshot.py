@@ -11,6 +11,7 @@ from typing import Any
 
 from granite_kernels.launch import has_memory
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 __all__ = ["Snapshot"]
 
@@ -31,24 +32,29 @@ class Snapshot:
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
         self._hook_tables = [table for one in modules for table in (one._forward_hooks, one._forward_pre_hooks)]
         self._attributes = [vars(one) for one in modules]
-        self._had_hooks = self.have_hooks()
+        self._hooks = self._hooks_now()
         switches = [(table, name) for table in self._attributes for name in _SWITCHES if not _SWITCHES.isdisjoint(table)]
         self._switches = [table for table, _ in switches], [name for _, name in switches]
         self._positions = [*map(copy.copy, self._now())]
 
     def have_hooks(self) -> bool:
-        """Whether Python code of somebody else runs with a module: a hook, or a forward of the module's own."""
-        return any(self._hook_tables) or any(map(dict.__contains__, self._attributes, repeat("forward")))
+        """Whether Python code of somebody else runs with a module: a hook, of all modules too, or a forward of the module's own."""
+        return any(self._hooks_now())
 
     def is_current(self) -> bool:
         """Whether nothing has changed since. A small model asks this in every step, so all loops here are Python's own."""
         return (
-            self.have_hooks() == self._had_hooks
+            self._hooks_now() == self._hooks
             and self._now() == self._positions
             and len(contents := self._contents()) == len(self._values)
             and all(map(is_, contents, self._values))
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
         )
+
+    def _hooks_now(self) -> list[int]:
+        """How many hooks each module has, whether it has a forward of its own, and whether there are hooks of all modules."""
+        of_modules = *map(len, self._hook_tables), *map(dict.__contains__, self._attributes, repeat("forward"))
+        return [*of_modules, every_module._has_any_global_hook()]
 
     def _contents(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._tables))]

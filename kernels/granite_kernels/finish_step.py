@@ -199,6 +199,7 @@ OPERATION = Operation(
     cost=finish_step_cost,
     cases=CASES,
     library=finish_step_library,
+    has_cpu=True,
     triton=triton_backend("finish_step"),
     mutates=("tokens", "history", "logprobs", "active"),
     wide=("logits", "logprobs"),

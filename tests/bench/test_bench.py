@@ -174,12 +174,13 @@ def test_gpu_steps_are_valid_commands_with_separate_result_files(tmp_path, monke
             monkeypatch.setattr(sys, "argv", step.command[step.command.index("bench") :])
             with pytest.raises(SystemExit, match="0"):
                 command_line.main()
-    names = ["steps", "parity", "model", "tune", "kernels", "accelerated", "serving"]
-    assert [step.name for step in steps][:7] == names, "the most informative first"
-    assert [options.command for options in parsed] == ["model", "model", "tune", "kernels", "model", "model", "kernels"]
-    timed, whole, tuned, quick, accelerated, serving, compiled = parsed
+    names = ["steps", "parity", "model", "tune", "kernels", "turboctc", "accelerated", "serving"]
+    assert [step.name for step in steps][:8] == names, "the most informative first"
+    assert [options.command for options in parsed] == ["model", "model", "tune", "kernels", "model", "model", "model", "kernels"]
+    timed, whole, tuned, quick, turboctc, accelerated, serving, compiled = parsed
     assert timed.device == whole.device == accelerated.device == serving.device == "cuda"
     assert timed.part == ["steps"] and whole.part is None and accelerated.part == ["accelerated"] and serving.part == ["serving"]
+    assert turboctc.part == ["turboctc"] and turboctc.device == "cuda" and turboctc.out == tmp_path
     assert timed.out == whole.out == accelerated.out == serving.out == quick.out == tmp_path
     assert tuned.out == tmp_path and tuned.seconds < steps[3].seconds and tuned.dtype == "bfloat16"
     assert quick.no_compiled and not compiled.no_compiled and quick.out != compiled.out

@@ -88,12 +88,12 @@ def speculative(lib: Library) -> list[Tensor]:
 
 
 @torch.no_grad()
-def cropped(lib: Library, columns: int) -> list:
+def cropped(lib: Library, *crop: int, **named: int) -> list:
     """A step that checks a draft, and forgets the tokens that it refuses."""
     model, states = decoder(lib), embeddings(14)
     cache = model(inputs_embeds=states[:, :6], use_cache=True).past_key_values
     model(inputs_embeds=states[:, 6:11], past_key_values=cache)
-    cache.crop(columns)
+    cache.crop(*crop, **named)
     return [cache.get_seq_length(), model(inputs_embeds=states[:, 11:], past_key_values=cache).last_hidden_state]
 
 
@@ -196,7 +196,9 @@ LANGUAGE_MODEL = {
     "positions": Call(lambda lib: decoder(lib)(inputs_embeds=embeddings(), position_ids=2 * torch.arange(11)[None]).last_hidden_state),
     "the notebook of speculative decoding": Call(speculative),
     "a draft that is refused": Call(lambda lib: cropped(lib, -3)),
-    "a cache cut to a length": Call(lambda lib: cropped(lib, 8), differs="transformers 5.23 takes only the number of tokens to remove"),
+    "a draft that is refused, by name": Call(lambda lib: cropped(lib, tokens_to_remove=-3)),
+    "a draft that is accepted": Call(lambda lib: cropped(lib, 0)),
+    "columns to keep": Call(lambda lib: cropped(lib, 8), differs="5.23 refuses the number of columns to keep, which 4.56 and 5.17 take"),
     "a causal mask of rank 4": Call(
         lambda lib: decoder(lib)(inputs_embeds=embeddings(), attention_mask=torch.ones(2, 1, 11, 11).tril()),
         refused=InputError,

@@ -7,7 +7,6 @@ import torch
 import transformers
 
 import granite_speech
-from granite_speech.inputs.ctc_tokenizer import GraniteSpeech5Tokenizer
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 
 # The only reasons to leave a parameter or a method out.
@@ -17,18 +16,11 @@ MOST = 60  # parameters
 NAMES = (
     "AutoConfig",
     "AutoFeatureExtractor",
-    "AutoModelForCTC",
     "AutoModelForSpeechSeq2Seq",
     "AutoProcessor",
     "AutoTokenizer",
     "Blip2QFormerConfig",
     "GraniteConfig",
-    "GraniteSpeech5CTCConfig",
-    "GraniteSpeech5Encoder",
-    "GraniteSpeech5EncoderConfig",
-    "GraniteSpeech5FeatureExtractor",
-    "GraniteSpeech5ForCTC",
-    "GraniteSpeech5Processor",
     "GraniteSpeechCTCEncoder",
     "GraniteSpeechConfig",
     "GraniteSpeechEncoderConfig",
@@ -42,7 +34,6 @@ NAMES = (
 )
 PAIRS = {name: (getattr(granite_speech, name), getattr(transformers, name)) for name in NAMES} | {
     "GraniteSpeechTokenizer": (GraniteSpeechTokenizer, transformers.PreTrainedTokenizerFast),
-    "GraniteSpeech5Tokenizer": (GraniteSpeech5Tokenizer, transformers.ParakeetTokenizer),
     "GenerationConfig": (granite_speech.GenerationConfig, transformers.GenerationConfig),
 }
 
@@ -51,7 +42,6 @@ PARAMETERS: dict[str, str] = {}
 
 # By method: why a class here lacks it.
 INTERNAL, WHOLE_MODEL = "transformers calls it, users do not", "the whole model has it, a part has not"
-WITHOUT_PROMPTS = "a model without a language model has no prompts, and its answer is no sequence of choices"
 METHODS = {
     REMOTE_CODE: """get_possibly_dynamic_module is_custom_code is_remote_code load_custom_generate register_for_auto_class""",
     MODALITY: """create_mm_token_type_ids post_process_image_text_to_text replace_image_token replace_video_token
@@ -68,11 +58,10 @@ METHODS = {
         get_adapter_state_dict get_decoder get_encoder get_input_embeddings get_output_embeddings init_weights initialize_weights
         load_adapter resize_token_embeddings set_adapter set_decoder set_encoder set_input_embeddings set_output_embeddings
         tie_weights""",
-    WITHOUT_PROMPTS: """apply_chat_template compute_transition_scores prepare_inputs_for_generation""",
-    INTERNAL: """adjust_generation_fn check_argument_for_proper_class compute_attention_dists
-        convert_rope_params_to_dict default_config_fields dict_dtype_to_str generation_config_class get_compiled_call
-        get_correct_attn_implementation get_expanded_tied_weights_keys get_init_context get_text_with_replacements is_backend_compatible
-        mark_tied_weights_as_initialized nested_rope_parameter_keys named_non_persistent_buffers prepare_inputs_layout replace_audio_token
+    INTERNAL: """adjust_generation_fn check_argument_for_proper_class convert_rope_params_to_dict default_config_fields dict_dtype_to_str
+        generation_config_class get_compiled_call get_correct_attn_implementation get_expanded_tied_weights_keys
+        get_init_context get_text_with_replacements is_backend_compatible
+        mark_tied_weights_as_initialized named_non_persistent_buffers nested_rope_parameter_keys prepare_inputs_layout replace_audio_token
         retrieve_modules_from_names standardize_rope_params valid_processor_kwargs validate_architecture
         validate_init_kwargs validate_inputs validate_layer_type validate_output_attentions validate_rope validate_token_ids
 """,

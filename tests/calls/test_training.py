@@ -121,7 +121,7 @@ def released_parts(lib: Library) -> int:
     return sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 
-SWALLOWED = "transformers 5.17 does not use num_items_in_batch for this model: its gradients are too large by the accumulation steps"
+SWALLOWED = "transformers 5.23 does not use num_items_in_batch for this model: its gradients are too large by the accumulation steps"
 
 FROZEN = "transformers freezes every weight of a checkpoint with an adapter, so that its loss has no gradient; here nothing is frozen"
 

@@ -1,5 +1,7 @@
 """Every spelling of the weights' names, written by transformers and peft themselves if their present versions still use it."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,6 +180,31 @@ def built_from_config_with_adapter_loaded_and_saved(folder, tied):
     return truth(model)
 
 
+def as_5_17_wrote_it(folder):
+    """Rename the weights of a model built from its config: transformers 5.17 wrote one `model.` more before its language model."""
+    weights = load_file(folder / "model.safetensors")
+    inner = r"^(language_model\.model\.|language_base_model\.model\.model\.model\.)(?!lm_head)"
+    save_file({re.sub(inner, r"\1model.", name): one for name, one in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def built_from_config_by_5_17(folder, tied):
+    weights = built_from_config(folder, tied)
+    as_5_17_wrote_it(folder)
+    return weights
+
+
+def built_from_config_with_adapter_by_5_17(folder, tied):
+    weights = built_from_config_with_adapter(folder, tied)
+    as_5_17_wrote_it(folder)
+    return weights
+
+
+def built_from_config_with_adapter_loaded_and_saved_by_5_17(folder, tied):
+    weights = built_from_config_with_adapter_loaded_and_saved(folder, tied)
+    as_5_17_wrote_it(folder)
+    return weights
+
+
 # Layout → a key that its files must have, so that this test fails if transformers changes what it writes.
 LAYOUTS = {
     released: "language_model.model.layers.0.self_attn.q_proj.weight",
@@ -186,13 +213,16 @@ LAYOUTS = {
     loaded_and_saved: "language_model.model.layers.0.self_attn.q_proj.weight",
     loaded_then_adapter: "language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
     state_dict_in_memory: "model.language_model.layers.0.self_attn.q_proj.weight",
-    built_from_config: "language_model.model.model.layers.0.self_attn.q_proj.weight",
-    built_from_config_with_adapter: "language_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+    built_from_config: "language_model.model.layers.0.self_attn.q_proj.weight",
+    built_from_config_with_adapter: "language_model.model.layers.0.self_attn.q_proj.base_layer.weight",
+    built_from_config_by_5_17: "language_model.model.model.layers.0.self_attn.q_proj.weight",
+    built_from_config_with_adapter_by_5_17: "language_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
     without_head: "language_model.model.layers.0.self_attn.q_proj.weight",
     without_head_in_memory: "language_model.layers.0.self_attn.q_proj.weight",
     released_with_adapter_loaded_and_saved: "base_model.model.language_model.model.layers.0.self_attn.q_proj.base_layer.weight",
     newer_adapter_file_loaded_and_saved: "language_base_model.model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
-    built_from_config_with_adapter_loaded_and_saved: (
+    built_from_config_with_adapter_loaded_and_saved: "language_base_model.model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+    built_from_config_with_adapter_loaded_and_saved_by_5_17: (
         "language_base_model.model.model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     ),
 }

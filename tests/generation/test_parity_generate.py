@@ -130,10 +130,33 @@ def test_embeddings(pair: Pair):
     ids = batch_of(pair[0], [17, 33])
     embeddings = pair[2].get_input_embeddings()(ids["input_ids"].masked_fill(ids["input_ids"] == 119, 3)).detach()
     inputs = {"inputs_embeds": embeddings, "attention_mask": ids["attention_mask"]}
+    # transformers 5.23 takes as many tokens of an answer for padding as the prompt has columns of it, and does not punish them.
+    level = {name: one[1:].repeat_interleave(2, dim=0) for name, one in inputs.items()}
     for options in ({}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3, "eos_token_id": MANY_ENDS}):
         both(pair, inputs, options | {"max_new_tokens": 9, "no_repeat_ngram_size": 2})
-        both(pair, inputs, options | {"max_new_tokens": 9, "repetition_penalty": 1.3})
+        both(pair, level, options | {"max_new_tokens": 9, "repetition_penalty": 1.3})
     set_adapter(pair[1], True)
+
+
+def test_a_penalty_for_padded_embeddings_is_that_of_the_prompt_alone(pair: Pair):
+    ids = batch_of(pair[0], [17, 33])
+    embeddings = pair[2].get_input_embeddings()(ids["input_ids"].masked_fill(ids["input_ids"] == 119, 3)).detach()
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "repetition_penalty": 3.0}
+    padded = pair[2].generate(inputs_embeds=embeddings, attention_mask=ids["attention_mask"], **options)
+    for row, answer in enumerate(padded):
+        own = embeddings[row : row + 1, ids["attention_mask"][row].bool()]
+        [alone] = pair[2].generate(inputs_embeds=own, **options)
+        assert torch.equal(alone, answer)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_rules_that_forbid_the_tokens_of_other_rules(pair: Pair, num_beams: int):
+    """An end is made likelier that may not come yet; the only allowed token is suppressed."""
+    options = {"num_beams": num_beams, "max_new_tokens": 8}
+    decay = {"min_new_tokens": 6, "exponential_decay_length_penalty": (1, 1.5), "eos_token_id": MANY_ENDS}
+    both(pair, batch_of(pair[0], [17, 33]), options | decay)
+    only = {"prefix_allowed_tokens_fn": lambda row, ids: [7 + row], "suppress_tokens": [7, 8]}
+    both(pair, batch_of(pair[0], [17, 33]), options | only)
 
 
 def test_sampling_several_answers_for_a_batch(pair: Pair):

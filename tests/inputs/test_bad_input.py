@@ -225,6 +225,7 @@ CASES: dict[str, tuple[Callable, type[GraniteSpeechError], str]] = {
     "an address without data": (process(PROMPT, "data:audio/wav,abc"), AudioError, "base64"),
     "an entry without audio": (process(PROMPT, {"text": "a"}), InputError, "'text'"),
     "an entry with a rate in words": (process(PROMPT, {"array": SOUND, "sampling_rate": "fast"}), AudioError, "'fast'"),
+    "control tokens as text": (render("{{ messages }}", sanitize_control_tokens=True), UnsupportedError, "sanitize_control_tokens"),
     "an image": (process(PROMPT, images=[1]), UnsupportedError, "images"),
     "a rate of 0": (process(PROMPT, sampling_rate=0), AudioError, "rate of 0"),
     "a rate that is not a number": (process(PROMPT, sampling_rate=float("nan")), AudioError, "nan"),

@@ -87,8 +87,7 @@ def test_every_form_of_audio(ours, theirs):
     for form in (sound, sound[None], sound.numpy(), [sound.numpy()], [sound], torch.stack([sound, clip(20000, seed=1)])):
         many = getattr(form, "ndim", 1) == 2 and form.shape[0] == 2
         text = [PROMPT, "USER: again <|audio|>"] if many else PROMPT
-        # transformers 5.23 takes a tensor of two dimensions for one clip.
-        assert_alike(ours(text, form), theirs(text, list(form) if many else form, return_tensors="pt"))
+        assert_alike(ours(text, form), theirs(text, list(form) if many else form, return_tensors="pt"))  # 5.23 takes a tensor for one clip
     assert_alike(ours(["no sound", "USER: none either"]), theirs(["no sound", "USER: none either"], return_tensors="pt", padding=True))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from granite_kernels.op import CHOICE
-from torch import Tensor
+from torch import Tensor, nn
 
 from granite_speech import Engine, GraniteSpeechForConditionalGeneration
 from granite_speech.modules import small_layers
@@ -150,3 +150,29 @@ def test_memory_of_nobody_may_hold_anything(passes: list[str]):
         pool.fill_(torch.nan)
     found, _ = scores_of(model, audio_rows(model))
     assert passes and torch.equal(found, expected)
+
+
+def test_a_hook_of_all_modules_is_seen_from_the_next_request_on():
+    model, seen = small_model(), []
+    scores_of(model, audio_rows(model))
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__)):
+        scores_of(model, audio_rows(model))
+    assert seen.count("GraniteDecoderLayer") == 2 * 9  # in the prompt and in eight steps
+    seen.clear()
+    scores_of(model, audio_rows(model))
+    assert not seen
+
+
+@pytest.mark.parametrize("first", ["head", "layers"])
+def test_a_hook_that_moves_from_one_module_to_another_is_seen(first: str):
+    model = small_model()
+    seen: list[str] = []
+    places = {"head": model.lm_head, "layers": model.decoder.layers[0]}
+    for name in (first, *(places.keys() - {first})):
+        hook = places[name].register_forward_hook(lambda *_, name=name: seen.append(name))
+        scores_of(model, audio_rows(model))
+        hook.remove()
+        assert set(seen) == {name}
+        seen.clear()
+    scores_of(model, audio_rows(model))
+    assert not seen
