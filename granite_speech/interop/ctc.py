@@ -26,7 +26,7 @@ __all__ = ["CTCAcceleration"]
 _ENCODER = ("input_features", "attention_mask", "output_attention_mask")
 _FORWARD = ("input_features", "attention_mask", "labels")
 _GENERATE = ("input_features", "attention_mask", "return_dict_in_generate", "compile_config")
-# Options that change nothing here: transformers' loss of this kind does not use the number, and the head makes the outputs into tuples.
+# Options that change nothing in what is computed: transformers' CTC loss does not use the number of items.
 _WITHOUT_EFFECT = ("num_items_in_batch", "return_dict")
 # Options that are served only if they ask for nothing.
 _RECORDED = ("output_hidden_states", "output_attentions")
@@ -153,9 +153,9 @@ class CTCAcceleration(Acceleration):
             return self.twin.ctc_head(states), left
 
     def _clips(self, call: dict[str, Any], config: Any) -> Segments | None:
-        """Where the clips of a batch lie; None if there are only padding or shapes in it that transformers' own code has to judge."""
+        """Where the clips of a batch lie; None if its shapes or its padding are unusual, and transformers' own code has to judge them."""
         if len(config.subsample_layers) != self.twin.encoder.config.subsamplings:
-            return None  # numbers of layers that the encoder does not have: transformers counts them in one place, and not in another
+            return None  # it names layers that do not exist, or one twice: transformers counts these only where it makes the mask of `generate`
         try:
             return self.twin.encoder.clips(call["input_features"], call.get("attention_mask"))
         except GraniteSpeechError:
