@@ -155,7 +155,7 @@ class CTCAcceleration(Acceleration):
     def _clips(self, call: dict[str, Any], config: Any) -> Segments | None:
         """Where the clips of a batch lie; None if its shapes or its padding are unusual, and transformers' own code has to judge them."""
         if len(config.subsample_layers) != self.twin.encoder.config.subsamplings:
-            return None  # it names layers that do not exist, or one twice: transformers counts these only where it makes the mask of `generate`
+            return None  # layers that do not exist, or one twice: transformers counts these only in the mask of `generate`
         try:
             return self.twin.encoder.clips(call["input_features"], call.get("attention_mask"))
         except GraniteSpeechError:
