@@ -106,7 +106,7 @@ class CTCWorker:
 
     def snapshot(self) -> Counters:
         """The counters now."""
-        running = sum(len(one.requests) for one in list(self._running))
+        running = sum(not one.handle.done for several in list(self._running) for one in several.requests)
         return replace(self.counters, seconds=dict(self.counters.seconds), waiting=len(self._waiting), decoding=running)
 
     def _follow_model(self) -> None:

@@ -317,8 +317,9 @@ class Transcriber:
                 expected="at most half of them",
                 remedy="Pass a smaller chunk_overlap",
             )
-        requests = request(), request(prefix_text=options.prefix_text)
-        return Setup(model, self.processor, partial(self._submit, model), options, *requests, limit, notes, sampling_rate)
+        requests = {"request": request(), "first_request": request(prefix_text=options.prefix_text)}
+        of_call = {"submit": partial(self._submit, model), "options": options, "notes": notes, "sampling_rate": sampling_rate}
+        return Setup(model=model, processor=self.processor, limit=limit, **of_call, **requests)
 
     def _submit(self, model: Any, inputs: BatchFeature, **options: Any) -> Handle:
         engine = self._running_engine(model)
