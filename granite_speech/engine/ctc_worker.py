@@ -22,7 +22,7 @@ from granite_speech.modules.transfers import Reading
 __all__ = ["CTCRequest", "CTCWorker"]
 
 # Columns of what is read: each is as long as the rows of all clips.
-_COLUMNS = ("tokens", "first_frames", "last_frames", "token_logprobs", "is_nan")
+_COLUMNS = ("tokens", "first_frames", "last_frames", "token_logprobs", "logprobs")
 
 
 @dataclass(eq=False)
@@ -149,17 +149,19 @@ class CTCWorker:
         values = done.columns.wait()
         rows = len(_COLUMNS) * done.left.total
         columns = dict(zip(_COLUMNS, values[:rows].view(len(_COLUMNS), -1), strict=True))
-        logprobs = columns["token_logprobs"].view(torch.float32)
+        of_tokens, of_frames = (columns[name].view(torch.float32) for name in ("token_logprobs", "logprobs"))
         for one, count, start, length in zip(done.requests, values[rows:].tolist(), done.left.starts, done.left.lengths, strict=False):
             if one.handle.done:  # cancelled meanwhile
                 continue
-            if columns["is_nan"][start : start + length].any():
+            heard = of_frames[start : start + length].clone()  # a view would keep those of all requests
+            if heard.isnan().any():
                 one.handle.fail(_nan(self._model.dtype))
                 self.counters.failed += 1
                 continue
             own = slice(start, start + count)
             one.handle.frames = list(zip(columns["first_frames"][own].tolist(), columns["last_frames"][own].tolist(), strict=True))
-            for token, logprob in zip(columns["tokens"][own].tolist(), logprobs[own].tolist(), strict=True):
+            one.handle.frame_logprobs = heard
+            for token, logprob in zip(columns["tokens"][own].tolist(), of_tokens[own].tolist(), strict=True):
                 one.handle.add(token, logprob)
             one.handle.finish("stop")
             self.counters.finished += 1
@@ -178,9 +180,8 @@ class CTCWorker:
 
 def _columns(path: CtcGreedy) -> Tensor:
     """What `_Running.columns` is made of, in one tensor, so that one copy brings it to the host."""
-    logprobs = path.token_logprobs.float().view(torch.int32)
-    is_nan = path.logprobs.isnan().int()
-    return torch.cat([path.tokens, path.first_frames, path.last_frames, logprobs, is_nan, path.counts])
+    logprobs = [one.float().view(torch.int32) for one in (path.token_logprobs, path.logprobs)]
+    return torch.cat([path.tokens, path.first_frames, path.last_frames, *logprobs, path.counts])
 
 
 def _nan(dtype: torch.dtype) -> EngineError:

@@ -1,9 +1,9 @@
 """One window of a recording on its way to the text that a language model answers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from granite_speech.engine.handle import Answer
 from granite_speech.errors import AudioError
 from granite_speech.generation.token_bytes import TokenBytes
 from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
+from granite_speech.inputs.requests import request_for, window_limit
+from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.tagged_answers import TaggedAnswer
 from granite_speech.transcription.transcript import Word
-from granite_speech.transcription.window_piece import CallSetup, WindowPiece
+from granite_speech.transcription.window_piece import CallSetup, WindowPiece, check_processor, window_seconds
 from granite_speech.transcription.windows import Window
 from granite_speech.transcription.word_edges import loudness
 from granite_speech.transcription.words import aligned_words, tagged_words
@@ -36,6 +38,27 @@ class Setup(CallSetup):
     request: str
     first_request: str
     limit: float
+
+    @classmethod
+    def of(cls, model: Any, processor: GraniteSpeechProcessor, options: TranscribeOptions, **others: Any) -> Self:
+        """For a call.
+
+        Args:
+            model, processor, options: as the attributes.
+            others: submit and sampling_rate.
+
+        Raises:
+            InputError: an option that the checkpoint cannot follow.
+        """
+        check_processor(processor, GraniteSpeechProcessor)
+        keywords = tuple(options.keywords) if isinstance(options.keywords, Iterator) else options.keywords or ()  # for two requests
+        names = ("task", "language", "target_language", "prompt", "prompt_mode")
+        asked = {name: getattr(options, name) for name in names} | {"keywords": keywords, "model_type": model.config.model_type}
+        longest = window_limit(model.config, options.task)
+        limit, notes = window_seconds(options, longest, longest, f"which is the checkpoint's limit to {options.task}")
+        requests = [request_for(processor, **asked, prefix_text=text) for text in (None, options.prefix_text)]
+        of_call = {"model": model, "processor": processor, "options": options, "notes": notes, "limit": limit}
+        return cls(**of_call, **others, request=requests[0], first_request=requests[1])
 
     @cached_property
     def pieces(self) -> TokenBytes:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from granite_speech.engine.cpu_threads import without_team
 from granite_speech.engine.handle import Answer, Handle
-from granite_speech.errors import EngineError, GraniteSpeechError
+from granite_speech.errors import EngineError, GraniteSpeechError, InputError
 from granite_speech.modules.transfers import Reading
 from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.transcript import TranscriptNote
 from granite_speech.transcription.windows import Window
 
-__all__ = ["CallSetup", "WindowPiece"]
+__all__ = ["CallSetup", "WindowPiece", "check_processor", "window_seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,41 @@ class CallSetup:
     def level(self, inputs: Mapping[str, Any]) -> Tensor:
         """`word_edges.loudness` of a window."""
         raise NotImplementedError
+
+
+def check_processor(processor: Any, kind: type) -> None:
+    """Raise InputError for the processor of another model family."""
+    if not isinstance(processor, kind):
+        raise InputError(
+            got=f"a {type(processor).__name__} with a model of another family",
+            expected=f"a {kind.__name__}",
+            remedy="Load the model and the processor from the same folder",
+        )
+
+
+def window_seconds(options: TranscribeOptions, usual: float, longest: float, why: str) -> tuple[float, tuple[TranscriptNote, ...]]:
+    """The longest window of a call, in seconds, and what to say of it.
+
+    Args:
+        options: of the call.
+        usual: if the call does not say.
+        longest: that is possible.
+        why: it is.
+
+    Raises:
+        InputError: windows would overlap by more than half.
+    """
+    asked = options.chunk_length
+    limit, notes = min(usual if asked is None else asked, longest), ()
+    if asked is not None and asked > longest:
+        notes = (TranscriptNote("chunk_clamp", f"windows are at most {longest:g} s long, {why}, not {asked:g}"),)
+    if options.chunk_overlap > limit / 2:
+        raise InputError(
+            got=f"chunk_overlap={options.chunk_overlap:g} for windows of {limit:g} s",
+            expected="at most half of them",
+            remedy="Pass a smaller chunk_overlap",
+        )
+    return limit, notes
 
 
 class WindowPiece:
