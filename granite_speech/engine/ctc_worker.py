@@ -94,15 +94,21 @@ class CTCWorker:
     def turn(self) -> None:
         """Run some requests, and give those before them their tokens."""
         self._drop_cancelled()
-        if self._waiting:
+        has_new = bool(self._waiting)
+        if has_new:
             self._follow_model()
             with self.counters.timed("encode"):
                 self._running.append(self._run(self._pack()))
         # A GPU gets its next work before anybody waits for the last.
-        if self._running and (len(self._running) > 1 or not self._waiting or self._model.device.type == "cpu"):
+        if self._running and (len(self._running) > 1 or not has_new or self._reads_at_once):
             with self.counters.timed("decode"):
                 self._finish(self._running[0])
             self._running.popleft()  # only now, so that an error above reaches its requests
+
+    @property
+    def _reads_at_once(self) -> bool:
+        """A CPU has nothing to do meanwhile."""
+        return self._model.device.type == "cpu"
 
     def snapshot(self) -> Counters:
         """The counters now."""
@@ -136,13 +142,14 @@ class CTCWorker:
             clips = Segments(tuple(len(one.frames) for one in pack), self._model.device)
             frames = pack[0].frames if len(pack) == 1 else torch.cat([one.frames for one in pack])
             path, left = decode(self._model, self._followed.graphs, frames, clips)
+            columns = Reading(_columns(path))
         except BaseException:
             self._waiting.extendleft(reversed(pack))  # so that the error reaches them
             raise
         self.counters.steps += 1
         self.counters.rows += len(pack)
         self.counters.audio_seconds += sum(one.seconds for one in pack)
-        return _Running(pack, left, Reading(_columns(path)))
+        return _Running(pack, left, columns)
 
     def _finish(self, done: _Running) -> None:
         """Give the requests their tokens."""
