@@ -20,7 +20,7 @@ from granite_speech.errors import InputError
 from granite_speech.inputs.audio import AudioWarning
 from granite_speech.inputs.ctc_processor import GraniteSpeech5Processor
 from granite_speech.inputs.recordings import recording_blocks
-from granite_speech.model_ctc import GraniteSpeech5ForCTC
+from granite_speech.modules.ctc_frames import FramesToPath
 
 __all__ = ["CTCEngine"]
 
@@ -41,7 +41,7 @@ class CTCEngine:
     everything raises EngineError.
 
     Args:
-        model: in evaluation mode, on the device where it should run.
+        model: a `GraniteSpeech5ForCTC` in evaluation mode, on the device where it should run.
         processor: of the same checkpoint; None if requests come as `inputs` and nobody needs `Answer.text`.
         max_frames: frames, 50 a second, that run together; a longer recording runs alone. 65,536 on a GPU and 3,000 on a CPU if omitted.
 
@@ -52,7 +52,7 @@ class CTCEngine:
         InputError: a model in training mode, or max_frames that is no integer from 1.
     """
 
-    def __init__(self, model: GraniteSpeech5ForCTC, processor: GraniteSpeech5Processor | None, max_frames: int | None = None):
+    def __init__(self, model: FramesToPath, processor: GraniteSpeech5Processor | None, max_frames: int | None = None):
         if model.training:
             raise InputError(got="a model in training mode", expected="one in evaluation mode", remedy="Call model.eval() first")
         if max_frames is not None and (isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1):

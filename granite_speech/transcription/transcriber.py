@@ -37,6 +37,7 @@ from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.piece import Setup
 from granite_speech.transcription.read_ahead import ReadAhead
 from granite_speech.transcription.transcript import Segment, Transcript
+from granite_speech.transcription.window_piece import CallSetup
 
 __all__ = ["Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"]
 
@@ -252,17 +253,14 @@ class Transcriber:
         _check_several(recordings)
         sampling_rate = _one_rate(sampling_rate, options.pop("sample_rate", None))
         model = running_model(self.model)
-        setup_kind, answers_kind, _ = _parts(model)
-        setup = setup_kind.of(
-            model, self.processor, TranscribeOptions.of(options), submit=partial(self._submit, model), sampling_rate=sampling_rate
-        )
+        setup = self._setup(model, TranscribeOptions.of(options), sampling_rate)
         most = _AHEAD * self._running_engine(model).max_rows
         of_one = _OF_ONE_ON_CPU if model.device.type == "cpu" else most
         ahead = ReadAhead(recordings, partial(Job, setup), most, of_one)
         try:
             for index, job in enumerate(ahead):
                 report = partial(on_progress, index) if on_progress is not None else lambda seconds: None
-                answers = answers_kind(setup, report)
+                answers = _parts(model)[1](setup, report)
                 for segment in answers.segments(ahead.pieces(job)):
                     yield index, segment
                 report(job.duration)
@@ -297,6 +295,10 @@ class Transcriber:
                 else:
                     _raise_error(one, "")
                     _warn_of(one, "")
+
+    def _setup(self, model: Any, options: TranscribeOptions, sampling_rate: int | None) -> CallSetup:
+        kind, *_ = _parts(model)
+        return kind.of(model, self.processor, options, submit=partial(self._submit, model), sampling_rate=sampling_rate)
 
     def _submit(self, model: Any, inputs: BatchFeature, **options: Any) -> Handle:
         engine = self._running_engine(model)
