@@ -60,9 +60,14 @@ def no_slower(count: int, model: Any) -> int:
     """
     if count == 1:
         return 1
+    from granite_speech.config_ctc import GraniteSpeech5EncoderConfig
+
     encoder = model.config.encoder_config
     with ThreadPoolExecutor(1) as alone:  # the team of threads that a thread gets ends with it
-        size = encoder.hidden_dim, encoder.hidden_dim * encoder.feedforward_mult
+        if isinstance(encoder, GraniteSpeech5EncoderConfig):
+            size = encoder.hidden_size, encoder.intermediate_size
+        else:
+            size = encoder.hidden_dim, encoder.hidden_dim * encoder.feedforward_mult
         one, several = alone.submit(_compare, count, size, model.dtype).result()
     return count if several < _CLEARLY * one else 1
 

@@ -1,11 +1,8 @@
 """Many requests on one model: continuous batching. Callers submit from any thread; one worker thread runs the model."""
 
 import os
-import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
@@ -18,16 +15,15 @@ import torch
 from granite_speech.engine.counters import Counters
 from granite_speech.engine.cpu_threads import without_team
 from granite_speech.engine.handle import Handle, check_process
+from granite_speech.engine.loop import WorkerLoop
 from granite_speech.engine.pages import PAGE_SIZE
 from granite_speech.engine.requests import Prompt, Repetition, Request, engine_options
-from granite_speech.engine.runtime import current_device
 from granite_speech.engine.worker import Worker
-from granite_speech.errors import EngineError, InputError
+from granite_speech.errors import InputError
 from granite_speech.generation.stop_strings import StopStrings
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.recordings import samples_of
 from granite_speech.inputs.requests import transcript_request
-from granite_speech.modules.transfers import record_event
 
 __all__ = ["Engine"]
 
@@ -72,7 +68,7 @@ class Engine:
         self.max_rows, self.max_pages, self.page_size = max_rows, max_pages, PAGE_SIZE
         self._process = os.getpid()
         self._request_text: tuple[tuple[str, date], str] | None = None
-        self._loop = _Loop(Worker(model, max_rows, max_pages), model.device)
+        self._loop = WorkerLoop(Worker(model, max_rows, max_pages), model.device)
         # The thread refers to the loop alone, so that an engine that nobody holds is collected. This also runs at exit.
         self._finalizer = weakref.finalize(self, self._loop.close, cancel=True)
 
@@ -206,106 +202,6 @@ class Engine:
         if self._request_text is None or self._request_text[0] != made_of:
             self._request_text = made_of, transcript_request(self.processor, model_type=self.model.config.model_type)
         return self._request_text[1]
-
-
-class _Loop:
-    """The worker's thread, and the requests on their way to it."""
-
-    def __init__(self, worker: Worker, device: torch.device):
-        self.worker, self._device, self._process = worker, device, os.getpid()
-        self._changed = threading.Condition()
-        self._new: deque[Request] = deque()
-        self._cancelled: deque[Request] = deque()
-        self._calls: deque[tuple[Callable[[Worker], None], Future[None]]] = deque()
-        self._closing = self._cancels = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="granite-speech-engine", daemon=True)
-        self._thread.start()
-
-    def check_open(self) -> None:
-        if self._error is not None:
-            raise EngineError(
-                got=f"a request to an engine whose worker failed with {self._error!r:.200}",
-                expected="a running engine",
-                remedy="Make a new Engine",
-            ) from self._error
-        if self._closing:
-            raise EngineError(got="a request to a closed engine", expected="an open one", remedy="Make a new Engine")
-
-    def submit(self, request: Request) -> None:
-        # Its features may have been computed on another stream than the worker's.
-        with current_device(self._device):
-            request.computed = record_event() if self._device.type == "cuda" and torch.cuda.is_available() else None
-        request.handle.on_cancel = partial(self._post, self._cancelled, request)
-        self._post(self._new, request, check=True)
-
-    def call(self, function: Callable[[Worker], None]) -> None:
-        """Have the worker's thread call a function, and wait for that."""
-        called: Future[None] = Future()
-        self._post(self._calls, (function, called), check=True)
-        called.result()
-
-    def close(self, cancel: bool) -> None:
-        """End the thread, after the requests or, with `cancel`, without them."""
-        if os.getpid() != self._process:
-            return  # after a fork the thread does not exist, and the lock may never be released
-        with self._changed:
-            self._closing, self._cancels = True, self._cancels or cancel
-            self._changed.notify()
-        if threading.current_thread() is not self._thread:  # the last reference may be dropped there
-            self._thread.join()
-
-    def _post(self, queue: deque, item: Any, check: bool = False) -> None:
-        with self._changed:
-            if check:
-                self.check_open()
-            queue.append(item)
-            self._changed.notify()
-
-    def _run(self) -> None:
-        try:
-            with current_device(self._device), torch.no_grad():
-                while self._take():
-                    self.worker.turn()
-        except BaseException as error:  # whatever it is, nobody may wait for ever
-            self._fail(error)
-
-    def _take(self) -> bool:
-        """Wait for work, and give it to the worker. False at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.worker.busy or self._new or self._cancelled or self._calls or self._closing)
-            while self._new:
-                request = self._new[0]
-                if request.computed is not None:
-                    request.computed.wait()
-                self.worker.add(request)
-                self._new.popleft()  # only now, so that an error above reaches the request
-            cancelled = self.worker.requests() if self._cancels else list(self._cancelled)
-            self._cancelled.clear()
-            calls = list(self._calls)
-            self._calls.clear()
-            ends = self._closing and not self.worker.busy
-        for request in cancelled:
-            self.worker.cancel(request)
-        for function, called in calls:
-            try:
-                called.set_result(function(self.worker))
-            except Exception as error:
-                called.set_exception(error)
-        return not ends
-
-    def _fail(self, error: BaseException) -> None:
-        """End everything with the worker's error."""
-        with self._changed:
-            self._error = error
-            requests = [*self.worker.requests(), *self._new]
-            calls = list(self._calls)
-            self._new.clear()
-            self._calls.clear()
-        for request in requests:
-            request.handle.fail(error)
-        for _, called in calls:
-            called.set_exception(error)
 
 
 def _pages_by_default(model: Any, max_rows: int) -> int:

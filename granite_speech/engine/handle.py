@@ -32,6 +32,9 @@ class Answer:
         ctc_logprobs: with ctc=True, `(frames, output_dim)` float32 on the CPU: the natural log-probabilities of the encoder's CTC head,
             50 frames a second, of all clips end to end. None: not asked for, no audio, or max_new_tokens=0. They do not count when
             answers are compared.
+        frames: of a `CTCEngine`: each token's first and last frame, counted from the recording's first.
+        frame_logprobs: of a `CTCEngine`: `(frames,)` float32 on the CPU, the log-probability of each frame's likeliest entry, which may be
+            the blank. It does not count when answers are compared.
     """
 
     text: str
@@ -39,6 +42,8 @@ class Answer:
     finish_reason: str
     logprobs: list[float] = field(default_factory=list)
     ctc_logprobs: Tensor | None = field(default=None, compare=False, repr=False)
+    frames: list[tuple[int, int]] = field(default_factory=list)
+    frame_logprobs: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 class Handle:
@@ -58,6 +63,8 @@ class Handle:
         self._logprobs: list[float] = []
         self._wakeups: list[tuple[float, Callable[[], None]]] = []  # each with the number of tokens that are not enough
         self.ctc: Reading | None = None  # the CTC head's log-probabilities, if they are wanted, once the audio is encoded
+        self.frames: list[tuple[int, int]] = []  # those of a CTC model's answer, and their log-probabilities
+        self.frame_logprobs: Tensor | None = None
         self._future: Future[str] = Future()  # of the finish reason
         self._future.set_running_or_notify_cancel()  # so that nobody but the engine ends it
 
@@ -75,7 +82,9 @@ class Handle:
         check_process(self._process)
         reason = self._future.result(timeout)
         ctc = None if self.ctc is None else self.ctc.wait()
-        return Answer(self._decode(self._tokens), list(self._tokens), reason, list(self._logprobs), ctc)
+        return Answer(
+            self._decode(self._tokens), list(self._tokens), reason, list(self._logprobs), ctc, list(self.frames), self.frame_logprobs
+        )
 
     @property
     def done(self) -> bool:

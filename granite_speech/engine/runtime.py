@@ -28,7 +28,7 @@ from granite_speech.modules.layers_in_use import LayersInUse
 from granite_speech.modules.side_by_side import arrange
 from granite_speech.modules.snapshot import Snapshot
 
-__all__ = ["Runtime", "current_device"]
+__all__ = ["FollowedGraphs", "Runtime", "current_device"]
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -156,6 +156,31 @@ class Runtime:
         if self._pages is not self.pool.keys[0]:
             self.decoder_graphs.drop()
             self._pages = self.pool.keys[0]
+
+
+class FollowedGraphs:
+    """Graphs of a model without pages, dropped when a parameter or module of it is replaced or moved.
+
+    Attributes:
+        graphs: of the model as it was at the last `follow`.
+    """
+
+    def __init__(self) -> None:
+        self.graphs = Graphs(None)
+        self._model: Snapshot | None = None
+
+    def follow(self, model: nn.Module) -> None:
+        """Make them fit the model as it is now."""
+        if not model.training:
+            pack_layers(model)
+            if has_kernels(model.encoder.out.weight):
+                arrange(model.encoder)
+        can_capture = _can_be_captured(model)
+        if not can_capture or self._model is None or not self._model.is_current():
+            capture = _cuda_capture(model.device) if can_capture else None
+            self._model = None if capture is None else Snapshot(model)
+            has_hooks = capture is not None and self._model.have_hooks()
+            self.graphs = Graphs(None if has_hooks else capture)
 
 
 def current_device(device: torch.device) -> AbstractContextManager:

@@ -1,19 +1,17 @@
 """From the answers to a recording's windows to its segments: windows that repeat themselves are cut, and overlaps are joined."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import exp
 
 from granite_speech.engine.handle import Answer
-from granite_speech.errors import EngineError, GraniteSpeechError
-from granite_speech.transcription.job import Job
+from granite_speech.transcription.collected import Collected, confidence
 from granite_speech.transcription.overlaps import join
 from granite_speech.transcription.piece import Piece, Setup
 from granite_speech.transcription.repetition import repeats
 from granite_speech.transcription.tagged_answers import TaggedAnswer, parse_tags
 from granite_speech.transcription.text_units import single_spaces, text_units
-from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote, Word
+from granite_speech.transcription.transcript import Segment, Word
 from granite_speech.transcription.windows import halves
 
 __all__ = ["Answers"]
@@ -48,21 +46,10 @@ class _Text:
     logprobs: tuple[float, ...] = ()
 
 
-class Answers:
-    """Makes the segments and the transcript of one recording.
+class Answers(Collected):
+    """Makes the segments and the transcript of one recording, from the answers of a language model."""
 
-    Args:
-        setup: of the call.
-        on_progress: called with the end of each window that is done, in seconds.
-    """
-
-    def __init__(self, setup: Setup, on_progress: Callable[[float], None] = lambda seconds: None):
-        self._setup, self._on_progress = setup, on_progress
-        self._has_words = setup.options.word_timestamps or setup.options.prompt_mode == "word_timestamps"
-        self._segments: list[Segment] = []
-        self._notes: list[TranscriptNote] = []
-        self._errors: list[Exception] = []
-        self._logprobs: list[float] = []
+    _setup: Setup
 
     def segments(self, pieces: Iterable[Piece]) -> Iterator[Segment]:
         """Yields each segment once nothing can change it any more."""
@@ -81,24 +68,6 @@ class Answers:
         if held is not None:
             yield from self._segment(held)
 
-    def transcript(self, job: Job) -> Transcript:
-        """The transcript, after the last segment. If all windows failed, its error is that of the first one."""
-        options, error = self._setup.options, job.error
-        if self._errors and len(self._errors) == len(self._segments):
-            error = _own(self._errors[0]) if error is None else error
-        notes = [*self._setup.notes, *([] if job.audio_warning is None else [TranscriptNote("audio", job.audio_warning)])]
-        return Transcript(
-            " ".join(one.text for one in self._segments if one.text),
-            segments=self._segments,
-            warnings=notes + self._notes,
-            words=[word for one in self._segments for word in one.words] if self._has_words else None,
-            confidence=_confidence(self._logprobs),
-            language=options.language,
-            target_language=(options.target_language or "English") if options.task == "translate" else None,
-            duration=job.duration,
-            error=error,
-        )
-
     def _texts(self, piece: Piece, cuts: int = 0) -> list[_Text]:
         """The texts of a window, of two or more if it was cut because its text repeats itself."""
         window = piece.window
@@ -111,7 +80,7 @@ class Answers:
                 return [self._with_words(found, piece, answer)]
         except Exception as error:  # whatever a window fails with, the others have their texts
             return [replace(place, error=error)]
-        parts = [Piece(self._setup, half, piece.is_first and not number) for number, half in enumerate(smaller)]
+        parts = [self._setup.piece(half, piece.is_first and not number) for number, half in enumerate(smaller)]
         for part in parts:
             part.submit()
         return [one for part in parts for one in self._texts(part, cuts + 1)]
@@ -132,41 +101,25 @@ class Answers:
         """The beginning of the answer, which the call has given."""
         return (piece.is_first and self._setup.options.prefix_text) or ""
 
-    def _answer(self, piece: Piece):
-        """The answer, of another try if the engine failed: that may have been the fault of another window."""
-        try:
-            return piece, piece.answer()
-        except EngineError:  # the transcriber was closed
-            raise
-        except Exception:
-            if not piece.was_submitted:
-                raise
-        again = Piece(self._setup, piece.window, piece.is_first)
-        again.submit()
-        return again, again.answer()
-
     def _segment(self, one: _Text) -> Iterator[Segment]:
         """The segment of a window, unless the model found no words in it. Notes what went wrong."""
         if one.error is not None:
             self._errors.append(one.error)
-            self._note("window_error", one, f"this window has no text: {one.error}")
+            self._note("window_error", one.start, one.end, f"this window has no text: {one.error}")
         if one.truncated is not None:
-            self._note("truncated", one, one.truncated)
+            self._note("truncated", one.start, one.end, one.truncated)
         if one.repeats:
-            self._note("repetition", one, "the text repeats itself, in smaller windows too. It may not be what was said.")
+            self._note("repetition", one.start, one.end, "the text repeats itself, in smaller windows too. It may not be what was said.")
         if one.text or one.error is not None:
             error = None if one.error is None else str(one.error)
             temperature = self._setup.options.temperature
             begin, end = (one.words[0].start, one.words[-1].end) if one.words else (round(one.start, 3), round(one.end, 3))
-            others = {"speakers": one.tagged.turns, "raw_text": one.tagged.raw_text, "confidence": _confidence(one.logprobs)}
+            others = {"speakers": one.tagged.turns, "raw_text": one.tagged.raw_text, "confidence": confidence(one.logprobs)}
             words = () if one.words is None and self._has_words else one.words
             segment = Segment(len(self._segments), begin, end, one.text, temperature, error, words, **others)
             self._logprobs += one.logprobs
             self._segments.append(segment)
             yield segment
-
-    def _note(self, kind: str, one: _Text, message: str) -> None:
-        self._notes.append(TranscriptNote(kind, message, round(one.start, 3), round(one.end, 3)))
 
 
 def _joined(before: _Text, after: _Text) -> tuple[_Text, _Text]:
@@ -184,21 +137,3 @@ def _joined(before: _Text, after: _Text) -> tuple[_Text, _Text]:
         replace(before, text=texts[0], end=middle, tagged=before.tagged.beginning(texts[0]), words=first),
         replace(after, text=texts[1], start=middle, tagged=after.tagged.end(texts[1]), words=then),
     )
-
-
-def _confidence(logprobs: Sequence[float]) -> float | None:
-    """The geometric mean of some probabilities; None of none."""
-    return round(exp(sum(logprobs) / len(logprobs)), 4) if logprobs else None
-
-
-def _own(error: Exception) -> GraniteSpeechError:
-    """An error of this package: others, such as a lack of memory, end the recording but not those after it."""
-    if isinstance(error, GraniteSpeechError):
-        return error
-    failed = EngineError(
-        got=f"no answer ({type(error).__name__}: {error})",
-        expected="one for each window",
-        remedy="Transcribe the recording again; for less memory, pass a smaller chunk_length",
-    )
-    failed.__cause__ = error
-    return failed

@@ -8,7 +8,7 @@ import torch
 
 from granite_speech.errors import GraniteSpeechError
 from granite_speech.inputs.recordings import recording_blocks
-from granite_speech.transcription.piece import Piece, Setup
+from granite_speech.transcription.window_piece import CallSetup, WindowPiece
 from granite_speech.transcription.windows import Windows
 
 __all__ = ["Job"]
@@ -29,9 +29,9 @@ class Job:
         error: why it could not be read to its end; None: it was.
     """
 
-    def __init__(self, setup: Setup, recording: Any):
+    def __init__(self, setup: CallSetup, recording: Any):
         self._setup, self._recording = setup, recording
-        self.pieces: deque[Piece] = deque()
+        self.pieces: deque[WindowPiece] = deque()
         self.ended = False
         self.duration = 0.0
         self.audio_warning: str | None = None
@@ -42,7 +42,7 @@ class Job:
         """Seconds of audio in `pieces`."""
         return sum(one.window.end - one.window.start for one in self.pieces)
 
-    def read(self, add: Callable[[Piece], bool]) -> None:
+    def read(self, add: Callable[[WindowPiece], bool]) -> None:
         """Read the recording, and add its windows.
 
         Args:
@@ -54,23 +54,17 @@ class Job:
             self.error = error
         self._recording = None
 
-    def _read(self, add: Callable[[Piece], bool]) -> None:
+    def _read(self, add: Callable[[WindowPiece], bool]) -> None:
         setup, options = self._setup, self._setup.options
         with setup.alone():
             blocks, warning = recording_blocks(self._recording, setup.rate, setup.sampling_rate, options.errors)
-        windows = Windows(
-            blocks,
-            limit=setup.limit,
-            segmentation=options.segmentation,
-            overlap=options.chunk_overlap,
-            spans=options.clip_timestamps,
-        )
+        windows = Windows(blocks, **setup.cuts, spans=options.clip_timestamps)
         count = 0
         try:
             while True:
                 with setup.alone():
                     window = next(windows, None)
-                    piece = None if window is None else Piece(setup, window, is_first=not count)
+                    piece = None if window is None else setup.piece(window, is_first=not count)
                 if piece is None:
                     break
                 count += 1

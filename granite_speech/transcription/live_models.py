@@ -8,8 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from granite_speech.errors import CheckpointError, InputError, UnsupportedError
+from granite_speech.inputs.ctc_processor import GraniteSpeech5Processor
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.model_ctc import GraniteSpeech5ForCTC
 
 __all__ = ["ACCELERATION", "check_model", "is_accelerated", "own_processor", "running_model"]
 
@@ -49,39 +51,42 @@ def check_model(model: Any) -> None:
         )
     inner = model.get_base_model() if is_wrapped else model
     inner = getattr(inner, "_orig_mod", inner)  # of torch.compile
-    if is_accelerated(inner) or isinstance(inner, GraniteSpeechForConditionalGeneration):
+    if is_accelerated(inner) or isinstance(inner, GraniteSpeechForConditionalGeneration | GraniteSpeech5ForCTC):
         return
-    is_known = _is_of_transformers(inner, "GraniteSpeechForConditionalGeneration", "GraniteSpeechPlusForConditionalGeneration")
+    names = ("GraniteSpeechForConditionalGeneration", "GraniteSpeechPlusForConditionalGeneration", "GraniteSpeech5ForCTC")
+    is_known = _is_of_transformers(inner, *names)
     raise InputError(
         got=f"a {_name(model)} that is not accelerated" if is_known else f"{_name(model)} in place of a model",
-        expected="a GraniteSpeechForConditionalGeneration of this package, or one of transformers that is accelerated",
+        expected="a GraniteSpeechForConditionalGeneration or GraniteSpeech5ForCTC, of this package or accelerated",
         remedy="Call granite_speech.accelerate(model) first" if is_known else "Use Transcriber.from_pretrained with a folder or hub id",
     )
 
 
-def own_processor(processor: Any) -> GraniteSpeechProcessor:
+def own_processor(processor: Any) -> GraniteSpeechProcessor | GraniteSpeech5Processor:
     """A processor of this package: the given one, or a new one with the files of one of transformers.
 
     Raises:
         InputError: something else, or files that this package cannot read.
     """
-    if isinstance(processor, GraniteSpeechProcessor):
+    if isinstance(processor, GraniteSpeechProcessor | GraniteSpeech5Processor):
         return processor
-    if not _is_of_transformers(processor, "GraniteSpeechProcessor"):
+    kinds = (GraniteSpeechProcessor, GraniteSpeech5Processor)
+    kind = next((one for one in kinds if _is_of_transformers(processor, one.__name__)), None)
+    if kind is None:
         raise InputError(
             got=f"{_name(processor)} in place of a processor",
-            expected="a GraniteSpeechProcessor of this package or of transformers",
-            remedy="Use GraniteSpeechProcessor.from_pretrained with the checkpoint's folder or hub id",
+            expected="a GraniteSpeechProcessor or GraniteSpeech5Processor of this package or of transformers",
+            remedy="Use AutoProcessor.from_pretrained with the checkpoint's folder or hub id",
         )
     with TemporaryDirectory(prefix="granite-speech-processor-") as folder:
         processor.save_pretrained(folder)
         try:
-            own = GraniteSpeechProcessor.from_pretrained(folder)
+            own = kind.from_pretrained(folder)
         except (CheckpointError, UnsupportedError) as error:
             raise InputError(
                 got=f"a processor of transformers that saves {error.got}",
                 expected=error.expected,
-                remedy="Use this package's GraniteSpeechProcessor.from_pretrained with the checkpoint's folder or hub id",
+                remedy=f"Use this package's {kind.__name__}.from_pretrained with the checkpoint's folder or hub id",
             ) from error
     own.tokenizer.name_or_path = processor.tokenizer.name_or_path  # not that of a folder that does not exist any more
     return own

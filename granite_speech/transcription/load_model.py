@@ -11,18 +11,22 @@ from warnings import warn
 import torch
 
 from granite_speech.errors import CheckpointError, CheckpointNotFoundError, InputError
+from granite_speech.inputs.ctc_processor import GraniteSpeech5Processor
 from granite_speech.inputs.processor import GraniteSpeechProcessor
 from granite_speech.inputs.recordings import Recording
 from granite_speech.inputs.requests import window_limit
 from granite_speech.inputs.tokenizer import GraniteSpeechTokenizer
 from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.model_ctc import GraniteSpeech5ForCTC
+from granite_speech.transcription.ctc_piece import LONGEST_WINDOW
 from granite_speech.transcription.result import TranscriptionResult
 from granite_speech.transcription.transcriber import Transcriber
 
 __all__ = ["LoadedModel", "available_models", "load_model"]
 
 _DEFAULT = "granite-speech-4.1-2b"
-_RELEASES = (_DEFAULT, "granite-speech-4.1-2b-plus", "granite-4.0-1b-speech", "granite-speech-3.3-8b", "granite-speech-3.3-2b")
+_TURBO = "granite-speech-5.0-470m-turboctc"
+_RELEASES = (_DEFAULT, "granite-speech-4.1-2b-plus", "granite-4.0-1b-speech", "granite-speech-3.3-8b", "granite-speech-3.3-2b", _TURBO)
 _OWNER = "ibm-granite/"
 _WHISPERS = re.compile(r"(openai/whisper-|whisper-)?((tiny|base|small|medium)(\.en)?|large(-v[123])?(-turbo)?|turbo)")
 # Options of whisper that mean nothing here, and why. IBM's package ignores them with a warning too.
@@ -141,12 +145,12 @@ class LoadedModel:
         return f"{type(self).__name__}({self.name!r}, device={str(self.device)!r})"
 
     @property
-    def model(self) -> GraniteSpeechForConditionalGeneration:
+    def model(self) -> GraniteSpeechForConditionalGeneration | GraniteSpeech5ForCTC:
         """The model itself."""
         return self.transcriber.model
 
     @property
-    def processor(self) -> GraniteSpeechProcessor:
+    def processor(self) -> GraniteSpeechProcessor | GraniteSpeech5Processor:
         """The processor of the checkpoint."""
         return self.transcriber.processor
 
@@ -247,7 +251,8 @@ class LoadedModel:
         if word_timestamps is None:
             call["word_timestamps"] = task == "transcribe" and prompt_mode != "word_timestamps"
         done = self.transcriber.transcribe(audio, **call)
-        several, limit = done if isinstance(done, list) else [done], window_limit(self.model.config, task)
+        several, is_ctc = done if isinstance(done, list) else [done], isinstance(self.model, GraniteSpeech5ForCTC)
+        limit = LONGEST_WINDOW if is_ctc else window_limit(self.model.config, task)
         results = [TranscriptionResult.of(one, call, limit) for one in several]
         for line in [segment.text for one in results for segment in one.segments if segment.text] if verbose else []:
             print(line, file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, Self
@@ -80,6 +80,12 @@ class TranscribeOptions:
             which `word_timestamps` finds with any checkpoint. "default": a plain transcript.
         prefix_text: of plus checkpoints: how the answer to the first window begins, as the answer to the audio before it ended.
         errors: "raise", or "warn" to take the intact part of a damaged file, with a warning.
+        chooses_windows: whether segmentation, chunk_length or chunk_overlap is given.
+
+    A checkpoint without a language model, such as TurboCTC's, has no use for task, target_language, prompt, keywords, max_new_tokens,
+    temperature, prompt_mode and prefix_text: anything but the default is refused, and so is another language than English. Nor can its
+    text repeat itself, so compression_ratio_threshold changes nothing. Unless a call chooses windows, they are as in
+    `transcription.ctc_piece`: with them the text is that of the whole recording at once.
 
     Raises:
         InputError: a value that cannot be used.
@@ -101,6 +107,7 @@ class TranscribeOptions:
     prompt_mode: str = "default"
     prefix_text: str | None = None
     errors: str = "raise"
+    chooses_windows: bool = field(init=False, default=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, call: Mapping[str, Any]) -> Self:
@@ -109,7 +116,7 @@ class TranscribeOptions:
         Raises:
             InputError: an unknown option, or one that would change the result and cannot.
         """
-        known, chosen, names = [one.name for one in fields(cls)], {}, {}
+        known, chosen, names = [one.name for one in fields(cls) if one.init], {}, {}
         others = _NOTHING_CHANGES | (_OF_WORDS if call.get("word_timestamps") else {})
         for name, value in call.items():
             own = _ALIASES.get(name, name)
@@ -124,6 +131,8 @@ class TranscribeOptions:
 
     def __post_init__(self) -> None:
         self._check_choice("task", ("transcribe", "translate"))
+        chooses = self.segmentation is not None or self.chunk_length is not None or bool(self.chunk_overlap)
+        object.__setattr__(self, "chooses_windows", chooses)
         if self.segmentation is None:
             object.__setattr__(self, "segmentation", "fixed" if self.chunk_overlap else "energy")
         self._check_choice("segmentation", SEGMENTATIONS)

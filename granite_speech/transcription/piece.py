@@ -1,23 +1,22 @@
-"""One window of a recording on its way to its text: prepared in a reader's thread, then answered by an engine."""
+"""One window of a recording on its way to the text that a language model answers."""
 
-import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-from granite_speech.engine.cpu_threads import without_team
-from granite_speech.engine.handle import Answer, Handle
-from granite_speech.errors import AudioError, EngineError, GraniteSpeechError
+from granite_speech.engine.handle import Answer
+from granite_speech.errors import AudioError
 from granite_speech.generation.token_bytes import TokenBytes
 from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
-from granite_speech.modules.transfers import Reading
+from granite_speech.inputs.requests import request_for, window_limit
 from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.tagged_answers import TaggedAnswer
-from granite_speech.transcription.transcript import TranscriptNote, Word
+from granite_speech.transcription.transcript import Word
+from granite_speech.transcription.window_piece import CallSetup, WindowPiece, check_processor, window_seconds
 from granite_speech.transcription.windows import Window
 from granite_speech.transcription.word_edges import loudness
 from granite_speech.transcription.words import aligned_words, tagged_words
@@ -25,30 +24,41 @@ from granite_speech.transcription.words import aligned_words, tagged_words
 __all__ = ["Piece", "Setup"]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What all windows of a call have in common.
+@dataclass(frozen=True, kw_only=True)
+class Setup(CallSetup):
+    """What all windows of a call have in common, for a model with a language model. `submit` takes options of `Engine.submit`.
 
     Attributes:
-        model, processor: of the same checkpoint.
-        submit: asks an engine for the answer to the processor's inputs, with options of `Engine.submit`.
-        options: of the call.
         request: the full prompt of a window.
         first_request: that of a recording's first window, which may have the beginning of the answer.
         limit: longest window, in seconds.
-        notes: what to say of each transcript.
-        sampling_rate: of arrays, in Hz; None: the processor's.
     """
 
-    model: Any
     processor: GraniteSpeechProcessor
-    submit: Callable[..., Handle]
-    options: TranscribeOptions
     request: str
     first_request: str
     limit: float
-    notes: tuple[TranscriptNote, ...]
-    sampling_rate: int | None
+
+    @classmethod
+    def of(cls, model: Any, processor: GraniteSpeechProcessor, options: TranscribeOptions, **others: Any) -> Self:
+        """For a call.
+
+        Args:
+            model, processor, options: as the attributes.
+            others: submit and sampling_rate.
+
+        Raises:
+            InputError: an option that the checkpoint cannot follow.
+        """
+        check_processor(processor, GraniteSpeechProcessor)
+        keywords = tuple(options.keywords) if isinstance(options.keywords, Iterator) else options.keywords or ()  # for two requests
+        names = ("task", "language", "target_language", "prompt", "prompt_mode")
+        asked = {name: getattr(options, name) for name in names} | {"keywords": keywords, "model_type": model.config.model_type}
+        longest = window_limit(model.config, options.task)
+        limit, notes = window_seconds(options, longest, longest, f"which is the checkpoint's limit to {options.task}")
+        requests = [request_for(processor, **asked, prefix_text=text) for text in (None, options.prefix_text)]
+        of_call = {"model": model, "processor": processor, "options": options, "notes": notes, "limit": limit}
+        return cls(**of_call, **others, request=requests[0], first_request=requests[1])
 
     @cached_property
     def pieces(self) -> TokenBytes:
@@ -70,11 +80,17 @@ class Setup:
         """Tokens that the model can attend to."""
         return self.model.config.text_config.max_position_embeddings
 
-    def alone(self) -> Any:
-        """A block that prepares inputs: on a CPU without OpenMP's team, which belongs to the engine's worker."""
-        return without_team() if self.model.device.type == "cpu" else nullcontext()
+    @property
+    def cuts(self) -> dict[str, Any]:
+        return {"limit": self.limit, "segmentation": self.options.segmentation, "overlap": self.options.chunk_overlap}
 
-    def inputs(self, samples: torch.Tensor, is_first: bool = False) -> BatchFeature:
+    def piece(self, window: Window, is_first: bool) -> "Piece":
+        return Piece(self, window, is_first)
+
+    def level(self, inputs: Mapping[str, Any]) -> Tensor:
+        return loudness(inputs["input_features"][0], self.spectrum["n_mels"])
+
+    def inputs(self, samples: Tensor, is_first: bool = False) -> BatchFeature:
         """The processor's inputs of a window `(samples,)`.
 
         Raises:
@@ -93,80 +109,18 @@ class Setup:
         return inputs
 
 
-class Piece:
-    """A window and its answer. Make it and call `submit` and `answer`, in this order; an error of the first two is raised by the last.
+class Piece(WindowPiece):
+    """A window and the language model's answer."""
 
-    Args:
-        setup: what it has in common with others.
-        window: its samples are kept, because they may be needed again.
-        is_first: whether the recording begins with it.
-    """
+    _setup: Setup
+    _limit = 0
 
-    def __init__(self, setup: Setup, window: Window, is_first: bool = False):
-        self.window, self.is_first = window, is_first
-        self._setup = setup
-        self._inputs: BatchFeature | None = None
-        self._handle: Handle | None = None
-        self._error: GraniteSpeechError | None = None
-        self._level: Reading | None = None
-        self._limit = 0
-        try:
-            self._inputs = setup.inputs(window.samples, is_first)
-            if setup.options.word_timestamps:
-                self._level = Reading(loudness(self._inputs["input_features"][0], setup.spectrum["n_mels"]))
-        except GraniteSpeechError as error:
-            self._error = error
-
-    def submit(self) -> None:
-        """Ask for the answer."""
-        if self._error is not None:
-            return
+    def _asked(self) -> dict[str, Any]:
         options = self._setup.options
         self._limit = min(options.max_new_tokens, self._setup.context - self._inputs["input_ids"].shape[1])
-        asked = {"stop_on_repetition": options.compression_ratio_threshold is not None, "ctc": options.word_timestamps}
-        if options.temperature:
-            asked["temperature"] = options.temperature
-        try:
-            self._handle = self._setup.submit(self._inputs, max_new_tokens=self._limit, **asked)
-        except GraniteSpeechError as error:
-            self._error = error
-        self._inputs = None
-
-    @property
-    def was_submitted(self) -> bool:
-        """Whether an engine has taken it."""
-        return self._handle is not None
-
-    def cancel(self) -> None:
-        """Nobody waits for the answer any more."""
-        if self._handle is not None:
-            self._handle.cancel()
-
-    def answer(self) -> Answer:
-        """Wait for the answer.
-
-        Raises:
-            EngineError: the transcriber was closed before the answer was complete, or the model computed NaN.
-            Any error of preparing or submitting it, or of the engine.
-        """
-        if self._error is not None:
-            raise self._error
-        answer = self._handle.result()
-        if answer.finish_reason == "cancelled":
-            raise EngineError(
-                got=f"a request cancelled after {len(answer.token_ids)} tokens, because its transcriber was closed",
-                expected="a whole answer",
-                remedy="Transcribe the recording again; that makes a new engine",
-            )
-        heard = answer.ctc_logprobs
-        if any(map(math.isnan, answer.logprobs)) or (heard is not None and bool(heard.isnan().any())):
-            dtype = str(self._setup.model.dtype).removeprefix("torch.")
-            raise EngineError(
-                got=f"probabilities that are NaN, from a model in {dtype}",
-                expected="numbers",
-                remedy="Load the model with dtype='float32', and check its weights",
-            )
-        return answer
+        is_loop = options.compression_ratio_threshold is not None
+        asked = {"max_new_tokens": self._limit, "stop_on_repetition": is_loop, "ctc": options.word_timestamps}
+        return asked | ({"temperature": options.temperature} if options.temperature else {})
 
     def words(self, answer: Answer, tagged: TaggedAnswer, prefix: str) -> list[Word] | None:
         """The words of the answer with their times; None if the call has not asked for them.
@@ -180,7 +134,7 @@ class Piece:
         if not setup.options.word_timestamps:
             is_tagged = setup.options.prompt_mode == "word_timestamps"
             return tagged_words(answer, tagged, setup.pieces, start=window.start) if is_tagged else None
-        level, frame_seconds = self._level.wait(), setup.spectrum["hop_length"] / setup.rate
+        level, frame_seconds = self.level(), setup.spectrum["hop_length"] / setup.rate
         place = {"start": window.start, "end": window.end, "prefix": prefix}
         return aligned_words(answer, tagged, setup.pieces, level=level, frame_seconds=frame_seconds, **place)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from granite_speech.errors import EngineError
 from granite_speech.transcription.job import Job
-from granite_speech.transcription.piece import Piece
+from granite_speech.transcription.window_piece import WindowPiece
 
 __all__ = ["ReadAhead"]
 
@@ -59,7 +59,7 @@ class ReadAhead:
         if self._error is not None:
             raise self._error
 
-    def pieces(self, job: Job) -> Iterator[Piece]:
+    def pieces(self, job: Job) -> Iterator[WindowPiece]:
         """The windows of the first job, each once it is submitted. At the end there is room for another job.
 
         Raises:
@@ -131,7 +131,7 @@ class ReadAhead:
             self._changed.wait_for(lambda: self._stopped or self._has_room())
             return not self._stopped
 
-    def _add(self, job: Job, piece: Piece) -> bool:
+    def _add(self, job: Job, piece: WindowPiece) -> bool:
         """Submit a window, and wait until another one may be read. False: stopped."""
         with self._changed:
             if not self._stopped:

@@ -16,22 +16,28 @@ import torch
 from granite_kernels import OPERATIONS
 from torch import nn
 
+from granite_speech.auto import AutoProcessor
 from granite_speech.checkpoints.placement import choose_device
+from granite_speech.engine.ctc_engine import CTCEngine
 from granite_speech.engine.engine import Engine
 from granite_speech.engine.handle import Handle
 from granite_speech.errors import EngineError, InputError
 from granite_speech.inputs.audio import AudioWarning
-from granite_speech.inputs.processor import BatchFeature, GraniteSpeechProcessor
+from granite_speech.inputs.batch import BatchFeature
+from granite_speech.inputs.ctc_processor import GraniteSpeech5Processor
 from granite_speech.inputs.recordings import Recording
-from granite_speech.inputs.requests import request_for, window_limit
 from granite_speech.model import GraniteSpeechForConditionalGeneration
+from granite_speech.model_ctc import GraniteSpeech5ForCTC
 from granite_speech.transcription.answers import Answers
+from granite_speech.transcription.ctc_answers import CTCAnswers
+from granite_speech.transcription.ctc_piece import CTCSetup
 from granite_speech.transcription.job import Job
 from granite_speech.transcription.live_models import check_model, is_accelerated, own_processor, running_model
 from granite_speech.transcription.options import TranscribeOptions
 from granite_speech.transcription.piece import Setup
 from granite_speech.transcription.read_ahead import ReadAhead
-from granite_speech.transcription.transcript import Segment, Transcript, TranscriptNote
+from granite_speech.transcription.transcript import Segment, Transcript
+from granite_speech.transcription.window_piece import CallSetup
 
 __all__ = ["Transcriber", "TranscriptWarning", "TruncatedAnswerWarning"]
 
@@ -75,7 +81,7 @@ class Transcriber:
     def __init__(self, model: nn.Module, processor: Any):
         check_model(model)
         self.model, self.processor = model, own_processor(processor)
-        self._engine: Engine | None = None
+        self._engine: Engine | CTCEngine | None = None
         self._made_for: tuple[Any, ...] = ()
         self._lock, self._process = threading.Lock(), os.getpid()
 
@@ -115,9 +121,9 @@ class Transcriber:
         """
         chosen = choose_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu", None)
         dtype = "fastest" if dtype is None and chosen.type == "cpu" else dtype
-        processor = GraniteSpeechProcessor.from_pretrained(name_or_path, **download)
-        load = GraniteSpeechForConditionalGeneration.from_pretrained
-        model = load(name_or_path, device=chosen, dtype=dtype, quantize=quantize, **download)
+        processor = AutoProcessor.from_pretrained(name_or_path, **download)
+        kind = GraniteSpeech5ForCTC if isinstance(processor, GraniteSpeech5Processor) else GraniteSpeechForConditionalGeneration
+        model = kind.from_pretrained(name_or_path, device=chosen, dtype=dtype, quantize=quantize, **download)
         for operation in OPERATIONS.values():
             operation.resolve(None, model.device, model.dtype)  # fails here rather than at the first recording
         return cls(model, processor)
@@ -254,7 +260,7 @@ class Transcriber:
         try:
             for index, job in enumerate(ahead):
                 report = partial(on_progress, index) if on_progress is not None else lambda seconds: None
-                answers = Answers(setup, report)
+                answers = _parts(model)[1](setup, report)
                 for segment in answers.segments(ahead.pieces(job)):
                     yield index, segment
                 report(job.duration)
@@ -290,35 +296,9 @@ class Transcriber:
                     _raise_error(one, "")
                     _warn_of(one, "")
 
-    def _setup(self, model: Any, options: TranscribeOptions, sampling_rate: int | None) -> Setup:
-        keywords = tuple(options.keywords) if isinstance(options.keywords, Iterator) else options.keywords or ()  # for two requests
-        request = partial(
-            request_for,
-            self.processor,
-            task=options.task,
-            language=options.language,
-            target_language=options.target_language,
-            keywords=keywords,
-            prompt=options.prompt,
-            prompt_mode=options.prompt_mode,
-            model_type=model.config.model_type,
-        )
-        limit, notes = window_limit(model.config, options.task), ()
-        if options.chunk_length is not None and options.chunk_length > limit:
-            message = (
-                f"windows are at most {limit:g} s long, which is the checkpoint's limit to {options.task}, not {options.chunk_length:g}"
-            )
-            notes = (TranscriptNote("chunk_clamp", message),)
-        elif options.chunk_length is not None:
-            limit = options.chunk_length
-        if options.chunk_overlap > limit / 2:
-            raise InputError(
-                got=f"chunk_overlap={options.chunk_overlap:g} for windows of {limit:g} s",
-                expected="at most half of them",
-                remedy="Pass a smaller chunk_overlap",
-            )
-        requests = request(), request(prefix_text=options.prefix_text)
-        return Setup(model, self.processor, partial(self._submit, model), options, *requests, limit, notes, sampling_rate)
+    def _setup(self, model: Any, options: TranscribeOptions, sampling_rate: int | None) -> CallSetup:
+        kind, *_ = _parts(model)
+        return kind.of(model, self.processor, options, submit=partial(self._submit, model), sampling_rate=sampling_rate)
 
     def _submit(self, model: Any, inputs: BatchFeature, **options: Any) -> Handle:
         engine = self._running_engine(model)
@@ -330,20 +310,25 @@ class Transcriber:
                     self._engine = None
             return self._running_engine(model).submit(inputs=inputs, **options)
 
-    def _running_engine(self, model: Any) -> Engine:
+    def _running_engine(self, model: Any) -> Engine | CTCEngine:
         """The engine, made again if it does not fit the model as it is now."""
         self._forget_engine_of_parent()
         made_for = model, self.processor, model.device, model.dtype, model.training
         with self._lock:
             if self._engine is None or self._made_for != made_for:
                 self._engine = None  # its memory is free before the next one needs it
-                self._engine, self._made_for = Engine(model, self.processor), made_for
+                self._engine, self._made_for = _parts(model)[2](model, self.processor), made_for
             return self._engine
 
     def _forget_engine_of_parent(self) -> None:
         """After a fork: the engine's thread does not exist here, and the lock may have been held by another one."""
         if self._process != os.getpid():
             self._engine, self._lock, self._process = None, threading.Lock(), os.getpid()
+
+
+def _parts(model: Any) -> tuple[type, type, type]:
+    """What transcribes with a model of its family: the setup of a call, the answers to it, and the engine."""
+    return (CTCSetup, CTCAnswers, CTCEngine) if isinstance(model, GraniteSpeech5ForCTC) else (Setup, Answers, Engine)
 
 
 def _one_rate(sampling_rate: int | None, sample_rate: int | None) -> int | None:

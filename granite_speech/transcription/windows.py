@@ -64,8 +64,8 @@ class Windows:
         blocks: the recording's consecutive samples, each `(samples,)` float32 at 16 kHz on the CPU, of any length.
         limit: the longest window, in seconds.
         segmentation: "energy" and "vad" cut where `EnergyDetector` finds no speech; "silero" where silero-vad finds none; "fixed" every
-            `limit` seconds, and omits windows without speech.
-        overlap: seconds that consecutive windows share if segmentation is "fixed".
+            `limit` seconds, and omits windows without speech; "blocks" every `limit - overlap` seconds, whatever is there.
+        overlap: seconds that consecutive windows share if segmentation is "fixed" or "blocks".
         spans: the parts of the recording to use, as (begin, end) in seconds, in order; an end of None is the recording's. None: all.
 
     Attributes:
@@ -87,7 +87,7 @@ class Windows:
         overlap: float = 0.0,
         spans: Sequence[tuple[float, float | None]] | None = None,
     ):
-        self._detector = _DETECTORS[segmentation]
+        self._detector = _DETECTORS.get(segmentation)
         self._limit, self._overlap = _samples(limit), _samples(overlap)
         self._fixed = segmentation == "fixed"
         self._spans = [(0, None)] if spans is None else [(_samples(begin), None if end is None else _samples(end)) for begin, end in spans]
@@ -106,8 +106,11 @@ class Windows:
 
     def _all(self) -> Iterator[Window]:
         for begin, end in self._spans:
-            view = _View(self._reader.read(begin, end), self._detector(), begin)
-            yield from self._of_span(view)
+            pieces = self._reader.read(begin, end)
+            if self._detector is None:
+                yield from self._in_blocks(pieces, begin)
+            else:
+                yield from self._of_span(_View(pieces, self._detector(), begin))
             if self._reader.failure is not None:
                 raise self._reader.failure
 
@@ -116,6 +119,23 @@ class Windows:
         if view.ended and view.count <= self._limit and _longest_silence(view.activity) <= _LONGEST_SILENCE:
             return iter([view.window(0, view.count)])
         return self._in_steps(view) if self._fixed else self._in_pauses(view)
+
+    def _in_blocks(self, pieces: Iterator[Tensor], offset: int) -> Iterator[Window]:
+        """Windows at equal distances that leave nothing out. The last one is as long as the rest."""
+        samples, begin, overlap = torch.zeros(0), 0, 0
+        while True:
+            read = [samples]
+            while sum(map(len, read)) <= self._limit and (piece := next(pieces, None)) is not None:
+                read.append(piece)
+            samples = torch.cat(read)
+            is_last = len(samples) <= self._limit
+            own = samples[: self._limit].clone()
+            if len(own):
+                yield Window((offset + begin) / RATE, (offset + begin + len(own)) / RATE, own, overlap / RATE)
+            if is_last:
+                return
+            step, overlap = self._limit - self._overlap, self._overlap
+            samples, begin = samples[step:], begin + step
 
     def _in_steps(self, view: "_View") -> Iterator[Window]:
         """Windows at equal distances."""

@@ -16,7 +16,7 @@ from granite_speech.transcription.text_units import single_spaces, text_units
 from granite_speech.transcription.transcript import Word
 from granite_speech.transcription.word_edges import edges
 
-__all__ = ["aligned_words", "language_model_confidences", "tagged_words"]
+__all__ = ["aligned_words", "language_model_confidences", "tagged_words", "units_of"]
 
 
 def aligned_words(
@@ -40,7 +40,7 @@ def aligned_words(
         start, end: of the window, in seconds. No word is beyond its end, as the level is, by a frame.
         prefix: text that was said in the window before the answer's, which continues it.
     """
-    units = _units(answer.text) if tagged.raw_text is None else tagged.words
+    units = units_of(answer.text) if tagged.raw_text is None else tagged.words
     if not units:
         return []
     before = [unit for _, unit in text_units(single_spaces(prefix)) if unit]
@@ -101,7 +101,7 @@ def language_model_confidences(answer: Answer, places: Sequence[tuple[int, int]]
     return [math.exp(one) for one in sums] if text == answer.text else [None] * len(places)
 
 
-def _units(text: str) -> list[TaggedWord]:
+def units_of(text: str) -> list[TaggedWord]:
     """The units of an answer without tags."""
     units, place = [], 0
     for _, unit in text_units(single_spaces(text)):
