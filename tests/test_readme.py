@@ -10,6 +10,7 @@ import transformers
 from granite_speech.checkpoints.hub import EMBEDDED_FOLDER
 from granite_speech.inputs.requests import PROMPT_3, PROMPT_4
 from granite_speech.interop.accelerate import acceleration_of
+from tests.support import ctc_speech
 from tests.support.paths import ROOT
 from tests.support.small_models import small_model
 
@@ -17,7 +18,7 @@ README = ROOT / "README.md"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "bench/results/README.md", "granite_speech/assets/README.md", "kernels/README.md")
 
 
-NAMES = ("one recording", "many recordings", "words", "IBM's package", "two doors", "a batch", "an engine", "a warm-up")
+NAMES = ("one recording", "many recordings", "words", "IBM's package", "TurboCTC", "two doors", "a batch", "an engine", "a warm-up")
 WORDS = "open menu seven two five stop"
 
 
@@ -64,6 +65,17 @@ def test_the_example_of_ibms_package_transcribes_its_file(recordings, capsys):
     exec(example("IBM's package", model=("granite-speech-4.1-2b", "embedded")))
     text, start, confidence = capsys.readouterr().out.rsplit(maxsplit=2)
     assert text == WORDS and float(start) >= 0 and 0 < float(confidence) <= 1
+
+
+def test_the_example_of_turboctc_transcribes_tones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = {"speech.wav": ["two", "one"], "interview.mp3": ["four"], "talk.mp3": ["three", "two", "four"]}
+    for name, words in said.items():
+        soundfile.write(name, ctc_speech.sound(words)[0].numpy(), ctc_speech.RATE)
+    names = {}
+    exec(example("TurboCTC", model=("ibm-granite/granite-speech-5.0-470m-turboctc", str(ctc_speech.TONES))), names)
+    assert names["texts"] == ["two one", "four"] and names["result"] == "three two four"
+    assert [word.word for word in names["result"].words] == said["talk.mp3"]
 
 
 def test_the_example_of_two_doors_gives_the_model_of_transformers():
