@@ -76,7 +76,7 @@ def own_processor(processor: Any) -> GraniteSpeechProcessor | GraniteSpeech5Proc
         raise InputError(
             got=f"{_name(processor)} in place of a processor",
             expected="a GraniteSpeechProcessor or GraniteSpeech5Processor of this package or of transformers",
-            remedy="Use AutoProcessor.from_pretrained with the checkpoint's folder or hub id",
+            remedy="Use AutoProcessor.from_pretrained or GraniteSpeechProcessor.from_pretrained with the checkpoint's folder or hub id",
         )
     with TemporaryDirectory(prefix="granite-speech-processor-") as folder:
         processor.save_pretrained(folder)

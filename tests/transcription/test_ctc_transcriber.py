@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -201,9 +202,12 @@ def test_closing_ends_what_others_wait_for(transcriber, monkeypatch):
     with ThreadPoolExecutor(2) as threads:
         waiting = threads.submit(transcriber.transcribe, [samples] * 3)
         assert begun.wait(30)
+        loop, end = transcriber._engine._loop, time.monotonic() + 30
+        while len(loop.worker.requests()) + len(loop._new) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
         closing = threads.submit(transcriber.close, True)
-        while transcriber._engine is not None:
-            pass
+        while not loop._cancels and time.monotonic() < end:
+            time.sleep(0.01)
         go.set()
         closing.result(30)
         with pytest.raises(EngineError):
