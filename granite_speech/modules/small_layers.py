@@ -19,6 +19,7 @@ from granite_speech.modules.cache import CacheStep
 from granite_speech.modules.decoder_layers import causal_attention
 from granite_speech.modules.fused_products import Layer, Product
 from granite_speech.modules.packing import Segments
+from granite_speech.modules.quantized import dequantized
 from granite_speech.modules.rotary import Rotary
 
 __all__ = ["SmallLayers"]
@@ -73,10 +74,10 @@ class SmallLayers:
     @staticmethod
     def _taken(layer: Layer) -> _Weights:
         module = layer.module
-        weights = (_with_adapters(layer), layer.o.weight, layer.gate_up.weight, layer.down.weight)
+        weights = (_with_adapters(layer), *map(_wide, (layer.o, layer.gate_up, layer.down)))
         norms = (module.input_layernorm, module.post_attention_layernorm)
         return _Weights(
-            *(one.detach().float().T for one in weights),
+            *(one.T for one in weights),
             norms=tuple(one.weight.detach().float() for one in norms),
             eps=tuple(torch.tensor(one.variance_epsilon) for one in norms),
         )
@@ -188,7 +189,14 @@ def _norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
 
 def _is_usable(product: Product) -> bool:
     weight = product.weight
-    return weight.numel() <= _LARGEST and weight.dtype in _DTYPES and product.packed is product.scale is product.bias is None
+    is_readable = weight.dtype in _DTYPES or product.scale is not None
+    return weight.numel() <= _LARGEST and is_readable and product.packed is product.bias is None
+
+
+def _wide(product: Product) -> Tensor:
+    """A weight in float32; the weight itself, if it is that."""
+    weight = product.weight.detach()
+    return weight.float() if product.scale is None else dequantized(weight, product.scale, torch.float32)
 
 
 def _sources(layer: Layer) -> Iterator[Tensor]:
@@ -205,9 +213,10 @@ def _sources(layer: Layer) -> Iterator[Tensor]:
 
 def _with_adapters(layer: Layer) -> Tensor:
     """The weight of q, k and v, and what the adapter adds to it."""
+    attention, weight = layer.module.self_attn, _wide(layer.qkv)
     if layer.qkv.lora_a is None:
-        return layer.qkv.weight
-    attention, weight = layer.module.self_attn, layer.qkv.weight.float().clone()
+        return weight
+    weight = weight.clone() if weight.dtype == layer.qkv.weight.dtype else weight
     parts = weight.split([one.weight.shape[0] for one in (attention.q_proj, attention.k_proj, attention.v_proj)])
     matrices = iter(layer.qkv.lora_a.float().split([one.shape[1] for one in layer.adapter.b if one is not None]))
     for part, b, scaling in zip(parts, layer.adapter.b, layer.adapter.scaling, strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from granite_speech import Engine, GraniteSpeechForConditionalGeneration
 from granite_speech.modules import small_layers
+from granite_speech.modules.int8_layers import round_to_int8
 from granite_speech.modules.small_layers import SmallLayers
 from tests.support.small_models import attentive, batch, small_model
 
@@ -70,6 +71,15 @@ def test_every_logit_of_a_step_is_that_of_the_modules(passes: list[str], monkeyp
     monkeypatch.setenv(CHOICE, "torch")
     expected, _ = scores_of(model, inputs, repetition_penalty=1.3)
     assert torch.equal(found, expected)
+
+
+def test_int8_weights_are_made_wider_once(passes: list[str], monkeypatch: pytest.MonkeyPatch):
+    model = attentive(small_model())
+    round_to_int8(model)
+    found, _ = scores_of(model, audio_rows(model), repetition_penalty=1.3)
+    assert passes and model.decoder.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    monkeypatch.setenv(CHOICE, "torch")
+    assert torch.equal(found, scores_of(model, audio_rows(model), repetition_penalty=1.3)[0])
 
 
 def test_a_row_without_the_adapter_is_left_to_the_modules(passes: list[str]):
