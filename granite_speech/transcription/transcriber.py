@@ -56,10 +56,10 @@ class TruncatedAnswerWarning(TranscriptWarning):
 
 
 class Transcriber:
-    """A model and its processor, with an `Engine` that answers many requests at once.
+    """A model and its processor, with an `Engine` that answers many requests at once, or a `CTCEngine` if the model is TurboCTC.
 
     A recording may have any length: it is cut at pauses into windows that the model can transcribe, silence is left out, and the
-    windows of all recordings are answered together.
+    windows of all recordings are answered together. TurboCTC needs no pauses (`ctc_piece`).
 
     The engine is made when the first recording comes, and again if it was closed or has failed, if the process was forked, or if the
     model has moved. Its thread and memory are freed by `close`, at the end of `with Transcriber(…) as transcriber:`, or when nobody
