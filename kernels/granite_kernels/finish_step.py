@@ -102,20 +102,24 @@ def _check(inputs: FinishStepInputs) -> None:
 @called_with(FinishStepInputs)
 def finish_step_reference(inputs: FinishStepInputs) -> torch.Tensor:
     """`finish_step` in PyTorch. Of equal scores, argmax returns the first."""
-    scores, ids, logits, tokens, history, logprobs, active, kv_lens, limits, ends, divisor = inputs
-    best, logits = scores.argmax(-1, keepdim=True), scores if logits is None else logits
-    logits = logits.to(accumulator(logits.dtype)) / divisor
-    if ids is None:
-        chosen, logprob = best, logits.log_softmax(-1).gather(1, best)
-    else:
-        chosen, logit = ids.gather(1, best).long(), scores.gather(1, best).to(logits.dtype) / divisor
-        logprob = logit - logits.logsumexp(-1, keepdim=True)
-    chosen = chosen[:, 0]
-    logprobs.copy_(logprob[:, 0])
+    _, _, _, tokens, history, logprobs, active, kv_lens, limits, ends, _ = inputs
+    chosen, logprob = chosen_tokens(inputs)
+    logprobs.copy_(logprob)
     history.copy_(torch.where(active > 0, chosen, -1))
     tokens.copy_(chosen)
     active.mul_(~((chosen[:, None] == ends).any(1) | (kv_lens >= limits)))
     return chosen
+
+
+def chosen_tokens(inputs: FinishStepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's best token and its log-probability, `(rows,)` int64 and float32."""
+    scores, ids, logits, divisor = inputs.scores, inputs.ids, inputs.logits, inputs.divisor
+    best, logits = scores.argmax(-1, keepdim=True), scores if logits is None else logits
+    logits = logits.to(accumulator(logits.dtype)) / divisor
+    if ids is None:
+        return best[:, 0], logits.log_softmax(-1).gather(1, best)[:, 0]
+    logit = scores.gather(1, best).to(logits.dtype) / divisor
+    return ids.gather(1, best)[:, 0].long(), (logit - logits.logsumexp(-1, keepdim=True))[:, 0]
 
 
 @called_with(FinishStepInputs)
