@@ -1,8 +1,8 @@
-"""`block_attention` in bfloat16 on a CPU, for inference: scaled_dot_product_attention, with the positions as its mask.
+"""`block_attention` on a CPU, for inference: scaled_dot_product_attention, with the positions as its mask.
 
-The reference multiplies float32 copies of q, k and v. Here the products are of bfloat16 and PyTorch's softmax and sums of float32, so
-two more values are rounded: the positions' part of a score, and a softmax weight. float32 gains nothing from this: its time is in the
-products, and each query is multiplied with twice as many positions as in the reference.
+The reference makes the scores, their softmax and two products one after another, in float32. Here PyTorch's fused operation reads q, k
+and v as they are. In bfloat16 its softmax and sums are float32, but two more values are rounded: the positions' part of a score, and a
+softmax weight. Each query is multiplied with twice as many positions as in the reference, which costs less than the fusion saves.
 """
 
 from collections.abc import Iterator
