@@ -9,7 +9,20 @@ import pytest
 import torch
 from granite_kernels.cpu import has_int8
 
-from bench import checkpoints_cpu, cpu, cpu_busy, cpu_decode, cpu_encoder, cpu_memory, cpu_table, cpu_words, embedded, results, turns
+from bench import (
+    checkpoints_cpu,
+    cpu,
+    cpu_busy,
+    cpu_ctc,
+    cpu_decode,
+    cpu_encoder,
+    cpu_memory,
+    cpu_table,
+    cpu_words,
+    embedded,
+    results,
+    turns,
+)
 from bench.turns import OURS, SYSTEMS
 from granite_speech.modules import int8_layers, int8_weight
 from tests.bench.test_model import SMALL
@@ -265,10 +278,14 @@ def sections():
     }
 
 
+TURBOCTC = {"layers": 4, "hidden_dim": 32, "errors": {}, "measurements": []}
+
+
 def test_a_run_writes_every_section_and_keeps_those_before_a_failure(monkeypatch, tmp_path):
     found = sections()
     for module, name in ((cpu_encoder, "encoder"), (cpu_decode, "decode"), (embedded, "embedded"), (cpu_words, "words")):
         monkeypatch.setattr(module, "measure", lambda *arguments, name=name: found[name])
+    monkeypatch.setattr(cpu_ctc, "measure", lambda rounds: TURBOCTC)
     monkeypatch.setattr(cpu_memory, "measure", lambda: found["memory"])
     monkeypatch.setattr(cpu_busy, "measure", lambda rounds: found["busy"] | {"rounds": rounds})
     monkeypatch.setattr(cpu_words, "held_out", lambda manifest: [])
@@ -278,6 +295,7 @@ def test_a_run_writes_every_section_and_keeps_those_before_a_failure(monkeypatch
     result = json.loads(file.read_text())
     assert [name for name in result if name in found] == list(found) and result["busy"]["rounds"] == 3
     assert result["run"]["processor"]["flags"] is not None and str(file) in text
+    assert result["turboctc"] == TURBOCTC and "TurboCTC, 4 x 32, random weights" in text
     file.unlink()
     monkeypatch.setattr(embedded, "measure", lambda rounds: sys_exit())
     with pytest.raises(SystemExit):
