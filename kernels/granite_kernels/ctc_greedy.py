@@ -124,7 +124,7 @@ def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     """The best id of each row, its log-probability, and the row's entropy."""
     pieces = []
     for part in logits.split(max(_WIDENED // logits.shape[1], 1)):
-        ids = part.max(dim=1, keepdim=True).indices  # on a CPU three times as fast as argmax
+        ids = part.max(dim=1, keepdim=True).indices  # on a CPU faster than argmax
         logprobs = part.to(accumulator(part.dtype)).log_softmax(dim=1)
         least = torch.finfo(logprobs.dtype).min  # a probability of 0 times −∞ is NaN
         entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp(min=least), dim=1)
